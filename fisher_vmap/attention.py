@@ -1,0 +1,163 @@
+"""Attention whose backward serves many cotangents at once.
+
+Fused attention kernels have no batching rule for their backward, so `vmap` would loop over the cotangents. Here the
+forward is fused and the backward has a `vmap` rule of its own. For one head, with P = softmax(scale q k^T + mask),
+
+    dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(dO * O))        dQ = scale dS k        dK = scale dS^T q
+
+and q, k, v, P and O are the same for all K cotangents. With K next to the innermost dimension each line is one matrix
+product: K joins the rows of dP and dQ, the columns of dV, and the rows of dK. Query heads that share a key-value head
+join the contraction, so keys and values are never repeated. Queries go in blocks: memory is linear in T.
+
+    Letters: B prompts, G key-value heads, M query heads for each of them, T queries, S keys, E head width, K cotangents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Elements of dP in one block of queries: small enough for a CPU's cache, large enough to keep a GPU busy.
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What an attention does beside the tensors: the scale of its scores and whether it is causal without a mask.
+
+    A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+    """
+
+    scale: float
+    causal: bool
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
+    """Scaled dot-product attention, [B, H, T, E], with a backward that `vmap` can batch without looping.
+
+    Args:
+        q: [B, H, T, E].
+        k: [B, G, S, E], with H a multiple of G.
+        v: [B, G, S, Ev].
+        mask: None, or a tensor that broadcasts to [B, H, T, S]: bool (True takes part) or floating (added to the scores).
+        kind: the scale, and whether position t sees keys up to t + S - T only (with mask None).
+    """
+    return _Attention.apply(q, k, v, mask, kind)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
+        grouped = k.shape[1] != q.shape[1]
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=kind.causal and mask is None, scale=kind.scale, enable_gqa=grouped
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, v, mask, ctx.kind = inputs
+        ctx.save_for_backward(q, k, v, mask, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, mask, out = ctx.saved_tensors
+        dq, dk, dv = _AttentionPullback.apply(grad_out, q, k, v, mask, out, ctx.kind)
+        return dq, dk, dv, None, None
+
+
+class _AttentionPullback(torch.autograd.Function):
+    """The backward as a function of its own, linear in its first argument, so that it can have a `vmap` rule."""
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, kind: AttentionKind
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = pullback_attention(grad_out[:, :, :, None], q, k, v, mask, out, kind)
+        return dq.squeeze(3), dk.squeeze(3), dv.squeeze(3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("second derivatives of this attention are not implemented: use attention='eager'")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], grad_out: Tensor, *shared: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+        if any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError(
+                "only the cotangents can be batched: q, k, v and the mask are shared by all of them"
+            )
+        return pullback_attention(grad_out.movedim(in_dims[0] or 0, 3), *shared), (3, 3, 3)
+
+
+def pullback_attention(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, kind: AttentionKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K cotangents of an attention's output to those of its queries, keys and values.
+
+    Args:
+        grad_out: [B, H, T, K, Ev], the cotangents.
+        q: [B, H, T, E]; k: [B, G, S, E]; v: [B, G, S, Ev]; mask and kind: as for `attention`.
+        out: [B, H, T, Ev], what `attention` returned.
+
+    Returns:
+        dq [B, H, T, K, E], dk [B, G, S, K, E], dv [B, G, S, K, Ev], in the dtype of q.
+    """
+    B, H, T, K, Ev = grad_out.shape
+    G, S, E = k.shape[1:]
+    M = H // G
+    delta_BHTK = torch.einsum("bhtke,bhte->bhtk", grad_out, out)
+
+    dq = torch.empty(B, H, T, K, E, dtype=q.dtype, device=q.device)
+    dk = torch.zeros(B, G, S, K, E, dtype=q.dtype, device=q.device)
+    dv = torch.zeros(B, G, S, K, Ev, dtype=q.dtype, device=q.device)
+    for start, stop in _query_blocks(T, B * H * K * S, q.device):
+        keys = min(S, stop + S - T) if kind.causal and mask is None else S
+        n = stop - start
+        q_BGtE = q[:, :, start:stop].reshape(B, G, M * n, E)
+        k_BGSE, v_BGSE = k[:, :, :keys], v[:, :, :keys]
+        P_BHtS = _probabilities(q, k_BGSE, mask, kind, start, stop, keys)
+        dO = grad_out[:, :, start:stop].reshape(B, G, M * n, K, Ev)
+        dP = dO.reshape(B, G, M * n * K, Ev) @ v_BGSE.mT
+        dS = dP.view(B, H, n, K, keys)
+        dS.sub_(delta_BHTK[:, :, start:stop, :, None]).mul_(P_BHtS.unsqueeze(3))
+        dq[:, :, start:stop] = (dS.view(B, G, M * n * K, keys) @ k_BGSE).view(B, H, n, K, E)
+        dk_block = dS.view(B, G, M * n, K * keys).mT @ q_BGtE
+        dk[:, :, :keys] += dk_block.view(B, G, K, keys, E).transpose(2, 3)
+        dv_block = P_BHtS.reshape(B, G, M * n, keys).mT @ dO.reshape(B, G, M * n, K * Ev)
+        dv[:, :, :keys] += dv_block.view(B, G, keys, K, Ev)
+    return dq.mul_(kind.scale), dk.mul_(kind.scale), dv
+
+
+def _probabilities(
+    q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, keys: int
+) -> Tensor:
+    """P of a block of queries, [B, H, t, S], in the dtype of q; the scores and the softmax in float32."""
+    B, H, T, E = q.shape
+    G, S = k_BGSE.shape[1], k_BGSE.shape[2]
+    score_dtype = torch.promote_types(q.dtype, torch.float32)
+    q_rows = q[:, :, start:stop].reshape(B, G, -1, E).to(score_dtype)
+    scores = (q_rows @ k_BGSE.to(score_dtype).mT).view(B, H, stop - start, S).mul_(kind.scale)
+    if mask is not None:
+        block = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
+        if block.dtype == torch.bool:
+            scores.masked_fill_(~block, -torch.inf)
+        else:
+            scores += block
+    elif kind.causal:
+        last_key = torch.arange(start, stop, device=q.device) + (keys - stop)
+        scores.masked_fill_(torch.arange(S, device=q.device) > last_key[:, None], -torch.inf)
+    return scores.softmax(-1).to(q.dtype)
+
+
+def _query_blocks(T: int, elements_a_query: int, device: torch.device) -> list[tuple[int, int]]:
+    """Blocks of queries for which dP stays below the device's limit."""
+    limit = BLOCK_ELEMENTS.get(device.type, 2**24)
+    size = max(16, limit // max(1, elements_a_query))
+    return [(start, min(start + size, T)) for start in range(0, T, size)]

@@ -1,0 +1,75 @@
+"""The bridge to transformers: its models call our attention, for the time of one computation only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_vmap.attention import AttentionKind, attention
+
+NAME = "fisher_vmap"
+
+
+class UnsupportedAttention(Exception):
+    """The model asks of attention what ours does not do (sinks, soft-caps, learned position biases)."""
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers' attention modules call: [B, H, T, E] each, out comes [B, T, H, E]."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedAttention(f"{type(module).__name__} uses {name}")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1)
+    return attention(query, key, value, attention_mask, kind).transpose(1, 2), None
+
+
+def register() -> None:
+    """Make our attention known to transformers under the name `fisher_vmap`; twice is as good as once."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def supports_ours(model: torch.nn.Module) -> bool:
+    """Whether the model's attention modules take any registered function, by their own declaration."""
+    return bool(getattr(type(model), "_supports_attention_backend", False))
+
+
+@contextmanager
+def attention_set_to(model: torch.nn.Module, implementation: str | None) -> Iterator[None]:
+    """Within the context the model's attention is `implementation`, whatever it was before; None leaves it alone."""
+    if implementation is None:
+        yield
+        return
+    if implementation == NAME:
+        register()
+    configs = {id(config): config for module in model.modules() if (config := _config_of(module)) is not None}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for config, name in before:  # in the order of model.modules(): an inner config's own value comes last
+            config._attn_implementation = name
+
+
+def _config_of(module: torch.nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation") else None

@@ -1,0 +1,109 @@
+"""From the factor A, [K, D], to the singular values and vectors of F = A^T A, without ever forming F.
+
+F is D x D but has rank at most K, and K is small. Its nonzero singular values are those of the K x K Gram matrix
+A A^T, so the whole batch is decomposed by one small batched SVD on the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """The leading part of F = A^T A for each prompt: F ~ vectors^T diag(singular_values) vectors.
+
+    F is symmetric and positive semi-definite, so its left and right singular vectors are the same.
+
+    Attributes:
+        singular_values: [B, R] float32, not increasing; the eigenvalues of F, in nats per squared unit of residual stream.
+        vectors: [B, R, D] float32, the singular vectors as rows. The first `rank` are orthonormal, the others zero.
+            The entry of largest magnitude of each row is positive.
+        left_vectors: [B, K, R] float32, the Q of A = Q diag(sqrt S) V: how much of which token each direction carries.
+        rank: [B] int64, the number of singular values above K eps S_1; the others are zero.
+        trace: [B] float32, the trace of F before it was truncated to R.
+    """
+
+    singular_values: Tensor
+    vectors: Tensor
+    left_vectors: Tensor
+    rank: Tensor
+    trace: Tensor
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device to compute float64 on: the given one, or the CPU where it has none (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def compress(factor_BKD: Tensor, rank: int) -> LowRank:
+    """The thin SVD A = Q Sigma V of each prompt's factor, truncated to `rank`: S = Sigma^2 belongs to F = A^T A.
+
+    A A^T = Q Sigma^2 Q^T is decomposed in float64, where squaring costs nothing that float32 could see, and
+    V = Sigma^-1 Q^T A. A prompt whose factor is not finite gets NaN and rank 0.
+
+    Args:
+        factor_BKD: [B, K, D], any floating dtype. F = A^T A, so row t of A is sqrt(p_t) times the score of token t.
+        rank: R, how many singular values to keep. It may exceed K: the shape asked for is the shape given, and what
+            lies beyond the numerical rank is zero.
+
+    Returns:
+        LowRank, on the device of the factor; float32 (float64 for a float64 factor).
+
+    Raises:
+        ValueError: the factor is not three-dimensional or the rank is not positive.
+    """
+    if factor_BKD.dim() != 3:
+        raise ValueError(
+            f"the factor has shape {tuple(factor_BKD.shape)}; expected [B, K, D]: unsqueeze a single prompt"
+        )
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; expected at least 1")
+    device, (B, K, D) = factor_BKD.device, factor_BKD.shape
+    out_dtype = torch.promote_types(factor_BKD.dtype, torch.float32)
+    resolution = torch.finfo(out_dtype).eps
+    finite_B = factor_BKD.isfinite().flatten(1).all(1)
+
+    A_BKD = torch.where(finite_B[:, None, None], factor_BKD, 0).to(float64_device(device), torch.float64)
+    Q_BKK, S_BK = _gram_svd(A_BKD)
+    rank_B = (S_BK > K * resolution * S_BK[:, :1]).sum(1)
+
+    R = min(rank, K, D)
+    kept_BR = torch.arange(R, device=S_BK.device) < rank_B[:, None]
+    S_BR = torch.where(kept_BR, S_BK[:, :R], 0)
+    Q_BKR = torch.where(kept_BR[:, None, :], Q_BKK[:, :, :R], 0)
+    inverse_sigma_BR = torch.where(kept_BR, S_BR, 1).rsqrt()
+    V_BRD = _orthonormal_again(inverse_sigma_BR[:, :, None] * (Q_BKR.mT @ A_BKD))
+
+    # The SVD leaves the sign of each pair (column of Q, row of V) open: the largest entry of V decides.
+    largest_BR1 = V_BRD.abs().argmax(2, keepdim=True)
+    sign_BR = torch.where(V_BRD.gather(2, largest_BR1).squeeze(2) < 0, -1.0, 1.0).to(V_BRD.dtype)
+    V_BRD, Q_BKR = sign_BR[:, :, None] * V_BRD, sign_BR[:, None, :] * Q_BKR
+
+    missing = rank - R
+    S_BR = torch.nn.functional.pad(S_BR, (0, missing))
+    V_BRD = torch.nn.functional.pad(V_BRD, (0, 0, 0, missing))
+    Q_BKR = torch.nn.functional.pad(Q_BKR, (0, missing))
+    finite_on_B = finite_B.to(S_BR.device)
+    S_BR, trace_B = S_BR.where(finite_on_B[:, None], torch.nan), S_BK.sum(1).where(finite_on_B, torch.nan)
+    V_BRD, Q_BKR = (x.where(finite_on_B[:, None, None], torch.nan) for x in (V_BRD, Q_BKR))
+    return LowRank(
+        singular_values=S_BR.to(device, out_dtype),
+        vectors=V_BRD.to(device, out_dtype),
+        left_vectors=Q_BKR.to(device, out_dtype),
+        rank=torch.where(finite_on_B, rank_B, 0).to(device),
+        trace=trace_B.to(device, out_dtype),
+    )
+
+
+def _gram_svd(A_BKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, [B, K, K], and Sigma^2, [B, K], of A = Q Sigma V, by the SVD of the Gram matrix."""
+    scale_B = A_BKD.abs().amax((1, 2)).clamp(min=torch.finfo(A_BKD.dtype).tiny)  # squares neither under- nor overflow
+    A_BKD = A_BKD / scale_B[:, None, None]
+    Q_BKK, S_BK, _ = torch.linalg.svd(A_BKD @ A_BKD.mT)
+    return Q_BKK, S_BK * scale_B[:, None] ** 2
+
+
+def _orthonormal_again(V_BRD: Tensor) -> Tensor:
+    """One Newton-Schulz step: V (V V^T)^(-1/2) to first order. Its error is squared; zero rows stay zero."""
+    return 1.5 * V_BRD - 0.5 * (V_BRD @ V_BRD.mT) @ V_BRD

@@ -1,0 +1,71 @@
+"""A .gguf file as an ordinary transformers folder: converted once, then read from the user's cache."""
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from fisher_vmap.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `fisher_vmap` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fisher_vmap"
+
+
+def converted(path: Path, dtype: torch.dtype) -> Path:
+    """The folder that holds the model and the tokenizer of a .gguf file, with its weights unpacked to `dtype`.
+
+    The conversion is kept for this file (path, size and time of change), dtype and version of transformers.
+
+    Raises:
+        UserError: the file cannot be read as GGUF, or the package `gguf` is missing.
+    """
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {dtype} {transformers.__version__}"
+    folder = cache_folder() / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    log.info("converting %s once, to %s", path.name, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to the cache folder {folder.parent} ({error.strerror}); set XDG_CACHE_HOME") from error
+    try:
+        _convert(path, dtype, scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first: its result is as good
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
+    try:
+        import gguf  # noqa: F401  (transformers needs it and says so at length)
+    except ImportError as error:
+        raise UserError(f"reading {path.name} needs the package gguf: pip install 'fisher_vmap[gguf]'") from error
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # whatever the readers of a damaged file stumble over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a GGUF language model ({reason}); fetch the file again") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,71 @@
+"""The upper network, linearised, one decoder block at a time: `torch.func.vmap` over `torch.func.vjp`.
+
+The cotangents of the last block's output are pulled back through one block after the other, from the top down. What
+arrives at a block's output is the gradient with respect to a bias added there, position by position; every hooked
+block on the way down has its answer for free. Memory holds the graph of one block at a time.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from fisher_vmap.recording import BlockCall, Recording, StructureChanged
+
+
+class Arrived(NamedTuple):
+    """The cotangents at a hooked block's output, [K, B, T, D], and that output itself, [B, T, D]."""
+
+    layer: str
+    hidden: Tensor
+    cotangents: Tensor
+
+
+def pullback_blocks(
+    recording: Recording, cotangents_KBTD: Tensor, layers: Collection[str], chunk_size: int | None
+) -> Iterator[Arrived]:
+    """Pull cotangents of the top back to the output of every hooked block; the recording is used up on the way.
+
+    Args:
+        recording: the calls above the lowest hooked block, and the top, [B, T, D].
+        cotangents_KBTD: [K, B, T, D], cotangents of the top.
+        layers: the names of the hooked blocks.
+        chunk_size: how many cotangents to pull at a time; None: all at once.
+
+    Yields:
+        What arrives at the output of each hooked block, from the top down, once for each of its calls.
+
+    Raises:
+        StructureChanged: a replayed block did not return what the next one had received.
+    """
+    expected = recording.top
+    while recording.calls:
+        call = recording.calls.pop()
+        if call.name in layers:
+            yield Arrived(call.name, expected, cotangents_KBTD)
+        cotangents_KBTD = pullback_block(call, expected, cotangents_KBTD, chunk_size)
+        expected = call.hidden
+    yield Arrived(recording.below, expected, cotangents_KBTD)
+
+
+def pullback_block(call: BlockCall, expected: Tensor, cotangents_KBTD: Tensor, chunk_size: int | None) -> Tensor:
+    """Cotangents of one block's output to those of its input, [K, B, T, D]; the primal must be the expected one."""
+    primal, pull = vjp(call.replay, call.hidden)
+    check_primal(call.name, primal, expected)
+    cotangents_KBTD = cotangents_KBTD.to(primal.device)
+    (below_KBTD,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBTD)
+    return below_KBTD  # type: ignore[no-any-return]
+
+
+def check_primal(name: str, primal: Tensor, expected: Tensor) -> None:
+    """Raise StructureChanged unless a replayed block returned what the recorded forward had passed on.
+
+    The same operations on the same values agree to the bit on a CPU; kernels that add in a free order may differ by
+    rounding. Values that are not finite say nothing and pass: the scores will carry them.
+    """
+    gap = (primal - expected.to(primal.device)).float().norm()
+    size = expected.float().norm().to(gap.device)
+    if bool(gap > 64 * torch.finfo(primal.dtype).eps * size):
+        raise StructureChanged(f"the replay of {name} is {float(gap / size):.1e} away from what it returned before")

@@ -1,0 +1,137 @@
+"""One forward without gradients that remembers every call of a decoder block, and stops where the blocks end."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.blocks import hidden_of, output_of, with_hidden
+
+
+class StructureChanged(Exception):
+    """The model did not do what the probe had seen it do; another form of the kernel must take over."""
+
+
+class BlockCall(NamedTuple):
+    """One call of a decoder block: all that is needed to replay it.
+
+    Attributes:
+        name: the block's name; a block may be called more than once.
+        block: the module.
+        hidden: [B, T, D], the residual stream that went in.
+        args: the positional arguments, the residual stream among them where it came so.
+        kwargs: the keyword arguments.
+    """
+
+    name: str
+    block: nn.Module
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def replay(self, hidden: Tensor) -> Tensor:
+        """The block's output residual stream for another input, everything else as recorded."""
+        args, kwargs = with_hidden(self.args, self.kwargs, hidden)
+        output = output_of(self.block(*args, **kwargs))
+        if output is None:
+            raise StructureChanged(f"{self.name} returned no tensor")
+        return output
+
+
+class Recording(NamedTuple):
+    """The calls above the lowest hooked block.
+
+    Attributes:
+        below: the name of the block called just before the first of them: the lowest hooked one.
+        calls: in the order of the forward.
+        top: [B, T, D], what the last call of the forward returned.
+    """
+
+    below: str
+    calls: list[BlockCall]
+    top: Tensor
+
+
+class _BlocksEnded(Exception):
+    """Leaves the model's forward once its last block has returned: norm and logits of all positions are not wanted."""
+
+
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Remove the hooks on the way out, whatever happened."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_blocks(
+    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], input_ids: Tensor
+) -> Tensor:
+    """Run the model up to the end of its last block call; returns that call's output residual stream, [B, T, D]."""
+    ended: list[Tensor] = []
+    seen = 0
+
+    def count(name: str) -> Callable[..., None]:
+        def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            nonlocal seen
+            if seen >= len(call_order) or call_order[seen] != name:
+                raise StructureChanged(f"block {name} was called out of the order that the probe saw")
+            seen += 1
+            if seen == len(call_order):
+                hidden = output_of(output)
+                if hidden is None:
+                    raise StructureChanged(f"{name} returned no tensor")
+                ended.append(hidden)
+                raise _BlocksEnded
+
+        return after
+
+    with hooks(*(b.register_forward_hook(count(name), with_kwargs=True) for name, b in blocks.items())):
+        try:
+            model(input_ids=input_ids, use_cache=False)
+        except _BlocksEnded:
+            return ended[0]
+    raise StructureChanged(f"the model's forward made {seen} block calls where the probe saw {len(call_order)}")
+
+
+def record(
+    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], first: int, input_ids: Tensor
+) -> Recording:
+    """Run the blocks and remember the calls from number `first` on.
+
+    Args:
+        model: the causal LM.
+        blocks: its decoder blocks by name.
+        call_order: the names of the blocks in the order of their calls, as the probe saw them.
+        first: the first call to remember.
+        input_ids: [B, T] int64.
+
+    Raises:
+        StructureChanged: the calls were not those of `call_order`.
+    """
+    calls: list[BlockCall] = []
+    seen = 0
+
+    def remember(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal seen
+            if seen >= first:
+                hidden = hidden_of(args, kwargs)
+                if hidden is None:
+                    raise StructureChanged(f"{name} was called without a residual stream")
+                # A copy: a block may write into its input, and the replay must see what the forward saw.
+                calls.append(BlockCall(name, module, hidden.clone(), args, kwargs))
+            seen += 1
+
+        return before
+
+    handles = [
+        b.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, b in blocks.items()
+    ]
+    with hooks(*handles):
+        top = run_blocks(model, blocks, call_order, input_ids)
+    return Recording(call_order[first - 1], calls, top)
