@@ -30,11 +30,13 @@ class Parts:
         blocks: the decoder blocks by name.
         call_order: the names of the blocks in the order of their calls.
         head: the head taken apart; None where only the model itself can make its logits.
+        vocabulary: V, the number of logits.
     """
 
     blocks: Mapping[str, nn.Module]
     call_order: Sequence[str]
     head: UnembeddingHead | None
+    vocabulary: int
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,24 @@ def _look(model: nn.Module, input_ids: Tensor) -> Probe:
     if attention != attention_interface.NAME:
         with attention_set_to(model, attention):
             watched = watch(model, blocks, input_ids)
-    parts = Parts(blocks, tuple(watched.call_order), watched.head)
+    parts = Parts(blocks, tuple(watched.call_order), watched.head, watched.vocabulary)
     with attention_set_to(model, attention):
         reach = block_reach(model, blocks, input_ids)
     return Probe(parts, reach, attention, watched.why_not)
+
+
+def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
+    """D of each hooked module, by running the model on two tokens.
+
+    Raises:
+        ValueError: a module's output is not [B, T, D], or it is not called.
+    """
+    device = next(model.parameters()).device
+    layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=device), None)
+    modules = {layer: model.get_submodule(layer) for layer in layers}
+    with torch.no_grad(), undisturbed(model):
+        outputs = hooked_outputs(rows_from_logits(model, layout), modules, layout)
+    return {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
 
 
 def _attention_for(model: nn.Module) -> str | None:

@@ -23,11 +23,13 @@ class Watched(NamedTuple):
         call_order: the names of the blocks in the order of their calls.
         head: the head taken apart, or None.
         why_not: where there is none, the reason in words.
+        vocabulary: V, the number of logits.
     """
 
     call_order: list[str]
     head: UnembeddingHead | None
     why_not: str
+    vocabulary: int
 
 
 class _Event(NamedTuple):
@@ -55,9 +57,9 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
     with torch.no_grad(), hooks(*(module.register_forward_hook(after) for module in model.modules())):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     if not top:
-        return Watched(call_order, None, "the blocks return no tensor")
+        return Watched(call_order, None, "the blocks return no tensor", logits.shape[-1])
     head, why_not = _take_apart(model, top[0], events, logits, input_ids)
-    return Watched(call_order, head, why_not)
+    return Watched(call_order, head, why_not, logits.shape[-1])
 
 
 def _take_apart(

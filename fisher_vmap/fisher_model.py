@@ -1,0 +1,255 @@
+"""`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.attention_interface import attention_set_to
+from fisher_vmap.batches import batch_tokens_for, pack
+from fisher_vmap.blocks import resolve_layers
+from fisher_vmap.decomposition import compress
+from fisher_vmap.kernel import fisher_scores
+from fisher_vmap.layout import lay_out
+from fisher_vmap.linearized import LinearizedNetwork
+from fisher_vmap.positions import position_mask
+from fisher_vmap.probe import layer_widths, probe, undisturbed
+from fisher_vmap.scores import Scores
+from fisher_vmap.storage.prompt_record import PromptRecord
+from fisher_vmap.storage.records import LayerResult
+from fisher_vmap.storage.table import covered_mass
+from fisher_vmap.tokens import Renderer, TokenizedPrompt
+from fisher_vmap.whole import hooked_outputs, rows_from_blocks, with_biases
+
+WINDOW = 32  # prompts that `fisher` sorts by length at a time
+
+
+class PromptNumbers(NamedTuple):
+    """One prompt's results as arrays on the CPU: token_ids [K], log_probs [K], and each layer's low-rank matrix.
+
+    `reason` says what is wrong with them, where they are not finite; else it is None.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    layers: dict[str, LayerResult]
+    reason: str | None
+
+
+class FisherRecord(NamedTuple):
+    """One prompt's Fisher matrices: a `PromptRecord` (S, V, U, Q, matrix(), matvec(x), scores()) for each layer."""
+
+    index: int
+    layers: dict[str, PromptRecord]
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of the only layer's record; with several layers, ask `record.layers[name]`."""
+        if name.startswith("_") or len(self.layers) != 1:
+            raise AttributeError(f"{name}: this record has {len(self.layers)} layers; use record.layers[layer].{name}")
+        return getattr(next(iter(self.layers.values())), name)
+
+
+class FisherModel:
+    """A causal LM with hooked layers.
+
+    Attributes:
+        layers: the names of the hooked modules.
+        widths: D of each.
+        vocabulary: V.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        layers: str | int | Sequence[str | int],
+        top_k: int = 10,
+        positions: str = "all",
+        kernel: str = "auto",
+        chunk_size: int | None = None,
+        batch_size: int = 8,
+        max_batch_tokens: int | None = None,
+        renderer: Renderer | None = None,
+    ) -> None:
+        """Open a model: resolve its layers and check what can be checked without a prompt.
+
+        Args:
+            model: a causal LM of transformers, on its device.
+            tokenizer: its tokenizer; only `fisher` needs one.
+            layers, top_k, positions, kernel, chunk_size: as for `fisher_scores`.
+            batch_size: most prompts computed at once by `fisher`.
+            max_batch_tokens: most tokens computed at once, padding included; None: by memory.
+            renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
+
+        Raises:
+            ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, or top_k above V.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.layers = resolve_layers(model, layers)
+        self.widths = layer_widths(model, self.layers)
+        self.device: torch.device = next(model.parameters()).device
+        self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
+        self.batch_size = batch_size
+        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, top_k)
+        self._renderer = renderer
+        known = self._probe()
+        self.vocabulary = known.parts.vocabulary
+        if not 1 <= top_k <= self.vocabulary:
+            raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
+
+    def _probe(self) -> Any:
+        with torch.no_grad(), undisturbed(self.model):
+            return probe(self.model, lay_out(torch.arange(4, device=self.device)[None], None))
+
+    @property
+    def forms(self) -> dict[str, dict[str, str]]:
+        """For each layer that has been computed: the kernel's form, and why it was chosen."""
+        chosen = self._probe().forms
+        return {
+            layer: dict(zip(("form", "why"), chosen[layer, self.kernel], strict=True))
+            for layer in self.layers
+            if (layer, self.kernel) in chosen
+        }
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None, **choices: Any) -> Scores:
+        """`fisher_scores` with this model's layers and settings; `choices` override them."""
+        settings = {
+            "layers": self.layers,
+            "top_k": self.top_k,
+            "positions": self.positions,
+            "kernel": self.kernel,
+            "chunk_size": self.chunk_size,
+        }
+        return fisher_scores(self.model, input_ids, attention_mask, **(settings | choices))
+
+    def numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int) -> list[PromptNumbers]:
+        """One batch from token ids to compressed matrices.
+
+        Args:
+            prompts_ids: the token ids of each prompt of the batch, unequal lengths welcome.
+            rank: R, singular values kept.
+        """
+        lengths = [len(ids) for ids in prompts_ids]
+        input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for b, ids in enumerate(prompts_ids):
+            input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids), 1
+        scores = self.scores(input_ids.to(self.device), mask.to(self.device))
+        low_rank = {layer: compress(scores.factor(layer), rank) for layer in self.layers}
+        token_ids, log_probs = scores.token_ids.cpu().numpy(), _numpy(scores.log_probs)
+        arrays = {
+            layer: (
+                _numpy(low.singular_values),
+                _numpy(low.vectors),
+                _numpy(low.left_vectors),
+                _numpy(low.trace),
+                _numpy(scores.residual_norm[layer]),
+                _numpy(scores.position_energy[layer]),
+            )
+            for layer, low in low_rank.items()
+        }
+        found = []
+        for b, length in enumerate(lengths):
+            layers = {
+                layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], float(trace[b]))
+                for layer, (S, V, Q, trace, norm, energy) in arrays.items()
+            }
+            found.append(PromptNumbers(token_ids[b], log_probs[b], layers, _not_finite(log_probs[b], layers)))
+        return found
+
+    def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
+        """The Fisher matrix of each prompt, in order, as it comes.
+
+        Args:
+            prompts: texts or lists of messages ({"role": ..., "content": ...}).
+            rank: R, how many singular values to keep.
+
+        Yields:
+            A record a prompt. One that holds no text, or whose numbers are not finite, has status "failed".
+
+        Raises:
+            ValueError: the model was opened without a tokenizer.
+        """
+        if self._renderer is None:
+            if self.tokenizer is None:
+                raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
+            self._renderer = Renderer(self.tokenizer)
+        stream, index = iter(prompts), 0
+        while window := list(islice(stream, WINDOW)):
+            rendered = [self._renderer.render(prompt) for prompt in window]
+            numbers: dict[int, PromptNumbers] = {}
+            for batch in pack([len(r.ids) for r in rendered], self.batch_size, self.max_batch_tokens):
+                numbers.update(zip(batch, self.numbers([rendered[i].ids for i in batch], rank), strict=True))
+            for i, prompt in enumerate(rendered):
+                yield _record(index + i, prompt, numbers[i])
+            index += len(window)
+
+    @contextmanager
+    def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
+        """The upper network of a batch as a linear map, with products by any vectors, while the context lasts.
+
+        Args:
+            input_ids: [B, T] int64, padded on either side.
+            attention_mask: [B, T], 1 for real tokens.
+
+        Raises:
+            ValueError: the model cannot be differentiated by torch.func.
+        """
+        layout = lay_out(input_ids, attention_mask)
+        known = self._probe()
+        modules = {layer: self.model.get_submodule(layer) for layer in self.layers}
+        run = rows_from_blocks(self.model, known.parts.blocks, known.parts.call_order, layout)
+        # The plain attention of transformers has forward-mode rules, which the fused ones lack.
+        attention = None if known.attention is None else "eager"
+        with undisturbed(self.model), attention_set_to(self.model, attention):
+            with torch.no_grad():
+                zeros = {n: torch.zeros_like(x) for n, x in hooked_outputs(run, modules, layout).items()}
+                mask = position_mask(self.positions, layout)
+                network = LinearizedNetwork(with_biases(run, modules), zeros, layout, mask)
+            yield network
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.to("cpu", torch.float32).numpy()
+
+
+def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | None:
+    if not np.isfinite(log_probs).all():
+        return "the logits are not finite"
+    for layer, result in layers.items():
+        if not (np.isfinite(result.S).all() and np.isfinite(result.V).all()):
+            return f"the scores at {layer} are not finite"
+    return None
+
+
+def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers) -> FisherRecord:
+    row: dict[str, Any] = {
+        "text": prompt.text,
+        "status": "ok" if numbers.reason is None else "failed",
+        "reason": numbers.reason,
+        "tokens": len(prompt.ids),
+        "truncated": prompt.truncated,
+        "mass": covered_mass(numbers.log_probs),
+        **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
+    }
+    records = {
+        layer: PromptRecord(
+            index=index,
+            layer=layer,
+            S=result.S,
+            V=result.V,
+            Q=result.Q,
+            residual_norm=result.residual_norm,
+            position_energy=result.position_energy,
+            token_ids=numbers.token_ids,
+            log_probs=numbers.log_probs,
+            row=row,
+        )
+        for layer, result in numbers.layers.items()
+    }
+    return FisherRecord(index, records)
