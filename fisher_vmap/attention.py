@@ -25,13 +25,23 @@ BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What an attention does beside the tensors: the scale of its scores and whether it is causal without a mask.
+    """What an attention does beside the tensors.
 
     A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+
+    Attributes:
+        scale: of the scores.
+        causal: whether, without a mask, position t sees keys up to t + S - T only.
+        ranges: where prompts are packed end to end, the positions [start, stop) of each; none sees another's.
     """
 
     scale: float
     causal: bool
+    ranges: tuple[tuple[int, int], ...] | None = None
+
+    def alone(self) -> "AttentionKind":
+        """The same within one prompt."""
+        return AttentionKind(self.scale, self.causal)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
@@ -50,10 +60,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Attent
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
-        grouped = k.shape[1] != q.shape[1]
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=kind.causal and mask is None, scale=kind.scale, enable_gqa=grouped
-        )
+        if kind.ranges is None:
+            return _fused(q, k, v, mask, kind)
+        alone = kind.alone()
+        return torch.cat([_fused(*(x[:, :, a:z] for x in (q, k, v)), None, alone) for a, z in kind.ranges], 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -65,6 +75,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, out = ctx.saved_tensors
         dq, dk, dv = _AttentionPullback.apply(grad_out, q, k, v, mask, out, ctx.kind)
         return dq, dk, dv, None, None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
+    causal, grouped = kind.causal and mask is None, k.shape[1] != q.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=grouped)
 
 
 class _AttentionPullback(torch.autograd.Function):
@@ -109,6 +124,15 @@ def pullback_attention(
     Returns:
         dq [B, H, T, K, E], dk [B, G, S, K, E], dv [B, G, S, K, Ev], in the dtype of q.
     """
+    if kind.ranges is not None:
+        parts = [
+            pullback_attention(
+                grad_out[:, :, a:z], q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, out[:, :, a:z], kind.alone()
+            )
+            for a, z in kind.ranges
+        ]
+        dq, dk, dv = (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
+        return dq, dk, dv
     B, H, T, K, Ev = grad_out.shape
     G, S, E = k.shape[1:]
     M = H // G

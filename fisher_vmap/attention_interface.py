@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisher_vmap.attention import AttentionKind, attention
+from fisher_vmap.layout import Layout
 
 NAME = "fisher_vmap"
+
+_RANGES: ContextVar[tuple[tuple[int, int], ...] | None] = ContextVar("ranges of packed prompts", default=None)
+_ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
 
 
 class UnsupportedAttention(Exception):
@@ -33,17 +38,54 @@ def _attention_forward(
             raise UnsupportedAttention(f"{type(module).__name__} uses {name}")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1)
+    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, _RANGES.get())
+    if kind.ranges is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
+        raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
     return attention(query, key, value, attention_mask, kind).transpose(1, 2), None
+
+
+def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+    """The function that transformers' models build masks with: none where causality is all there is to it."""
+    ranges = _RANGES.get()
+    if ranges is None:
+        from transformers.masking_utils import sdpa_mask
+
+        if not allow_is_causal_skip and (notes := _ODD_MASKS.get()) is not None:
+            notes.append("a mask that is more than causal")
+        return sdpa_mask(*args, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+    longest = max(stop - start for start, stop in ranges)
+    if local_size is not None and local_size < longest:
+        raise UnsupportedAttention(f"a window of {local_size} is shorter than a prompt of {longest} tokens")
+    return None
+
+
+@contextmanager
+def prompts_packed(layout: Layout) -> Iterator[None]:
+    """Within the context our attention keeps the layout's prompts apart, if they are packed end to end."""
+    token = _RANGES.set(tuple(layout.ranges()) if layout.packed else None)
+    try:
+        yield
+    finally:
+        _RANGES.reset(token)
+
+
+@contextmanager
+def noting_odd_masks() -> Iterator[list[str]]:
+    """Gives a list that fills, within the context, with masks that are more than causal or windowed."""
+    notes: list[str] = []
+    token = _ODD_MASKS.set(notes)
+    try:
+        yield notes
+    finally:
+        _ODD_MASKS.reset(token)
 
 
 def register() -> None:
     """Make our attention known to transformers under the name `fisher_vmap`; twice is as good as once."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def supports_ours(model: torch.nn.Module) -> bool:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.fused import Forward, fused_pullbacks
 from fisher_vmap.head import Head, LogitsHead, Reading, UnembeddingHead
 from fisher_vmap.layout import Layout
 from fisher_vmap.network import pullback_blocks
-from fisher_vmap.positions import sum_positions
+from fisher_vmap.positions import position_mask, sum_positions
 from fisher_vmap.recording import record
 from fisher_vmap.scores import Scores
 from fisher_vmap.whole import (
@@ -31,12 +32,16 @@ class Parts:
         call_order: the names of the blocks in the order of their calls.
         head: the head taken apart; None where only the model itself can make its logits.
         vocabulary: V, the number of logits.
+        why_not_packed: why prompts cannot be packed end to end; empty where nothing is known to speak against it.
+        fused: modules inside the blocks that have a fused pullback, with the forward that has it.
     """
 
     blocks: Mapping[str, nn.Module]
     call_order: Sequence[str]
     head: UnembeddingHead | None
     vocabulary: int
+    why_not_packed: str
+    fused: Sequence[tuple[nn.Module, Forward]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Wanted:
 
     top_k: int
     token_ids: Tensor | None
-    mask_BT: Tensor | None
+    positions: str | Tensor
     chunk_size: int | None
 
 
@@ -53,13 +58,14 @@ def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[s
     """Record one forward, read the head, and pull its cotangents through one block at a time."""
     assert parts.head is not None
     first = min(parts.call_order.index(layer) for layer in layers) + 1
-    recording = record(model, parts.blocks, parts.call_order, first, layout.input_ids)
+    recording = record(model, parts.blocks, parts.call_order, first, layout)
     reading = parts.head.read(layout.last(recording.top), wanted.top_k, wanted.token_ids)
     unit_KBD, norm_KB = unit_rows(reading.cotangents)
     cotangents_KBTD = layout.at_last(unit_KBD.to(recording.top.dtype))
-    collected = Collected(layout, reading, norm_KB, wanted.mask_BT)
-    for layer, hidden, arrived in pullback_blocks(recording, cotangents_KBTD, set(layers), wanted.chunk_size):
-        collected.add(layer, hidden, arrived)
+    collected = Collected(layout, reading, norm_KB, wanted.positions)
+    with fused_pullbacks(parts.fused):
+        for layer, hidden, arrived in pullback_blocks(recording, cotangents_KBTD, set(layers), wanted.chunk_size):
+            collected.add(layer, hidden, arrived)
     return collected.scores(layers)
 
 
@@ -79,7 +85,7 @@ def whole(
     reading = head.read(rows, wanted.top_k, wanted.token_ids)
     unit_KBX, norm_KB = unit_rows(reading.cotangents)
     arrived = pullback(unit_KBX.to(rows.dtype), wanted.chunk_size)
-    collected = Collected(layout, reading, norm_KB, wanted.mask_BT)
+    collected = Collected(layout, reading, norm_KB, wanted.positions)
     for layer in layers:
         collected.add(layer, outputs[layer], arrived.pop(layer))
     return collected.scores(layers)
@@ -94,26 +100,28 @@ def unit_rows(cotangents_KBX: Tensor) -> tuple[Tensor, Tensor]:
 class Collected:
     """Gathers what arrives at each hooked layer; a layer called more than once adds up."""
 
-    def __init__(self, layout: Layout, reading: Reading, norm_KB: Tensor, mask_BT: Tensor | None) -> None:
-        self.layout, self.reading, self.norm_KB, self.mask_BT = layout, reading, norm_KB, mask_BT
+    def __init__(self, layout: Layout, reading: Reading, norm_KB: Tensor, positions: str | Tensor) -> None:
+        self.layout, self.reading, self.norm_KB = layout, reading, norm_KB
+        self.mask_N = position_mask(positions, layout)
         self.gradients: dict[str, Tensor] = {}
         self.energy: dict[str, Tensor] = {}
         self.residual_norm: dict[str, Tensor] = {}
 
-    def add(self, layer: str, hidden_BTD: Tensor, cotangents_KBTD: Tensor) -> None:
+    def add(self, layer: str, hidden: Tensor, cotangents: Tensor) -> None:
         """Sum one arrival over its positions."""
-        device = self.layout.lengths.device
-        gradients, energy = sum_positions(cotangents_KBTD, self.norm_KB, self.reading.log_probs.exp(), self.mask_BT)
-        length_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=energy.dtype).to(device)
-        self.residual_norm[layer] = (length_BT * self.layout.real()).sum(1) / self.layout.lengths
-        gradients, energy = gradients.to(device), self.layout.to_caller(energy.to(device))
+        layout, device = self.layout, self.layout.device
+        probs_BK = self.reading.log_probs.exp()
+        gradients, energy = sum_positions(cotangents, layout, self.norm_KB, probs_BK, self.mask_N)
+        length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=energy.dtype)
+        self.residual_norm[layer] = torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(device)
+        gradients, energy = gradients.to(device), layout.to_caller(energy.to(device))
         self.gradients[layer] = gradients + self.gradients.get(layer, 0)
         self.energy[layer] = energy + self.energy.get(layer, 0)
 
     def scores(self, layers: Sequence[str]) -> Scores:
         """The record, with the layers in the order given."""
         log_probs, token_ids, _ = self.reading
-        device = self.layout.lengths.device
+        device = self.layout.device
         return Scores(
             log_probs.to(device),
             token_ids.to(device),

@@ -38,7 +38,9 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"cannot write to the cache folder {folder.parent} ({error.strerror}); set XDG_CACHE_HOME") from error
+        raise UserError(
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
     try:
         _convert(path, dtype, scratch)
         try:

@@ -15,7 +15,7 @@ from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.forms import Wanted
 from fisher_vmap.layout import lay_out
 from fisher_vmap.positions import position_mask
-from fisher_vmap.probe import FORMS, choose_forms, probe, run_form, undisturbed
+from fisher_vmap.probe import KERNELS, choose_forms, probe, run_form, undisturbed
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.scores import Scores
 
@@ -59,27 +59,30 @@ def fisher_scores(
     Raises:
         ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
     """
-    if kernel not in ("auto", *FORMS):
+    if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
     names = resolve_layers(model, layers)
     layout = lay_out(input_ids, attention_mask)
+    position_mask(positions, layout)  # raises now what is wrong with it
     if token_ids is not None and (token_ids.dim() != 2 or len(token_ids) != len(layout.lengths)):
         raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}; expected [{len(layout.lengths)}, K]")
-    wanted = Wanted(top_k, token_ids, position_mask(positions, layout), chunk_size)
+    wanted = Wanted(top_k, token_ids, positions, chunk_size)
     with torch.no_grad(), undisturbed(model):
         known = probe(model, layout)
         forms = choose_forms(model, known, layout, names, kernel)
         with attention_set_to(model, known.attention):
-            try:
-                groups = {form: [name for name in names if forms[name] == form] for form in set(forms.values())}
-                results = [run_form(form, model, known.parts, layout, group, wanted) for form, group in groups.items()]
-            except StructureChanged as reason:
-                if kernel != "auto":
-                    raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
-                log.warning("the kernel fell back to the whole form: %s", reason)
-                for name in names:
-                    known.forms[name, kernel] = ("whole", str(reason))
-                results = [run_form("whole", model, known.parts, layout, names, wanted)]
+            groups = {form: [name for name in names if forms[name] == form] for form in set(forms.values())}
+            results = []
+            for form, group in groups.items():
+                try:
+                    results.append(run_form(form, model, known.parts, layout, group, wanted))
+                except StructureChanged as reason:
+                    if kernel != "auto":
+                        raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
+                    log.warning("the kernel fell back to the whole form: %s", reason)
+                    for name in group:
+                        known.forms[name, kernel] = ("whole", str(reason))
+                    results.append(run_form("whole", model, known.parts, layout, group, wanted))
     return _joined(results, names)
 
 

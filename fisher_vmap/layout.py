@@ -1,7 +1,11 @@
-"""How a batch of prompts of unequal length is laid out: on the left, with padding on the right and no mask.
+"""How a batch of prompts of unequal length is laid out for the model, without an attention mask.
 
-In a causal model what stands to the right of a token is inert, so right padding needs no mask, no position ids and no
-special rule for recurrent models, and fused attention stays available. Input padded on the left is laid anew.
+padded    [B, T]: each prompt on the left, padding on the right. In a causal model what stands to the right of a token is
+          inert, so this holds for every model, recurrent ones included.
+packed    [1, N]: all prompts end to end, without padding; each has its own position ids, and the attention is told where
+          each begins. It holds where positions meet in attention alone; the probe proves it before it is used.
+
+Both are one thing to the rest of the package: rows of tokens, of which prompt b owns a contiguous range.
 """
 
 from typing import NamedTuple
@@ -11,49 +15,74 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Prompts as the model sees them.
+    """Prompts as the model sees them. Rows are counted through all of `input_ids`, flattened.
 
     Attributes:
-        input_ids: [B, T] int64; a row's padding repeats its own last token, so it is always a valid token.
-        lengths: [B] int64, the number of real tokens.
-        start: [B] int64, the column of the caller's tensor in which each prompt began.
+        input_ids: [b, T] int64 with b = B, or b = 1 where prompts are packed. Padding repeats a prompt's own last token.
+        position_ids: [1, T] where prompts are packed, else None: the model's own are right.
+        lengths: the number of real tokens of each prompt.
+        first_row: the row of each prompt's first token.
+        start: the column of the caller's tensor in which each prompt began.
         width: the number of columns of the caller's tensor.
     """
 
     input_ids: Tensor
-    lengths: Tensor
-    start: Tensor
+    position_ids: Tensor | None
+    lengths: tuple[int, ...]
+    first_row: tuple[int, ...]
+    start: tuple[int, ...]
     width: int
 
-    def real(self) -> Tensor:
-        """[B, T] bool, True for real tokens."""
-        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+    @property
+    def packed(self) -> bool:
+        """Whether the prompts stand end to end in one row."""
+        return self.position_ids is not None
 
-    def last(self, x_BTD: Tensor) -> Tensor:
-        """[B, D]: the rows of the last real tokens, of a tensor [B, T, D]."""
-        return x_BTD[torch.arange(len(self.lengths), device=x_BTD.device), self.lengths.to(x_BTD.device) - 1]
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.input_ids.device
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """[first, last + 1) row of each prompt."""
+        return [(first, first + length) for first, length in zip(self.first_row, self.lengths, strict=True)]
+
+    def last_rows(self, device: torch.device) -> Tensor:
+        """[B] int64, the row of each prompt's last token."""
+        return torch.tensor([stop - 1 for _, stop in self.ranges()], device=device)
+
+    def last(self, x_bTD: Tensor) -> Tensor:
+        """[B, D]: the rows of the last real tokens."""
+        return x_bTD.flatten(0, 1)[self.last_rows(x_bTD.device)]
 
     def at_last(self, rows_KBD: Tensor) -> Tensor:
-        """[K, B, T, D], zero but for the rows given, [K, B, D], at each prompt's last real token."""
-        K, B, D = rows_KBD.shape
-        out_KBTD = rows_KBD.new_zeros(K, B, self.input_ids.shape[1], D)
-        out_KBTD[:, torch.arange(B, device=rows_KBD.device), self.lengths.to(rows_KBD.device) - 1] = rows_KBD
-        return out_KBTD
+        """[K, b, T, D], zero but for the rows given, [K, B, D], at each prompt's last real token."""
+        K, _, D = rows_KBD.shape
+        out_KND = rows_KBD.new_zeros(K, self.input_ids.numel(), D)
+        out_KND[:, self.last_rows(rows_KBD.device)] = rows_KBD
+        return out_KND.view(K, *self.input_ids.shape, D)
 
-    def to_caller(self, x_BT: Tensor) -> Tensor:
-        """[B, width]: a number for each token, moved to where the caller's tensor had the token; zero at padding."""
-        column_BW = torch.arange(self.width, device=x_BT.device) - self.start.to(x_BT.device)[:, None]
-        inside_BW = (column_BW >= 0) & (column_BW < self.lengths.to(x_BT.device)[:, None])
-        return x_BT.gather(1, column_BW.clamp(0, x_BT.shape[1] - 1)) * inside_BW
+    def sum_prompts(self, x_KND: Tensor, dtype: torch.dtype) -> Tensor:
+        """[K, B, D]: the sum over each prompt's rows, accumulated in `dtype`."""
+        return torch.stack([x_KND[:, start:stop].sum(1, dtype=dtype) for start, stop in self.ranges()], 1)
+
+    def to_caller(self, x_N: Tensor) -> Tensor:
+        """[B, width]: a number for each row, moved to where the caller's tensor had its token; zero at padding."""
+        out_BW = x_N.new_zeros(len(self.lengths), self.width)
+        for b, (first, stop) in enumerate(self.ranges()):
+            out_BW[b, self.start[b] : self.start[b] + stop - first] = x_N[first:stop]
+        return out_BW
 
     def from_caller(self, x_BW: Tensor) -> Tensor:
-        """[B, T]: the inverse of `to_caller`; zero at padding."""
-        column_BT = torch.arange(self.input_ids.shape[1], device=x_BW.device) + self.start.to(x_BW.device)[:, None]
-        return x_BW.gather(1, column_BT.clamp(max=self.width - 1)) * self.real().to(x_BW.device)
+        """[N]: the inverse of `to_caller`; zero at padding."""
+        out_N = x_BW.new_zeros(self.input_ids.numel())
+        for b, (first, stop) in enumerate(self.ranges()):
+            out_N[first:stop] = x_BW[b, self.start[b] : self.start[b] + stop - first]
+        return out_N
 
 
 def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
-    """Lay prompts on the left, whichever side they were padded on.
+    """Lay prompts on the left of a padded tensor, whichever side they were padded on.
 
     Args:
         input_ids: [B, T] int64.
@@ -72,7 +101,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, {tuple(input_ids.shape)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, as input_ids"
         )
     real_BW = attention_mask.to(input_ids.device) != 0
     lengths = real_BW.sum(1)
@@ -85,4 +114,14 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
         raise ValueError("attention_mask has a gap inside a prompt; the real tokens of a row must be contiguous")
     T = int(lengths.max())
     offset_BT = torch.minimum(torch.arange(T, device=input_ids.device), lengths[:, None] - 1)
-    return Layout(input_ids.gather(1, start[:, None] + offset_BT), lengths, start, W)
+    ids_BT = input_ids.gather(1, start[:, None] + offset_BT)
+    first_rows = tuple(b * T for b in range(B))
+    return Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W)
+
+
+def pack_rows(layout: Layout) -> Layout:
+    """The same prompts end to end, without padding."""
+    ids_N = torch.cat([layout.input_ids.flatten()[first:stop] for first, stop in layout.ranges()])
+    positions_N = torch.cat([torch.arange(length, device=ids_N.device) for length in layout.lengths])
+    firsts = tuple(sum(layout.lengths[:b]) for b in range(len(layout.lengths)))
+    return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)

@@ -24,11 +24,13 @@ class LinearizedNetwork:
     """
 
     def __init__(
-        self, function: Callable[[Biases], Tensor], zeros: Mapping[str, Tensor], layout: Layout, mask_BT: Tensor | None
+        self, function: Callable[[Biases], Tensor], zeros: Mapping[str, Tensor], layout: Layout, mask_N: Tensor | None
     ) -> None:
         self._layout, self._zeros = layout, dict(zeros)
         self._function = function
-        self._mask_BT1 = (layout.real() if mask_BT is None else mask_BT)[:, :, None]
+        everywhere = torch.ones(len(layout.lengths), layout.width, device=layout.device)
+        mask_N = layout.from_caller(everywhere) if mask_N is None else mask_N
+        self._mask_BT1 = mask_N.view(*layout.input_ids.shape, 1)
         self.output, self._pull = vjp(function, self._zeros)
         self.output = self.output.detach()
 

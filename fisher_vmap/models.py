@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +36,16 @@ def choose_device(device: str) -> torch.device:
             torch.empty(1, device=chosen)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda, cuda:1 or mps") from error
+            raise UserError(
+                f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda, cuda:1 or mps"
+            ) from error
         return chosen
     if torch.cuda.is_available():
         return torch.device("cuda")
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
-        log.warning("an NVIDIA GPU seems to be there, but torch %s cannot use it: running on the CPU", torch.__version__)
+        log.warning(
+            "an NVIDIA GPU seems to be there, but torch %s cannot use it: running on the CPU", torch.__version__
+        )
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -71,7 +77,8 @@ def load_model(
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
-        source, identity = str(converted(local, weights_dtype)), _file_identity(local)
+        with quiet_progress():
+            source, identity = str(converted(local, weights_dtype)), _file_identity(local)
     elif local.is_dir():
         if not (local / "config.json").is_file():
             ggufs = sorted(p.name for p in local.glob("*.gguf"))
@@ -84,16 +91,34 @@ def load_model(
         source, identity = model_path, {"hub": model_path, "revision": revision}
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet_progress():
+        model, tokenizer = _load(model_path, source, weights_dtype, options)
+    if "hub" in identity:
+        identity["commit"] = getattr(model.config, "_commit_hash", None)
+    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, place)
+    return Loaded(model.to(place).eval(), tokenizer, identity)
+
+
+def _load(model_path: str, source: str, weights_dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
     config = _explained(model_path, "config", transformers.AutoConfig.from_pretrained, source, **options)
     _refuse_other_kinds(model_path, config)
     tokenizer = _explained(model_path, "tokenizer", transformers.AutoTokenizer.from_pretrained, source, **options)
     model = _explained(
         model_path, "model", transformers.AutoModelForCausalLM.from_pretrained, source, dtype=weights_dtype, **options
     )
-    if "hub" in identity:
-        identity["commit"] = getattr(model.config, "_commit_hash", None)
-    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, place)
-    return Loaded(model.to(place).eval(), tokenizer, identity)
+    return model, tokenizer
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Without the progress bars of transformers: ours is the only one on the screen."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _refuse_other_kinds(model_path: str, config: Any) -> None:
@@ -103,7 +128,9 @@ def _refuse_other_kinds(model_path: str, config: Any) -> None:
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     made_for = getattr(config, "architectures", None) or []
     if config.model_type not in known and not remote:
-        raise UserError(f"{model_path} is a {config.model_type} model, which has no causal LM; expected a decoder-only causal LM")
+        raise UserError(
+            f"{model_path} is a {config.model_type} model, which has no causal LM; expected a decoder-only causal LM"
+        )
     if made_for and not remote and all(name.endswith("ForMaskedLM") for name in made_for):
         raise UserError(f"{model_path} is a masked LM ({made_for[0]}); expected a decoder-only causal LM")
 
@@ -120,14 +147,20 @@ def _explained(model_path: str, what: str, load: Any, source: str, **options: An
             todo = "it brings code of its own: read that, then set trust_remote_code: true"
         elif isinstance(error, torch.OutOfMemoryError | MemoryError):
             todo = "it does not fit in memory: try another device or dtype"
-        elif "huggingface.co" in message or "is not a valid model identifier" in message or "not a local folder" in message:
+        elif (
+            "huggingface.co" in message
+            or "is not a valid model identifier" in message
+            or "not a local folder" in message
+        ):
             todo = "the hub does not answer or has no such model: check the name, the network and `hf auth login`"
         elif what == "tokenizer":
             todo = "put the tokenizer's files beside the model's"
         else:
             todo = "fetch it again, or give another model"
         first = message[:160] + ("..." if len(message) > 160 else "")
-        raise UserError(f"the {what} of {model_path} cannot be loaded: {todo} ({type(error).__name__}: {first})") from error
+        raise UserError(
+            f"the {what} of {model_path} cannot be loaded: {todo} ({type(error).__name__}: {first})"
+        ) from error
 
 
 def _file_identity(path: Path) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from fisher_vmap.layout import Layout
 
 
 class Summed(NamedTuple):
-    """A layer's share of the scores: gradients [B, K, D] and position energy [B, T]."""
+    """A layer's share of the scores: gradients [B, K, D] and the position energy of each row, [N]."""
 
     gradients: Tensor
     energy: Tensor
 
 
 def position_mask(positions: str | Tensor, layout: Layout) -> Tensor | None:
-    """[B, T] of 0 and 1, where the bias is added; None for every position.
+    """[N] of 0 and 1, the rows where the bias is added; None for every one.
 
     Args:
         positions: "all", "last" (the last real token), or a mask [B, width] in the caller's columns.
@@ -26,40 +26,43 @@ def position_mask(positions: str | Tensor, layout: Layout) -> Tensor | None:
         ValueError: neither of these, or a mask that is zero on a whole prompt.
     """
     if isinstance(positions, Tensor):
-        if positions.shape != (len(layout.lengths), layout.width):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected that of input_ids, "
-                f"{(len(layout.lengths), layout.width)}"
-            )
-        mask_BT = layout.from_caller((positions.to(layout.input_ids.device) != 0).float())
-        if not bool(mask_BT.any(1).all()):
+        expected = (len(layout.lengths), layout.width)
+        if positions.shape != expected:
+            raise ValueError(f"positions has shape {tuple(positions.shape)}; expected that of input_ids, {expected}")
+        mask_N = layout.from_caller((positions.to(layout.device) != 0).float())
+        if not bool(layout.to_caller(mask_N).any(1).all()):
             raise ValueError("positions selects no real token of some prompt; give at least one for each")
-        return mask_BT
+        return mask_N
     if positions == "last":
-        T = layout.input_ids.shape[1]
-        at_T = torch.arange(T, device=layout.lengths.device)
-        return (at_T == layout.lengths[:, None] - 1).float()
+        mask_N = torch.zeros(layout.input_ids.numel(), device=layout.device)
+        mask_N[layout.last_rows(layout.device)] = 1
+        return mask_N
     if positions != "all":
         raise ValueError(f"positions is {positions!r}; expected 'all', 'last' or a mask [B, T]")
     return None
 
 
-def sum_positions(cotangents_KBTD: Tensor, norm_KB: Tensor, probs_BK: Tensor, mask_BT: Tensor | None) -> Summed:
-    """Sum over the biased positions, in float32, and undo the scaling of the cotangents.
+def sum_positions(
+    cotangents: Tensor, layout: Layout, norm_KB: Tensor, probs_BK: Tensor, mask_N: Tensor | None
+) -> Summed:
+    """Sum over each prompt's biased positions, in float32, and undo the scaling of the cotangents.
 
     Args:
-        cotangents_KBTD: [K, B, T, D] in the model's dtype, zero at padding.
+        cotangents: [K, b, T, D] in the model's dtype, zero at padding.
+        layout: of the batch.
         norm_KB: [K, B], what the cotangents had been divided by.
         probs_BK: [B, K], the weights of the energy.
-        mask_BT: where the bias is added; None for everywhere.
+        mask_N: [N], where the bias is added; None for everywhere.
     """
-    device, wide = cotangents_KBTD.device, torch.promote_types(cotangents_KBTD.dtype, norm_KB.dtype)
-    norm_KB, probs_BK = norm_KB.to(device, wide), probs_BK.to(device, wide)
-    length_KBT = torch.linalg.vector_norm(cotangents_KBTD, dim=-1, dtype=wide)
-    if mask_BT is not None:
-        mask_BT = mask_BT.to(device)
-        cotangents_KBTD = cotangents_KBTD * mask_BT.to(cotangents_KBTD.dtype)[None, :, :, None]
-        length_KBT = length_KBT * mask_BT
-    gradients_KBD = cotangents_KBTD.sum(2, dtype=wide) * norm_KB[:, :, None]
-    energy_BT = torch.einsum("kbt,kb,bk->bt", length_KBT**2, norm_KB**2, probs_BK)
-    return Summed(gradients_KBD.transpose(0, 1).contiguous(), energy_BT)
+    device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
+    norm_KB, weight_KB = norm_KB.to(device, wide), probs_BK.T.to(device, wide)
+    cotangents_KND = cotangents.flatten(1, 2)
+    if mask_N is not None:
+        cotangents_KND = cotangents_KND * mask_N.to(device, cotangents.dtype)[:, None]
+    gradients_KBD = layout.sum_prompts(cotangents_KND, wide) * norm_KB[:, :, None]
+    squared_KN = torch.linalg.vector_norm(cotangents_KND, dim=-1, dtype=wide) ** 2
+    weight_KB = weight_KB * norm_KB**2
+    energy_N = squared_KN.new_zeros(squared_KN.shape[1])
+    for b, (first, stop) in enumerate(layout.ranges()):
+        energy_N[first:stop] = weight_KB[:, b] @ squared_KN[:, first:stop]
+    return Summed(gradients_KBD.transpose(0, 1).contiguous(), energy_N)

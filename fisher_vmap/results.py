@@ -1,0 +1,217 @@
+"""Reading a results folder: prompts by index, stacks, the table, and means. Numpy only; nothing here needs torch."""
+
+import operator
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.checking import check_sha256, read_checked
+from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, Index, read_index
+from fisher_vmap.storage.mean import mean_matrix, read_mean
+from fisher_vmap.storage.metadata import describe_run, read_metadata
+from fisher_vmap.storage.prompt_record import PromptRecord
+from fisher_vmap.storage.reading import Float32, ShardReader, Stack
+from fisher_vmap.storage.selection import Where, chooser
+from fisher_vmap.storage.table import common_schema, in_schema
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Check = Literal["sizes", "full", "none"]
+_OPEN_SHARDS = 8  # kept open at a time: file handles are few, and their tables take memory
+
+
+def open_results(
+    folder: str | os.PathLike[str], *, check: Check = "sizes", allow_incomplete: bool = False
+) -> "Results":
+    """Open a results folder for reading.
+
+    Args:
+        folder: what `--output_dir` was.
+        check: "sizes" looks at the size of every shard now, and at the checksum of everything that is read later,
+            single prompts too; "full" compares the SHA-256 of every file now; "none" trusts the folder.
+        allow_incomplete: open what there is of an unfinished run.
+
+    Raises:
+        UserError: no results folder, an unfinished one, or a damaged one; the line names the shard.
+    """
+    if check not in ("sizes", "full", "none"):
+        raise UserError(f"check is {check!r}, expected 'sizes', 'full' or 'none'")
+    folder = Path(folder)
+    index = read_index(folder)
+    if not index.complete and not allow_incomplete:
+        total = "an unknown number of" if index.num_prompts is None else index.num_prompts
+        raise UserError(
+            f"{folder} is unfinished: {sum(s.stop - s.start for s in index.shards)} of {total} prompts are stored; run "
+            "the same command again to carry on, or pass allow_incomplete=True"
+        )
+    results = Results(folder, index, verify=check != "none")
+    for reader in results.shards() if check != "none" else ():
+        reader.check_sha256() if check == "full" else reader.check_sizes()
+    for name, entry in index.files.items() if check == "full" else ():
+        check_sha256(folder / name, entry.bytes, entry.sha256)
+    return results
+
+
+class Results:
+    """A results folder, read lazily: `results[3]` reads one prompt's numbers, not its shard.
+
+    Records are of the first layer, or of the one chosen by `at`. Open one with `open_results`. Reading raises UserError
+    where the folder turns out to be damaged.
+    """
+
+    def __init__(self, folder: Path, index: Index, *, verify: bool = True, layer: str | None = None) -> None:
+        self.folder = folder
+        self.index = index
+        """The contents of index.json: fingerprint, what was resolved, versions, shards."""
+        self.layer = index.layers[0] if layer is None else layer
+        """The layer that records, stacks and means are of, unless they name another."""
+        self._verify = verify
+        self._starts = [entry.start for entry in index.shards]
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the hooked layers."""
+        return self.index.layers
+
+    def at(self, layer: str) -> "Results":
+        """The same results, with records of another layer.
+
+        Raises:
+            UserError: the layer was not hooked.
+        """
+        return Results(self.folder, self.index, verify=self._verify, layer=self._layer(layer))
+
+    def __len__(self) -> int:
+        """Number of prompts that are stored."""
+        return sum(entry.stop - entry.start for entry in self.index.shards)
+
+    def __iter__(self) -> Iterator[PromptRecord]:
+        for entry in self.index.shards:
+            for index in range(entry.start, entry.stop):
+                yield self[index]
+
+    @overload
+    def __getitem__(self, index: int) -> PromptRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PromptRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> PromptRecord | list[PromptRecord]:
+        """The prompt of this index, from the end if negative; of a slice, a list."""
+        stop = self.index.stop
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(stop))]
+        number = operator.index(index)
+        number += stop if number < 0 else 0
+        if not 0 <= number < stop:
+            raise IndexError(f"prompt {index} of {stop}")
+        position = bisect_right(self._starts, number) - 1
+        if position < 0 or number >= self.index.shards[position].stop:
+            raise IndexError(f"prompt {number} is not stored yet: {self.folder} is unfinished")
+        reader = self._reader(position)
+        token_ids, log_probs = reader.tokens(number)
+        found = reader.layer(number, self.layer)
+        row = {key: value for key, value in reader.row(number).items() if key != "crc32" and not key.endswith("/crc32")}
+        return PromptRecord(
+            index=number, layer=self.layer, token_ids=token_ids, log_probs=log_probs, row=row, **found._asdict()
+        )
+
+    def stack(self, layer: str | None = None) -> Stack:
+        """All prompts at one layer, in memory: S [n, R], V [n, R, D], Q [n, K, R] float32, NaN without numbers."""
+        layer, layout, n = self._layer(layer), self.index.layout, len(self)
+        K, R, D = layout.top_k, layout.rank, layout.widths[layer]
+        stack = Stack(*(np.empty((n, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
+        start = 0
+        for reader in self.shards():
+            part = reader.stack(layer)
+            for whole, piece in zip(stack, part, strict=True):
+                whole[start : start + len(piece)] = piece
+            start += len(part.S)
+        return stack
+
+    def mean(self, layer: str | None = None, where: Where = None) -> Float32:
+        """The mean Fisher matrix over prompts: [D, D] float32, summed in float64.
+
+        Args:
+            layer: its name; by default this view's layer.
+            where: which prompts: a function of the table's row (a dict), a dict of column == value, or a mask, [n]
+                booleans. None takes all, from mean.safetensors where there is one. Prompts without numbers are left
+                out.
+
+        Returns:
+            The mean; NaN if no prompt is chosen.
+
+        Raises:
+            UserError: unknown layer or column, a mask of the wrong length, or a damaged folder.
+        """
+        layer = self._layer(layer)
+        width = self.index.layout.widths[layer]
+        if not self.index.shards:
+            return np.full((width, width), np.nan, np.float32)
+        if where is None and (entry := self.index.files.get(MEAN_NAME)):
+            return read_mean(self.folder / MEAN_NAME, entry, layer, width, self._verify)
+        return mean_matrix(self.shards(), layer, chooser(where, self.shards)).astype(np.float32)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.storage.table` names the columns."""
+        return self.table().to_pandas()
+
+    def table(self) -> pa.Table:
+        """The prompts table as an Arrow table: prompts.parquet, or what the shards of an unfinished run have of it."""
+        if entry := self.index.files.get(TABLE_NAME):
+            data = read_checked(self.folder / TABLE_NAME, entry.bytes, entry.sha256, self._verify)
+            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        schema = common_schema((reader.table.schema for reader in self.shards()), self.index.layout)
+        tables = [in_schema(reader.table, schema) for reader in self.shards()]
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The contents of metadata.yaml; of an unfinished run, the same about what there is, without settings."""
+        if entry := self.index.files.get(METADATA_NAME):
+            path = self.folder / METADATA_NAME
+            return read_metadata(path, read_checked(path, entry.bytes, entry.sha256, self._verify))
+        return describe_run(self.index, self.shards(), {})
+
+    def shards(self) -> Iterator[ShardReader]:
+        """Readers of the shards, in order; each is closed when the next one comes, unless it is kept."""
+        return (ShardReader(self.folder, entry, self.index.layout, self._verify) for entry in self.index.shards)
+
+    def __repr__(self) -> str:
+        layout, state = self.index.layout, "complete" if self.index.complete else "unfinished"
+        widths = "/".join(map(str, dict.fromkeys(layout.widths.values())))
+        layers = self.layer if len(self.layers) == 1 else f"{self.layer} (one of {len(self.layers)} layers)"
+        return (
+            f"Results({str(self.folder)!r}: {len(self)} prompts at {layers}, {layout.top_k} tokens, "
+            f"rank {layout.rank}, width {widths}, {layout.vectors_dtype}, {state})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay behind when the object goes to another process.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _layer(self, layer: str | None) -> str:
+        layer = self.layer if layer is None else layer
+        if layer not in self.index.layout.widths:
+            raise UserError(f"{layer!r} was not hooked in {self.folder}; there is {', '.join(self.layers)}")
+        return layer
+
+    def _reader(self, position: int) -> ShardReader:
+        if position not in self._open:
+            self._open[position] = ShardReader(
+                self.folder, self.index.shards[position], self.index.layout, self._verify
+            )
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(position)
+        return self._open[position]

@@ -1,0 +1,129 @@
+"""The types of settings: how a value from YAML or a command line is read, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+import os.path
+from typing import Annotated, Literal, NamedTuple
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field
+
+
+class Expected(NamedTuple):
+    """What a setting's error message says was expected; a mark in the setting's type."""
+
+    text: str
+
+
+def _not_a_truth_value(value: object) -> object:
+    if isinstance(value, bool):  # Python would take true for 1
+        raise ValueError("a truth value is no number")
+    return value
+
+
+def _none_word(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+
+def _encodable(value: str | None) -> str | None:
+    if value is not None:
+        value.encode("utf-8")  # a lone surrogate could be neither tokenised nor written to a file
+    return value
+
+
+def _one_line(value: str | None) -> str | None:
+    if value is None:
+        return None
+    value = value.strip()
+    if not value or any(ord(character) < 32 for character in value):
+        raise ValueError("empty, or holds a control character")
+    return _encodable(value)
+
+
+def _listed(value: object) -> object:
+    """Split a list written as one text, as on the command line: "[a, b]" or "a,b"; anything else is left alone."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError("not a list") from error
+    return [part.strip() for part in value.split(",")] if "," in value else value.strip()
+
+
+def _layer_names(value: object) -> object:
+    """Bring one layer or a list of layers into the form `int | str | tuple`; numbers written as text become numbers."""
+    value = _listed(value)
+    listed = value if isinstance(value, list | tuple) else [value]
+    layers: list[int | str] = []
+    for item in listed:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise ValueError("neither a name nor a number")
+        layer = int(item) if isinstance(item, str) and item.strip().removeprefix("-").isdecimal() else item
+        if isinstance(layer, int) and not 0 <= layer <= 1_000_000:
+            raise ValueError("no layer has this number")
+        layers.append(layer if isinstance(layer, int) else str(_one_line(layer)))
+    if not layers or len(set(layers)) < len(layers) or ("all" in layers and listed is value):
+        raise ValueError("an empty list, a layer named twice, or 'all' in a list")
+    return tuple(layers) if listed is value else layers[0]
+
+
+def _column_names(value: object) -> object:
+    value = _none_word(_listed(value))
+    if value is None:
+        return None
+    columns = list(value) if isinstance(value, list | tuple) else [value]
+    if not columns or not all(isinstance(column, str) and column for column in columns):
+        raise ValueError("not a list of names")
+    return tuple(dict.fromkeys(columns))
+
+
+_number = BeforeValidator(_not_a_truth_value)
+
+PositiveCount = Annotated[int, _number, Field(ge=1, le=10**9), Expected("a whole number from 1 to 1,000,000,000")]
+AutoOrCount = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1, le=10**9)],
+    _number,
+    Expected("auto or a whole number from 1 to 1,000,000,000"),
+]
+AllOrCount = Annotated[
+    Literal["all"] | Annotated[int, Field(ge=1, le=10**12)],
+    _number,
+    Expected("all or a whole number from 1 to 1,000,000,000,000"),
+]
+Offset = Annotated[int, _number, Field(ge=0, le=10**12), Expected("a whole number from 0 to 1,000,000,000,000")]
+Seed = Annotated[
+    Annotated[int, Field(ge=0, le=2**32 - 1)] | None,
+    _number,
+    BeforeValidator(_none_word),
+    Expected(f"none or a whole number from 0 to {2**32 - 1:,}"),
+]
+Name = Annotated[str, AfterValidator(_one_line), Expected("a text of one line (a number or date goes in quotes)")]
+PathName = Annotated[str, AfterValidator(_one_line), AfterValidator(os.path.expanduser), Expected("a text of one line")]
+OptionalName = Annotated[
+    str | None,
+    BeforeValidator(_none_word),
+    AfterValidator(_one_line),
+    Expected("none or a text of one line (a number or date goes in quotes)"),
+]
+OptionalPassage = Annotated[
+    str | None, BeforeValidator(_none_word), AfterValidator(_encodable), Expected("none or a text")
+]
+TrueOrFalse = Annotated[bool, Expected("true or false")]
+AutoOrTruth = Annotated[Literal["auto"] | bool, Expected("auto, true or false")]
+Layers = Annotated[
+    int | str | tuple[int | str, ...],
+    BeforeValidator(_layer_names),
+    Expected("a module's name, a layer's number (from 0), a list of different ones such as 3,5, or all"),
+]
+Columns = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_column_names),
+    Expected("none, a column's name, or a list such as [id, language]"),
+]
+Device = Annotated[
+    str,
+    Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hpu|npu|mtia)(:[0-9]{1,4})?)$"),
+    Expected("auto, cpu, cuda, cuda:1, mps or another torch device"),
+]

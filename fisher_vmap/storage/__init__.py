@@ -1,0 +1,12 @@
+"""The results folder: how it is written, resumed and checked. It knows numpy arrays and files, and no model.
+
+Reading back is `fisher_vmap.results`. Imports inside this folder point one way, each line on those before it:
+
+    atomic, records, tensors, versions      whole files; what a prompt's results are; the tensor format
+    lock, checking, index, table            one writer at a time; is a file as written; index.json; the prompts table
+    shards, folder                          writing a shard; which files are ours
+    reading                                 one shard, lazily
+    prompt_record, selection, mean, npz, metadata
+    products, finishing                     the files made from all shards
+    writer
+"""

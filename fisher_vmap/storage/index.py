@@ -1,0 +1,221 @@
+"""index.json: what a results folder holds, from which settings, and whether it is finished.
+
+It is replaced as a whole and carries a checksum of itself, so that what is read is what was written.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.atomic import replacing
+from fisher_vmap.storage.records import ShardLayout
+
+INDEX_NAME = "index.json"
+SHARD_FOLDER = "shards"
+TABLE_NAME = "prompts.parquet"
+MEAN_NAME = "mean.safetensors"
+METADATA_NAME = "metadata.yaml"
+
+_NO_CHECKSUM = "0" * 64
+_HEAD = re.compile(rb'\{\s*"checksum":\s*"([0-9a-f]{64})"')
+_SHOWN = 60  # characters of a setting's value in an error
+
+
+def npz_name(layer: str, layers: Iterable[str]) -> str:
+    """The npz of one layer: the plain name when it is the only layer."""
+    return f"fisher_matrices_compressed{'' if len(list(layers)) == 1 else '.' + layer}.npz"
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ShardEntry(_Stored):
+    """One finished shard: its prompts [start, stop), and its two files with their SHA-256 and sizes in bytes."""
+
+    number: NonNegativeInt
+    start: NonNegativeInt
+    stop: PositiveInt
+    file: str
+    sha256: str
+    bytes: NonNegativeInt
+    table: str
+    table_sha256: str
+    table_bytes: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _plain_names(self) -> Self:
+        # The names follow from the number, so no index can point outside shards/.
+        if (self.file, self.table) != shard_names(self.number):
+            raise ValueError(f"shard {self.number} has file names {self.file!r} and {self.table!r}")
+        if self.start >= self.stop:
+            raise ValueError(f"shard {self.number} has the prompts [{self.start}, {self.stop})")
+        return self
+
+
+class FileEntry(_Stored):
+    """A file made from the shards at the end of a run; `tensors` holds the CRC-32 of each tensor in it."""
+
+    sha256: str
+    bytes: NonNegativeInt
+    tensors: dict[str, int] = {}
+
+
+class Index(_Stored):
+    """The contents of index.json."""
+
+    checksum: str = _NO_CHECKSUM
+    """SHA-256 of the file itself, with these 64 digits as zeros."""
+    format: Literal["fisher_vmap results"] = "fisher_vmap results"
+    version: Literal[1] = 1
+    complete: bool = False
+    """True only when every shard and every file made from them is there."""
+    num_prompts: NonNegativeInt | None = None
+    shard_size: PositiveInt
+    layout: ShardLayout
+    fingerprint: dict[str, Any]
+    """Every setting that changes results."""
+    resolved: dict[str, Any] | None = None
+    """What was chosen automatically, such as the kernel's form for each layer and why; None until it is known."""
+    versions: dict[str, str] = {}
+    shards: tuple[ShardEntry, ...] = ()
+    files: dict[str, FileEntry] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.layout.check()
+        numbers = [shard.number for shard in self.shards]
+        if numbers != sorted(set(numbers)):
+            raise ValueError("its shards are not in order")
+        for shard in self.shards:
+            first = shard.number * self.shard_size
+            if shard.start != first or shard.stop > first + self.shard_size:
+                raise ValueError(f"shard {shard.number} has the prompts [{shard.start}, {shard.stop})")
+        if self.complete and (self.num_prompts != self.stop or self.missing(self.stop)):
+            raise ValueError("it says complete, but shards are missing")
+        allowed = {TABLE_NAME, MEAN_NAME, METADATA_NAME, *(npz_name(name, self.layout.widths) for name in self.layers)}
+        if strange := set(self.files) - allowed:
+            raise ValueError(f"it lists the file {min(strange)!r}")
+        return self
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layer names, in order."""
+        return self.layout.layers
+
+    @property
+    def stop(self) -> int:
+        """One more than the highest prompt index that is stored."""
+        return self.shards[-1].stop if self.shards else 0
+
+    def find(self, number: int) -> ShardEntry | None:
+        """The entry of a shard, or None."""
+        # Entries are in order and mostly without gaps: look where it would stand first.
+        if number < len(self.shards) and self.shards[number].number == number:
+            return self.shards[number]
+        return next((shard for shard in self.shards if shard.number == number), None)
+
+    def missing(self, num_prompts: int) -> list[int]:
+        """Numbers of the shards that prompts [0, num_prompts) need and that are absent or too short."""
+        stops = {shard.number: shard.stop for shard in self.shards}
+        needed = range(-(-num_prompts // self.shard_size))
+        return [n for n in needed if stops.get(n, 0) < min((n + 1) * self.shard_size, num_prompts)]
+
+    def with_shards(self, added: Iterable[ShardEntry] = (), removed: Iterable[int] = ()) -> "Index":
+        """The index after shards came or went: unfinished, since the files made from them are out of date."""
+        kept = {shard.number: shard for shard in self.shards}
+        for number in removed:
+            kept.pop(number, None)
+        kept.update((shard.number, shard) for shard in added)
+        shards = tuple(kept[number] for number in sorted(kept))
+        return self.model_copy(update={"shards": shards, "complete": False, "files": {}})
+
+
+def shard_names(number: int) -> tuple[str, str]:
+    """File names of a shard's tensors and of its rows of the prompts table, inside shards/."""
+    return f"shard-{number:05d}.safetensors", f"shard-{number:05d}.parquet"
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Replace index.json."""
+    text = index.model_copy(update={"checksum": _NO_CHECKSUM}).model_dump_json(indent=1).encode()
+    digits = hashlib.sha256(text).hexdigest().encode()
+    with replacing(folder / INDEX_NAME) as file:
+        file.write(text.replace(_NO_CHECKSUM.encode(), digits, 1))
+
+
+def is_index(folder: Path) -> bool:
+    """Whether index.json is one of ours, be it damaged further on."""
+    with open(folder / INDEX_NAME, "rb") as file:
+        return _HEAD.match(file.read(200)) is not None
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check index.json.
+
+    Raises:
+        UserError: it is missing, damaged, changed by hand, or of a version that this package does not read.
+    """
+    path = folder / INDEX_NAME
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        reason = "it has no index.json" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        raise UserError(f"{folder} is not a results folder: {reason}") from error
+    match = _HEAD.match(text)
+    if match is None:
+        raise UserError(f"{path} is damaged, or of something else: it has no checksum; choose another --output_dir")
+    if hashlib.sha256(text.replace(match[1], _NO_CHECKSUM.encode(), 1)).hexdigest().encode() != match[1]:
+        raise UserError(f"{path} is damaged or was changed by hand (its checksum differs); --overwrite starts anew")
+    try:
+        return Index.model_validate_json(text)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A later version may differ in other places too, but only this one tells what to do.
+        first = next((found for found in errors if found["loc"] == ("version",)), errors[0])
+        if first["loc"] == ("version",):
+            version = first["input"]
+            raise UserError(
+                f"{path} has format version {version}, this package reads 1; install a newer one"
+            ) from error
+        where = ".".join(map(str, first["loc"])) or "index"
+        raise UserError(f"{path} is not valid: {where}: {first['msg']}; --overwrite starts anew") from error
+
+
+def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, so that stored and new ones compare equal: tuples become lists, paths text."""
+    text = json.dumps(dict(settings), default=str, ensure_ascii=False)
+    # A file name that is not UTF-8 comes from the command line as half surrogates, which no file here could hold.
+    plain: dict[str, Any] = json.loads(text.encode("utf-8", "replace"))
+    return plain
+
+
+def compare_fingerprints(folder: Path, stored: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to mix results of different settings in one folder.
+
+    Raises:
+        UserError: naming every setting that differs, in one line.
+    """
+    here, there = _flat(plain_values(new)), _flat(plain_values(stored))
+    different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    if different:
+        parts = [f"{key} is {_shown(here, key)} here but {_shown(there, key)}" for key in different]
+        raise UserError(f"{', '.join(parts)} in {folder}; use another --output_dir or --overwrite")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
+    return flat
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    text = " ".join(str(settings[key]).split()) if key in settings else "not set"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -1,0 +1,71 @@
+"""One process at a time changes index.json: a file lock that dies with the process that holds it."""
+
+import errno
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fisher_vmap.storage.atomic import readable_write_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows: files stay whole without the lock; only simultaneous runs in one folder need it
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_NAME = ".lock"
+POLL_S = 0.02
+SAY_SO_AFTER_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for the length of the block, waiting for another process if need be.
+
+    The kernel drops the lock when its holder dies, whatever kills it; the empty file `.lock` stays and means nothing.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with readable_write_errors(folder):
+        file = open(folder / LOCK_NAME, "ab")  # noqa: SIM115 (closed below, after the block)
+    try:
+        _acquire(file, folder)
+        yield
+    finally:
+        _release(file)
+
+
+def _acquire(file: BinaryIO, folder: Path) -> None:
+    if fcntl is None:
+        return
+    started, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not said and time.monotonic() - started > SAY_SO_AFTER_S:
+                logger.info("waiting for another process that is writing to %s", folder)
+                said = True
+            time.sleep(POLL_S)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            logger.warning("the file system of %s has no locks: run one process at a time in it", folder)
+            return
+
+
+def _release(file: BinaryIO) -> None:
+    # Unlocked by name, not only by closing: a child forked meanwhile would hold a copy of the descriptor.
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+    file.close()

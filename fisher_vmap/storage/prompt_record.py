@@ -1,0 +1,101 @@
+"""What reading one prompt gives: its row of the table, its arrays at one layer, and the small algebra on them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fisher_vmap.storage.reading import Float32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PromptRecord:
+    """One prompt at one layer. Its arrays are NaN if the prompt failed or was skipped: `status` and `reason` say why.
+
+    F = V^T diag(S) V is the Fisher matrix, [D, D]; A = Q diag(sqrt S) V is its factor, [K, D], with F = A^T A. Units
+    of F: nats^2 per squared unit of the residual stream.
+    """
+
+    index: int
+    """Its place in the run, from 0."""
+    layer: str
+    S: Float32
+    """[R] singular values of F, highest first, zero beyond the rank."""
+    V: Float32
+    """[R, D] orthonormal directions, zero beyond the rank; float32 also when stored as float16."""
+    Q: Float32
+    """[K, R] how much of which token each direction carries."""
+    residual_norm: float
+    """Mean norm of the residual stream over the prompt's positions."""
+    position_energy: Float32
+    """[T] sum over tokens of p_t |g_t at that position|^2."""
+    token_ids: NDArray[np.int64]
+    """[K] the tokens, likeliest first; -1 without numbers."""
+    log_probs: Float32
+    """[K] their log-probabilities in nats."""
+    row: dict[str, Any]
+    """The prompt's row of prompts.parquet: text, status, reason, kept columns and the rest."""
+
+    @property
+    def U(self) -> Float32:
+        """[D, R]: F is symmetric, so the left vectors are V transposed, and F = U @ np.diag(S) @ V."""
+        return self.V.T
+
+    @property
+    def text(self) -> str | None:
+        """The prompt, as far as it is stored."""
+        return None if self.row["text"] is None else str(self.row["text"])
+
+    @property
+    def status(self) -> str:
+        """One of "ok", "failed", "skipped"."""
+        return str(self.row["status"])
+
+    @property
+    def reason(self) -> str | None:
+        """Why there are no numbers, or None."""
+        return None if self.row["reason"] is None else str(self.row["reason"])
+
+    @property
+    def mass(self) -> float:
+        """The probability that the K tokens cover, sum exp(log p); NaN without numbers."""
+        return float("nan") if self.row["mass"] is None else float(self.row["mass"])
+
+    @property
+    def trace(self) -> float:
+        """Trace of F over all K tokens, at least the sum of S; NaN without numbers."""
+        trace = self.row[f"{self.layer}/trace"]
+        return float("nan") if trace is None else float(trace)
+
+    def matrix(self) -> Float32:
+        """F = V^T diag(S) V, [D, D] float32."""
+        return np.asarray((self.U * self.S) @ self.V, np.float32)
+
+    def matvec(self, x: ArrayLike) -> Float32:
+        """F x, without forming F: V^T (S * (V x)), summed in float64.
+
+        Args:
+            x: [D], or [D, n] for n vectors at once.
+
+        Returns:
+            Of x's shape, float32.
+        """
+        V = self.V.astype(np.float64)
+        along = V @ np.asarray(x, np.float64)
+        return np.asarray(V.T @ (along.T * self.S).T, np.float32)
+
+    def scores(self) -> Float32:
+        """The gradients of log p_t with respect to the bias, [K, D] float32: A / sqrt(p), A = Q diag(sqrt S) V.
+
+        Exact to rounding when R >= K or the rank is below R; otherwise the best approximation of A by rank R.
+        """
+        root_p = np.exp(0.5 * self.log_probs.astype(np.float64))
+        A = (self.Q * np.sqrt(self.S.astype(np.float64))) @ self.V.astype(np.float64)
+        return (A / root_p[:, None]).astype(np.float32)
+
+    def __repr__(self) -> str:
+        if self.status != "ok":
+            return f"PromptRecord({self.index}, {self.layer!r}: {self.status}: {self.reason})"
+        text = "" if self.text is None else f", {self.text[:40]!r}" + ("..." if len(self.text) > 40 else "")
+        return f"PromptRecord({self.index}, {self.layer!r}: trace {self.trace:.4g}, S[0] {self.S[0]:.4g}{text})"

@@ -1,0 +1,162 @@
+"""Reading one shard lazily: a prompt's row, a layer's stack, or the table, each checked before it is handed out."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.checking import check_sha256, check_size, damaged, read_checked
+from fisher_vmap.storage.index import SHARD_FOLDER, ShardEntry
+from fisher_vmap.storage.records import ShardLayout
+from fisher_vmap.storage.shards import LAYER_TENSORS, TOKEN_TENSORS, row_checksum, tensor_specs
+from fisher_vmap.storage.tensors import code_of
+
+Float32 = NDArray[np.float32]
+
+
+class LayerRow(NamedTuple):
+    """One prompt at one layer, float32: S [R], V [R, D], Q [K, R], residual_norm, position_energy [T]."""
+
+    S: Float32
+    V: Float32
+    Q: Float32
+    residual_norm: float
+    position_energy: Float32
+
+
+class Stack(NamedTuple):
+    """Prompts at one layer, stacked on dim 0, float32; NaN for prompts without numbers."""
+
+    S: Float32
+    """[n, R] singular values."""
+    V: Float32
+    """[n, R, D] their directions."""
+    Q: Float32
+    """[n, K, R] how much of which token each carries."""
+
+
+class ShardReader:
+    """The finished shard of one index entry.
+
+    Args:
+        folder: the results folder.
+        entry: the shard's entry in the index.
+        layout: shapes and dtypes.
+        verify: compare checksums of what is read (of single rows too). Sizes and shapes are always checked.
+
+    Every method raises UserError, naming the file, where it is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry, layout: ShardLayout, verify: bool = True) -> None:
+        self.folder, self.entry, self.layout, self.verify = folder, entry, layout, verify
+        self.path = folder / SHARD_FOLDER / entry.file
+        self.table_path = folder / SHARD_FOLDER / entry.table
+
+    def check_sizes(self) -> None:
+        """Both files are there, with the sizes that the index has."""
+        check_size(self.path, self.entry.bytes)
+        check_size(self.table_path, self.entry.table_bytes)
+
+    def check_sha256(self) -> None:
+        """Both files are what was written, to the bit."""
+        check_sha256(self.path, self.entry.bytes, self.entry.sha256)
+        check_sha256(self.table_path, self.entry.table_bytes, self.entry.table_sha256)
+
+    def is_there(self) -> bool:
+        """Whether `check_sizes` has nothing to say."""
+        return _passes(self.check_sizes)
+
+    def is_sound(self) -> bool:
+        """Whether `check_sha256` has nothing to say."""
+        return _passes(self.check_sha256)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The shard's rows of the prompts table, with their checksums."""
+        data = read_checked(self.table_path, self.entry.table_bytes, self.entry.table_sha256, self.verify)
+        try:
+            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(self.table_path, str(error)) from error
+        if table.num_rows != self.entry.stop - self.entry.start:
+            raise damaged(self.table_path, f"it has {table.num_rows} rows")
+        return table
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The table's row of prompt `index`."""
+        values: dict[str, Any] = self.table.slice(index - self.entry.start, 1).to_pylist()[0]
+        return values
+
+    def tokens(self, index: int) -> tuple[NDArray[np.int64], Float32]:
+        """token_ids [K] and log_probs [K] of prompt `index`."""
+        row = index - self.entry.start
+        token_ids, log_probs = parts = [self._slice(name, row, row + 1) for name in TOKEN_TENSORS]
+        self._compare("crc32", row, parts)
+        return token_ids[0], log_probs[0]
+
+    def layer(self, index: int, layer: str) -> LayerRow:
+        """Prompt `index` at one layer."""
+        row = index - self.entry.start
+        start, stop = (int(offset) for offset in self._slice("position_offsets", row, row + 2))
+        parts = [self._slice(f"{layer}/{name}", row, row + 1) for name in LAYER_TENSORS[:-1]]
+        parts.append(self._slice(f"{layer}/position_energy", start, stop))
+        self._compare(f"{layer}/crc32", row, parts)
+        S, V, Q, norm, energy = parts
+        return LayerRow(S[0], V[0].astype(np.float32), Q[0], float(norm[0]), energy)
+
+    def stack(self, layer: str) -> Stack:
+        """All prompts of the shard at one layer."""
+        n = self.entry.stop - self.entry.start
+        offsets = self._slice("position_offsets", 0, n + 1)
+        S, V, Q, norm = (self._slice(f"{layer}/{name}", 0, n) for name in LAYER_TENSORS[:-1])
+        energy = self._slice(f"{layer}/position_energy", 0, int(offsets[-1]))
+        for row in range(n if self.verify else 0):
+            positions = slice(offsets[row], offsets[row + 1])
+            self._compare(f"{layer}/crc32", row, [S[row], V[row], Q[row], norm[row], energy[positions]])
+        return Stack(S, V.astype(np.float32), Q)
+
+    @cached_property
+    def _file(self) -> Any:
+        # The size first: a file cut short under a memory map would end the process, not raise.
+        check_size(self.path, self.entry.bytes)
+        try:
+            return safe_open(self.path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise damaged(self.path, str(error)) from error
+
+    def _slice(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        spec = tensor_specs(self.layout, self.entry.stop - self.entry.start, 0)[name]
+        try:
+            tensor = self._file.get_slice(name)
+            dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+            # The number of positions stands nowhere else; it is checked by what the offsets ask for.
+            expected = shape[:1] if name.endswith("/position_energy") else spec.shape
+            if dtype != code_of(spec.dtype) or shape != expected:
+                raise damaged(self.path, f"{name} is {dtype} {shape}")
+            if not 0 <= start <= stop <= shape[0]:
+                raise damaged(self.path, f"{name} has {shape[0]} entries, not {stop}")
+            if start == stop:  # the library refuses empty slices
+                return np.zeros((0, *shape[1:]), spec.dtype)
+            values: NDArray[Any] = tensor[start:stop]
+        except SafetensorError as error:
+            raise damaged(self.path, str(error)) from error
+        return values
+
+    def _compare(self, column: str, row: int, arrays: list[NDArray[Any]]) -> None:
+        if self.verify and self.table.column(column)[row].as_py() != row_checksum(arrays):
+            raise damaged(self.path, f"the numbers of prompt {self.entry.start + row} differ from their checksum")
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,52 @@
+"""Choosing prompts by `where`: a function of the table's row, a dict of column == value, or a mask."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.storage.table import common_schema, in_schema
+
+Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
+Chooser = Callable[[ShardReader], NDArray[np.bool_]]
+
+
+def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Chooser:
+    """For each shard a mask, [n] booleans, of the prompts that `where` takes; None takes all.
+
+    Rows are as in prompts.parquet: a kept column has one type in all shards.
+
+    Raises:
+        UserError: a column that is not in the table, or a mask that does not fit the prompts.
+    """
+    if where is None:
+        return lambda reader: np.ones(reader.table.num_rows, bool)
+    entries = [(reader.entry, reader.layout) for reader in shards()]
+    if not callable(where) and not isinstance(where, Mapping):
+        return _by_mask(np.asarray(where), {entry.number: entry.stop - entry.start for entry, _ in entries})
+    schema = common_schema((reader.table.schema for reader in shards()), entries[0][1])
+    if callable(where):
+        return lambda reader: np.array([bool(where(row)) for row in in_schema(reader.table, schema).to_pylist()], bool)
+    for column in where:
+        if column not in schema.names:
+            raise UserError(f"the prompts table has no column {column!r}; there is {', '.join(schema.names)}")
+
+    def equal(reader: ShardReader) -> NDArray[np.bool_]:
+        table = in_schema(reader.table, schema)
+        mask = np.ones(table.num_rows, bool)
+        for name, value in where.items():
+            mask &= np.array([found == value for found in table.column(name).to_pylist()], bool)
+        return mask
+
+    return equal
+
+
+def _by_mask(mask: NDArray[Any], sizes: dict[int, int]) -> Chooser:
+    n = sum(sizes.values())
+    if mask.shape != (n,) or mask.dtype != np.bool_:
+        raise UserError(f"where is an array {mask.shape} of {mask.dtype}; expected ({n},) booleans")
+    ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
+    return lambda reader: mask[ends[reader.entry.number] - sizes[reader.entry.number] : ends[reader.entry.number]]

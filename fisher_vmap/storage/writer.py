@@ -1,0 +1,248 @@
+"""Writing a results folder: opened new or resumed, filled shard by shard in any order, then finished.
+
+What is on the disk is a valid state at every moment. A shard counts only once index.json lists it; index.json is
+replaced as a whole, under a lock, from what it holds at that moment, so that several processes can fill one folder.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
+from fisher_vmap.storage.finishing import finish_folder
+from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
+from fisher_vmap.storage.index import (
+    SHARD_FOLDER,
+    Index,
+    ShardEntry,
+    compare_fingerprints,
+    plain_values,
+    read_index,
+    write_index,
+)
+from fisher_vmap.storage.lock import folder_lock
+from fisher_vmap.storage.products import Save
+from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.storage.records import PromptResult, ShardLayout
+from fisher_vmap.storage.shards import stage_shard
+from fisher_vmap.storage.versions import installed_versions
+
+logger = logging.getLogger(__name__)
+
+
+class ShardRange(NamedTuple):
+    """A shard that is to be computed: its number and its prompts [start, stop)."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class ResultsWriter:
+    """A results folder that is being filled. Make one with `ResultsWriter.open`."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder = folder
+        self.index = index
+        """index.json as this process saw it last."""
+        self._verified: set[ShardEntry] = set()  # compared with their SHA-256 by this process, or written by it
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        layout: ShardLayout,
+        shard_size: int,
+        fingerprint: dict[str, Any],
+        resolved: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Self:
+        """Begin a run in `folder`, or carry on the one that is there.
+
+        Args:
+            folder: made if it does not exist, with its parents.
+            layout: shapes and dtypes of the results.
+            shard_size: prompts in a shard; the unit of work and of what a killed run loses.
+            fingerprint: every setting that changes results, as JSON can hold them; not the number of prompts.
+            resolved: what was chosen automatically; what a resumed folder has stored wins (see `settle`).
+            overwrite: start anew. Only files of ours are removed, and only once the new run is on the disk. Never for
+                one of several processes that fill a folder together.
+
+        Raises:
+            UserError: the folder holds results of other settings (all differences are named) or files of something
+                else, its index is damaged, or it cannot be written.
+        """
+        folder = Path(folder)
+        layout.check()
+        fingerprint = plain_values(fingerprint)
+        inspect_folder(folder, fingerprint, overwrite)
+        with readable_write_errors(folder):
+            (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder):
+            # Looked at again, since another process may have begun the same run a moment ago.
+            index = inspect_folder(folder, fingerprint, overwrite)
+            if index is None:
+                index = Index(
+                    shard_size=shard_size,
+                    layout=layout,
+                    fingerprint=fingerprint,
+                    resolved=None if resolved is None else plain_values(resolved),
+                    versions=installed_versions(),
+                )
+                write_index(folder, index)
+            else:
+                shape = {"shard_size": shard_size, **layout.model_dump()}
+                compare_fingerprints(folder, {"shard_size": index.shard_size, **index.layout.model_dump()}, shape)
+            if overwrite:
+                remove_leftovers(folder, index)
+            else:  # shards without an entry stay: a worker may have stored them a moment ago
+                with readable_write_errors(folder):
+                    remove_stale_temporaries(folder)
+                    remove_stale_temporaries(folder / SHARD_FOLDER)
+        _tell_versions(folder, index.versions)
+        writer = cls(folder, index)
+        if resolved is not None:
+            writer.settle(resolved)
+        return writer
+
+    @property
+    def resolved(self) -> dict[str, Any] | None:
+        """What the run chose automatically when it began; None as long as nothing is stored."""
+        return self.index.resolved
+
+    def settle(self, resolved: dict[str, Any]) -> dict[str, Any]:
+        """Store what was chosen automatically, unless the folder has it already. Returns what is stored.
+
+        A resumed run takes its choices from here, and so repeats the same batches to the same bits.
+        """
+        stored = self._change(
+            lambda index: (
+                index if index.resolved is not None else index.model_copy(update={"resolved": plain_values(resolved)})
+            )
+        ).resolved
+        return stored or {}
+
+    def note(self, changes: dict[str, Any]) -> None:
+        """Add to `resolved` what the run learns on its way, such as a batch that had to be split."""
+        self._change(
+            lambda index: index.model_copy(update={"resolved": {**(index.resolved or {}), **plain_values(changes)}})
+        )
+
+    def missing_shards(self, num_prompts: int) -> list[ShardRange]:
+        """The shards that are still to be computed for the first `num_prompts` prompts, in order.
+
+        Every stored shard is compared with its SHA-256; one that is damaged or deleted counts as missing. A folder that
+        holds more prompts than asked for keeps them. With more prompts than before, a finished folder is unfinished
+        again until they are there: its old shards stay, except a last one that was not full, which is computed again
+        since a shard is one file.
+        """
+        broken = {entry.number: entry for entry in self.index.shards if not self._is_sound(entry)}
+        for entry in broken.values():
+            logger.warning("%s in %s is damaged or missing, and is computed again", entry.file, self.folder)
+
+        def change(index: Index) -> Index:
+            gone = [number for number, entry in broken.items() if index.find(number) == entry]
+            index = index.with_shards(removed=gone) if gone else index
+            total = max(num_prompts, index.stop)
+            unfinished = {"complete": False, "files": {}} if index.missing(total) else {}
+            return index.model_copy(update={"num_prompts": total, **unfinished})
+
+        index = self._change(change)
+        total, size = index.num_prompts or 0, index.shard_size
+        if total > num_prompts:
+            logger.info("%s already holds %d prompts; they are kept", self.folder, total)
+        return [ShardRange(n, n * size, min((n + 1) * size, total)) for n in index.missing(total)]
+
+    def is_stored(self, number: int, start: int, stop: int) -> bool:
+        """Is shard `number` there with the prompts [start, stop), to the bit?
+
+        For runs that do not know their number of prompts beforehand; others ask `missing_shards` once.
+        """
+        entry = self.index.find(number)
+        return entry is not None and entry.start == start and entry.stop >= stop and self._is_sound(entry)
+
+    def add(self, number: int, results: Sequence[PromptResult]) -> ShardEntry:
+        """Store a computed shard; afterwards it survives whatever happens to the process.
+
+        If another process stored it meanwhile, that one stays.
+
+        Raises:
+            ValueError: the prompts are not those of shard `number`, or an array is not as the layout has it.
+            UserError: the folder cannot be written, the disk is full, or another run has taken the folder over.
+        """
+        size = self.index.shard_size
+        if not 0 < len(results) <= size or results[0].index != number * size:
+            raise ValueError(f"shard {number} begins with prompt {number * size} and holds at most {size}")
+        with stage_shard(self.folder, number, results, self.index.layout) as shard, folder_lock(self.folder):
+            index = self._current()
+            stored = index.find(number)
+            if stored is not None and stored.stop >= shard.entry.stop and self._reader(stored).is_there():
+                self.index = index
+                return stored
+            shard.commit()
+            self._save(index.with_shards([shard.entry]))
+            self._verified.add(shard.entry)
+            return shard.entry
+
+    def record(self, entries: Iterable[ShardEntry]) -> None:
+        """List shards that workers have stored with `write_shard`.
+
+        Raises:
+            UserError: a shard's files are not there, or another run has taken the folder over.
+        """
+        added = list(entries)
+        for entry in added:
+            self._reader(entry).check_sizes()
+        self._change(lambda index: index.with_shards(added))
+
+    def finish(
+        self,
+        num_prompts: int | None = None,
+        *,
+        settings: dict[str, Any],
+        save: Save = "both",
+        export_npz: bool = True,
+    ) -> None:
+        """Write the files made from all shards and mark the folder complete: `finish_folder`, with its arguments."""
+        self.index = finish_folder(
+            self.folder, self.index.fingerprint, num_prompts, settings=settings, save=save, export_npz=export_npz
+        )
+
+    def _change(self, change: Callable[[Index], Index]) -> Index:
+        """Apply a change to what index.json holds now, and write it if it differs."""
+        with folder_lock(self.folder):
+            index = self._current()
+            changed = change(index)
+            if changed != index:
+                self._save(changed)
+            self.index = changed
+        return changed
+
+    def _current(self) -> Index:
+        index = read_index(self.folder)
+        compare_fingerprints(self.folder, index.fingerprint, self.index.fingerprint)
+        return index
+
+    def _save(self, index: Index) -> None:
+        write_index(self.folder, index)
+        self.index = index
+
+    def _is_sound(self, entry: ShardEntry) -> bool:
+        reader = self._reader(entry)
+        if entry in self._verified:
+            return reader.is_there()
+        sound = reader.is_sound()
+        if sound:
+            self._verified.add(entry)
+        return sound
+
+    def _reader(self, entry: ShardEntry) -> ShardReader:
+        return ShardReader(self.folder, entry, self.index.layout)
+
+
+def _tell_versions(folder: Path, stored: dict[str, str]) -> None:
+    here = installed_versions()
+    if other := [f"{name} {stored[name]} (now {here.get(name)})" for name in stored if here.get(name) != stored[name]]:
+        logger.warning("%s was begun with %s: numbers may differ in their last digits", folder, ", ".join(other))

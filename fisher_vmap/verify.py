@@ -1,0 +1,168 @@
+"""`python -m fisher_vmap.verify DIR`: is a results folder whole, and are its numbers what they claim to be?
+
+One line a check: "ok", or "BAD" with what is wrong. Exit code 0 when all is well, 1 when something is damaged or the
+run is unfinished, 2 when DIR is no results folder.
+"""
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.checking import check_sha256, damaged
+from fisher_vmap.storage.index import INDEX_NAME, MEAN_NAME, TABLE_NAME, FileEntry, Index, npz_name, read_index
+from fisher_vmap.storage.mean import is_ok, read_mean
+from fisher_vmap.storage.npz import npz_arrays
+from fisher_vmap.storage.products import readers
+from fisher_vmap.storage.reading import ShardReader, Stack
+from fisher_vmap.storage.table import common_schema, covered_mass, in_schema
+
+# Largest entry of V V^T - 1. A float16 number is off by up to 2^-11 of itself, a squared norm by twice that.
+ORTHONORMAL_TO = {"float32": 1e-5, "float16": 2e-3}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check a results folder, print a line a check, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fisher_vmap.verify",
+        description="Check a results folder: checksums, shapes, finite numbers, orthonormal directions, and that the "
+        "npz, the table and the index agree with the shards.",
+        epilog="example: python -m fisher_vmap.verify fisher_results",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    folder: Path = parser.parse_args(argv).folder
+    if not (folder / INDEX_NAME).exists():
+        print(f"{folder} is not a results folder: it has no {INDEX_NAME}", file=sys.stderr)
+        return 2
+    bad = 0
+    for name, check in _checks(folder):
+        try:
+            print(f"ok   {name}: {check()}", flush=True)
+        except UserError as error:
+            print(f"BAD  {name}: {error}", flush=True)
+            bad += 1
+    print(f"{folder} is sound" if not bad else f"{folder}: {bad} checks failed")
+    return 1 if bad else 0
+
+
+def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    try:
+        index = read_index(folder)
+    except UserError as error:
+        yield INDEX_NAME, partial(_fail, error)
+        return
+    yield INDEX_NAME, partial(_check_index, folder, index)
+    for shard in readers(folder, index):
+        yield shard.entry.file, partial(_check_shard, shard)
+    for name, entry in index.files.items():
+        yield name, partial(_check_file, folder / name, entry)
+    if TABLE_NAME in index.files:
+        yield f"{TABLE_NAME} = the shards' rows", partial(_check_table, folder, index)
+    for layer in index.layers:
+        if MEAN_NAME in index.files:
+            yield f"{MEAN_NAME}, {layer}", partial(_check_mean, folder, index, layer)
+        if npz_name(layer, index.layers) in index.files:
+            yield f"{npz_name(layer, index.layers)} = the shards' arrays", partial(_check_npz, folder, index, layer)
+
+
+def _fail(error: UserError) -> str:
+    raise error
+
+
+def _check_index(folder: Path, index: Index) -> str:
+    stored = sum(entry.stop - entry.start for entry in index.shards)
+    if not index.complete:
+        raise UserError(f"the run is unfinished: {stored} of {index.num_prompts} prompts; run the same command again")
+    return f"complete, {stored} prompts in {len(index.shards)} shards"
+
+
+def _check_file(path: Path, entry: FileEntry) -> str:
+    check_sha256(path, entry.bytes, entry.sha256)
+    return f"SHA-256 as recorded, {entry.bytes:,} bytes"
+
+
+def _check_shard(shard: ShardReader) -> str:
+    shard.check_sha256()
+    ok = is_ok(shard)
+    mass = shard.table.column("mass").to_pylist()
+    for row, index in enumerate(range(shard.entry.start, shard.entry.stop)):
+        token_ids, log_probs = shard.tokens(index)
+        if not ok[row]:
+            continue
+        covered = covered_mass(log_probs)
+        if not np.isfinite(log_probs).all() or (token_ids < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
+            raise damaged(shard.path, f"the tokens of prompt {index} are not the table's")
+    for layer in shard.layout.layers:
+        stack = shard.stack(layer)
+        _check_numbers(shard, layer, Stack(*(part[ok] for part in stack)), np.flatnonzero(ok) + shard.entry.start)
+        if not all(np.isnan(part[~ok]).all() for part in stack):
+            raise damaged(shard.path, f"{layer}: a prompt without a result has numbers")
+    without = f", {(~ok).sum()} without numbers" if not ok.all() else ""
+    return f"SHA-256, shapes, order of S, orthonormal V; prompts {shard.entry.start}..{shard.entry.stop - 1}{without}"
+
+
+def _check_numbers(
+    shard: ShardReader, layer: str, stack: Stack, prompts: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> None:
+    tolerance = ORTHONORMAL_TO[shard.layout.vectors_dtype]
+    trace = shard.table.column(f"{layer}/trace").to_pylist()
+    for S, V, Q, prompt in zip(*stack, prompts, strict=True):
+        what = f"{layer}, prompt {prompt}"
+        if not (np.isfinite(S).all() and np.isfinite(V).all() and np.isfinite(Q).all()):
+            raise damaged(shard.path, f"{what}: not finite")
+        if (S < 0).any() or (np.diff(S) > 0).any():
+            raise damaged(shard.path, f"{what}: S is negative or not in order")
+        if float(S.astype(np.float64).sum()) > trace[prompt - shard.entry.start] * (1 + 1e-4) + 1e-30:
+            raise damaged(shard.path, f"{what}: the trace is below the sum of S")
+        V = V.astype(np.float64)
+        expected = np.diag((S > 0).astype(np.float64))  # rows beyond the rank are zero
+        if (off := float(np.abs(V @ V.T - expected).max())) > tolerance:
+            raise damaged(shard.path, f"{what}: V is off orthonormal by {off:.1e}, more than {tolerance:.0e}")
+
+
+def _check_table(folder: Path, index: Index) -> str:
+    path = folder / TABLE_NAME
+    check_sha256(path, index.files[TABLE_NAME].bytes, index.files[TABLE_NAME].sha256)  # Arrow trusts what it reads
+    schema = common_schema((shard.table.schema for shard in readers(folder, index)), index.layout)
+    with pq.ParquetFile(path) as table:
+        if table.num_row_groups != len(index.shards):
+            raise damaged(path, f"it has {table.num_row_groups} row groups for {len(index.shards)} shards")
+        for group, shard in enumerate(readers(folder, index)):
+            if not table.read_row_group(group, use_threads=False).equals(in_schema(shard.table, schema)):
+                raise damaged(path, f"its rows differ from {shard.entry.table}")
+    return f"{index.stop} rows"
+
+
+def _check_mean(folder: Path, index: Index, layer: str) -> str:
+    mean = read_mean(folder / MEAN_NAME, index.files[MEAN_NAME], layer, index.layout.widths[layer])
+    if not np.isnan(mean).all() and not np.allclose(mean, mean.T, rtol=1e-5, atol=1e-6 * np.abs(mean).max()):
+        raise damaged(folder / MEAN_NAME, f"the mean of {layer} is not symmetric")
+    return f"{mean.shape}, symmetric, trace {np.trace(mean):.4g}"
+
+
+def _check_npz(folder: Path, index: Index, layer: str) -> str:
+    path = folder / npz_name(layer, index.layers)
+    count = 0
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name, array in npz_arrays(readers(folder, index), layer):
+                found, count = archive[name], count + 1
+                if found.dtype != array.dtype or not np.array_equal(found, array, equal_nan=True):
+                    raise damaged(path, f"{name} differs from the shards")
+            if len(archive.files) != count:
+                raise damaged(path, f"it has {len(archive.files)} arrays instead of {count}")
+    except (OSError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise damaged(path, str(error)) from error
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else damaged(path, str(error)) from error
+    return f"{count} arrays"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

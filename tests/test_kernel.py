@@ -1,0 +1,458 @@
+"""`fisher_scores` against plain autograd, one prompt at a time, unpadded, in float64."""
+
+import gc
+import weakref
+
+import torch
+from fisher_vmap import fisher_scores
+from fisher_vmap.probe import _PROBES
+from torch import Tensor, nn
+
+import pytest
+from models import BLOCKS, VOCABULARY, block, fresh, padded, prompts, tiny
+from oracles import fisher_matrix, plain_scores, position_scores, relative
+from toys import ToyLM
+
+KERNELS = ("auto", "layerwise", "whole", "loop")
+LENGTHS = (7, 1, 12, 3)  # the shortest and the longest are neither first nor last
+# gpt2, gpt_neox and opt are float64 throughout; the others compute their norms in float32 even then.
+TOLERANCE = {"gpt2": 1e-12, "gpt_neox": 1e-12, "opt": 1e-12, "llama": 1e-6, "mistral": 1e-6, "gemma2": 1e-6}
+
+
+def assert_agrees(scores, model, rows, layer, tolerance, **choices) -> None:
+    """Every prompt of the batch, with the same tokens in the same order, against the oracle."""
+    for b, row in enumerate(rows):
+        own = {key: value[b] for key, value in choices.items()}
+        expected = plain_scores(model, row, layer, **({"top_k": scores.token_ids.shape[1]} | own))
+        assert torch.equal(scores.token_ids[b], expected.token_ids)
+        torch.testing.assert_close(scores.log_probs[b], expected.log_probs, atol=tolerance, rtol=0)
+        assert relative(scores.gradients[layer][b], expected.gradients) < tolerance
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("number", [0, 2, BLOCKS - 1])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_form_agrees_with_plain_autograd(family, kernel, number, side):
+    model, rows, layer = tiny(family), prompts(LENGTHS), block(family, number)
+    scores = fisher_scores(model, *padded(rows, side, extra=2), layers=layer, top_k=5, kernel=kernel)
+    assert scores.gradients[layer].dtype == scores.log_probs.dtype == torch.float64
+    assert_agrees(scores, model, rows, layer, TOLERANCE[family])
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "opt", "mistral", "gemma2"])
+def test_parallel_blocks_learned_positions_windows_and_soft_caps(family):
+    model, rows, layer = tiny(family), prompts(LENGTHS), block(family, 1)
+    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=5)
+    assert_agrees(scores, model, rows, layer, TOLERANCE[family])
+
+
+def test_float32_fisher_matrices_are_within_1e_4_of_float64_autograd():
+    rows, layer = prompts(LENGTHS, seed=3), block("llama", 0)
+    scores = fisher_scores(tiny("llama", torch.float32), *padded(rows, "right"), layers=layer, top_k=10)
+    assert scores.gradients[layer].dtype == torch.float32
+    for b, row in enumerate(rows):
+        expected = plain_scores(tiny("llama"), row, layer, token_ids=scores.token_ids[b])
+        factor = scores.factor()[b].double()
+        assert relative(factor.T @ factor, expected.fisher) < 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_prompt_does_not_depend_on_its_neighbours(family, kernel):
+    model, layer = tiny(family, torch.float32), block(family, 1)
+    rows = prompts((7, 2, 15, 9, 1))
+    together = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=5, kernel=kernel)
+    order = [3, 0, 4, 2, 1]
+    permuted = fisher_scores(model, *padded([rows[b] for b in order], "left"), layers=layer, top_k=5, kernel=kernel)
+    for b, row in enumerate(rows):
+        alone = fisher_scores(model, row[None], layers=layer, top_k=5, kernel=kernel)
+        for other, at in ((together, b), (permuted, order.index(b))):
+            assert torch.equal(other.token_ids[at], alone.token_ids[0])
+            torch.testing.assert_close(other.log_probs[at], alone.log_probs[0], atol=1e-5, rtol=0)
+            assert relative(other.gradients[layer][at], alone.gradients[layer][0]) < 5e-6
+
+
+def test_a_prompt_that_is_not_finite_leaves_its_neighbours_alone():
+    model, layer, rows = fresh("llama"), block("llama", 1), prompts((5, 8, 3), vocabulary=90)
+    fisher_scores(model, *padded(rows, "right"), layers=layer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[95] = torch.nan
+    spoilt = torch.cat([rows[1], torch.tensor([95])])
+    scores = fisher_scores(model, *padded([rows[0], spoilt, rows[2]], "right"), layers=layer, top_k=5)
+    assert scores.gradients[layer][1].isnan().all()
+    for b in (0, 2):
+        expected = plain_scores(model, rows[b], layer, token_ids=scores.token_ids[b])
+        assert relative(scores.gradients[layer][b], expected.gradients) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole"])
+def test_scores_of_the_whole_vocabulary_average_to_zero(kernel):
+    model, layer = tiny("gpt2"), block("gpt2", 1)
+    ids, mask = padded(prompts(LENGTHS), "right")
+    scores = fisher_scores(model, ids, mask, layers=layer, top_k=VOCABULARY, kernel=kernel)
+    p_BV = scores.log_probs.exp()
+    torch.testing.assert_close(p_BV.sum(1), torch.ones_like(p_BV[:, 0]))
+    average_BD = torch.einsum("bv,bvd->bd", p_BV, scores.gradients[layer])
+    assert average_BD.abs().max() < 1e-12
+    assert scores.gradients[layer].abs().max() > 0.1  # zero is not what every score is
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tokens_of_the_callers_choice_keep_their_order(kernel):
+    model, rows, layer = tiny("gpt2"), prompts(LENGTHS), block("gpt2", 1)
+    token_ids = torch.stack(prompts((4,) * len(rows), seed=5))
+    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=9, token_ids=token_ids, kernel=kernel)
+    assert torch.equal(scores.token_ids, token_ids)
+    assert_agrees(scores, model, rows, layer, 1e-12, token_ids=token_ids)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
+def test_the_bias_is_added_where_the_positions_say(kernel, side):
+    model, rows, layer = tiny("gpt2"), prompts((7, 4, 9)), block("gpt2", 1)
+    ids, mask = padded(rows, side, extra=1)
+    last = [torch.arange(len(row)) == len(row) - 1 for row in rows]
+    scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, positions="last", kernel=kernel)
+    assert_agrees(scores, model, rows, layer, 1e-12, where_T=last)
+
+    some = [torch.arange(len(row)) % 3 == 1 for row in rows]
+    where = torch.ones_like(ids, dtype=torch.bool)  # what it says of the padding must not matter
+    where[mask == 1] = torch.cat(some)
+    scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, positions=where, kernel=kernel)
+    assert_agrees(scores, model, rows, layer, 1e-12, where_T=some)
+    energy = scores.position_energy[layer]
+    assert (energy[where & (mask == 1)] > 0).all() and (energy[~where | (mask == 0)] == 0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
+def test_position_energy_is_that_of_a_bias_at_each_position_alone(kernel, side):
+    model, rows, layer = tiny("gpt2"), prompts(LENGTHS), block("gpt2", 1)
+    ids, mask = padded(rows, side, extra=2)
+    scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, kernel=kernel)
+    expected = torch.zeros(ids.shape, dtype=torch.float64)
+    for b, row in enumerate(rows):
+        grads_KTD = position_scores(model, row, layer, scores.token_ids[b])
+        expected[b, mask[b] == 1] = torch.einsum("k,ktd->t", scores.log_probs[b].exp(), grads_KTD**2)
+    torch.testing.assert_close(scores.position_energy[layer], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_residual_norm_is_the_mean_over_the_prompts_own_tokens():
+    model, rows, layer = tiny("gpt2"), prompts(LENGTHS), block("gpt2", 1)
+    for kernel in ("layerwise", "whole"):
+        scores = fisher_scores(model, *padded(rows, "left", extra=1), layers=layer, kernel=kernel)
+        for b, row in enumerate(rows):
+            with torch.no_grad():
+                hidden = model(input_ids=row[None], output_hidden_states=True).hidden_states[2][0]
+            torch.testing.assert_close(scores.residual_norm[layer][b], hidden.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
+def test_several_layers_at_once_are_the_single_runs(kernel):
+    model, (ids, mask) = tiny("gpt2"), padded(prompts(LENGTHS), "left")
+    names = [block("gpt2", n) for n in (2, 0, 3)]
+    together = fisher_scores(model, ids, mask, layers=names, top_k=4, kernel=kernel)
+    assert list(together.gradients) == list(together.position_energy) == list(together.residual_norm) == names
+    for name in names:
+        alone = fisher_scores(model, ids, mask, layers=name, top_k=4, kernel=kernel)
+        assert relative(together.gradients[name], alone.gradients[name]) < 1e-13
+        assert relative(together.position_energy[name], alone.position_energy[name]) < 1e-13
+
+
+def test_layers_by_number_and_all_of_them():
+    model, (ids, mask) = tiny("gpt2"), padded(prompts((4, 6)), "right")
+    everything = fisher_scores(model, ids, mask, layers="all", top_k=3)
+    assert list(everything.gradients) == [block("gpt2", n) for n in range(BLOCKS)]
+    some = fisher_scores(model, ids, mask, layers=[1, "-1"], top_k=3)
+    assert list(some.gradients) == [block("gpt2", 1), block("gpt2", -1)]
+    assert torch.equal(some.gradients[block("gpt2", 1)], everything.gradients[block("gpt2", 1)])
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole"])
+def test_the_number_of_cotangents_at_a_time_does_not_matter(kernel):
+    model, (ids, mask), layer = tiny("gpt2"), padded(prompts(LENGTHS), "right"), block("gpt2", 1)
+    expected = fisher_scores(model, ids, mask, layers=layer, top_k=5, kernel=kernel)
+    for chunk_size in (1, 2, 3, 4, 5, 6):
+        scores = fisher_scores(model, ids, mask, layers=layer, top_k=5, kernel=kernel, chunk_size=chunk_size)
+        assert relative(scores.gradients[layer], expected.gradients[layer]) < 1e-13
+        assert relative(scores.position_energy[layer], expected.position_energy[layer]) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("llama", "model.layers.1.mlp"),
+        ("llama", "model.layers.3.self_attn"),  # returns a tuple
+        ("llama", "model.embed_tokens"),
+        ("llama", "model.norm"),
+        ("gpt2", "transformer.h.2.ln_2"),
+        ("gpt2", "transformer.wte"),
+        ("gpt2", "transformer.ln_f"),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["auto", "loop"])
+def test_modules_that_are_not_blocks(family, layer, kernel):
+    model, rows = tiny(family), prompts(LENGTHS)
+    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=4, kernel=kernel)
+    assert_agrees(scores, model, rows, layer, TOLERANCE[family])
+
+
+def test_a_block_and_a_module_inside_one_in_a_single_call():
+    model, rows, names = tiny("gpt2"), prompts(LENGTHS), ["transformer.h.2.mlp", "transformer.h.1"]
+    scores = fisher_scores(model, *padded(rows, "right"), layers=names, top_k=4)
+    assert list(scores.gradients) == names
+    for name in names:
+        assert_agrees(scores, model, rows, name, 1e-12)
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """All that a call must leave as it was."""
+    modules = dict(model.named_modules())
+    return {
+        "training": {name: module.training for name, module in modules.items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
+        "hooks": {
+            name: (*module._forward_hooks, "pre", *module._forward_pre_hooks, "back", *module._backward_hooks)
+            for name, module in modules.items()
+        },
+        "attention": {
+            name: module.config._attn_implementation
+            for name, module in modules.items()
+            if hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
+        },
+        "weights": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    after = state(model)
+    for name, weight in before.pop("weights").items():
+        assert torch.equal(weight, after["weights"][name])
+    del after["weights"]
+    assert after == before
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_the_model_is_left_as_it_was(family, kernel):
+    model, rows, layer = fresh(family), prompts((4, 6)), block(family, 1)
+    model.train()
+    model.get_submodule(block(family, 2)).eval()
+    model.get_output_embeddings().requires_grad_(False)
+    model.set_attn_implementation("eager" if family == "gemma2" else "sdpa")
+    model.get_submodule(block(family, 3)).register_forward_hook(lambda *_: None)
+    before = state(model)
+    assert torch.is_grad_enabled()
+    scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=3, kernel=kernel)
+    assert torch.is_grad_enabled()
+    assert not scores.gradients[layer].requires_grad and not scores.log_probs.requires_grad
+    assert_unchanged(model, before)
+    assert_agrees(scores, model.eval(), rows, layer, 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_model_is_left_as_it_was_after_an_error(kernel):
+    model, layer = fresh("llama"), block("llama", 0)
+    ids, mask = padded(prompts((4, 6)), "right")
+    for warm in (False, True):  # the error strikes in the probe, then in the computation itself
+        if warm:
+            fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
+        model.train()
+        calls = iter(range(100))
+
+        def fail(*_: object, calls=calls) -> None:
+            if next(calls) == 1:
+                raise KeyError("planted")
+
+        handle = model.get_submodule(block("llama", 2)).register_forward_hook(fail)
+        before = state(model)
+        with pytest.raises(KeyError, match="planted"):
+            fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
+            fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
+        assert torch.is_grad_enabled()
+        assert_unchanged(model, before)
+        handle.remove()
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer), model.eval(), prompts((4, 6)), layer, 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_the_users_own_hooks_are_respected(kernel, at):
+    model, rows, layer = fresh("gpt2"), prompts(LENGTHS), block("gpt2", 1)
+    ids, mask = padded(rows, "left")
+    plain = fisher_scores(model, ids, mask, layers=layer, top_k=4, kernel=kernel)
+    steering = torch.linspace(-2, 2, 36, dtype=torch.float64)
+    module = model.get_submodule(block("gpt2", at))
+
+    def steer(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return torch.tanh(output + steering)
+
+    def shift(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] + 0.5 * steering, *args[1:])
+
+    with module.register_forward_hook(steer), module.register_forward_pre_hook(shift):
+        scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, kernel=kernel)
+        assert_agrees(scores, model, rows, layer, 1e-12)
+    assert not torch.equal(scores.log_probs, plain.log_probs)
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer, top_k=4, kernel=kernel), model, rows, layer, 1e-12)
+
+
+@pytest.mark.parametrize("before_the_first_call", [True, False])
+def test_a_users_hook_that_mixes_positions_does_not_mix_prompts(before_the_first_call):
+    model, rows, layer = fresh("llama"), prompts(LENGTHS), block("llama", 0)
+    ids, mask = padded(rows, "right")
+    if not before_the_first_call:
+        fisher_scores(model, ids, mask, layers=layer, top_k=4)
+
+    def look_back(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output + 0.5 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+
+    model.get_submodule("model.layers.2.mlp").register_forward_hook(look_back)
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer, top_k=4), model, rows, layer, 1e-6)
+
+
+def test_weights_may_change_between_calls():
+    model, rows, layer = fresh("gpt2", tie_word_embeddings=False), prompts(LENGTHS), block("gpt2", 1)
+    ids, mask = padded(rows, "right")
+    fisher_scores(model, ids, mask, layers=layer, top_k=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer, top_k=4), model, rows, layer, 1e-12)
+
+
+def test_weights_may_be_replaced_between_calls():
+    model, rows, layer = fresh("gpt2", tie_word_embeddings=False), prompts(LENGTHS), block("gpt2", 1)
+    ids, mask = padded(rows, "right")
+    fisher_scores(model, ids, mask, layers=layer, top_k=4)
+    other = tiny("gpt2", seed=1, tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(other.lm_head.weight.detach().clone())
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer, top_k=4), model, rows, layer, 1e-12)
+    model.transformer.ln_f = other.transformer.ln_f
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer, top_k=4), model, rows, layer, 1e-12)
+    model.transformer.h[3] = other.transformer.h[3]
+    assert_agrees(fisher_scores(model, ids, mask, layers=layer, top_k=4), model, rows, layer, 1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_remembered_of_a_model_goes_with_it(family):
+    model = fresh(family)
+    fisher_scores(model, torch.tensor([[1, 2, 3]]), layers=[0, 2])
+    assert model in _PROBES
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
+
+
+@pytest.mark.parametrize("kernel", ["auto", "whole", "loop"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_inside_the_users_own_context(context, kernel):
+    model, rows, layer = fresh("gpt2"), prompts((4, 6)), block("gpt2", 1)
+    for _ in ("with the probe", "without it"):
+        with context():
+            scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=3, kernel=kernel)
+        assert_agrees(scores, model, rows, layer, 1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "whole", "loop"])
+def test_tokens_made_in_inference_mode(kernel):
+    model, rows, layer = fresh("gpt2"), prompts((4, 6)), block("gpt2", 1)
+    with torch.inference_mode():
+        ids, mask = padded(rows, "right")
+    scores = fisher_scores(model, ids, mask, layers=layer, top_k=3, kernel=kernel)
+    assert_agrees(scores, model, rows, layer, 1e-12)
+
+
+def test_a_batch_of_int32_tokens_and_a_mask_of_any_dtype():
+    model, rows, layer = tiny("gpt2"), prompts((4, 6)), block("gpt2", 1)
+    ids, mask = padded(rows, "left")
+    expected = fisher_scores(model, ids, mask, layers=layer, top_k=3)
+    for ids_dtype, mask_dtype in ((torch.int32, torch.bool), (torch.int64, torch.float32)):
+        scores = fisher_scores(model, ids.to(ids_dtype), mask.to(mask_dtype), layers=layer, top_k=3)
+        assert torch.equal(scores.gradients[layer], expected.gradients[layer])
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "transformer.h.l"}, r"no module named 'transformer.h.l'; the nearest is 'transformer.h.\d'"),
+        ({"layers": "model.layers.1"}, r"4 layers are transformer\.h\.0 to transformer\.h\.3"),
+        ({"layers": 4}, "layer 4 was asked for; this model has layers 0 to 3"),
+        ({"layers": -5}, "layer -5 was asked for"),
+        ({"layers": []}, "no layer was given"),
+        ({"layers": [1, "transformer.h.1"]}, "given twice"),
+        ({"layers": "transformer"}, "expected a tensor"),
+        ({"layers": "transformer.h"}, "never called|expected a tensor"),
+        ({"top_k": VOCABULARY + 1}, f"top_k is {VOCABULARY + 1}; expected 1 to {VOCABULARY}"),
+        ({"top_k": 0}, f"top_k is 0; expected 1 to {VOCABULARY}"),
+        ({"kernel": "fast"}, "kernel is 'fast'"),
+        ({"kernel": "layerwise", "layers": "transformer.wte"}, "layerwise cannot be trusted with transformer.wte"),
+        ({"positions": "first"}, "positions is 'first'"),
+        ({"positions": torch.ones(2, 5)}, r"positions has shape \(2, 5\)"),
+        ({"positions": torch.zeros(2, 6)}, "selects no real token"),
+        ({"token_ids": torch.zeros(3, 2, dtype=torch.int64)}, r"token_ids has shape \(3, 2\); expected \[2, K\]"),
+        ({"token_ids": torch.zeros(2, dtype=torch.int64)}, r"token_ids has shape \(2,\)"),
+        ({"token_ids": torch.full((2, 1), VOCABULARY)}, "token_ids"),
+        ({"token_ids": torch.full((2, 1), -1)}, "token_ids"),
+        ({"token_ids": torch.ones(2, 1)}, "token_ids"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"input_ids": IDS[0]}, r"input_ids has shape \(6,\)"),
+        ({"input_ids": IDS.float()}, r"dtype torch.float32; expected \[B, T\] int64"),
+        ({"input_ids": IDS[:0]}, "not empty"),
+        ({"input_ids": IDS + VOCABULARY}, "input_ids"),
+        ({"attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),
+        ({"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "prompt 1 of the batch has no real token"),
+        ({"attention_mask": torch.tensor([[1] * 6, [1, 1, 0, 1, 1, 1]])}, "gap"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        fisher_scores(tiny("gpt2"), **{"input_ids": IDS, "layers": 1, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_factor_names_its_layers():
+    scores = fisher_scores(tiny("gpt2"), IDS, layers=[0, 1], top_k=3)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0"):
+        scores.factor()
+    with pytest.raises(ValueError, match="'nowhere' has no scores"):
+        scores.factor("nowhere")
+    for b in range(2):
+        factor = scores.factor(block("gpt2", 0))[b]
+        expected = fisher_matrix(scores.log_probs[b], scores.gradients[block("gpt2", 0)][b])
+        torch.testing.assert_close(factor.T @ factor, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_model_outside_transformers(kernel):
+    model, rows = ToyLM(), prompts(LENGTHS)
+    scores = fisher_scores(model, *padded(rows, "left"), layers="blocks.1", top_k=4, kernel=kernel)
+    assert_agrees(scores, model, rows, "blocks.1", 1e-12)
+
+
+def test_a_single_token_alone_and_every_prompt_of_one_length():
+    model, layer = tiny("llama"), block("llama", 1)
+    for rows in (prompts((1,)), prompts((1, 1, 1)), prompts((5, 5, 5))):
+        assert_agrees(fisher_scores(model, torch.stack(rows), layers=layer, top_k=3), model, rows, layer, 1e-6)
+
+
+@pytest.mark.parametrize("first_lengths", [(4, 20, 7), (4, 7)])
+def test_rotary_scaling_that_depends_on_length_looks_at_each_prompt_alone(first_lengths):
+    """Some rotary embeddings take other frequencies where a batch is longer than the model was trained on."""
+    short, layer = tiny("llama"), block("llama", 1)
+    changes = {
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    }
+    model = type(short)(type(short.config)(**(short.config.to_dict() | changes))).double().eval()
+    model.load_state_dict(short.state_dict())
+    for lengths in (first_lengths, (4, 20, 7)):
+        rows = prompts(lengths)
+        scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4)
+        assert_agrees(scores, model, rows, layer, 1e-6)

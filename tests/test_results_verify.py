@@ -1,0 +1,135 @@
+"""`python -m fisher_vmap.verify`: what it finds, what it says, and its exit codes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from results_cases import (
+    make_layout,
+    make_prompt,
+    make_prompts,
+    no_power_cuts,  # noqa: F401 (a fixture)
+    open_writer,
+    write_folder,
+)
+
+from fisher_vmap.storage.atomic import sha256_of
+from fisher_vmap.storage.index import FileEntry, read_index, write_index
+from fisher_vmap.storage.npz import write_npz
+from fisher_vmap.storage.products import readers, write_product, write_table
+from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.verify import main
+
+NPZ = "fisher_matrices_compressed.npz"
+
+
+def bad_lines(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_sound_folder(tmp_path, capsys, dtype):
+    write_folder(tmp_path, 10, make_layout({"a": 7, "b": 5}, rank=6, vectors_dtype=dtype))
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok   ") for line in lines[:-1]) and lines[-1] == f"{tmp_path} is sound"
+    assert lines[1].endswith("prompts 0..3, 2 without numbers") and "60 arrays" not in lines[1]
+    assert sum("the shards' arrays: 30 arrays" in line for line in lines) == 2
+
+
+def test_the_command(tmp_path):
+    write_folder(tmp_path)
+    command = [sys.executable, "-m", "fisher_vmap.verify"]
+    assert subprocess.run([*command, str(tmp_path)], capture_output=True, check=False).returncode == 0
+    run = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr == f"{tmp_path / 'none'} is not a results folder: it has no index.json\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["index.json", "shards/shard-00001.safetensors", "shards/shard-00001.parquet", "prompts.parquet", NPZ,
+     "mean.safetensors", "metadata.yaml"],
+)  # fmt: skip
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damage_is_found_in_every_file(tmp_path, capsys, name, damage):
+    write_folder(tmp_path)
+    path = tmp_path / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:-3])
+    assert main([str(tmp_path)]) == (2 if (name, damage) == ("index.json", "delete") else 1)
+    lines = bad_lines(capsys)
+    assert all(name in line for line in lines[:1])
+
+
+def test_an_unfinished_run(tmp_path, capsys):
+    write_folder(tmp_path, finish=False)
+    assert main([str(tmp_path)]) == 1
+    assert bad_lines(capsys) == [
+        "BAD  index.json: the run is unfinished: 10 of 10 prompts; run the same command again"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("S", [1.0, 2.0, 0.5], "S is negative or not in order"),
+        ("S", [1.0, 0.5, -0.5], "S is negative or not in order"),
+        ("S", [1e6, 1.0, 0.5], "the trace is below the sum of S"),
+        ("V", np.full((3, 7), 0.3), "V is off orthonormal by"),
+    ],
+)
+def test_numbers_that_are_not_what_they_claim(tmp_path, capsys, field, values, message):
+    layout = make_layout()
+    prompts = make_prompts(0, 4, layout)
+    layer = prompts[1].layers["blocks.0"]
+    prompts[1] = make_prompt(1, layout, layers={"blocks.0": layer._replace(**{field: np.asarray(values)})})
+    writer = open_writer(tmp_path, layout)
+    writer.missing_shards(4)
+    writer.add(0, prompts)
+    writer.finish(settings={}, save="prompts")
+    assert main([str(tmp_path)]) == 1
+    (line,) = bad_lines(capsys)
+    assert f"shard-00000.safetensors is damaged: blocks.0, prompt 1: {message}" in line
+
+
+def record(folder, name):
+    """Give a file a new entry in the index, as if it had been written wrongly rather than damaged later."""
+    index = read_index(folder)
+    path = folder / name
+    old = index.files[name]
+    entry = FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size, tensors=old.tensors)
+    write_index(folder, index.model_copy(update={"files": {**index.files, name: entry}}))
+
+
+def test_an_npz_that_disagrees_with_the_shards(tmp_path, capsys):
+    write_folder(tmp_path / "a", seed=0)
+    write_folder(tmp_path / "b", seed=1)
+    (tmp_path / "b" / NPZ).replace(tmp_path / "a" / NPZ)
+    record(tmp_path / "a", NPZ)
+    assert main([str(tmp_path / "a")]) == 1
+    assert [line.split(": ", 1)[1] for line in bad_lines(capsys)] == [
+        f"{tmp_path / 'a' / NPZ} is damaged: U_0 differs from the shards; run the same command again to mend it"
+    ]
+    index = read_index(tmp_path / "a")
+    write_npz(tmp_path / "a" / NPZ, list(readers(tmp_path / "a", index))[:2], "blocks.0")
+    record(tmp_path / "a", NPZ)
+    assert main([str(tmp_path / "a")]) == 1
+    assert "U_8" in bad_lines(capsys)[0]
+
+
+def test_a_table_that_disagrees_with_the_shards(tmp_path, capsys):
+    write_folder(tmp_path)
+    index = read_index(tmp_path)
+    first = ShardReader(tmp_path, index.shards[0], index.layout)
+    write_table(tmp_path / "prompts.parquet", lambda: iter([first, first, first]), index)
+    record(tmp_path, "prompts.parquet")
+    assert main([str(tmp_path)]) == 1
+    assert "its rows differ from shard-00001.parquet" in bad_lines(capsys)[0]
+    write_product(tmp_path, "prompts.parquet", index, {})
+    record(tmp_path, "prompts.parquet")
+    assert main([str(tmp_path)]) == 0
