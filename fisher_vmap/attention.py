@@ -9,7 +9,7 @@ and q, k, v, P and O are the same for all K cotangents. With K next to the inner
 product: K joins the rows of dP and dQ, the columns of dV, and the rows of dK. Query heads that share a key-value head
 join the contraction, so keys and values are never repeated. Queries go in blocks: memory is linear in T.
 
-    Letters: B prompts, G key-value heads, M query heads for each of them, T queries, S keys, E head width, K cotangents.
+    Letters: B prompts, G key-value heads, M query heads for each, T queries, S keys, E head width, K cotangents.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from fisher_vmap.ragged import Group
 
 # Elements of dP in one block of queries: small enough for a CPU's cache, large enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
@@ -32,12 +34,12 @@ class AttentionKind:
     Attributes:
         scale: of the scores.
         causal: whether, without a mask, position t sees keys up to t + S - T only.
-        ranges: where prompts are packed end to end, the positions [start, stop) of each; none sees another's.
+        groups: where prompts are packed end to end, the prompts in groups; none sees another's positions.
     """
 
     scale: float
     causal: bool
-    ranges: tuple[tuple[int, int], ...] | None = None
+    groups: tuple[Group, ...] | None = None
 
     def alone(self) -> "AttentionKind":
         """The same within one prompt."""
@@ -51,19 +53,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Attent
         q: [B, H, T, E].
         k: [B, G, S, E], with H a multiple of G.
         v: [B, G, S, Ev].
-        mask: None, or a tensor that broadcasts to [B, H, T, S]: bool (True takes part) or floating (added to the scores).
+        mask: None, or a tensor that broadcasts to [B, H, T, S]: bool (True takes part) or floating (added).
         kind: the scale, and whether position t sees keys up to t + S - T only (with mask None).
     """
+    if not torch.is_grad_enabled():  # a forward that nobody differentiates
+        return attention_forward(q, k, v, mask, kind)
     return _Attention.apply(q, k, v, mask, kind)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
-        if kind.ranges is None:
-            return _fused(q, k, v, mask, kind)
-        alone = kind.alone()
-        return torch.cat([_fused(*(x[:, :, a:z] for x in (q, k, v)), None, alone) for a, z in kind.ranges], 2)
+        return attention_forward(q, k, v, mask, kind)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -77,9 +78,17 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
-    causal, grouped = kind.causal and mask is None, k.shape[1] != q.shape[1]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=grouped)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
+    """The output alone, by the fused kernels."""
+    if kind.groups is None:
+        causal, grouped = kind.causal and mask is None, k.shape[1] != q.shape[1]
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=grouped
+        )
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for group in kind.groups:
+        group.put(out, attention_forward(group.take(q), group.take(k), group.take(v), None, kind.alone()))
+    return out
 
 
 class _AttentionPullback(torch.autograd.Function):
@@ -118,21 +127,18 @@ def pullback_attention(
 
     Args:
         grad_out: [B, H, T, K, Ev], the cotangents.
-        q: [B, H, T, E]; k: [B, G, S, E]; v: [B, G, S, Ev]; mask and kind: as for `attention`.
+        q: [B, H, T, E].
+        k: [B, G, S, E].
+        v: [B, G, S, Ev].
+        mask: as for `attention`.
         out: [B, H, T, Ev], what `attention` returned.
+        kind: as for `attention`.
 
     Returns:
         dq [B, H, T, K, E], dk [B, G, S, K, E], dv [B, G, S, K, Ev], in the dtype of q.
     """
-    if kind.ranges is not None:
-        parts = [
-            pullback_attention(
-                grad_out[:, :, a:z], q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, out[:, :, a:z], kind.alone()
-            )
-            for a, z in kind.ranges
-        ]
-        dq, dk, dv = (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
-        return dq, dk, dv
+    if kind.groups is not None:
+        return _pullback_groups(grad_out, q, k, v, out, kind, kind.groups)
     B, H, T, K, Ev = grad_out.shape
     G, S, E = k.shape[1:]
     M = H // G
@@ -159,11 +165,25 @@ def pullback_attention(
     return dq.mul_(kind.scale), dk.mul_(kind.scale), dv
 
 
+def _pullback_groups(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kind: AttentionKind, groups: tuple[Group, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    K = grad_out.shape[3]
+    dq, dk, dv = (x.new_empty(*x.shape[:3], K, x.shape[3]) for x in (q, k, v))
+    for group in groups:
+        q_group, k_group, v_group = group.take(q), group.take(k), group.take(v)
+        cotangents = group.take_real(grad_out)
+        parts = pullback_attention(cotangents, q_group, k_group, v_group, None, group.take(out), kind.alone())
+        for whole, part in zip((dq, dk, dv), parts, strict=True):
+            group.put(whole, part)
+    return dq, dk, dv
+
+
 def _probabilities(
     q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, keys: int
 ) -> Tensor:
     """P of a block of queries, [B, H, t, S], in the dtype of q; the scores and the softmax in float32."""
-    B, H, T, E = q.shape
+    B, H, _, E = q.shape
     G, S = k_BGSE.shape[1], k_BGSE.shape[2]
     score_dtype = torch.promote_types(q.dtype, torch.float32)
     q_rows = q[:, :, start:stop].reshape(B, G, -1, E).to(score_dtype)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fisher_vmap.attention import AttentionKind, attention
 from fisher_vmap.layout import Layout
+from fisher_vmap.ragged import Group, group_prompts
 
 NAME = "fisher_vmap"
 
-_RANGES: ContextVar[tuple[tuple[int, int], ...] | None] = ContextVar("ranges of packed prompts", default=None)
+_PACKED: ContextVar[tuple[int, tuple[Group, ...]] | None] = ContextVar("packed prompts", default=None)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
 
 
@@ -38,22 +39,24 @@ def _attention_forward(
             raise UnsupportedAttention(f"{type(module).__name__} uses {name}")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, _RANGES.get())
-    if kind.ranges is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
+    kind = AttentionKind(
+        float(scale), bool(causal) and query.shape[2] > 1, packed[1] if (packed := _PACKED.get()) else None
+    )
+    if kind.groups is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
         raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
     return attention(query, key, value, attention_mask, kind).transpose(1, 2), None
 
 
 def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
     """The function that transformers' models build masks with: none where causality is all there is to it."""
-    ranges = _RANGES.get()
-    if ranges is None:
+    packed = _PACKED.get()
+    if packed is None:
         from transformers.masking_utils import sdpa_mask
 
         if not allow_is_causal_skip and (notes := _ODD_MASKS.get()) is not None:
             notes.append("a mask that is more than causal")
         return sdpa_mask(*args, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
-    longest = max(stop - start for start, stop in ranges)
+    longest, _groups = packed
     if local_size is not None and local_size < longest:
         raise UnsupportedAttention(f"a window of {local_size} is shorter than a prompt of {longest} tokens")
     return None
@@ -62,11 +65,12 @@ def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool 
 @contextmanager
 def prompts_packed(layout: Layout) -> Iterator[None]:
     """Within the context our attention keeps the layout's prompts apart, if they are packed end to end."""
-    token = _RANGES.set(tuple(layout.ranges()) if layout.packed else None)
+    groups = group_prompts(layout.ranges(), layout.device) if layout.packed else ()
+    token = _PACKED.set((max(layout.lengths), groups) if layout.packed else None)
     try:
         yield
     finally:
-        _RANGES.reset(token)
+        _PACKED.reset(token)
 
 
 @contextmanager

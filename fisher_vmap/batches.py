@@ -1,4 +1,4 @@
-"""Which prompts are computed together: a pure function of their lengths and two limits, so that runs can be repeated."""
+"""Which prompts are computed together: a pure function of their lengths and two limits: runs can be repeated."""
 
 from collections.abc import Sequence
 

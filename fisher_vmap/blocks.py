@@ -66,6 +66,12 @@ def resolve_layers(model: nn.Module, wanted: str | int | Sequence[str | int]) ->
     return resolved
 
 
+def output_embedding(model: Any) -> nn.Module | None:
+    """The module that makes the logits, by the model's own word; None where it has none."""
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return module if isinstance(module, nn.Module) else None
+
+
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The residual stream among a block's inputs."""
     candidate = args[0] if args else kwargs.get("hidden_states")

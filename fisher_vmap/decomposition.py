@@ -16,7 +16,7 @@ class LowRank(NamedTuple):
     F is symmetric and positive semi-definite, so its left and right singular vectors are the same.
 
     Attributes:
-        singular_values: [B, R] float32, not increasing; the eigenvalues of F, in nats per squared unit of residual stream.
+        singular_values: [B, R] float32, not increasing; the eigenvalues of F, nats^2 per squared unit of the stream.
         vectors: [B, R, D] float32, the singular vectors as rows. The first `rank` are orthonormal, the others zero.
             The entry of largest magnitude of each row is positive.
         left_vectors: [B, K, R] float32, the Q of A = Q diag(sqrt S) V: how much of which token each direction carries.
@@ -59,14 +59,14 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
         )
     if rank < 1:
         raise ValueError(f"rank is {rank}; expected at least 1")
-    device, (B, K, D) = factor_BKD.device, factor_BKD.shape
+    device, (_, K, D) = factor_BKD.device, factor_BKD.shape
     out_dtype = torch.promote_types(factor_BKD.dtype, torch.float32)
     resolution = torch.finfo(out_dtype).eps
     finite_B = factor_BKD.isfinite().flatten(1).all(1)
 
     A_BKD = torch.where(finite_B[:, None, None], factor_BKD, 0).to(float64_device(device), torch.float64)
     Q_BKK, S_BK = _gram_svd(A_BKD)
-    rank_B = (S_BK > K * resolution * S_BK[:, :1]).sum(1)
+    rank_B = (K * resolution * S_BK[:, :1] < S_BK).sum(1)
 
     R = min(rank, K, D)
     kept_BR = torch.arange(R, device=S_BK.device) < rank_B[:, None]

@@ -1,4 +1,4 @@
-"""`python -m fisher_vmap.demo`: the main job on a small real model and the prompts shipped here, ending on a finding."""
+"""`python -m fisher_vmap.demo`: the main job on a small real model and prompts shipped here, up to a finding."""
 
 import argparse
 import importlib.util
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dataset_name=str(PROMPTS),
             hook_layer_name=LAYER,
             num_prompts="all",
-            keep_columns=["kind"],
+            keep_columns=("kind",),
             output_dir=arguments.output_dir,
             overwrite=True,
         )
@@ -83,8 +83,8 @@ def finding(results: Results, loaded: Loaded) -> str:
     measured = kl_both_ways(loaded, record.text or "", record.layer, step * np.stack([v, random]))
     lines += [
         "",
-        f"A step of length {step:.2f}, {step / record.residual_norm:.2%} of the residual stream's norm, changes the next",
-        "token's distribution by (KL divergence in nats, mean of both signs):",
+        f"A step of length {step:.2f}, {step / record.residual_norm:.2%} of the residual stream's norm, changes the",
+        "next token's distribution by (KL divergence in nats, mean of both signs):",
         "",
         "                          predicted, 1/2 eps^2 v^T F v      measured, float32",
         f"    leading direction             {predicted[0]:.2e}                    {measured[0]:.2e}",

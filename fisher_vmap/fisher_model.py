@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class PromptNumbers(NamedTuple):
     reason: str | None
 
 
-class FisherRecord(NamedTuple):
+@dataclass(frozen=True)
+class FisherRecord:
     """One prompt's Fisher matrices: a `PromptRecord` (S, V, U, Q, matrix(), matvec(x), scores()) for each layer."""
 
     index: int
@@ -81,7 +83,11 @@ class FisherModel:
         Args:
             model: a causal LM of transformers, on its device.
             tokenizer: its tokenizer; only `fisher` needs one.
-            layers, top_k, positions, kernel, chunk_size: as for `fisher_scores`.
+            layers: as for `fisher_scores`, and so are the next four.
+            top_k: K.
+            positions: "all" or "last".
+            kernel: the form.
+            chunk_size: cotangents at a time.
             batch_size: most prompts computed at once by `fisher`.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
@@ -118,7 +124,7 @@ class FisherModel:
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None, **choices: Any) -> Scores:
         """`fisher_scores` with this model's layers and settings; `choices` override them."""
-        settings = {
+        settings: dict[str, Any] = {
             "layers": self.layers,
             "top_k": self.top_k,
             "positions": self.positions,

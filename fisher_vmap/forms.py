@@ -1,4 +1,4 @@
-"""The three forms of the kernel: layerwise, whole and loop. Each gives the scores of one batch; they agree to rounding."""
+"""The three forms of the kernel: layerwise, whole and loop. Each gives the scores of a batch; they agree to rounding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

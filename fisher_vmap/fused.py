@@ -4,7 +4,7 @@ What is not a matrix product is bound by memory, and it is K times as much as in
 of a norm makes about ten passes over [K, N, D], most of them in float32. With everything that does not depend on the
 cotangent g computed once, each rule here is a dot product and a fused multiply-add away from its result:
 
-    norm   y = w * n,  n = (x - m) r      dx = g * (w r)  -  (n r) mean(g * w * n)      [- r mean(g * w) where m is the mean]
+    norm   y = w * n,  n = (x - m) r      dx = g * (w r)  -  (n r) mean(g * w * n)  -  r mean(g * w), the last if m != 0
     MLP    y = (act(a) * b) W_d^T         dx = (h * b act'(a)) W_a  +  (h * act(a)) W_b,   h = g W_d
 
 The forward of each is the model's own, to the bit. A module is taken for one of these only if its output on random
@@ -82,7 +82,9 @@ def _pull_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tens
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: Forward
+    ) -> tuple[Tensor, Tensor, Tensor]:
         a, b = gate(x), up(x)
         return down(act(a) * b), a, b
 
@@ -96,7 +98,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _ga: Any, _gb: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         a, b = ctx.saved_tensors
-        act_a, pull = vjp(ctx.act, a)
+        act_a, pull = vjp(ctx.act, a)  # type: ignore[misc]
         (slope,) = pull(torch.ones_like(a))
         weights = (ctx.gate.weight, ctx.up.weight, ctx.down.weight)
         return _GatedMlpPullback.apply(g, slope * b, act_a, *(w.detach() for w in weights)), None, None, None, None
@@ -160,11 +162,12 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether a module is down(act(gate(x)) * up(x)), by its parts and by its output on random rows."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    act = getattr(module, "act_fn", None)
-    if any(type(part) is not nn.Linear for part in parts) or not callable(act) or "forward" in vars(module):
+    gate, up, down, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
         return False
-    gate, up, down = parts
+    plain = all(type(part) is nn.Linear and part.bias is None for part in (gate, up, down))
+    if not plain or act is None or "forward" in vars(module):
+        return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, gate.in_features, generator=generator).to(gate.weight)
     with torch.no_grad():

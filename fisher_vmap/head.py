@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-VOCABULARY_CHUNK_ELEMENTS = 2**24  # of the unembedding, upcast at a time
+VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
 MIN_ROWS = 4  # a float32 product with fewer rows takes a path that is an order of magnitude less accurate
 
 
@@ -78,51 +78,55 @@ class UnembeddingHead:
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
         rows_BD = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
-        normed_BD, pull_norm = vjp(self.norm, rows_BD)
-        device = self.weight.device
-        z_BV = self.phi(self._logits(normed_BD.to(device)))
-        log_normaliser_B1 = z_BV.logsumexp(1, keepdim=True)
+        normed_BD, pull_norm = vjp(self.norm, rows_BD)  # type: ignore[misc]
+        z_BV, log_normaliser_B1, expected_BD = self._outputs(normed_BD.to(self.weight.device))
         if token_ids is None:
             check_top_k(top_k, z_BV.shape[1])
             token_ids = likeliest(z_BV, top_k)
-        token_ids = token_ids.to(device)
-        log_probs_BK = z_BV.gather(1, token_ids) - log_normaliser_B1
-
-        weight_BV = (z_BV - log_normaliser_B1).exp_()  # p, then p phi'
-        slope_BV = self.phi.derivative(z_BV)
-        row_BKD = self.weight[token_ids].to(weight_BV.dtype)
-        if slope_BV is not None:
-            weight_BV *= slope_BV
-            row_BKD *= slope_BV.gather(1, token_ids)[:, :, None]
-        row_BKD -= self._expected_row(weight_BV)[:, None]
-        cotangents_KBD = row_BKD.transpose(0, 1).to(rows_BD.device)
+        token_ids = token_ids.to(self.weight.device)
+        z_BK = z_BV.gather(1, token_ids)
+        row_BKD = self.weight[token_ids].to(z_BK.dtype)
+        if (slope_BK := self.phi.derivative(z_BK)) is not None:
+            row_BKD *= slope_BK[:, :, None]
+        cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(rows_BD.device)
         (cotangents_KBD,) = vmap(pull_norm)(cotangents_KBD)
-        return Reading(log_probs_BK.to(rows_BD.device), token_ids.to(rows_BD.device), cotangents_KBD)
+        log_probs_BK = (z_BK - log_normaliser_B1).to(rows_BD)
+        return Reading(log_probs_BK, token_ids.to(rows_BD.device), cotangents_KBD)
+
+    def _outputs(self, normed_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits z [B, V], log sum exp z [B, 1], and sum_v p_v phi'_v W_v [B, D'], in one pass over the unembedding.
+
+        Each chunk of W is upcast once and serves both products: the sum is kept relative to the largest logit so far,
+        as in an online softmax, in float64 where there is one.
+        """
+        wide = torch.float64 if normed_BD.device.type != "mps" else torch.float32
+        B = len(normed_BD)
+        x_BD = _at_least_rows(normed_BD)
+        z_BV = x_BD.new_empty(len(x_BD), len(self.weight))
+        top_B1 = x_BD.new_full((len(x_BD), 1), -torch.inf)
+        mass_B1 = torch.zeros_like(top_B1, dtype=wide)
+        sum_BD = x_BD.new_zeros(len(x_BD), self.weight.shape[1], dtype=wide)
+        for where, weight_vD in self._chunks(x_BD.dtype):
+            z_Bv = x_BD @ weight_vD.T
+            z_Bv = self.phi(z_Bv if self.bias is None else z_Bv + self.bias[where].to(z_Bv.dtype))
+            z_BV[:, where] = z_Bv
+            higher_B1 = torch.maximum(top_B1, z_Bv.amax(1, keepdim=True))
+            shrink_B1 = (top_B1 - higher_B1).exp_().to(wide)
+            weight_Bv = (z_Bv - higher_B1).exp_()
+            mass_B1 = mass_B1 * shrink_B1 + weight_Bv.sum(1, keepdim=True, dtype=wide)
+            if (slope_Bv := self.phi.derivative(z_Bv)) is not None:
+                weight_Bv = weight_Bv * slope_Bv
+            sum_BD.mul_(shrink_B1).add_(weight_Bv @ weight_vD)
+            top_B1 = higher_B1
+        log_normaliser_B1 = top_B1 + mass_B1.log().to(top_B1.dtype)
+        return z_BV[:B], log_normaliser_B1[:B], (sum_BD / mass_B1)[:B].to(z_BV.dtype)
 
     def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The unembedding in rows of the vocabulary, each chunk upcast: (where, [v, D'])."""
         V, D = self.weight.shape
-        size = max(1, VOCABULARY_CHUNK_ELEMENTS // D)
+        size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(self.weight.device.type, 2**22) // D)
         for start in range(0, V, size):
             yield slice(start, start + size), self.weight[start : start + size].to(dtype)
-
-    def _logits(self, normed_BD: Tensor) -> Tensor:
-        """W h' + b, [B, V]."""
-        x_BD = _at_least_rows(normed_BD)
-        out_BV = x_BD.new_empty(len(x_BD), len(self.weight))
-        for where, weight_vD in self._chunks(x_BD.dtype):
-            out_BV[:, where] = x_BD @ weight_vD.T
-        logits_BV = out_BV[: len(normed_BD)]
-        return logits_BV if self.bias is None else logits_BV + self.bias.to(logits_BV.dtype)
-
-    def _expected_row(self, weight_BV: Tensor) -> Tensor:
-        """The weighted sum of the rows of W, [B, D']; chunks are added up in float64 where there is one."""
-        wide = torch.float64 if weight_BV.device.type != "mps" else torch.float32
-        rows_BV = _at_least_rows(weight_BV)
-        total_BD = rows_BV.new_zeros(len(rows_BV), self.weight.shape[1], dtype=wide)
-        for where, weight_vD in self._chunks(weight_BV.dtype):
-            total_BD += rows_BV[:, where] @ weight_vD
-        return total_BD[: len(weight_BV)].to(weight_BV.dtype)
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class LogitsHead:
 
 
 def likeliest(z_BV: Tensor, top_k: int) -> Tensor:
-    """The ids of the top_k largest entries of each row, [B, K], largest first; equal entries in the order of their ids."""
+    """The ids of the top_k largest entries of each row, [B, K], largest first; equal ones in the order of their ids."""
     values_BK, ids_BK = z_BV.topk(top_k)
     smallest_B1 = values_BK[:, -1:]
     crowded_B = (z_BV >= smallest_B1).sum(1) > top_k  # a tie across the edge: topk may have kept any of them

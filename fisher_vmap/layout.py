@@ -1,9 +1,9 @@
 """How a batch of prompts of unequal length is laid out for the model, without an attention mask.
 
-padded    [B, T]: each prompt on the left, padding on the right. In a causal model what stands to the right of a token is
-          inert, so this holds for every model, recurrent ones included.
-packed    [1, N]: all prompts end to end, without padding; each has its own position ids, and the attention is told where
-          each begins. It holds where positions meet in attention alone; the probe proves it before it is used.
+padded    [B, T]: each prompt on the left, padding on the right. What stands to the right of a token
+          is inert in a causal model, so this holds for every model, recurrent ones included.
+packed    [1, N]: all prompts end to end, without padding; each has its own position ids, and the attention is told
+          where each begins. It holds where positions meet in attention alone; the probe proves it before it is used.
 
 Both are one thing to the rest of the package: rows of tokens, of which prompt b owns a contiguous range.
 """
@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     """Prompts as the model sees them. Rows are counted through all of `input_ids`, flattened.
 
     Attributes:
-        input_ids: [b, T] int64 with b = B, or b = 1 where prompts are packed. Padding repeats a prompt's own last token.
+        input_ids: [b, T] int64 with b = B, or b = 1 where packed. Padding repeats a prompt's own last token.
         position_ids: [1, T] where prompts are packed, else None: the model's own are right.
         lengths: the number of real tokens of each prompt.
         first_row: the row of each prompt's first token.
@@ -93,7 +93,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
     """
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.numel() == 0:
         raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected [B, T] int64, not empty"
+            f"input_ids has shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}; expected [B, T] int64, not empty"
         )
     B, W = input_ids.shape
     input_ids = input_ids.long()

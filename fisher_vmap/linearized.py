@@ -31,7 +31,7 @@ class LinearizedNetwork:
         everywhere = torch.ones(len(layout.lengths), layout.width, device=layout.device)
         mask_N = layout.from_caller(everywhere) if mask_N is None else mask_N
         self._mask_BT1 = mask_N.view(*layout.input_ids.shape, 1)
-        self.output, self._pull = vjp(function, self._zeros)
+        self.output, self._pull = vjp(function, self._zeros)  # type: ignore[misc]
         self.output = self.output.detach()
 
     @property

@@ -52,7 +52,7 @@ def pullback_blocks(
 
 def pullback_block(call: BlockCall, expected: Tensor, cotangents_KBTD: Tensor, chunk_size: int | None) -> Tensor:
     """Cotangents of one block's output to those of its input, [K, B, T, D]; the primal must be the expected one."""
-    primal, pull = vjp(call.replay, call.hidden)
+    primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
     check_primal(call.name, primal, expected)
     cotangents_KBTD = cotangents_KBTD.to(primal.device)
     (below_KBTD,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBTD)

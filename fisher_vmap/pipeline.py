@@ -105,8 +105,8 @@ def compute_shard(
             if prompt.skipped is not None or prompt.messages_or_text is None:
                 raise SkippedPrompt(prompt.skipped or "no prompt")
             rendered[i] = renderer.render(prompt.messages_or_text)
-        except SkippedPrompt as reason:
-            skipped[i] = str(reason)
+        except SkippedPrompt as skip:
+            skipped[i] = str(skip)
     report(Progress(len(skipped), 0))
     numbers: dict[int, PromptNumbers | str] = {}
     places = list(rendered)
@@ -120,7 +120,7 @@ def compute_shard(
         if i in skipped:
             yield PromptResult(**common, status="skipped", reason=skipped[i])
             continue
-        token_info = {
+        token_info: dict[str, Any] = {
             "text": rendered[i].text,
             "num_tokens": len(rendered[i].ids),
             "truncated": rendered[i].truncated,

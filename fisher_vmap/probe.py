@@ -36,7 +36,7 @@ KERNELS = ("auto", "layerwise", "whole", "loop")
 FORMS = ("packed", "layerwise", "whole", "loop")  # fastest first; packed is layerwise on prompts laid end to end
 CHECK_TOKENS = 64  # of each prompt that is compared with plain autograd
 # Largest relative distance of a form's scores from plain autograd's in the same dtype; both round on their way down
-# through the blocks, and a wrong chain is wrong by order one. Many models compute parts in float32 whatever their dtype.
+# through the blocks, and a wrong chain is wrong by order one. Many models compute parts in float32 in any dtype.
 BUDGET = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 

@@ -51,5 +51,5 @@ def _reached(output: Tensor, leaves: Sequence[Tensor]) -> set[int]:
 
 
 def chain_is_whole(reach: Reach, hooked_call: int) -> bool:
-    """Whether a bias at the output of block call number `hooked_call` travels up from block to block and no other way."""
+    """Whether a bias at the output of that block call travels up from block to block and no other way."""
     return all({j for j in reach[i] if j >= hooked_call} == {i - 1} for i in range(hooked_call + 1, len(reach)))

@@ -15,7 +15,7 @@ class Scores(NamedTuple):
         log_probs: [B, K], highest first.
         token_ids: [B, K] int64.
         gradients: for each hooked layer, [B, K, D].
-        position_energy: for each hooked layer, [B, T] in the caller's columns: sum over t of p_t |g_t at this position|^2.
+        position_energy: for each hooked layer, [B, T] in the caller's columns: sum_t p_t |g_t at this position|^2.
         residual_norm: for each hooked layer, [B]: the mean norm of its output over the prompt's tokens.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fisher_vmap.blocks import output_of
+from fisher_vmap.blocks import output_embedding, output_of
 from fisher_vmap.head import Phi, UnembeddingHead
 from fisher_vmap.recording import hooks
 
@@ -65,7 +65,7 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
 def _take_apart(
     model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor
 ) -> tuple[UnembeddingHead | None, str]:
-    unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    unembedding = output_embedding(model)
     if type(unembedding) is not nn.Linear:
         return None, f"the output embedding is {type(unembedding).__name__}, not a plain Linear"
     calls = [event for event in events if event.module is unembedding]
@@ -108,7 +108,8 @@ def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | N
 
     with torch.no_grad(), hooks(unembedding.register_forward_hook(plant)):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore[union-attr, operator]
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     caps = {None, getattr(config, "final_logit_softcapping", None)}
     scales = {1.0}
     if getattr(config, "logit_scale", None):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from fisher_vmap.blocks import output_of, with_output
+from fisher_vmap.blocks import output_embedding, output_of, with_output
 from fisher_vmap.layout import Layout
 from fisher_vmap.recording import StructureChanged, hooks, run_blocks
 
@@ -34,7 +34,7 @@ def rows_from_logits(model: nn.Module, layout: Layout) -> Callable[[], Tensor]:
 
     Only those rows are unembedded: the hidden states are gathered before they enter the output embedding.
     """
-    unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    unembedding = output_embedding(model)
     B, T = layout.input_ids.shape
 
     def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -108,7 +108,7 @@ def pullback_whole(
     function: Callable[[Biases], Tensor], biases: Biases
 ) -> tuple[Tensor, Callable[[Tensor, int | None], Biases]]:
     """The rows [B, X] and the map from their cotangents [K, B, X] to those of the biases, [K, B, T, D], in one call."""
-    rows, pull = vjp(function, biases)
+    rows, pull = vjp(function, biases)  # type: ignore[misc]
 
     def pullback(cotangents_KBX: Tensor, chunk_size: int | None) -> Biases:
         (pulled,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBX)
