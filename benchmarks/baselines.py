@@ -1,9 +1,9 @@
 """What a user would write without the package. Nothing here imports it: these are also the oracle of the benchmarks.
 
 `plain_pipeline` is the first thing that works: one bias vector for the whole batch, so that every score costs a
-backward pass of its own, and F as a dense matrix. `careful_pipeline` is the best loop that we could find: one bias row a
-prompt makes one backward pass serve the whole batch, and nothing is computed that the scores do not need. Variants were
-timed against each other (the bias as one row or as a leaf at every position; the gradient taken from log p, from
+backward pass of its own, and F as a dense matrix. `careful_pipeline` is the best loop that we could find: one bias row
+a prompt makes one backward pass serve the whole batch, and nothing is computed that the scores do not need. Variants
+were timed against each other (the bias as one row or as a leaf at every position; the gradient taken from log p, from
 z - logsumexp z, or with one-hot minus p given as the logits' gradient); they differ by less than 3%, and the plainest
 was kept.
 """
@@ -41,9 +41,7 @@ def plain_loop(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, laye
         last_B = attention_mask.sum(1) - 1
         rows_BV = logits_BTV[torch.arange(len(last_B), device=last_B.device), last_B]
         top = rows_BV.float().log_softmax(-1).topk(top_k)
-        gradients = [
-            torch.autograd.grad(log_p, bias_D, retain_graph=True)[0].float() for log_p in top.values.flatten()
-        ]
+        gradients = [torch.autograd.grad(log_p, bias_D, retain_graph=True)[0].float() for log_p in top.values.flatten()]
     return Loop(top.values.detach(), top.indices, torch.stack(gradients).view(*top.values.shape, -1))
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,9 +165,9 @@ def heavy_tail(workload: Workload, prompts: int = 128) -> list[list[int]]:
     """Prompts of lengths round(exp(normal(4.4, 0.9))) between 8 and 1024, cut out of the chat prompts' running text."""
     drawn = np.exp(np.random.default_rng(0).normal(4.4, 0.9, prompts)).round().clip(8, 1024).astype(int)
     text = [token for ids in demo_tokens(workload.tokenizer) for token in ids]
-    text = text * math.ceil(2 + 1024 / len(text))
-    period = len(text) // 2
-    return [text[start : start + n] for start, n in ((97 * i % period, int(n)) for i, n in enumerate(drawn))]
+    endless = text + text[:1024]
+    starts = (97 * i % len(text) for i in range(prompts))
+    return [endless[start : start + n] for start, n in zip(starts, drawn.tolist(), strict=True)]
 
 
 def padded(prompts: list[list[int]], device: torch.device) -> Batch:

@@ -35,11 +35,13 @@ class AttentionKind:
         scale: of the scores.
         causal: whether, without a mask, position t sees keys up to t + S - T only.
         groups: where prompts are packed end to end, the prompts in groups; none sees another's positions.
+        one_query: with groups: there is one query a prompt, [1, H, B, E], which sees all keys of its prompt.
     """
 
     scale: float
     causal: bool
     groups: tuple[Group, ...] | None = None
+    one_query: bool = False
 
     def alone(self) -> "AttentionKind":
         """The same within one prompt."""
@@ -87,7 +89,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind
         )
     out = q.new_empty(*q.shape[:3], v.shape[3])
     for group in kind.groups:
-        group.put(out, attention_forward(group.take(q), group.take(k), group.take(v), None, kind.alone()))
+        k_group, v_group = group.take(k), group.take(v)
+        if kind.one_query:
+            part = attention_forward(group.take_queries(q), k_group, v_group, group.real[:, None, None], kind.alone())
+            group.put_queries(out, part)
+        else:
+            group.put(out, attention_forward(group.take(q), k_group, v_group, None, kind.alone()))
     return out
 
 
@@ -171,10 +178,17 @@ def _pullback_groups(
     K = grad_out.shape[3]
     dq, dk, dv = (x.new_empty(*x.shape[:3], K, x.shape[3]) for x in (q, k, v))
     for group in groups:
-        q_group, k_group, v_group = group.take(q), group.take(k), group.take(v)
-        cotangents = group.take_real(grad_out)
-        parts = pullback_attention(cotangents, q_group, k_group, v_group, None, group.take(out), kind.alone())
-        for whole, part in zip((dq, dk, dv), parts, strict=True):
+        k_group, v_group, alone = group.take(k), group.take(v), kind.alone()
+        if kind.one_query:
+            dO, q_group, out_group = (group.take_queries(x) for x in (grad_out, q, out))
+            mask = group.real[:, None, None]
+            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, mask, out_group, alone)
+            group.put_queries(dq, dq_group)
+        else:
+            dO, q_group, out_group = group.take_real(grad_out), group.take(q), group.take(out)
+            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, None, out_group, alone)
+            group.put(dq, dq_group)
+        for whole, part in zip((dk, dv), rest, strict=True):
             group.put(whole, part)
     return dq, dk, dv
 

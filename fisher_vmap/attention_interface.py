@@ -15,6 +15,8 @@ from fisher_vmap.ragged import Group, group_prompts
 NAME = "fisher_vmap"
 
 _PACKED: ContextVar[tuple[int, tuple[Group, ...]] | None] = ContextVar("packed prompts", default=None)
+_CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
+_KEYS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("keys and values of all positions", default=None)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
 
 
@@ -37,11 +39,15 @@ def _attention_forward(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"{type(module).__name__} uses {name}")
+    if _CAPTURING.get():
+        raise KeysCaptured(key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kind = AttentionKind(
-        float(scale), bool(causal) and query.shape[2] > 1, packed[1] if (packed := _PACKED.get()) else None
-    )
+    packed, keys = _PACKED.get(), _KEYS.get()
+    if packed is not None and keys is not None:
+        kind = AttentionKind(float(scale), False, packed[1], one_query=True)
+        return attention(query, *keys, None, kind).transpose(1, 2), None
+    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, packed[1] if packed else None)
     if kind.groups is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
         raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
     return attention(query, key, value, attention_mask, kind).transpose(1, 2), None
@@ -71,6 +77,34 @@ def prompts_packed(layout: Layout) -> Iterator[None]:
         yield
     finally:
         _PACKED.reset(token)
+
+
+class KeysCaptured(Exception):
+    """Leaves a block where it calls attention, with the keys and values, [1, G, N, E] each."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+
+@contextmanager
+def capturing_keys() -> Iterator[None]:
+    """Within the context our attention raises `KeysCaptured` instead of computing."""
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
+
+
+@contextmanager
+def against_keys(keys: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Within the context queries are one a prompt, its last, and attend to these keys and values of all positions."""
+    token = _KEYS.set(keys)
+    try:
+        yield
+    finally:
+        _KEYS.reset(token)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""The three forms of the kernel: layerwise, whole and loop. Each gives the scores of a batch; they agree to rounding."""
+"""The three forms of the kernel: layerwise, whole and loop. Each gives a batch's scores; they agree to rounding."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ from fisher_vmap.head import Head, LogitsHead, Reading, UnembeddingHead
 from fisher_vmap.layout import Layout
 from fisher_vmap.network import pullback_blocks
 from fisher_vmap.positions import position_mask, sum_positions
-from fisher_vmap.recording import record
+from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
+from fisher_vmap.top_block import NotPositionwise, pullback_top
 from fisher_vmap.whole import (
     hooked_outputs,
     pullback_loop,
@@ -21,6 +23,8 @@ from fisher_vmap.whole import (
     rows_from_logits,
     with_biases,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,31 @@ def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[s
     recording = record(model, parts.blocks, parts.call_order, first, layout)
     reading = parts.head.read(layout.last(recording.top), wanted.top_k, wanted.token_ids)
     unit_KBD, norm_KB = unit_rows(reading.cotangents)
-    cotangents_KBTD = layout.at_last(unit_KBD.to(recording.top.dtype))
+    rows_KBD = unit_KBD.to(recording.top.dtype)
     collected = Collected(layout, reading, norm_KB, wanted.positions)
     with fused_pullbacks(parts.fused):
-        for layer, hidden, arrived in pullback_blocks(recording, cotangents_KBTD, set(layers), wanted.chunk_size):
+        top_layer, top, cotangents = parts.call_order[-1], recording.top, None
+        if layout.packed and recording.calls:
+            cotangents = _through_top(recording, layout, rows_KBD, wanted.chunk_size)
+            if cotangents is not None and top_layer in layers:
+                collected.add(top_layer, top, layout.at_last(rows_KBD))
+        if cotangents is None:
+            cotangents = layout.at_last(rows_KBD)
+        for layer, hidden, arrived in pullback_blocks(recording, cotangents, set(layers), wanted.chunk_size):
             collected.add(layer, hidden, arrived)
     return collected.scores(layers)
+
+
+def _through_top(recording: Recording, layout: Layout, rows_KBD: Tensor, chunk_size: int | None) -> Tensor | None:
+    """Take the last call off the recording and pull back through it at the last rows; None where it cannot be cut."""
+    call = recording.calls[-1]
+    try:
+        cotangents = pullback_top(call, layout, recording.top, rows_KBD, chunk_size)
+    except (NotPositionwise, StructureChanged) as reason:
+        log.debug("the last block is pulled back whole: %s", reason)
+        return None
+    recording.cut(call.hidden)
+    return cotangents
 
 
 def whole(

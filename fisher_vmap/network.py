@@ -67,5 +67,5 @@ def check_primal(name: str, primal: Tensor, expected: Tensor) -> None:
     """
     gap = (primal - expected.to(primal.device)).float().norm()
     size = expected.float().norm().to(gap.device)
-    if bool(gap > 64 * torch.finfo(primal.dtype).eps * size):
+    if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
         raise StructureChanged(f"the replay of {name} is {float(gap / size):.1e} away from what it returned before")

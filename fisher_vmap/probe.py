@@ -188,7 +188,7 @@ def run_form(
 
     A batch that cannot be packed (a prompt longer than an attention window) is padded instead, to the same result.
     """
-    if form == "packed" and len(layout.lengths) > 1:
+    if form == "packed":
         try:
             packed = pack_rows(layout)
             with prompts_packed(packed):

@@ -20,12 +20,14 @@ class Group:
         rows: [b, T] int64, the row of each token; padding repeats the prompt's last row.
         real: [b, T] bool.
         own: [n] int64, the rows of the real tokens, in the order of `real`.
+        prompts: [b] int64, the number of each prompt in the batch.
         single: [start, stop) where the group is one prompt, which needs no copy.
     """
 
     rows: Tensor
     real: Tensor
     own: Tensor
+    prompts: Tensor
     single: tuple[int, int] | None
 
     def take(self, x: Tensor) -> Tensor:
@@ -48,25 +50,34 @@ class Group:
         else:
             out[0, :, self.own] = x.transpose(0, 1)[:, self.real]
 
+    def take_queries(self, x: Tensor) -> Tensor:
+        """[b, H, 1, ...] of the group, from [1, H, B, ...], a row a prompt."""
+        return x[0, :, self.prompts].transpose(0, 1)[:, :, None]
+
+    def put_queries(self, out: Tensor, x: Tensor) -> None:
+        """Write [b, H, 1, ...] of the group into [1, H, B, ...]."""
+        out[0, :, self.prompts] = x[:, :, 0].transpose(0, 1)
+
 
 def group_prompts(ranges: list[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
     """Groups of the prompts [start, stop): similar lengths together, each prompt in one group."""
-    groups: list[list[tuple[int, int]]] = []
-    for start, stop in sorted(ranges, key=lambda r: (r[0] - r[1], r[0])):
+    lengths = [stop - start for start, stop in ranges]
+    groups: list[list[int]] = []
+    for prompt in sorted(range(len(ranges)), key=lambda b: (-lengths[b], b)):
         if groups:
-            longest = groups[-1][0][1] - groups[-1][0][0]
-            real = sum(b - a for a, b in groups[-1]) + stop - start
-            if longest * (len(groups[-1]) + 1) <= PADDING * real:
-                groups[-1].append((start, stop))
+            joined = [*groups[-1], prompt]
+            if lengths[joined[0]] * len(joined) <= PADDING * sum(lengths[b] for b in joined):
+                groups[-1] = joined
                 continue
-        groups.append([(start, stop)])
-    return tuple(_group(members, device) for members in groups)
+        groups.append([prompt])
+    return tuple(_group(prompts, ranges, device) for prompts in groups)
 
 
-def _group(members: list[tuple[int, int]], device: torch.device) -> Group:
-    starts = torch.tensor([start for start, _ in members], device=device)
-    lengths = torch.tensor([stop - start for start, stop in members], device=device)
-    column = torch.arange(int(members[0][1] - members[0][0]), device=device)
+def _group(prompts: list[int], ranges: list[tuple[int, int]], device: torch.device) -> Group:
+    starts = torch.tensor([ranges[b][0] for b in prompts], device=device)
+    lengths = torch.tensor([ranges[b][1] - ranges[b][0] for b in prompts], device=device)
+    column = torch.arange(ranges[prompts[0]][1] - ranges[prompts[0]][0], device=device)
     real = column < lengths[:, None]
     rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
-    return Group(rows, real, rows[real], members[0] if len(members) == 1 else None)
+    single = ranges[prompts[0]] if len(prompts) == 1 else None
+    return Group(rows, real, rows[real], torch.tensor(prompts, device=device), single)

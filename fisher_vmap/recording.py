@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ class BlockCall(NamedTuple):
         return output
 
 
-class Recording(NamedTuple):
+@dataclass
+class Recording:
     """The calls above the lowest hooked block.
 
     Attributes:
@@ -52,6 +54,11 @@ class Recording(NamedTuple):
     below: str
     calls: list[BlockCall]
     top: Tensor
+
+    def cut(self, hidden: Tensor) -> None:
+        """Take the last call off, whose input was `hidden`: it is dealt with."""
+        self.calls.pop()
+        self.top = hidden
 
 
 class _BlocksEnded(Exception):

@@ -7,7 +7,7 @@ bears on its scores: errors of order one in any part show.
 import copy
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +40,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", _LLAMA_LIKE, "model.layers.{}"),
     "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": 4}, "model.layers.{}"),
     "gemma2": ("Gemma2Config", {**_LLAMA_LIKE, "sliding_window": 4}, "model.layers.{}"),
-    "granite": ("GraniteConfig", {**_LLAMA_LIKE, "logits_scaling": 0.25, "residual_multiplier": 0.7}, "model.layers.{}"),
+    "granite": (
+        "GraniteConfig",
+        {**_LLAMA_LIKE, "logits_scaling": 0.25, "residual_multiplier": 0.7},
+        "model.layers.{}",
+    ),
     "cohere": ("CohereConfig", {k: v for k, v in _LLAMA_LIKE.items() if k != "head_dim"}, "model.layers.{}"),
     "phi": (
         "PhiConfig",
@@ -50,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> nn.Module:
     """A model in evaluation mode, shared by all tests: one that changes it takes a `fresh` one."""
     config_class, arguments, _ = FAMILIES[family]
@@ -77,7 +81,9 @@ def draw(model: nn.Module, seed: int, logits_std: float = 2.0) -> nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() < 2:
-                parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))  # a weight of one row is a norm's
+                parameter.copy_(
+                    0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
+                )  # a weight of one row is a norm's
             elif unembedding is not None and parameter is unembedding.weight:
                 parameter.copy_(noise * logits_std / math.sqrt(parameter.shape[1]))
             elif "emb" in name or name.endswith(("wte.weight", "wpe.weight")):

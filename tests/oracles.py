@@ -147,7 +147,5 @@ def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, Frobenius, in float64."""
-    found, expected = found.double(), expected.double()
+    found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm())
-
-

@@ -5,9 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from models import VOCABULARY, WIDTH, draw
+from torch import Tensor, nn
 
 
 class ToyBlock(nn.Module):

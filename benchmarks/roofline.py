@@ -1,0 +1,251 @@
+"""Time over the floor: the kernel beside the matrix products that its job cannot avoid, on this machine, in one run.
+
+What cannot be avoided, for real tokens only:
+
+* one forward pass through every block; but of the last block, only keys and values are needed at every position, all
+  else at the last position of each prompt;
+* K pullbacks through each block above the hook, one product for each linear layer; of the last block, again, only keys
+  and values at every position;
+* attention's products at their causal size, half of T x T: two forward, four for each cotangent;
+* two products with the unembedding for each prompt, one forward and one that serves all K cotangents.
+
+Recomputation is not counted, nor is anything that is not a matrix product. The floor is the time that these products
+take when they are run one after another with nothing between them, in the model's dtype and at the job's own shapes,
+by turns with the kernel. Beside it stands the time at the machine's best rate, which no shape of the job may reach.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.package_job import package_loop
+from benchmarks.timing import by_turns, machine, once
+from benchmarks.workloads import Batch, Workload, chat, qwen2_shape, smollm2, uniform
+
+SQUARE = 2048  # side of the square product that shows the machine's best rate
+ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
+
+
+class Shape(NamedTuple):
+    """`batch` products [rows, inner] x [inner, columns]."""
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+class Product(NamedTuple):
+    """One product of the job: what it is for, its shape, and the weight as right-hand side (None: activations)."""
+
+    kind: str
+    shape: Shape
+    weight: Tensor | None
+
+
+def unavoidable(model: Any, lengths: Sequence[int], hook: int, top_k: int) -> list[Product]:
+    """The products of the job, in its order.
+
+    Args:
+        model: a causal LM whose blocks hold plain linear layers named as Llama's are.
+        lengths: the number of real tokens of each prompt.
+        hook: the number of the hooked block.
+        top_k: K.
+    """
+    blocks = list(model.model.layers)
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    B, M, top = len(lengths), sum(lengths), len(blocks) - 1
+    products: list[Product] = []
+    for number, block in enumerate(blocks):
+        for name, linear in _linears(block):
+            rows = M if number < top or name.endswith(ATTENTION_INPUTS) else B
+            products.append(_forward("forward, linear layers", linear.weight, rows))
+        attention = _last_query if number == top else _causal
+        for T in lengths:
+            shapes = attention(T, heads, groups, _head_width(block, heads), 0)
+            products += [Product("forward, attention", shape, None) for shape in shapes]
+    unembedding = model.get_output_embeddings().weight
+    products.append(_forward("head", unembedding, B))
+    products.append(_pullback("head", unembedding, B))
+    for number in range(top, hook, -1):
+        for name, linear in _linears(blocks[number]):
+            rows = M if number < top or name.endswith(ATTENTION_INPUTS) else B
+            products.append(_pullback("pullback, linear layers", linear.weight, top_k * rows))
+        attention = _last_query if number == top else _causal
+        for T in lengths:
+            shapes = attention(T, heads, groups, _head_width(blocks[number], heads), top_k)
+            products += [Product("pullback, attention", shape, None) for shape in shapes]
+    return products
+
+
+def _linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _head_width(block: nn.Module, heads: int) -> int:
+    return next(linear.out_features for name, linear in _linears(block) if name.endswith("q_proj")) // heads
+
+
+def _forward(kind: str, weight: Tensor, rows: int) -> Product:
+    return Product(kind, Shape(1, rows, weight.shape[1], weight.shape[0]), weight.T)
+
+
+def _pullback(kind: str, weight: Tensor, rows: int) -> Product:
+    return Product(kind, Shape(1, rows, weight.shape[0], weight.shape[1]), weight)
+
+
+def _causal(T: int, heads: int, groups: int, E: int, K: int) -> list[Shape]:
+    """Attention over T tokens, forward for K = 0; query heads that share keys, and cotangents, folded into the rows.
+
+    Half of T stands for the causal half of T x T.
+    """
+    shared, half = heads // groups, (T + 1) // 2
+    if K == 0:
+        return [Shape(groups, shared * half, E, T), Shape(groups, shared * half, T, E)]  # Q K^T, P V
+    return [
+        Shape(groups, K * shared * half, E, T),  # dP = dO V^T
+        Shape(groups, K * shared * half, T, E),  # dQ = dS K
+        Shape(heads, T, half, K * E),  # dV = P^T dO
+        Shape(heads, K * T, half, E),  # dK = dS^T Q
+    ]
+
+
+def _last_query(T: int, heads: int, groups: int, E: int, K: int) -> list[Shape]:
+    """The same for the last position's query alone, which sees all T tokens."""
+    shared = heads // groups
+    if K == 0:
+        return [Shape(groups, shared, E, T), Shape(groups, shared, T, E)]
+    return [
+        Shape(groups, K * shared, E, T),
+        Shape(groups, K * shared, T, E),
+        Shape(heads, T, 1, K * E),
+        Shape(heads, K * T, 1, E),
+    ]
+
+
+class Buffers:
+    """Operands for every product, cut out of three stretches of memory that are as large as the largest needs."""
+
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
+        def stretch(sizes: list[int]) -> Tensor:
+            return torch.randn(max(sizes), dtype=torch.float32).to(device, dtype)
+
+        self._left = stretch([s.batch * s.rows * s.inner for s in shapes])
+        self._right = stretch([s.batch * s.inner * s.columns for s in shapes])
+        self._out = stretch([s.batch * s.rows * s.columns for s in shapes])
+
+    def call(self, shape: Shape, weight: Tensor | None) -> Callable[[], Tensor]:
+        """A function that runs one product into memory that is there already."""
+        b, m, n, p = shape
+        left, out = self._left[: b * m * n].view(b, m, n), self._out[: b * m * p].view(b, m, p)
+        if weight is not None:
+            return lambda: torch.mm(left[0], weight, out=out[0])
+        right = self._right[: b * n * p].view(b, n, p)
+        return lambda: torch.bmm(left, right, out=out)
+
+
+def measure(workload: Workload, batch: Batch, hook: int, top_k: int, rounds: int) -> dict[str, Any]:
+    """The kernel and its floor, timed by turns; and each kind of product by itself."""
+    model, layer = workload.model, workload.layer(hook)
+    products = unavoidable(model, batch.lengths, hook, top_k)
+    square = Shape(1, SQUARE, SQUARE, SQUARE)
+    buffers = Buffers([*(p.shape for p in products), square], model.dtype, model.device)
+    calls = [buffers.call(p.shape, p.weight) for p in products]
+    by_kind: dict[str, list[Callable[[], Tensor]]] = {}
+    for product, call in zip(products, calls, strict=True):
+        by_kind.setdefault(product.kind, []).append(call)
+    best = buffers.call(Shape(1, SQUARE, SQUARE, SQUARE), buffers._right[: SQUARE**2].view(SQUARE, SQUARE))
+    with torch.no_grad():
+        timed = by_turns(
+            {"ours": lambda: package_loop(model, batch, layer, top_k), "floor": lambda: [call() for call in calls]},
+            rounds,
+        )
+        of_kinds = by_turns({k: lambda some=some: [call() for call in some] for k, some in by_kind.items()}, 3)
+        square_seconds = min(once(best)[0] for _ in range(5))
+    flops = Counter[str]()
+    for product in products:
+        flops[product.kind] += product.shape.flops
+    rate = square.flops / square_seconds
+    ratio = timed.ratio("ours", "floor")
+    return {
+        "model": workload.name,
+        "dtype": str(model.dtype),
+        "layer": layer,
+        "top_k": top_k,
+        "batch": batch.describe(),
+        "flops": sum(flops.values()),
+        "best_rate_flops_per_second": rate,
+        "seconds_at_best_rate": sum(flops.values()) / rate,
+        "seconds": timed.seconds,
+        "time_over_floor": ratio._asdict(),
+        "time_over_best_rate": min(timed.seconds["ours"]) / (sum(flops.values()) / rate),
+        "kinds": {
+            kind: {"products": len(by_kind[kind]), "flops": flops[kind], "seconds": min(of_kinds.seconds[kind])}
+            for kind in by_kind
+        },
+    }
+
+
+def report(record: dict[str, Any]) -> str:
+    """A record of `measure` as lines of text."""
+    batch, ratio = record["batch"], record["time_over_floor"]
+    lines = [
+        f"{record['model']}, {record['layer']}, {batch['prompts']} prompts of {batch['real_tokens']} real tokens "
+        f"({batch['padded_tokens']} with padding), K = {record['top_k']}, {record['dtype']}",
+        f"  {'':24} {'products':>9} {'GFLOP':>9} {'seconds':>9} {'GFLOP/s':>9}",
+    ]
+    for name, kind in record["kinds"].items():
+        rate = kind["flops"] / kind["seconds"] / 1e9
+        lines.append(f"  {name:24} {kind['products']:9} {kind['flops'] / 1e9:9.1f} {kind['seconds']:9.4f} {rate:9.0f}")
+    floor, ours = record["seconds"]["floor"], record["seconds"]["ours"]
+    lines += [
+        f"  the products alone: {min(floor):.4f} s at least; at the rate of a {SQUARE} x {SQUARE} square one "
+        f"({record['best_rate_flops_per_second'] / 1e9:.0f} GFLOP/s): {record['seconds_at_best_rate']:.4f} s",
+        f"  the kernel: {min(ours):.4f} s at least",
+        f"  time over floor: {ratio['median']:.2f} (rounds from {ratio['low']:.2f} to {ratio['high']:.2f}; "
+        f"of minima {ratio['of_minima']:.2f}); over the best rate: {record['time_over_best_rate']:.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("smollm2", "qwen2"), default="smollm2")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of the random Qwen2 (default 8)")
+    parser.add_argument("--layer", type=int, help="hooked block (default: 15 of SmolLM2, 3 of Qwen2)")
+    parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, help="random prompts of this length instead of chat prompts")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.model == "smollm2":
+        workload, layer = smollm2(device=args.device), 15 if args.layer is None else args.layer
+        batch = uniform(workload, args.prompts, args.tokens) if args.tokens else chat(workload, prompts=args.prompts)
+    else:
+        workload, layer = qwen2_shape(args.blocks, device=args.device), 3 if args.layer is None else args.layer
+        batch = uniform(workload, args.prompts, args.tokens or 64)
+    record = measure(workload, batch, layer, args.top_k, args.rounds)
+    print(report(record))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine(), "roofline": record}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The last block, seen from the last position alone.
+
+Above the last block's attention only each prompt's last position matters: its MLP, its output projection, its residual.
+So the block is replayed like a step of decoding: on the last rows only, with queries of theirs, against the keys and
+values of all positions. These are had by running the block on all rows up to where it calls attention, and no further.
+
+Nothing here is taken on trust: the replayed rows must equal what the recorded forward had at the last positions, in
+every batch, and the probe compares the scores with plain autograd.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from fisher_vmap.attention_interface import KeysCaptured, against_keys, capturing_keys
+from fisher_vmap.blocks import with_hidden
+from fisher_vmap.layout import Layout
+from fisher_vmap.network import check_primal
+from fisher_vmap.recording import BlockCall
+
+
+class NotPositionwise(Exception):
+    """The block is given something whose positions cannot be told."""
+
+
+def pullback_top(
+    call: BlockCall, layout: Layout, top: Tensor, cotangents_KBD: Tensor, chunk_size: int | None
+) -> Tensor:
+    """Cotangents of the last rows of the last block's output to those of its input, [K, 1, N, D].
+
+    Args:
+        call: the last call of the forward, on packed prompts.
+        layout: of the batch, packed.
+        top: [1, N, D], what the call returned.
+        cotangents_KBD: [K, B, D].
+        chunk_size: how many cotangents at a time; None: all at once.
+
+    Raises:
+        NotPositionwise: the block cannot be cut like this; pull it back whole.
+        StructureChanged: it was cut and returned something else than before.
+    """
+    last = layout.last_rows(call.hidden.device)
+    args, kwargs = at_rows((call.args, dict(call.kwargs)), last, layout.input_ids.numel())
+
+    def rows(hidden: Tensor) -> Tensor:
+        keys = _keys(call, hidden)
+        narrow = BlockCall(call.name, call.block, hidden, *with_hidden(args, kwargs, hidden[:, last]))
+        with against_keys(keys):
+            return narrow.replay(hidden[:, last])
+
+    primal, pull = vjp(rows, call.hidden)  # type: ignore[misc]
+    check_primal(f"{call.name} at the last positions", primal, top[:, last])
+    (below,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBD[:, None].to(primal.device))
+    return below  # type: ignore[no-any-return]
+
+
+def _keys(call: BlockCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of all positions, [1, G, N, E] each."""
+    try:
+        with capturing_keys():
+            call.replay(hidden)
+    except KeysCaptured as captured:
+        return captured.keys, captured.values
+    raise NotPositionwise(f"{call.name} does not call our attention")
+
+
+def at_rows(inputs: Any, rows: Tensor, count: int) -> Any:
+    """The same inputs with every tensor that has a row for each of `count` positions reduced to some of them.
+
+    Positions are the second dimension, after a batch of one, or the only one.
+
+    Raises:
+        NotPositionwise: a tensor has that size somewhere else.
+    """
+    if isinstance(inputs, Tensor):
+        if inputs.dim() >= 2 and inputs.shape[0] == 1 and inputs.shape[1] == count:
+            return inputs[:, rows]
+        if inputs.dim() == 1 and len(inputs) == count:
+            return inputs[rows]
+        if count in inputs.shape:
+            raise NotPositionwise(f"a tensor of shape {tuple(inputs.shape)}")
+        return inputs
+    if isinstance(inputs, dict):
+        return {name: at_rows(value, rows, count) for name, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(at_rows(value, rows, count) for value in inputs)
+    return inputs

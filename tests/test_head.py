@@ -1,0 +1,264 @@
+"""The output distribution: which tokens are the likeliest, how accurate log p and its cotangents are, kinds of head."""
+
+import pytest
+import torch
+from models import VOCABULARY, block, fresh, padded, prompts, tiny
+from oracles import fisher_matrix, plain_scores, relative
+from torch import Tensor, nn
+from toys import ToyLM
+
+from fisher_vmap import fisher_scores, head
+from fisher_vmap.head import LogitsHead, Phi, Reading, UnembeddingHead, likeliest
+from fisher_vmap.probe import _PROBES
+
+LENGTHS = (7, 1, 12, 3)
+
+
+# Which tokens.
+
+
+def test_ties_across_the_edge_are_broken_by_token_id():
+    z = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0, 2.0, 3.0], [0.0] * 6])
+    assert likeliest(z, 3).tolist() == [[0, 2, 3], [5, 0, 1], [0, 1, 2]]
+    assert likeliest(z, 1).tolist() == [[0], [5], [0]]
+    assert likeliest(z, 6).tolist() == [[0, 2, 3, 4, 5, 1], [5, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 10, 299])
+def test_likeliest_is_a_stable_sort(top_k):
+    """Logits in steps, as bfloat16 has them: most ranks are ties."""
+    z = torch.randint(-6, 7, (20, 300), generator=torch.Generator().manual_seed(0)).float()
+    z[3, ::2] = -torch.inf
+    assert torch.equal(likeliest(z, top_k), z.sort(dim=1, descending=True, stable=True).indices[:, :top_k])
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
+def test_ties_in_a_model_are_broken_by_token_id(kernel):
+    model = ToyLM()
+    with torch.no_grad():
+        model.unembed.weight[30:60] = model.unembed.weight[60:90]  # every one of them has a twin
+    rows = prompts(LENGTHS)
+    scores = fisher_scores(model, *padded(rows, "left"), layers="blocks.1", top_k=7, kernel=kernel)
+    for b, row in enumerate(rows):
+        with torch.no_grad():
+            logits = model(input_ids=row[None]).logits[0, -1]
+        logits[30:60] = logits[60:90]  # equal to the bit
+        assert torch.equal(scores.token_ids[b], logits.sort(descending=True, stable=True).indices[:7])
+
+
+# Accuracy.
+
+
+IDENTITY = Phi()
+
+
+class Problem:
+    """A head of 5,003 tokens with bfloat16 weights, and the rows that go in."""
+
+    def __init__(self, B: int, logits_std: float, phi: Phi = IDENTITY, biased: bool = False) -> None:
+        generator = torch.Generator().manual_seed(B)
+        V, D = 5003, 68
+        self.rows = 3 * torch.randn(B, D, generator=generator)
+        self.weight = (logits_std * torch.randn(V, D, generator=generator) / D**0.5).bfloat16()
+        self.bias = torch.randn(V, generator=generator).bfloat16() if biased else None
+        self.norm = nn.LayerNorm(D).requires_grad_(False)
+        self.phi = phi
+        self.head = UnembeddingHead(self.norm, self.weight, self.bias, phi)
+
+    def truth(self, dtype: torch.dtype, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """log p [B, K], and its gradients [K, B, D], by plain autograd in the given dtype."""
+        rows = self.rows.to(dtype).requires_grad_()
+        x = torch.nn.functional.layer_norm(rows, rows.shape[1:]) @ self.weight.to(dtype).T
+        x = self.phi.scale * (x if self.bias is None else x + self.bias.to(dtype))
+        z = x if self.phi.cap is None else self.phi.cap * torch.tanh(x / self.phi.cap)
+        log_p = z.log_softmax(1).gather(1, tokens)
+        grads = [torch.autograd.grad(log_p[:, i].sum(), rows, retain_graph=True)[0] for i in range(tokens.shape[1])]
+        return log_p.detach(), torch.stack(grads)
+
+
+KINDS = pytest.mark.parametrize(
+    ("phi", "biased"),
+    [(Phi(), False), (Phi(), True), (Phi(0.3), False), (Phi(1.0, 9.0), False), (Phi(4.0, 12.0), True)],
+)
+
+
+@pytest.fixture(params=[1, 68 * 100, 2**26], ids=["a token at a time", "chunks with a rest", "one chunk"])
+def chunks(request, monkeypatch):
+    monkeypatch.setitem(head.VOCABULARY_CHUNK_ELEMENTS, "cpu", request.param)
+
+
+def assert_right_to_float32(problem: Problem, reading: Reading) -> None:
+    """Against float64; where float32 itself cannot do better, no worse than plain autograd in float32."""
+    log_p, grads = problem.truth(torch.float64, reading.token_ids)
+    plain_log_p, plain_grads = problem.truth(torch.float32, reading.token_ids)
+    allowed = max(4e-6, 1.5 * float((plain_log_p - log_p).abs().max()))
+    torch.testing.assert_close(reading.log_probs.double(), log_p, atol=allowed, rtol=0)
+    worst, plain_worst = ((x.double() - grads).norm(dim=2).max() for x in (reading.cotangents, plain_grads))
+    assert worst <= max(1.5 * plain_worst, 2e-6 * grads.norm(dim=2).max())
+
+
+@KINDS
+@pytest.mark.parametrize("B", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("logits_std", [1.0, 4.0])
+def test_cotangents_are_right_to_float32(B, logits_std, phi, biased):
+    problem = Problem(B, logits_std, phi, biased)
+    reading = problem.head.read(problem.rows, 10, None)
+    assert reading.log_probs.dtype == reading.cotangents.dtype == torch.float32
+    assert (reading.log_probs[:, :-1] >= reading.log_probs[:, 1:]).all()
+    assert_right_to_float32(problem, reading)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_few_rows_are_as_right_as_many(B):
+    """Products of fewer than four rows take another path in some libraries; in this head they must not."""
+    problem = Problem(B, 1.0)
+    reading = problem.head.read(problem.rows, 10, None)
+    _, grads = problem.truth(torch.float64, reading.token_ids)
+    assert relative(reading.cotangents, grads) < 3e-7
+
+
+@KINDS
+def test_chunks_of_the_vocabulary_do_not_matter(phi, biased, chunks):
+    problem = Problem(2, 1.0, phi, biased)
+    assert_right_to_float32(problem, problem.head.read(problem.rows, 6, None))
+
+
+def test_a_token_with_almost_all_the_probability():
+    """Its row and the expected row all but cancel: F must be right to float32 all the same."""
+    for seed in range(6):
+        problem = Problem(5, 2.0)
+        generator = torch.Generator().manual_seed(seed)
+        problem.rows = 3 * torch.randn(5, 68, generator=generator)
+        at = torch.randint(0, 5003, (5,), generator=generator)
+        normed = torch.nn.functional.layer_norm(problem.rows, (68,))
+        problem.weight[at] = (normed * torch.linspace(0.1, 0.4, 5)[:, None]).bfloat16()
+        reading = problem.head.read(problem.rows, 5, None)
+        log_p, grads = problem.truth(torch.float64, reading.token_ids)
+        assert log_p[:, 0].max() > -1e-7
+        for b in range(5):
+            found = fisher_matrix(reading.log_probs[b], reading.cotangents[:, b])
+            assert relative(found, fisher_matrix(log_p[b], grads[:, b])) < 3e-5
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    problem = Problem(5, 3.0)
+    together = problem.head.read(problem.rows, 6, None)
+    for b in range(5):
+        alone = problem.head.read(problem.rows[b : b + 1], 6, None)
+        assert torch.equal(alone.token_ids[0], together.token_ids[b])
+        torch.testing.assert_close(alone.log_probs[0], together.log_probs[b], atol=4e-6, rtol=0)
+        assert relative(alone.cotangents[:, 0], together.cotangents[:, b]) < 1e-6
+
+
+def test_rows_of_bfloat16_are_read_in_float32():
+    problem = Problem(2, 3.0)
+    low = problem.rows.bfloat16()
+    reading, widened = problem.head.read(low, 6, None), problem.head.read(low.float(), 6, None)
+    for found, expected in zip(reading, widened, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_tokens_of_the_callers_choice_and_logits_as_they_come():
+    problem = Problem(3, 3.0)
+    tokens = torch.randint(0, 5003, (3, 4), generator=torch.Generator().manual_seed(1))
+    reading = problem.head.read(problem.rows, 9, tokens)
+    log_p, grads = problem.truth(torch.float64, tokens)
+    assert torch.equal(reading.token_ids, tokens)
+    torch.testing.assert_close(reading.log_probs.double(), log_p, atol=4e-6, rtol=0)
+    assert relative(reading.cotangents, grads) < 1e-6
+
+    logits = torch.nn.functional.layer_norm(problem.rows, (68,)) @ problem.weight.float().T
+    plain = LogitsHead().read(logits, 9, tokens)
+    torch.testing.assert_close(plain.log_probs, reading.log_probs, atol=4e-6, rtol=0)
+    expected = torch.nn.functional.one_hot(tokens, 5003).transpose(0, 1) - logits.softmax(1)
+    torch.testing.assert_close(plain.cotangents, expected, atol=1e-6, rtol=0)
+    best = LogitsHead().read(logits, 9, None)
+    assert torch.equal(best.token_ids, logits.sort(dim=1, descending=True, stable=True).indices[:, :9])
+
+
+def test_logits_of_minus_infinity_have_no_probability():
+    """As models give to tokens that are only there to round the vocabulary up."""
+    problem = Problem(2, 3.0, biased=True)
+    problem.bias[4000:] = -torch.inf
+    reading = problem.head.read(problem.rows, 6, None)
+    log_p, grads = problem.truth(torch.float64, reading.token_ids)
+    assert reading.token_ids.max() < 4000
+    torch.testing.assert_close(reading.log_probs.double(), log_p, atol=4e-6, rtol=0)
+    assert relative(reading.cotangents, grads) < 1e-6
+
+
+@pytest.mark.parametrize("phi", [Phi(), Phi(0.3), Phi(1.0, 9.0), Phi(4.0, 12.0)])
+def test_the_derivative_of_phi_is_that_of_phi(phi):
+    x = torch.linspace(-60, 60, 241, dtype=torch.float64, requires_grad=True)
+    z = phi(x)
+    (expected,) = torch.autograd.grad(z.sum(), x)
+    slope = phi.derivative(z.detach())
+    torch.testing.assert_close(torch.ones_like(x) if slope is None else slope, expected, rtol=1e-6, atol=1e-14)
+
+
+# Models with heads of every kind.
+
+HEADS = {  # family: (changes, what the head must be found to be)
+    "gemma2": ({"final_logit_softcapping": 5.0}, Phi(1.0, 5.0)),
+    "granite": ({}, Phi(1 / 0.25)),
+    "cohere": ({"logit_scale": 0.0625}, Phi(0.0625)),
+    "phi": ({}, Phi()),
+    "gpt2": ({}, Phi()),
+}
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
+@pytest.mark.parametrize("family", HEADS)
+def test_soft_caps_scales_and_biases(family, kernel):
+    changes, phi = HEADS[family]
+    model, rows, layer = tiny(family, **changes), prompts(LENGTHS), block(family, 1)
+    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=6, kernel=kernel)
+    assert _PROBES[model].parts.head.phi == phi  # taken apart, not left to the model
+    assert (_PROBES[model].parts.head.bias is not None) == (family == "phi")
+    for b, row in enumerate(rows):
+        expected = plain_scores(model, row, layer, top_k=6)
+        assert torch.equal(scores.token_ids[b], expected.token_ids)
+        torch.testing.assert_close(scores.log_probs[b], expected.log_probs, atol=1e-6, rtol=0)
+        assert relative(scores.gradients[layer][b], expected.gradients) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
+def test_a_soft_cap_at_large_logits(kernel):
+    """Where the cap bends most: without its derivative the scores would be several times too long."""
+    model, rows, layer = fresh("gemma2"), prompts(LENGTHS), block("gemma2", 1)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    tokens = torch.stack(prompts((20,) * len(rows), seed=8))
+    scores = fisher_scores(model, *padded(rows, "right"), layers=layer, token_ids=tokens, kernel=kernel)
+    assert _PROBES[model].parts.head.phi == Phi(1.0, 30.0)
+    for b, row in enumerate(rows):
+        expected = plain_scores(model, row, layer, token_ids=tokens[b])
+        assert relative(scores.gradients[layer][b], expected.gradients) < 1e-5
+        with torch.no_grad():
+            hidden = model.model(input_ids=row[None]).last_hidden_state[0, -1]
+            raw, capped = model.lm_head(hidden), model(input_ids=row[None]).logits[0, -1]
+        assert raw.abs().max() > 60 and capped.abs().max() < 30.001
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_head_that_the_first_prompts_do_not_show_is_found(seed):
+    """At small logits a soft-cap is the identity to rounding: the head must be told apart by other means."""
+    model, layer = fresh("gemma2", torch.float32, seed), block("gemma2", 1)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e-4
+    rows = prompts(LENGTHS, seed=seed)
+    fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=6)
+    assert _PROBES[model].parts.head.phi == Phi(1.0, 30.0)
+
+
+def test_all_of_the_vocabulary_and_one_more():
+    model, (ids, mask) = tiny("phi"), padded(prompts(LENGTHS), "right")
+    assert (
+        fisher_scores(model, ids, mask, layers=1, top_k=VOCABULARY)
+        .log_probs.exp()
+        .sum(1)
+        .allclose(torch.ones(len(ids), dtype=torch.float64))
+    )
+    for kernel in ("layerwise", "whole"):
+        with pytest.raises(ValueError, match=f"expected 1 to {VOCABULARY}"):
+            fisher_scores(model, ids, mask, layers=1, top_k=VOCABULARY + 1, kernel=kernel)

@@ -1,0 +1,123 @@
+"""What imports what: a light package, and maths that knows nothing but torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fisher_vmap
+
+PACKAGE = Path(fisher_vmap.__file__).parent
+# The maths modules may import torch and one another; `attention_interface` is their only bridge to transformers.
+MATHS = {
+    "attention", "blocks", "decomposition", "forms", "fused", "head", "kernel", "layout", "network",
+    "positions", "probe", "proof", "ragged", "recording", "scores", "tail", "whole",
+}  # fmt: skip
+BRIDGE = "attention_interface"
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def imported(path: Path, *, at_top_only: bool = False) -> set[str]:
+    """Dotted names of what a file imports, anywhere in it or outside functions and type checks only."""
+    found: set[str] = set()
+    stack: list[ast.AST] = [ast.parse(path.read_text())]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            base = node.module or ""
+            submodules = {f"{base}.{a.name}" for a in node.names if (PACKAGE / f"{a.name}.py").exists()}
+            found |= submodules if base == "fisher_vmap" and submodules else {base}
+        if at_top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if at_top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        stack += ast.iter_child_nodes(node)
+    return found
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    run(
+        "import sys, fisher_vmap\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pandas', 'pydantic', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert {'fisher_scores', 'compress', 'FisherModel', 'open_results', '__version__'} <= set(dir(fisher_vmap))\n"
+        "assert not heavy & set(sys.modules)\n"
+    )
+
+
+def test_every_public_name_is_there_and_no_other_is():
+    for name in fisher_vmap.__all__:
+        assert getattr(fisher_vmap, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'fisher_score'"):
+        _ = fisher_vmap.fisher_score
+
+
+def test_the_kernel_needs_neither_datasets_nor_transformers():
+    run(
+        "import sys\n"
+        "for name in ('datasets', 'transformers', 'pydantic', 'pandas', 'pyarrow'):\n"
+        "    sys.modules[name] = None\n"
+        "from fisher_vmap import compress, fisher_scores\n"
+        "import torch\n"
+        "assert compress(torch.ones(1, 2, 3), 2).rank.tolist() == [1]\n"
+    )
+
+
+def test_a_model_of_ones_own_needs_neither_datasets_nor_transformers():
+    here = str(Path(__file__).parent)
+    run(
+        "import sys\n"
+        f"sys.path.insert(0, {here!r})\n"
+        "import torch\n"
+        "from toys import ToyLM\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] in ('datasets', 'transformers')]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['datasets'] = sys.modules['transformers'] = None\n"
+        "from fisher_vmap import fisher_scores\n"
+        "fisher_scores(ToyLM(), torch.arange(6)[None], layers=1, top_k=2)\n"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(MATHS | {BRIDGE}))
+def test_maths_imports_only_torch_and_maths(name):
+    allowed = sys.stdlib_module_names | {"torch"} | ({"transformers"} if name == BRIDGE else set())
+    for module in imported(PACKAGE / f"{name}.py"):
+        root, _, rest = module.partition(".")
+        if root == "fisher_vmap":
+            assert rest.split(".")[0] in MATHS | {BRIDGE}, f"{name} imports {module}"
+        else:
+            assert root in allowed, f"{name} imports {module}"
+
+
+def test_the_bridge_imports_transformers_only_when_it_is_used():
+    assert not any(m.startswith("transformers") for m in imported(PACKAGE / f"{BRIDGE}.py", at_top_only=True))
+
+
+def test_imports_point_downward():
+    """No circle among the modules of the package, counting what is imported when they are loaded."""
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    edges = {
+        name: {m.removeprefix("fisher_vmap.") for m in imported(path, at_top_only=True) if m.startswith("fisher_vmap.")}
+        for name, path in files.items()
+        if not name.endswith("__init__")
+    }
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in done:
+            for lower in edges.get(name, ()):
+                visit(lower, (*above, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
