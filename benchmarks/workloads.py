@@ -115,7 +115,7 @@ def random_model(config: Any, dtype: str, device: str) -> Any:
     model.to_empty(device=place)
     model.tie_weights()
     # A buffer that is computed and not stored does not survive the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=place)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
     pattern = torch.randn(FILL_PERIOD, generator=torch.Generator().manual_seed(0)).to(place, model.dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

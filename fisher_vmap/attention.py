@@ -84,6 +84,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind
     """The output alone, by the fused kernels."""
     if kind.groups is None:
         causal, grouped = kind.causal and mask is None, k.shape[1] != q.shape[1]
+        if causal and q.shape[2] != k.shape[2]:  # the fused kernels' own causality is aligned at the other end
+            mask, causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), False
+            mask = mask.tril(k.shape[2] - q.shape[2])
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=grouped
         )

@@ -105,5 +105,7 @@ def _gram_svd(A_BKD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_again(V_BRD: Tensor) -> Tensor:
-    """One Newton-Schulz step: V (V V^T)^(-1/2) to first order. Its error is squared; zero rows stay zero."""
-    return 1.5 * V_BRD - 0.5 * (V_BRD @ V_BRD.mT) @ V_BRD
+    """Two Newton-Schulz steps towards V (V V^T)^(-1/2): each squares what is missing; zero rows stay zero."""
+    for _ in range(2):
+        V_BRD = 1.5 * V_BRD - 0.5 * (V_BRD @ V_BRD.mT) @ V_BRD
+    return V_BRD

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fisher_vmap.attention_interface import attention_set_to
 from fisher_vmap.batches import batch_tokens_for, pack
 from fisher_vmap.blocks import resolve_layers
+from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.decomposition import compress
-from fisher_vmap.kernel import fisher_scores
+from fisher_vmap.kernel import check_kernel, fisher_scores
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork
 from fisher_vmap.positions import position_mask
@@ -95,6 +96,9 @@ class FisherModel:
         Raises:
             ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, or top_k above V.
         """
+        check_kernel(kernel)
+        if positions not in ("all", "last"):
+            raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
         self.model, self.tokenizer = model, tokenizer
         self.layers = resolve_layers(model, layers)
         self.widths = layer_widths(model, self.layers)
@@ -176,7 +180,7 @@ class FisherModel:
             rank: R, how many singular values to keep.
 
         Yields:
-            A record a prompt. One that holds no text, or whose numbers are not finite, has status "failed".
+            A record a prompt. One without text has status "skipped", one whose numbers are not finite "failed".
 
         Raises:
             ValueError: the model was opened without a tokenizer.
@@ -187,13 +191,38 @@ class FisherModel:
             self._renderer = Renderer(self.tokenizer)
         stream, index = iter(prompts), 0
         while window := list(islice(stream, WINDOW)):
-            rendered = [self._renderer.render(prompt) for prompt in window]
+            rendered: dict[int, TokenizedPrompt] = {}
+            skipped: dict[int, str] = {}
+            for i, prompt in enumerate(window):
+                try:
+                    rendered[i] = self._renderer.render(prompt)
+                except SkippedPrompt as reason:
+                    skipped[i] = str(reason)
             numbers: dict[int, PromptNumbers] = {}
-            for batch in pack([len(r.ids) for r in rendered], self.batch_size, self.max_batch_tokens):
-                numbers.update(zip(batch, self.numbers([rendered[i].ids for i in batch], rank), strict=True))
-            for i, prompt in enumerate(rendered):
-                yield _record(index + i, prompt, numbers[i])
+            places = list(rendered)
+            for batch in pack([len(rendered[i].ids) for i in places], self.batch_size, self.max_batch_tokens):
+                members = [places[j] for j in batch]
+                numbers.update(zip(members, self.numbers([rendered[i].ids for i in members], rank), strict=True))
+            for i in range(len(window)):
+                if i in skipped:
+                    yield self._empty_record(index + i, skipped[i], rank)
+                else:
+                    yield _record(index + i, rendered[i], numbers[i])
             index += len(window)
+
+    def _empty_record(self, index: int, reason: str, rank: int) -> FisherRecord:
+        """A prompt that could not be computed: NaN everywhere, and the reason."""
+
+        def nan(*shape: int) -> np.ndarray:
+            return np.full(shape, np.nan, np.float32)
+
+        K = self.top_k
+        layers = {
+            layer: LayerResult(nan(rank), nan(rank, D), nan(K, rank), float("nan"), nan(0), float("nan"))
+            for layer, D in self.widths.items()
+        }
+        numbers = PromptNumbers(np.full(K, -1), nan(K), layers, reason)
+        return _record(index, TokenizedPrompt([], "", False), numbers, status="skipped")
 
     @contextmanager
     def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
@@ -233,10 +262,10 @@ def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | 
     return None
 
 
-def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers) -> FisherRecord:
+def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status: str = "failed") -> FisherRecord:
     row: dict[str, Any] = {
         "text": prompt.text,
-        "status": "ok" if numbers.reason is None else "failed",
+        "status": "ok" if numbers.reason is None else status,
         "reason": numbers.reason,
         "tokens": len(prompt.ids),
         "truncated": prompt.truncated,

@@ -1,7 +1,7 @@
 """The three forms of the kernel: layerwise, whole and loop. Each gives a batch's scores; they agree to rounding."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,8 @@ class Parts:
         head: the head taken apart; None where only the model itself can make its logits.
         vocabulary: V, the number of logits.
         why_not_packed: why prompts cannot be packed end to end; empty where nothing is known to speak against it.
+        gather: whether what follows the output embedding looks at each position alone.
+        above: the ids of the modules that return after the last block has: the final norm, the model itself.
         fused: modules inside the blocks that have a fused pullback, with the forward that has it.
     """
 
@@ -45,6 +47,8 @@ class Parts:
     head: UnembeddingHead | None
     vocabulary: int
     why_not_packed: str
+    gather: bool
+    above: frozenset[int]
     fused: Sequence[tuple[nn.Module, Forward]]
 
 
@@ -66,7 +70,8 @@ def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[s
     reading = parts.head.read(layout.last(recording.top), wanted.top_k, wanted.token_ids)
     unit_KBD, norm_KB = unit_rows(reading.cotangents)
     rows_KBD = unit_KBD.to(recording.top.dtype)
-    collected = Collected(layout, reading, norm_KB, wanted.positions)
+    often = {name for name in layers if parts.call_order.count(name) > 1}
+    collected = Collected(layout, reading, norm_KB, wanted.positions, often)
     with fused_pullbacks(parts.fused):
         top_layer, top, cotangents = parts.call_order[-1], recording.top, None
         if layout.packed and recording.calls:
@@ -97,11 +102,7 @@ def whole(
 ) -> Scores:
     """One batched call of the pullback of the whole upper network; with `loop`, K backward passes of plain autograd."""
     modules = {layer: model.get_submodule(layer) for layer in layers}
-    head: Head
-    if parts.head is None:
-        run, head = rows_from_logits(model, layout), LogitsHead()
-    else:
-        run, head = rows_from_blocks(model, parts.blocks, parts.call_order, layout), parts.head
+    run, head = _upper(model, parts, layout, modules)
     outputs = hooked_outputs(run, modules, layout)
     zeros = {layer: torch.zeros_like(hidden) for layer, hidden in outputs.items()}
     rows, pullback = (pullback_loop if loop else pullback_whole)(with_biases(run, modules), zeros)
@@ -114,6 +115,15 @@ def whole(
     return collected.scores(layers)
 
 
+def _upper(
+    model: nn.Module, parts: Parts, layout: Layout, modules: Mapping[str, nn.Module]
+) -> tuple[Callable[[], Tensor], Head]:
+    """The upper network and the head that reads its rows: up to the blocks' end, or to the logits if need be."""
+    if parts.head is None or any(id(module) in parts.above for module in modules.values()):
+        return rows_from_logits(model, layout, gather=parts.gather), LogitsHead()
+    return rows_from_blocks(model, parts.blocks, parts.call_order, layout), parts.head
+
+
 def unit_rows(cotangents_KBX: Tensor) -> tuple[Tensor, Tensor]:
     """Cotangents scaled to unit norm, and their norms [K, B]: low precision keeps its digits, linearity undoes it."""
     norm_KB = torch.linalg.vector_norm(cotangents_KBX, dim=-1)
@@ -121,28 +131,46 @@ def unit_rows(cotangents_KBX: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Collected:
-    """Gathers what arrives at each hooked layer; a layer called more than once adds up."""
+    """Gathers what arrives at each hooked layer; what arrives at several calls of one block is added up first."""
 
-    def __init__(self, layout: Layout, reading: Reading, norm_KB: Tensor, positions: str | Tensor) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        reading: Reading,
+        norm_KB: Tensor,
+        positions: str | Tensor,
+        called_often: Collection[str] = (),
+    ) -> None:
         self.layout, self.reading, self.norm_KB = layout, reading, norm_KB
+        self.pending: dict[str, Tensor | float] = dict.fromkeys(called_often, 0.0)
         self.mask_N = position_mask(positions, layout)
         self.gradients: dict[str, Tensor] = {}
         self.energy: dict[str, Tensor] = {}
         self.residual_norm: dict[str, Tensor] = {}
 
     def add(self, layer: str, hidden: Tensor, cotangents: Tensor) -> None:
-        """Sum one arrival over its positions."""
-        layout, device = self.layout, self.layout.device
-        probs_BK = self.reading.log_probs.exp()
+        """Take one arrival; the last call of a block comes first."""
+        if layer not in self.residual_norm:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
+            norms = [length_N[a:z].mean() for a, z in self.layout.ranges()]
+            self.residual_norm[layer] = torch.stack(norms).to(self.layout.device)
+        if layer in self.pending:
+            self.pending[layer] = cotangents + self.pending[layer]
+        else:
+            self._sum(layer, cotangents)
+
+    def _sum(self, layer: str, cotangents: Tensor) -> None:
+        layout, probs_BK = self.layout, self.reading.log_probs.exp()
         gradients, energy = sum_positions(cotangents, layout, self.norm_KB, probs_BK, self.mask_N)
-        length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=energy.dtype)
-        self.residual_norm[layer] = torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(device)
-        gradients, energy = gradients.to(device), layout.to_caller(energy.to(device))
-        self.gradients[layer] = gradients + self.gradients.get(layer, 0)
-        self.energy[layer] = energy + self.energy.get(layer, 0)
+        self.gradients[layer] = gradients.to(layout.device)
+        self.energy[layer] = layout.to_caller(energy.to(layout.device))
 
     def scores(self, layers: Sequence[str]) -> Scores:
         """The record, with the layers in the order given."""
+        for layer, cotangents in self.pending.items():
+            assert isinstance(cotangents, Tensor)
+            self._sum(layer, cotangents)
         log_probs, token_ids, _ = self.reading
         device = self.layout.device
         return Scores(

@@ -23,27 +23,28 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class NormKind(NamedTuple):
-    """A norm's weight [D] as it multiplies, its epsilon, and whether the mean is taken off."""
+    """What is added to a norm's weight (0 or 1), its epsilon, and whether the mean is taken off."""
 
-    weight: Tensor
+    offset: float
     eps: float
     centred: bool
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float, centred: bool, own: Forward) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, offset: float, eps: float, centred: bool, own: Forward) -> Tensor:
         return own(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.eps, ctx.centred, _own = inputs
+        x, weight, ctx.offset, ctx.eps, ctx.centred, _own = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = weight.to(wide.dtype) + ctx.offset
         if ctx.centred:
             wide = wide - wide.mean(-1, keepdim=True)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
@@ -51,7 +52,7 @@ class _Norm(torch.autograd.Function):
         scale, along, back = (weight * r), (weight * n / n.shape[-1]), n * r
         mean = (weight / n.shape[-1]).expand_as(n) if ctx.centred else None
         rows = (t.to(g.dtype) if t is not None else None for t in (scale, along, back, mean, r))
-        return _NormPullback.apply(g, *rows), None, None, None, None
+        return _NormPullback.apply(g, *rows), None, None, None, None, None
 
 
 class _NormPullback(torch.autograd.Function):
@@ -153,10 +154,10 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         for centred in (False, True):
             n = rows - rows.mean(-1, keepdim=True) if centred else rows
             n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
-            for w in (weight.to(wide), 1 + weight.to(wide)):
-                expected = w * n + (parameters["bias"].to(wide) if "bias" in parameters else 0)
+            for offset in (0.0, 1.0):
+                expected = (offset + weight.to(wide)) * n + (parameters["bias"].to(wide) if "bias" in parameters else 0)
                 if (y.to(wide) - expected).norm() <= 4 * torch.finfo(weight.dtype).eps * expected.norm():
-                    return NormKind(w.detach(), eps, centred)
+                    return NormKind(offset, eps, centred)
     return None
 
 
@@ -185,7 +186,8 @@ def fused_forward(module: nn.Module) -> Forward | None:
     kind = norm_kind(module)
     if kind is not None:
         own = module.forward
-        return lambda x: _Norm.apply(x, *kind, own)  # type: ignore[no-any-return]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return lambda x: _Norm.apply(x, weight.detach(), *kind, own)  # type: ignore[no-any-return]
     return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vjp, vmap
 
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
@@ -52,11 +52,12 @@ class Phi:
         x = x * self.scale if self.scale != 1.0 else x
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
-    def derivative(self, z: Tensor) -> Tensor | None:
-        """dz/dx as a function of z; None when it is 1 everywhere."""
+    def derivative(self, x: Tensor) -> Tensor | None:
+        """dz/dx, of the shape of x; None when it is 1 everywhere."""
         if self.cap is None:
-            return None if self.scale == 1.0 else torch.full_like(z, self.scale)
-        return self.scale * (1 - (z / self.cap) ** 2)
+            return None if self.scale == 1.0 else torch.full_like(x, self.scale)
+        # Not 1 - (z / cap)^2, which cancels where the cap bites.
+        return self.scale / torch.cosh(self.scale * x / self.cap) ** 2
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,25 @@ class UnembeddingHead:
 
     Attributes:
         norm: the modules between the last block and the unembedding as a function [N, D] -> [N, D'], on float32 rows.
-        weight: W, [V, D'], of any dtype; it is upcast a chunk of the vocabulary at a time.
-        bias: [V] or None.
+        unembedding: the module with W, [V, D'], of any dtype, and a bias [V] or None. W is upcast a chunk of the
+            vocabulary at a time.
         phi: what the model does to its logits afterwards.
     """
 
     norm: Callable[[Tensor], Tensor]
-    weight: Tensor
-    bias: Tensor | None
+    unembedding: nn.Linear
     phi: Phi
+
+    @property
+    def weight(self) -> Tensor:
+        """W, [V, D'], as it is now."""
+        return self.unembedding.weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], as it is now."""
+        bias: Tensor | None = self.unembedding.bias
+        return None if bias is None else bias.detach()
 
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
@@ -86,7 +97,10 @@ class UnembeddingHead:
         token_ids = token_ids.to(self.weight.device)
         z_BK = z_BV.gather(1, token_ids)
         row_BKD = self.weight[token_ids].to(z_BK.dtype)
-        if (slope_BK := self.phi.derivative(z_BK)) is not None:
+        raw_BK = torch.einsum("bkd,bd->bk", row_BKD, normed_BD.to(row_BKD.device))
+        if self.bias is not None:
+            raw_BK += self.bias[token_ids].to(raw_BK.dtype)
+        if (slope_BK := self.phi.derivative(raw_BK)) is not None:
             row_BKD *= slope_BK[:, :, None]
         cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(rows_BD.device)
         (cotangents_KBD,) = vmap(pull_norm)(cotangents_KBD)
@@ -107,14 +121,15 @@ class UnembeddingHead:
         mass_B1 = torch.zeros_like(top_B1, dtype=wide)
         sum_BD = x_BD.new_zeros(len(x_BD), self.weight.shape[1], dtype=wide)
         for where, weight_vD in self._chunks(x_BD.dtype):
-            z_Bv = x_BD @ weight_vD.T
-            z_Bv = self.phi(z_Bv if self.bias is None else z_Bv + self.bias[where].to(z_Bv.dtype))
-            z_BV[:, where] = z_Bv
+            raw_Bv = x_BD @ weight_vD.T
+            if self.bias is not None:
+                raw_Bv += self.bias[where].to(raw_Bv.dtype)
+            z_BV[:, where] = z_Bv = self.phi(raw_Bv)
             higher_B1 = torch.maximum(top_B1, z_Bv.amax(1, keepdim=True))
             shrink_B1 = (top_B1 - higher_B1).exp_().to(wide)
             weight_Bv = (z_Bv - higher_B1).exp_()
             mass_B1 = mass_B1 * shrink_B1 + weight_Bv.sum(1, keepdim=True, dtype=wide)
-            if (slope_Bv := self.phi.derivative(z_Bv)) is not None:
+            if (slope_Bv := self.phi.derivative(raw_Bv)) is not None:
                 weight_Bv = weight_Bv * slope_Bv
             sum_BD.mul_(shrink_B1).add_(weight_Bv @ weight_vD)
             top_B1 = higher_B1

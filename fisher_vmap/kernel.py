@@ -6,16 +6,19 @@ over `torch.func.vjp` with one-hot cotangents. The probe finds out which form of
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.attention_interface import attention_set_to
 from fisher_vmap.blocks import resolve_layers
+from fisher_vmap.choice import KERNELS, choose_forms, run_form
 from fisher_vmap.forms import Wanted
-from fisher_vmap.layout import lay_out
+from fisher_vmap.layout import Layout, lay_out
 from fisher_vmap.positions import position_mask
-from fisher_vmap.probe import KERNELS, choose_forms, probe, run_form, undisturbed
+from fisher_vmap.probe import Probe, probe, undisturbed
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.scores import Scores
 
@@ -59,31 +62,67 @@ def fisher_scores(
     Raises:
         ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
     """
+    check_kernel(kernel)
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
+        names = resolve_layers(model, layers)
+        layout = lay_out(input_ids, attention_mask)
+        position_mask(positions, layout)  # raises now what is wrong with it
+        _check_tokens(model, layout)
+        known = probe(model, layout)
+        _check_chosen(token_ids, layout, known.parts.vocabulary)
+        forms = choose_forms(model, known, layout, names, kernel)
+        wanted = Wanted(top_k, token_ids, positions, chunk_size)
+        results: list[Scores] = []
+        with attention_set_to(model, known.attention):
+            for form in sorted(set(forms.values())):
+                group = [name for name in names if forms[name] == form]
+                results.append(_scores(form, model, known, layout, group, wanted, kernel))
+                # Two forms may round ties another way: the layers of a batch speak of the same tokens.
+                wanted = replace(wanted, token_ids=results[0].token_ids)
+    return _joined(results, names)
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ValueError unless a kernel has this name."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
-    names = resolve_layers(model, layers)
-    layout = lay_out(input_ids, attention_mask)
-    position_mask(positions, layout)  # raises now what is wrong with it
-    if token_ids is not None and (token_ids.dim() != 2 or len(token_ids) != len(layout.lengths)):
-        raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}; expected [{len(layout.lengths)}, K]")
-    wanted = Wanted(top_k, token_ids, positions, chunk_size)
-    with torch.no_grad(), undisturbed(model):
-        known = probe(model, layout)
-        forms = choose_forms(model, known, layout, names, kernel)
-        with attention_set_to(model, known.attention):
-            groups = {form: [name for name in names if forms[name] == form] for form in set(forms.values())}
-            results = []
-            for form, group in groups.items():
-                try:
-                    results.append(run_form(form, model, known.parts, layout, group, wanted))
-                except StructureChanged as reason:
-                    if kernel != "auto":
-                        raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
-                    log.warning("the kernel fell back to the whole form: %s", reason)
-                    for name in group:
-                        known.forms[name, kernel] = ("whole", str(reason))
-                    results.append(run_form("whole", model, known.parts, layout, group, wanted))
-    return _joined(results, names)
+
+
+def _scores(
+    form: str, model: nn.Module, known: Probe, layout: Layout, group: list[str], wanted: Wanted, kernel: str
+) -> Scores:
+    """The scores of the layers of one form; where the model does not do what the probe saw, by the whole form."""
+    try:
+        return run_form(form, model, known.parts, layout, group, wanted)
+    except StructureChanged as reason:
+        if kernel != "auto":
+            raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
+        log.warning("the kernel fell back to the whole form: %s", reason)
+        # From now on the model's own forward to the end, whatever its blocks do.
+        known.parts, known.why_no_head = replace(known.parts, head=None), str(reason)
+        known.forms = {key: choice for key, choice in known.forms.items() if choice[0] in ("whole", "loop")}
+        known.forms |= {(name, kernel): ("whole", str(reason)) for name in group}
+        return run_form("whole", model, known.parts, layout, group, wanted)
+
+
+def _check_tokens(model: Any, layout: Layout) -> None:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    size = getattr(embedding, "num_embeddings", None)
+    lowest, highest = int(layout.input_ids.min()), int(layout.input_ids.max())
+    if lowest < 0 or (size is not None and highest >= size):
+        raise ValueError(f"input_ids run from {lowest} to {highest}; expected 0 to {size - 1 if size else '...'}")
+
+
+def _check_chosen(token_ids: Tensor | None, layout: Layout, vocabulary: int) -> None:
+    if token_ids is None:
+        return
+    B = len(layout.lengths)
+    if token_ids.dim() != 2 or len(token_ids) != B or token_ids.shape[1] == 0:
+        raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}; expected [{B}, K]")
+    if token_ids.dtype != torch.int64:
+        raise ValueError(f"token_ids has dtype {token_ids.dtype}; expected int64")
+    if bool(((token_ids < 0) | (token_ids >= vocabulary)).any()):
+        raise ValueError(f"token_ids has an entry outside 0 to {vocabulary - 1}, the model's vocabulary")
 
 
 def _joined(results: Sequence[Scores], names: Sequence[str]) -> Scores:

@@ -26,7 +26,7 @@ def measured_kl(model: nn.Module, input_ids: Tensor, layer: str | int, steps: Te
     """
     (name,) = resolve_layers(model, layer)
     layout = lay_out(input_ids[None], None)
-    function = with_biases(rows_from_logits(model, layout), {name: model.get_submodule(name)})
+    function = with_biases(rows_from_logits(model, layout, gather=True), {name: model.get_submodule(name)})
     with torch.no_grad(), undisturbed(model):
 
         def log_p(step_D: Tensor) -> Tensor:

@@ -81,6 +81,22 @@ class Layout(NamedTuple):
         return out_N
 
 
+def select(layout: Layout, prompts: list[int]) -> Layout:
+    """Some prompts of a padded layout, in the order given."""
+    if prompts == list(range(len(layout.lengths))):
+        return layout
+    lengths = tuple(layout.lengths[b] for b in prompts)
+    T = max(lengths)
+    return Layout(
+        input_ids=layout.input_ids[prompts, :T],
+        position_ids=None,
+        lengths=lengths,
+        first_row=tuple(i * T for i in range(len(prompts))),
+        start=tuple(layout.start[b] for b in prompts),
+        width=layout.width,
+    )
+
+
 def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
     """Lay prompts on the left of a padded tensor, whichever side they were padded on.
 

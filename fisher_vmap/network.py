@@ -47,19 +47,20 @@ def pullback_blocks(
             yield Arrived(call.name, expected, cotangents_KBTD)
         cotangents_KBTD = pullback_block(call, expected, cotangents_KBTD, chunk_size)
         expected = call.hidden
+    check_primal(f"what {recording.below} returned", recording.bottom, expected)
     yield Arrived(recording.below, expected, cotangents_KBTD)
 
 
 def pullback_block(call: BlockCall, expected: Tensor, cotangents_KBTD: Tensor, chunk_size: int | None) -> Tensor:
     """Cotangents of one block's output to those of its input, [K, B, T, D]; the primal must be the expected one."""
     primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
-    check_primal(call.name, primal, expected)
+    check_primal(f"the replay of {call.name}", primal, expected)
     cotangents_KBTD = cotangents_KBTD.to(primal.device)
     (below_KBTD,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBTD)
     return below_KBTD  # type: ignore[no-any-return]
 
 
-def check_primal(name: str, primal: Tensor, expected: Tensor) -> None:
+def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:
     """Raise StructureChanged unless a replayed block returned what the recorded forward had passed on.
 
     The same operations on the same values agree to the bit on a CPU; kernels that add in a free order may differ by
@@ -68,4 +69,4 @@ def check_primal(name: str, primal: Tensor, expected: Tensor) -> None:
     gap = (primal - expected.to(primal.device)).float().norm()
     size = expected.float().norm().to(gap.device)
     if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
-        raise StructureChanged(f"the replay of {name} is {float(gap / size):.1e} away from what it returned before")
+        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from what went on")

@@ -36,7 +36,7 @@ def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Te
         assert hidden is not None
         outputs.append(hidden)
         leaves.append(hidden.detach().clone().requires_grad_())
-        return with_output(output, leaves[-1])
+        return with_output(output, leaves[-1].clone())  # a copy: what comes next may write into it
 
     with torch.enable_grad(), hooks(*(block.register_forward_hook(cut) for block in blocks.values())):
         outputs.append(model(input_ids=input_ids, use_cache=False).logits)

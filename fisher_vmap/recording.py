@@ -47,11 +47,13 @@ class Recording:
 
     Attributes:
         below: the name of the block called just before the first of them: the lowest hooked one.
+        bottom: [B, T, D], what that block returned.
         calls: in the order of the forward.
         top: [B, T, D], what the last call of the forward returned.
     """
 
     below: str
+    bottom: Tensor
     calls: list[BlockCall]
     top: Tensor
 
@@ -140,9 +142,17 @@ def record(
 
         return before
 
+    bottom: list[Tensor] = []
+
+    def keep_bottom(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output_of(output)
+        if seen == first and not bottom and hidden is not None:
+            bottom.append(hidden.clone())
+
     handles = [
         b.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, b in blocks.items()
     ]
+    handles += [b.register_forward_hook(keep_bottom) for b in blocks.values()]
     with hooks(*handles):
         top = run_blocks(model, blocks, call_order, layout)
-    return Recording(call_order[first - 1], calls, top)
+    return Recording(call_order[first - 1], bottom[0], calls, top)

@@ -13,7 +13,9 @@ from torch.func import functional_call
 
 from fisher_vmap.blocks import output_embedding, output_of
 from fisher_vmap.head import Phi, UnembeddingHead
+from fisher_vmap.layout import lay_out
 from fisher_vmap.recording import hooks
+from fisher_vmap.whole import rows_from_logits
 
 
 class Watched(NamedTuple):
@@ -24,12 +26,16 @@ class Watched(NamedTuple):
         head: the head taken apart, or None.
         why_not: where there is none, the reason in words.
         vocabulary: V, the number of logits.
+        above: the ids of the modules that returned after the last block.
+        gather: whether unembedding the last rows alone gives the model's own logits there.
     """
 
     call_order: list[str]
     head: UnembeddingHead | None
     why_not: str
     vocabulary: int
+    above: frozenset[int]
+    gather: bool
 
 
 class _Event(NamedTuple):
@@ -43,6 +49,7 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
     call_order: list[str] = []
     events: list[_Event] = []
     top: list[Tensor] = []
+    above: set[int] = set()
     names = {id(block): name for name, block in blocks.items()}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -51,15 +58,22 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
             call_order.append(names[id(module)])
             top[:] = [left] if left is not None else []
             events.clear()
-        elif left is not None and args and isinstance(args[0], Tensor):
+            above.clear()
+            return
+        above.add(id(module))
+        if left is not None and args and isinstance(args[0], Tensor):
             events.append(_Event(module, args[0], left))
 
     with torch.no_grad(), hooks(*(module.register_forward_hook(after) for module in model.modules())):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    with torch.no_grad():
+        alone = rows_from_logits(model, lay_out(input_ids, None), gather=True)()
+    gap = (alone.double() - logits[:, -1].double()).norm()
+    gather = bool(gap <= 16 * torch.finfo(logits.dtype).eps * logits[:, -1].double().norm())
     if not top:
-        return Watched(call_order, None, "the blocks return no tensor", logits.shape[-1])
+        return Watched(call_order, None, "the blocks return no tensor", logits.shape[-1], frozenset(above), gather)
     head, why_not = _take_apart(model, top[0], events, logits, input_ids)
-    return Watched(call_order, head, why_not, logits.shape[-1])
+    return Watched(call_order, head, why_not, logits.shape[-1], frozenset(above), gather)
 
 
 def _take_apart(
@@ -90,7 +104,7 @@ def _take_apart(
     phi = _phi(model, unembedding, input_ids)
     if phi is None:
         return None, "the model changes its logits in a way that is not a scale or a soft-cap"
-    return UnembeddingHead(norm, unembedding.weight.detach(), _detached(unembedding.bias), phi), ""
+    return UnembeddingHead(norm, unembedding, phi), ""
 
 
 def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | None:
@@ -126,17 +140,14 @@ def _float_function(chain: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     """The chain as a function of float32 (or float64) rows, its few parameters upcast at each call."""
 
     def apply(rows: Tensor) -> Tensor:
+        rows = rows[:, None]  # as [B, 1, D], which is what a model gives them
         for module in chain:
             wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
             rows = functional_call(module, wide, (rows,))
-        return rows
+        return rows[:, 0]
 
     return apply
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-
-
-def _detached(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach()

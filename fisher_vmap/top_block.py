@@ -50,7 +50,7 @@ def pullback_top(
             return narrow.replay(hidden[:, last])
 
     primal, pull = vjp(rows, call.hidden)  # type: ignore[misc]
-    check_primal(f"{call.name} at the last positions", primal, top[:, last])
+    check_primal(f"the replay of {call.name} at the last positions", primal, top[:, last])
     (below,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBD[:, None].to(primal.device))
     return below  # type: ignore[no-any-return]
 

@@ -29,21 +29,22 @@ def rows_from_blocks(
     return run
 
 
-def rows_from_logits(model: nn.Module, layout: Layout) -> Callable[[], Tensor]:
+def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Callable[[], Tensor]:
     """A function that runs the whole model and returns the last rows' logits, [B, V]: the input of a `LogitsHead`.
 
-    Only those rows are unembedded: the hidden states are gathered before they enter the output embedding.
+    With `gather` only those rows are unembedded: the hidden states are gathered before they enter the output embedding.
+    That is right where what follows looks at each position alone.
     """
-    unembedding = output_embedding(model)
+    unembedding = output_embedding(model) if gather else None
     B, T = layout.input_ids.shape
 
-    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def gather_last(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].shape[:2] == (B, T):
             return (layout.last(args[0])[:, None], *args[1:])
         return None
 
     def run() -> Tensor:
-        handles = [] if unembedding is None else [unembedding.register_forward_pre_hook(gather)]
+        handles = [] if unembedding is None else [unembedding.register_forward_pre_hook(gather_last)]
         with hooks(*handles):
             logits: Tensor = model(input_ids=layout.input_ids, use_cache=False).logits
         return logits[:, 0] if logits.shape[1] == 1 else layout.last(logits)

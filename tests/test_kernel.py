@@ -342,6 +342,10 @@ CHANGES = {
     "a hook inside an MLP": lambda m: m.model.layers[2].mlp.gate_proj.register_forward_hook(bend),
     "a hook on an MLP": lambda m: m.model.layers[2].mlp.register_forward_hook(bend),
     "a hook on a norm": lambda m: m.model.layers[2].input_layernorm.register_forward_hook(bend),
+    "a hook on the last block": lambda m: m.model.layers[3].register_forward_hook(bend),
+    "a hook on the last block that mixes positions": lambda m: m.model.layers[3].register_forward_hook(look_back),
+    "a hook on the last queries": lambda m: m.model.layers[3].self_attn.q_proj.register_forward_hook(look_back),
+    "a hook on the last norm": lambda m: m.model.layers[3].post_attention_layernorm.register_forward_hook(look_back),
     "a forward of its own": lambda m: patch_forward(m.model.layers[2].mlp),
     "weights scaled in place": scale_weights,
     "weights loaded": lambda m: m.load_state_dict(tiny("llama", seed=1).state_dict()),
@@ -510,6 +514,15 @@ def test_a_single_token_alone_and_every_prompt_of_one_length():
     model, layer = tiny("llama"), block("llama", 1)
     for rows in (prompts((1,)), prompts((1, 1, 1)), prompts((5, 5, 5))):
         assert_agrees(fisher_scores(model, torch.stack(rows), layers=layer, top_k=3), model, rows, layer, 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(36,), (30, 6), (3, 1, 2), (6,), (58,), (40, 18), (2, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_numbers_of_tokens_that_equal_a_width_of_the_model(family, lengths):
+    """No dimension of 36 (residual stream), 6 (heads and their width), 58 (MLP) or 2 (key heads) may be taken for T."""
+    model, rows, layer = tiny(family), prompts(lengths), block(family, 0)
+    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=3)
+    assert_agrees(scores, model, rows, layer, TOLERANCE[family])
 
 
 @pytest.mark.parametrize("first_lengths", [(4, 20, 7), (4, 7)])
