@@ -3,9 +3,9 @@
 Fused attention kernels have no batching rule for their backward, so `vmap` would loop over the cotangents. Here the
 forward is fused and the backward has a `vmap` rule of its own. For one head, with P = softmax(scale q k^T + mask),
 
-    dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(dO * O))        dQ = scale dS k        dK = scale dS^T q
+    dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(P * dP))        dQ = scale dS k        dK = scale dS^T q
 
-and q, k, v, P and O are the same for all K cotangents. With K next to the innermost dimension each line is one matrix
+and q, k, v and P are the same for all K cotangents. With K next to the innermost dimension each line is one matrix
 product: K joins the rows of dP and dQ, the columns of dV, and the rows of dK. Query heads that share a key-value head
 join the contraction, so keys and values are never repeated. Queries go in blocks: memory is linear in T.
 
@@ -71,12 +71,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         q, k, v, mask, ctx.kind = inputs
-        ctx.save_for_backward(q, k, v, mask, output)
+        ctx.save_for_backward(q, k, v, mask)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, mask, out = ctx.saved_tensors
-        dq, dk, dv = _AttentionPullback.apply(grad_out, q, k, v, mask, out, ctx.kind)
+        dq, dk, dv = _AttentionPullback.apply(grad_out, *ctx.saved_tensors, ctx.kind)
         return dq, dk, dv, None, None
 
 
@@ -106,9 +105,9 @@ class _AttentionPullback(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, kind: AttentionKind
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = pullback_attention(grad_out[:, :, :, None], q, k, v, mask, out, kind)
+        dq, dk, dv = pullback_attention(grad_out[:, :, :, None], q, k, v, mask, kind)
         return dq.squeeze(3), dk.squeeze(3), dv.squeeze(3)
 
     @staticmethod
@@ -131,7 +130,7 @@ class _AttentionPullback(torch.autograd.Function):
 
 
 def pullback_attention(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, kind: AttentionKind
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K cotangents of an attention's output to those of its queries, keys and values.
 
@@ -141,19 +140,16 @@ def pullback_attention(
         k: [B, G, S, E].
         v: [B, G, S, Ev].
         mask: as for `attention`.
-        out: [B, H, T, Ev], what `attention` returned.
         kind: as for `attention`.
 
     Returns:
         dq [B, H, T, K, E], dk [B, G, S, K, E], dv [B, G, S, K, Ev], in the dtype of q.
     """
     if kind.groups is not None:
-        return _pullback_groups(grad_out, q, k, v, out, kind, kind.groups)
+        return _pullback_groups(grad_out, q, k, v, kind, kind.groups)
     B, H, T, K, Ev = grad_out.shape
     G, S, E = k.shape[1:]
     M = H // G
-    delta_BHTK = torch.einsum("bhtke,bhte->bhtk", grad_out, out)
-
     dq = torch.empty(B, H, T, K, E, dtype=q.dtype, device=q.device)
     dk = torch.zeros(B, G, S, K, E, dtype=q.dtype, device=q.device)
     dv = torch.zeros(B, G, S, K, Ev, dtype=q.dtype, device=q.device)
@@ -166,7 +162,9 @@ def pullback_attention(
         dO = grad_out[:, :, start:stop].reshape(B, G, M * n, K, Ev)
         dP = dO.reshape(B, G, M * n * K, Ev) @ v_BGSE.mT
         dS = dP.view(B, H, n, K, keys)
-        dS.sub_(delta_BHTK[:, :, start:stop, :, None]).mul_(P_BHtS.unsqueeze(3))
+        P_BHt1S = P_BHtS.unsqueeze(3)
+        delta = dS.mul_(P_BHt1S).sum(-1, keepdim=True)
+        dS.addcmul_(P_BHt1S, delta, value=-1)
         dq[:, :, start:stop] = (dS.view(B, G, M * n * K, keys) @ k_BGSE).view(B, H, n, K, E)
         dk_block = dS.view(B, G, M * n, K * keys).mT @ q_BGtE
         dk[:, :, :keys] += dk_block.view(B, G, K, keys, E).transpose(2, 3)
@@ -176,20 +174,20 @@ def pullback_attention(
 
 
 def _pullback_groups(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kind: AttentionKind, groups: tuple[Group, ...]
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, groups: tuple[Group, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     K = grad_out.shape[3]
     dq, dk, dv = (x.new_empty(*x.shape[:3], K, x.shape[3]) for x in (q, k, v))
     for group in groups:
         k_group, v_group, alone = group.take(k), group.take(v), kind.alone()
         if kind.one_query:
-            dO, q_group, out_group = (group.take_queries(x) for x in (grad_out, q, out))
+            dO, q_group = group.take_queries(grad_out), group.take_queries(q)
             mask = group.real[:, None, None]
-            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, mask, out_group, alone)
+            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, mask, alone)
             group.put_queries(dq, dq_group)
         else:
-            dO, q_group, out_group = group.take_real(grad_out), group.take(q), group.take(out)
-            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, None, out_group, alone)
+            dO, q_group = group.take_real(grad_out), group.take(q)
+            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, None, alone)
             group.put(dq, dq_group)
         for whole, part in zip((dk, dv), rest, strict=True):
             group.put(whole, part)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from fisher_vmap.ragged import Group, group_prompts
 
 NAME = "fisher_vmap"
 
-_PACKED: ContextVar[tuple[int, tuple[Group, ...]] | None] = ContextVar("packed prompts", default=None)
+
+@dataclass(frozen=True)
+class Packed:
+    """The prompts that are packed: their rows [start, stop), and their groups for attention."""
+
+    ranges: tuple[tuple[int, int], ...]
+    groups: tuple[Group, ...]
+
+
+_PACKED: ContextVar[Packed | None] = ContextVar("packed prompts", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
 _KEYS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("keys and values of all positions", default=None)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
@@ -45,9 +55,9 @@ def _attention_forward(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     packed, keys = _PACKED.get(), _KEYS.get()
     if packed is not None and keys is not None:
-        kind = AttentionKind(float(scale), False, packed[1], one_query=True)
+        kind = AttentionKind(float(scale), False, packed.groups, one_query=True)
         return attention(query, *keys, None, kind).transpose(1, 2), None
-    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, packed[1] if packed else None)
+    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, packed.groups if packed else None)
     if kind.groups is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
         raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
     return attention(query, key, value, attention_mask, kind).transpose(1, 2), None
@@ -62,7 +72,7 @@ def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool 
         if not allow_is_causal_skip and (notes := _ODD_MASKS.get()) is not None:
             notes.append("a mask that is more than causal")
         return sdpa_mask(*args, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
-    longest, _groups = packed
+    longest = max(stop - start for start, stop in packed.ranges)
     if local_size is not None and local_size < longest:
         raise UnsupportedAttention(f"a window of {local_size} is shorter than a prompt of {longest} tokens")
     return None
@@ -71,8 +81,8 @@ def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool 
 @contextmanager
 def prompts_packed(layout: Layout) -> Iterator[None]:
     """Within the context our attention keeps the layout's prompts apart, if they are packed end to end."""
-    groups = group_prompts(layout.ranges(), layout.device) if layout.packed else ()
-    token = _PACKED.set((max(layout.lengths), groups) if layout.packed else None)
+    ranges = tuple(layout.ranges())
+    token = _PACKED.set(Packed(ranges, group_prompts(ranges, layout.device)) if layout.packed else None)
     try:
         yield
     finally:
@@ -105,6 +115,11 @@ def against_keys(keys: tuple[Tensor, Tensor]) -> Iterator[None]:
         yield
     finally:
         _KEYS.reset(token)
+
+
+def packed_now() -> Packed | None:
+    """The packed prompts of a call of attention, where that is causal attention among all of their positions."""
+    return None if _CAPTURING.get() or _KEYS.get() is not None else _PACKED.get()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 
 
 class NormKind(NamedTuple):
@@ -33,7 +33,8 @@ class NormKind(NamedTuple):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, offset: float, eps: float, centred: bool, own: Forward) -> Tensor:
-        return own(x)
+        y: Tensor = own(x)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -70,7 +71,9 @@ class _NormPullback(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
-        return _pull_norm(g.movedim(in_dims[0] or 0, 0), *shared), 0
+        g = g.movedim(in_dims[0] or 0, -2)
+        rows = (None if x is None else x.unsqueeze(-2) for x in shared)
+        return _pull_norm(g, *rows), g.dim() - 2  # type: ignore[arg-type]
 
 
 def _pull_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ class _GatedMlp(torch.autograd.Function):
 class _GatedMlpPullback(torch.autograd.Function):
     @staticmethod
     def forward(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-        return _pull_mlp(g[None], to_gate, to_up, w_gate, w_up, w_down)[0]
+        return _pull_mlp(g, to_gate, to_up, w_gate, w_up, w_down)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -120,7 +123,9 @@ class _GatedMlpPullback(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
-        return _pull_mlp(g.movedim(in_dims[0] or 0, 0), *shared), 0
+        to_gate, to_up, *weights = shared
+        g = g.movedim(in_dims[0] or 0, -2)
+        return _pull_mlp(g, to_gate.unsqueeze(-2), to_up.unsqueeze(-2), *weights), g.dim() - 2
 
 
 def _pull_mlp(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:

@@ -56,15 +56,15 @@ class Layout(NamedTuple):
         return x_bTD.flatten(0, 1)[self.last_rows(x_bTD.device)]
 
     def at_last(self, rows_KBD: Tensor) -> Tensor:
-        """[K, b, T, D], zero but for the rows given, [K, B, D], at each prompt's last real token."""
+        """[b, T, K, D], zero but for the rows given, [K, B, D], at each prompt's last real token."""
         K, _, D = rows_KBD.shape
-        out_KND = rows_KBD.new_zeros(K, self.input_ids.numel(), D)
-        out_KND[:, self.last_rows(rows_KBD.device)] = rows_KBD
-        return out_KND.view(K, *self.input_ids.shape, D)
+        out_NKD = rows_KBD.new_zeros(self.input_ids.numel(), K, D)
+        out_NKD[self.last_rows(rows_KBD.device)] = rows_KBD.transpose(0, 1)
+        return out_NKD.view(*self.input_ids.shape, K, D)
 
-    def sum_prompts(self, x_KND: Tensor, dtype: torch.dtype) -> Tensor:
-        """[K, B, D]: the sum over each prompt's rows, accumulated in `dtype`."""
-        return torch.stack([x_KND[:, start:stop].sum(1, dtype=dtype) for start, stop in self.ranges()], 1)
+    def sum_prompts(self, x_NKD: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, K, D]: the sum over each prompt's rows, accumulated in `dtype`."""
+        return torch.stack([x_NKD[start:stop].sum(0, dtype=dtype) for start, stop in self.ranges()])
 
     def to_caller(self, x_N: Tensor) -> Tensor:
         """[B, width]: a number for each row, moved to where the caller's tensor had its token; zero at padding."""

@@ -16,7 +16,7 @@ from fisher_vmap.recording import BlockCall, Recording, StructureChanged
 
 
 class Arrived(NamedTuple):
-    """The cotangents at a hooked block's output, [K, B, T, D], and that output itself, [B, T, D]."""
+    """The cotangents at a hooked block's output, [B, T, K, D], and that output itself, [B, T, D]."""
 
     layer: str
     hidden: Tensor
@@ -24,13 +24,14 @@ class Arrived(NamedTuple):
 
 
 def pullback_blocks(
-    recording: Recording, cotangents_KBTD: Tensor, layers: Collection[str], chunk_size: int | None
+    recording: Recording, cotangents: Tensor, layers: Collection[str], chunk_size: int | None
 ) -> Iterator[Arrived]:
     """Pull cotangents of the top back to the output of every hooked block; the recording is used up on the way.
 
     Args:
         recording: the calls above the lowest hooked block, and the top, [B, T, D].
-        cotangents_KBTD: [K, B, T, D], cotangents of the top.
+        cotangents: [B, T, K, D], cotangents of the top. K stands inside: a position's cotangents lie side by side,
+            so that a prompt's are one range of memory and what they share is broadcast from cache.
         layers: the names of the hooked blocks.
         chunk_size: how many cotangents to pull at a time; None: all at once.
 
@@ -44,20 +45,20 @@ def pullback_blocks(
     while recording.calls:
         call = recording.calls.pop()
         if call.name in layers:
-            yield Arrived(call.name, expected, cotangents_KBTD)
-        cotangents_KBTD = pullback_block(call, expected, cotangents_KBTD, chunk_size)
+            yield Arrived(call.name, expected, cotangents)
+        cotangents = pullback_block(call, expected, cotangents, chunk_size)
         expected = call.hidden
     check_primal(f"what {recording.below} returned", recording.bottom, expected)
-    yield Arrived(recording.below, expected, cotangents_KBTD)
+    yield Arrived(recording.below, expected, cotangents)
 
 
-def pullback_block(call: BlockCall, expected: Tensor, cotangents_KBTD: Tensor, chunk_size: int | None) -> Tensor:
-    """Cotangents of one block's output to those of its input, [K, B, T, D]; the primal must be the expected one."""
+def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Cotangents of one block's output to those of its input, [B, T, K, D]; the primal must be the expected one."""
     primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
     check_primal(f"the replay of {call.name}", primal, expected)
-    cotangents_KBTD = cotangents_KBTD.to(primal.device)
-    (below_KBTD,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBTD)
-    return below_KBTD  # type: ignore[no-any-return]
+    cotangents = cotangents.to(primal.device)
+    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    return below  # type: ignore[no-any-return]
 
 
 def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:

@@ -48,21 +48,21 @@ def sum_positions(
     """Sum over each prompt's biased positions, in float32, and undo the scaling of the cotangents.
 
     Args:
-        cotangents: [K, b, T, D] in the model's dtype, zero at padding.
+        cotangents: [b, T, K, D] in the model's dtype, zero at padding.
         layout: of the batch.
         norm_KB: [K, B], what the cotangents had been divided by.
         probs_BK: [B, K], the weights of the energy.
         mask_N: [N], where the bias is added; None for everywhere.
     """
     device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
-    norm_KB, weight_KB = norm_KB.to(device, wide), probs_BK.T.to(device, wide)
-    cotangents_KND = cotangents.flatten(1, 2)
+    norm_BK, weight_BK = norm_KB.T.to(device, wide), probs_BK.to(device, wide)
+    cotangents_NKD = cotangents.flatten(0, 1)
     if mask_N is not None:
-        cotangents_KND = cotangents_KND * mask_N.to(device, cotangents.dtype)[:, None]
-    gradients_KBD = layout.sum_prompts(cotangents_KND, wide) * norm_KB[:, :, None]
-    squared_KN = torch.linalg.vector_norm(cotangents_KND, dim=-1, dtype=wide) ** 2
-    weight_KB = weight_KB * norm_KB**2
-    energy_N = squared_KN.new_zeros(squared_KN.shape[1])
+        cotangents_NKD = cotangents_NKD * mask_N.to(device, cotangents.dtype)[:, None, None]
+    gradients_BKD = layout.sum_prompts(cotangents_NKD, wide) * norm_BK[:, :, None]
+    squared_NK = torch.linalg.vector_norm(cotangents_NKD, dim=-1, dtype=wide) ** 2
+    weight_BK = weight_BK * norm_BK**2
+    energy_N = squared_NK.new_zeros(len(squared_NK))
     for b, (first, stop) in enumerate(layout.ranges()):
-        energy_N[first:stop] = weight_KB[:, b] @ squared_KN[:, first:stop]
-    return Summed(gradients_KBD.transpose(0, 1).contiguous(), energy_N)
+        energy_N[first:stop] = squared_NK[first:stop] @ weight_BK[b]
+    return Summed(gradients_BKD, energy_N)

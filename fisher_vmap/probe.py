@@ -4,18 +4,26 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap import attention_interface
-from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, noting_odd_masks, supports_ours
+from fisher_vmap.attention_interface import (
+    UnsupportedAttention,
+    attention_set_to,
+    noting_odd_masks,
+    prompts_packed,
+    supports_ours,
+)
 from fisher_vmap.blocks import decoder_blocks
 from fisher_vmap.forms import Parts
 from fisher_vmap.fused import Forward, fused_forward
-from fisher_vmap.layout import Layout, lay_out
+from fisher_vmap.fused_attention import fused_attention_forward, proven
+from fisher_vmap.layout import Layout, lay_out, pack_rows
 from fisher_vmap.proof import Reach, block_reach
+from fisher_vmap.recording import StructureChanged, run_blocks
 from fisher_vmap.tail import watch
 from fisher_vmap.whole import hooked_outputs, rows_from_logits
 
@@ -102,6 +110,9 @@ def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
         above=watched.above,
         fused=_fused(blocks),
     )
+    if not why_not_packed:
+        with attention_set_to(model, attention):
+            parts = replace(parts, fused=[*parts.fused, *_fused_attention(model, parts, input_ids)])
     with attention_set_to(model, attention):
         reach = block_reach(model, blocks, input_ids)
     return Probe(parts, reach, attention, watched.why_not, made_of)
@@ -111,6 +122,20 @@ def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
     """The modules inside the blocks that have a fused pullback."""
     inside = {id(module): module for block in blocks.values() for module in block.modules()}
     return [(module, forward) for module in inside.values() if (forward := fused_forward(module)) is not None]
+
+
+def _fused_attention(model: nn.Module, parts: Parts, input_ids: Tensor) -> list[tuple[nn.Module, Forward]]:
+    """The attention modules that have a fused pullback, proven on these tokens packed end to end."""
+    inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
+    forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
+    packed = pack_rows(lay_out(input_ids, None))
+    try:
+        with torch.no_grad(), prompts_packed(packed):
+            right = proven(forwards, lambda: run_blocks(model, parts.blocks, parts.call_order, packed))
+    except (UnsupportedAttention, StructureChanged, TypeError) as reason:  # then nothing will be packed either
+        log.debug("no fused attention: %s", reason)
+        return []
+    return list(right.items())
 
 
 def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:

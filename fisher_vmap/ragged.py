@@ -4,6 +4,7 @@ Only here, between queries and keys, does a packed batch know padding; a few pro
 of many small ones, a prompt each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ class Group:
         out[0, :, self.prompts] = x[:, :, 0].transpose(0, 1)
 
 
-def group_prompts(ranges: list[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
+def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
     """Groups of the prompts [start, stop): similar lengths together, each prompt in one group."""
     lengths = [stop - start for start, stop in ranges]
     groups: list[list[int]] = []
@@ -73,7 +74,7 @@ def group_prompts(ranges: list[tuple[int, int]], device: torch.device) -> tuple[
     return tuple(_group(prompts, ranges, device) for prompts in groups)
 
 
-def _group(prompts: list[int], ranges: list[tuple[int, int]], device: torch.device) -> Group:
+def _group(prompts: list[int], ranges: Sequence[tuple[int, int]], device: torch.device) -> Group:
     starts = torch.tensor([ranges[b][0] for b in prompts], device=device)
     lengths = torch.tensor([ranges[b][1] - ranges[b][0] for b in prompts], device=device)
     column = torch.arange(ranges[prompts[0]][1] - ranges[prompts[0]][0], device=device)

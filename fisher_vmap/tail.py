@@ -120,7 +120,7 @@ def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | N
         planted.append((size * sign).view(output.shape).to(output))
         return planted[-1]
 
-    with torch.no_grad(), hooks(unembedding.register_forward_hook(plant)):
+    with torch.no_grad(), hooks(unembedding.register_forward_hook(plant, prepend=True)):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -150,4 +150,7 @@ def _float_function(chain: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    """Whether two tensors are one, by their values; NaN is the same as NaN."""
+    if a is b or a.shape != b.shape or a.dtype != b.dtype:
+        return a is b
+    return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())

@@ -27,7 +27,7 @@ class NotPositionwise(Exception):
 def pullback_top(
     call: BlockCall, layout: Layout, top: Tensor, cotangents_KBD: Tensor, chunk_size: int | None
 ) -> Tensor:
-    """Cotangents of the last rows of the last block's output to those of its input, [K, 1, N, D].
+    """Cotangents of the last rows of the last block's output to those of its input, [1, N, K, D].
 
     Args:
         call: the last call of the forward, on packed prompts.
@@ -51,7 +51,8 @@ def pullback_top(
 
     primal, pull = vjp(rows, call.hidden)  # type: ignore[misc]
     check_primal(f"the replay of {call.name} at the last positions", primal, top[:, last])
-    (below,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBD[:, None].to(primal.device))
+    cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
+    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
     return below  # type: ignore[no-any-return]
 
 

@@ -108,11 +108,11 @@ def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, nn.Module], 
 def pullback_whole(
     function: Callable[[Biases], Tensor], biases: Biases
 ) -> tuple[Tensor, Callable[[Tensor, int | None], Biases]]:
-    """The rows [B, X] and the map from their cotangents [K, B, X] to those of the biases, [K, B, T, D], in one call."""
+    """The rows [B, X] and the map from their cotangents [K, B, X] to those of the biases, [B, T, K, D], in one call."""
     rows, pull = vjp(function, biases)  # type: ignore[misc]
 
     def pullback(cotangents_KBX: Tensor, chunk_size: int | None) -> Biases:
-        (pulled,) = vmap(pull, chunk_size=chunk_size)(cotangents_KBX)
+        (pulled,) = vmap(pull, out_dims=2, chunk_size=chunk_size)(cotangents_KBX)
         return pulled  # type: ignore[no-any-return]
 
     return rows, pullback
@@ -131,6 +131,6 @@ def pullback_loop(
             torch.autograd.grad(rows, list(leaves.values()), cotangent, retain_graph=True)
             for cotangent in cotangents_KBX
         ]
-        return {name: torch.stack([grads[i] for grads in pulled]) for i, name in enumerate(leaves)}
+        return {name: torch.stack([grads[i] for grads in pulled], 2) for i, name in enumerate(leaves)}
 
     return rows.detach(), pullback

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -321,6 +322,11 @@ def bend(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return torch.tanh(output)
 
 
+def halve_logits(_module: nn.Module, _args: object, output: Any) -> Any:
+    output.logits = output.logits * 0.5
+    return output
+
+
 def patch_forward(module: nn.Module) -> None:
     own = module.forward
     module.forward = lambda x: torch.tanh(own(x))
@@ -346,6 +352,10 @@ CHANGES = {
     "a hook on the last block that mixes positions": lambda m: m.model.layers[3].register_forward_hook(look_back),
     "a hook on the last queries": lambda m: m.model.layers[3].self_attn.q_proj.register_forward_hook(look_back),
     "a hook on the last norm": lambda m: m.model.layers[3].post_attention_layernorm.register_forward_hook(look_back),
+    "a hook on the final norm": lambda m: m.model.norm.register_forward_hook(bend),
+    "a hook on the head": lambda m: m.lm_head.register_forward_hook(bend),
+    "a hook on what enters the head": lambda m: m.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 0.5,)),
+    "a hook on the model": lambda m: m.register_forward_hook(halve_logits),
     "a forward of its own": lambda m: patch_forward(m.model.layers[2].mlp),
     "weights scaled in place": scale_weights,
     "weights loaded": lambda m: m.load_state_dict(tiny("llama", seed=1).state_dict()),

@@ -626,6 +626,17 @@ def test_a_window_that_only_later_prompts_outgrow():
         assert_right(fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=4), model, rows, layer, 1e-6)
 
 
+def test_numbers_that_are_not_finite_decide_nothing(caplog):
+    """A first batch that holds a prompt of NaN must not cost the later ones the fast form."""
+    model, layer = fresh("llama"), "model.layers.1"
+    with torch.no_grad():
+        model.get_input_embeddings().weight[95] = torch.nan
+    spoilt, rows = [torch.tensor([5, 95, 3]), torch.tensor([1, 2, 3, 4])], prompts(LENGTHS, vocabulary=90)
+    fisher_scores(model, *padded(spoilt, "right"), layers=layer, top_k=4)
+    assert_right(fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4), model, rows, layer, 1e-6)
+    assert FisherModel(model, layers=layer).forms[layer]["form"] in ("packed", "layerwise")
+
+
 def test_a_last_block_cut_at_the_wrong_rows_is_noticed(monkeypatch, caplog):
     """The last block is replayed on each prompt's last row; here with the position of another prompt's."""
     from fisher_vmap import top_block

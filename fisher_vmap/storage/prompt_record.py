@@ -88,7 +88,8 @@ class PromptRecord:
     def scores(self) -> Float32:
         """The gradients of log p_t with respect to the bias, [K, D] float32: A / sqrt(p), A = Q diag(sqrt S) V.
 
-        Exact to rounding when R >= K or the rank is below R; otherwise the best approximation of A by rank R.
+        With R >= K, or a rank below R, to rounding, except for tokens with p_t below about K times float32's eps (1e-6
+        for K = 10): what they add to F is below its numerical rank. Else the best approximation of A by rank R.
         """
         root_p = np.exp(0.5 * self.log_probs.astype(np.float64))
         A = (self.Q * np.sqrt(self.S.astype(np.float64))) @ self.V.astype(np.float64)

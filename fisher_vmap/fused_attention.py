@@ -1,0 +1,193 @@
+"""The pullback of a whole attention module: projections, rotary embedding and attention, for all cotangents at once.
+
+With cotangents as [N, K, D], positions first, the projections are plain matrix products, each prompt is a contiguous
+range of rows, and between them lies one permuted copy: autograd's way, transposed and gathered for each of q, k and v,
+makes a dozen. A module is taken for one of these only if, on the run's own tokens, it returns to the bit what the
+formula does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.attention import AttentionKind, attention_forward, pullback_attention
+from fisher_vmap.attention_interface import Packed, packed_now
+from fisher_vmap.recording import hooks
+
+Forwards = dict[nn.Module, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The projections of an attention module: q [H E, D], k and v [G E, D], o [D, H E], and the width E of a head."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    head: int
+
+
+def parts_of(module: nn.Module) -> AttentionParts | None:
+    """The parts of a module that may be a rotary attention; None where they are not all there, or there are more."""
+    q, k, v, o = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    head = getattr(module, "head_dim", None)
+    if not all(type(part) is nn.Linear for part in (q, k, v, o)) or not isinstance(head, int):
+        return None
+    if len(list(module.children())) != 4 or "forward" in vars(module):
+        return None  # norms of queries and keys, gates, sinks
+    assert (
+        isinstance(q, nn.Linear) and isinstance(k, nn.Linear) and isinstance(v, nn.Linear) and isinstance(o, nn.Linear)
+    )
+    return AttentionParts(q, k, v, o, head)
+
+
+def rotary_attention(
+    x: Tensor, cos: Tensor, sin: Tensor, parts: AttentionParts, kind: AttentionKind, packed: Packed
+) -> Tensor:
+    """The module's output, [1, N, D], for packed prompts.
+
+    Args:
+        x: [1, N, D].
+        cos: [1, N, E], and sin likewise: the rotary embedding.
+        sin: see cos.
+        parts: of the module.
+        kind: of the attention.
+        packed: the prompts.
+    """
+    return _RotaryAttention.apply(x, cos, sin, parts, kind, packed)[0]  # type: ignore[no-any-return]
+
+
+class _RotaryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, cos: Tensor, sin: Tensor, parts: AttentionParts, kind: AttentionKind, packed: Packed
+    ) -> tuple[Tensor, ...]:
+        q, k, v = (
+            project(x).view(*x.shape[:2], -1, parts.head).transpose(1, 2) for project in (parts.q, parts.k, parts.v)
+        )
+        q, k = (t * cos[:, None] + _rotate_half(t) * sin[:, None] for t in (q, k))
+        out = attention_forward(q, k, v, None, kind)
+        return parts.o(out.transpose(1, 2).reshape(*x.shape[:2], -1)), q, k, v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _x, cos, sin, ctx.parts, ctx.kind, ctx.packed = inputs
+        _y, q, k, v = output
+        ctx.mark_non_differentiable(q, k, v)
+        ctx.save_for_backward(cos, sin, q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weights = (p.weight.detach() for p in (ctx.parts.q, ctx.parts.k, ctx.parts.v, ctx.parts.o))
+        dx = _Pullback.apply(g, *ctx.saved_tensors, *weights, ctx.kind, ctx.packed)
+        return dx, None, None, None, None, None
+
+
+class _Pullback(torch.autograd.Function):
+    @staticmethod
+    def forward(g: Tensor, *shared: Any) -> Tensor:
+        return pullback_rotary(g[0, :, None], *shared)[None, :, 0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("second derivatives of a fused attention are not implemented")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        return pullback_rotary(g.movedim(in_dims[0] or 0, 2)[0], *shared)[None], 2
+
+
+def pullback_rotary(
+    g_NKD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    kind: AttentionKind,
+    packed: Packed,
+) -> Tensor:
+    """K cotangents of the module's output to those of its input, [N, K, D]; q and k are after the rotary embedding."""
+    N, K, D = g_NKD.shape
+    dO = (g_NKD.reshape(N * K, D) @ w_o).view(N, K, q.shape[1], -1)
+    dq, dk, dv = (dO.new_empty(N, K, x.shape[1], x.shape[3]) for x in (q, k, v))
+    alone = kind.alone()
+    for a, z in packed.ranges:
+        cotangents = dO[a:z].permute(2, 0, 1, 3).contiguous()[None]
+        parts = pullback_attention(cotangents, q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
+        c, s = cos[0, a:z, None], sin[0, a:z, None]
+        _unrotate(parts[0][0], c, s, dq[a:z].permute(2, 0, 1, 3))
+        _unrotate(parts[1][0], c, s, dk[a:z].permute(2, 0, 1, 3))
+        dv[a:z].permute(2, 0, 1, 3).copy_(parts[2][0])
+    dx = dq.view(N * K, -1) @ w_q
+    return dx.addmm_(dk.view(N * K, -1), w_k).addmm_(dv.view(N * K, -1), w_v).view(N, K, D)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def _unrotate(g: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """The transpose of x * cos + rotate_half(x) * sin, applied to g [H, T, K, E] and written to out."""
+    half = g.shape[-1] // 2
+    torch.mul(g, cos, out=out)
+    out[..., :half].addcmul_(g[..., half:], sin[..., half:])
+    out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
+
+
+def fused_attention_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward of an attention module with the fused pullback for packed prompts; None for other modules."""
+    parts, scale = parts_of(module), getattr(module, "scaling", None)
+    if parts is None or not isinstance(scale, float):
+        return None
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        packed = packed_now()
+        x = args[0] if args else kwargs.get("hidden_states")
+        rotary = kwargs.get("position_embeddings")
+        if packed is None or len(args) > 1 or not isinstance(x, Tensor) or not _is_rotary(rotary, x, parts.head):
+            return own(*args, **kwargs)
+        assert rotary is not None
+        kind = AttentionKind(scale, True, packed.groups)
+        return rotary_attention(x, rotary[0], rotary[1], parts, kind, packed), None
+
+    return forward
+
+
+def proven(
+    forwards: dict[nn.Module, Callable[..., Any]], run: Callable[[], object]
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Those of the forwards that give what their modules give, on what the modules see while `run` runs the model."""
+    right: Forwards = {}
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("attention_mask") is not None:
+            return
+        expected, found = output[0], forwards[module](*args, **kwargs)[0]
+        if (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm():
+            right[module] = forwards[module]
+
+    with hooks(*(module.register_forward_hook(compare, with_kwargs=True) for module in forwards)):
+        run()
+    return right
+
+
+def _is_rotary(rotary: Sequence[Tensor] | None, x: Tensor, head: int) -> bool:
+    """Whether a pair of tensors is cos and sin, [1, N, E], for x."""
+    if rotary is None or len(rotary) != 2:
+        return False
+    return all(isinstance(t, Tensor) and t.shape == (1, x.shape[1], head) for t in rotary)

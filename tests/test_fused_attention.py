@@ -1,0 +1,66 @@
+"""The fused pullback of an attention module against autograd of the module itself, one unpadded prompt at a time."""
+
+import pytest
+import torch
+from models import tiny
+from torch.func import vjp, vmap
+
+from fisher_vmap.attention_interface import NAME, attention_set_to, prompts_packed
+from fisher_vmap.fused_attention import fused_attention_forward, parts_of, proven
+from fisher_vmap.kernel import fisher_scores
+from fisher_vmap.layout import lay_out, pack_rows
+from fisher_vmap.probe import _PROBES
+
+LENGTHS = (5, 1, 9, 5)
+
+
+def packed_prompts():
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    tokens = torch.randint(3, 100, mask.shape, generator=torch.Generator().manual_seed(1))
+    return pack_rows(lay_out(tokens, mask))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_it_is_the_pullback_of_each_prompt_alone(family):
+    model = tiny(family)
+    attention = model.model.layers[1].self_attn
+    layout, D = packed_prompts(), model.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, sum(LENGTHS), D, generator=generator).to(model.dtype)
+    g = torch.randn(3, 1, sum(LENGTHS), D, generator=generator).to(model.dtype)
+    rotary = model.model.rotary_emb(x, layout.position_ids)
+    fused = fused_attention_forward(attention)
+    with attention_set_to(model, NAME), prompts_packed(layout):
+        y, pull = vjp(lambda x: fused(hidden_states=x, position_embeddings=rotary)[0], x)
+        with torch.no_grad():
+            (pulled,) = vmap(pull)(g)
+    with attention_set_to(model, "eager"):
+        for a, z in layout.ranges():
+            alone = tuple(t[:, a:z] for t in rotary)
+            mask = torch.full((z - a, z - a), -torch.inf).triu(1).to(model.dtype)[None, None]
+            y_alone, pull_alone = vjp(lambda x, r=alone, m=mask: attention(x, r, m)[0], x[:, a:z])
+            (expected,) = vmap(pull_alone)(g[:, :, a:z])
+            torch.testing.assert_close(y[:, a:z], y_alone, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(pulled[:, :, a:z], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_kernel_uses_it_and_modules_with_more_parts_are_left_alone():
+    model = tiny("llama")
+    fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
+    fused = {id(module) for module, _ in _PROBES[model].parts.fused}
+    assert all(id(block.self_attn) in fused for block in model.model.layers)
+    assert parts_of(tiny("gemma2").model.layers[0].self_attn) is not None  # left alone by its soft-cap, not by its parts
+    assert parts_of(tiny("gpt2").transformer.h[0].attn) is None
+
+
+def test_a_module_that_does_something_else_is_not_taken():
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    scale, attention.scaling = attention.scaling, 2 * attention.scaling
+    forward = fused_attention_forward(attention)  # with the wrong scale
+    attention.scaling = scale
+    layout = packed_prompts()
+    with torch.no_grad(), attention_set_to(model, NAME), prompts_packed(layout):
+        run = lambda: model(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False)  # noqa: E731
+        assert proven({attention: forward}, run) == {}
+        assert set(proven({attention: fused_attention_forward(attention)}, run)) == {attention}
