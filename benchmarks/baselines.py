@@ -8,6 +8,7 @@ z - logsumexp z, or with one-hot minus p given as the logits' gradient); they di
 was kept.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -105,6 +106,21 @@ def careful_pipeline(
     A_BKD = (scores.log_probs / 2).exp()[:, :, None] * scores.gradients
     _U, sigma, Vh = torch.linalg.svd(A_BKD, full_matrices=False)
     return Decomposed(scores, sigma[:, :rank] ** 2, Vh[:, :rank])
+
+
+def with_compiled_blocks(model: nn.Module) -> nn.Module:
+    """A copy of the model whose decoder blocks are compiled, for `careful_loop`.
+
+    It is a faster loop once it is compiled, which takes tens of seconds, and as long again for other lengths.
+    """
+    import torch._functorch.config
+
+    # A compiled backward pass frees what it has used, unless told that it will be called again.
+    torch._functorch.config.donated_buffer = False
+    compiled: Any = copy.deepcopy(model)
+    for block in compiled.model.layers:
+        block.forward = torch.compile(block.forward)
+    return compiled
 
 
 def last_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
