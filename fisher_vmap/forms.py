@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fisher_vmap.fused import Forward, fused_pullbacks
 from fisher_vmap.head import Head, LogitsHead, Reading, UnembeddingHead
 from fisher_vmap.layout import Layout
-from fisher_vmap.network import pullback_blocks
+from fisher_vmap.network import cotangents_at_a_time, pullback_blocks
 from fisher_vmap.positions import position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
@@ -70,17 +70,20 @@ def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[s
     reading = parts.head.read(layout.last(recording.top), wanted.top_k, wanted.token_ids)
     unit_KBD, norm_KB = unit_rows(reading.cotangents)
     rows_KBD = unit_KBD.to(recording.top.dtype)
+    chunk_size = wanted.chunk_size or cotangents_at_a_time(
+        len(rows_KBD), layout.input_ids.numel(), recording.top.device
+    )
     often = {name for name in layers if parts.call_order.count(name) > 1}
     collected = Collected(layout, reading, norm_KB, wanted.positions, often)
     with fused_pullbacks(parts.fused):
         top_layer, top, cotangents = parts.call_order[-1], recording.top, None
         if layout.packed and recording.calls:
-            cotangents = _through_top(recording, layout, rows_KBD, wanted.chunk_size)
+            cotangents = _through_top(recording, layout, rows_KBD, chunk_size)
             if cotangents is not None and top_layer in layers:
                 collected.add(top_layer, top, layout.at_last(rows_KBD))
         if cotangents is None:
             cotangents = layout.at_last(rows_KBD)
-        for layer, hidden, arrived in pullback_blocks(recording, cotangents, set(layers), wanted.chunk_size):
+        for layer, hidden, arrived in pullback_blocks(recording, cotangents, set(layers), chunk_size):
             collected.add(layer, hidden, arrived)
     return collected.scores(layers)
 

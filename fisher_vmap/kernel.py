@@ -53,7 +53,7 @@ def fisher_scores(
         token_ids: [B, K] int64, the tokens, where the caller chooses them; `top_k` is then not read.
         positions: where the bias is added: "all", "last" (the last real token) or a mask [B, T].
         kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
-        chunk_size: how many cotangents to pull back at a time; None: all of them.
+        chunk_size: how many cotangents to pull back at a time; None: as many as the device does well with.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and

@@ -15,6 +15,20 @@ from torch.func import vjp, vmap
 from fisher_vmap.recording import BlockCall, Recording, StructureChanged
 
 
+# Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
+# prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.
+ROWS_AT_A_TIME = {"cpu": 8192}
+
+
+def cotangents_at_a_time(cotangents: int, rows: int, device: torch.device) -> int | None:
+    """How many of K cotangents of N rows to pull back together, in chunks of about one size; None: all of them."""
+    most = ROWS_AT_A_TIME.get(device.type)
+    if most is None or cotangents * rows <= most:
+        return None
+    chunks = -(-cotangents * rows // most)
+    return max(1, -(-cotangents // chunks))
+
+
 class Arrived(NamedTuple):
     """The cotangents at a hooked block's output, [B, T, K, D], and that output itself, [B, T, D]."""
 
