@@ -25,7 +25,11 @@ PREDICTED_KL = 0.01  # nats: small enough for the quadratic, large enough to be 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of its command line."""
-    parser = argparse.ArgumentParser(prog="python -m fisher_vmap.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fisher_vmap.demo",
+        description="Run the main job on a small real model and the prompts shipped here, up to a finding.",
+        epilog="example: python -m fisher_vmap.demo --output_dir demo_results",
+    )
     parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
     arguments = parser.parse_args(argv)
     start_logging()

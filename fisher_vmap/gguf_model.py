@@ -1,18 +1,24 @@
 """A .gguf file as an ordinary transformers folder: converted once, then read from the user's cache."""
 
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from fisher_vmap.errors import UserError
 
 log = logging.getLogger(__name__)
+
+ABANDONED_AFTER_S = 24 * 3600.0
 
 
 def cache_folder() -> Path:
@@ -36,6 +42,7 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
     log.info("converting %s once, to %s", path.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
         scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     except OSError as error:
         raise UserError(
@@ -48,16 +55,28 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
         except OSError:
             if not folder.is_dir():  # another process may have been first: its result is as good
                 raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path.name} cannot be converted into {folder.parent} ({' '.join(str(error).split())[:160]}); make room "
+            "there, or set XDG_CACHE_HOME to another folder"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what conversions that were killed have left: as large as the models themselves."""
+    for scratch in cache.glob(".converting-*"):
+        with suppress(FileNotFoundError):  # it may just have been finished
+            if time.time() - scratch.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401  (transformers needs it and says so at length)
-    except ImportError as error:
-        raise UserError(f"reading {path.name} needs the package gguf: pip install 'fisher_vmap[gguf]'") from error
+    for package in ("gguf", "accelerate"):  # transformers needs both and says so at length
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"reading {path.name} needs the package {package}: pip install 'fisher_vmap[gguf]'")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,8 +1,11 @@
 """Load a causal LM and its tokenizer: a hub id, a folder, or a .gguf file."""
 
+import hashlib
 import logging
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,40 +75,63 @@ def load_model(
         UserError: the model is missing, gated, damaged or not a causal LM; one line that says what to do.
     """
     place = choose_device(device)
+    identity: dict[str, Any]
     weights_dtype = getattr(torch, dtype)
     local = Path(model_path).expanduser()
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
         with quiet_progress():
-            source, identity = str(converted(local, weights_dtype)), _file_identity(local)
+            source, identity = str(converted(local, weights_dtype)), {"gguf": _hashed([local])[local.name]}
     elif local.is_dir():
         if not (local / "config.json").is_file():
             ggufs = sorted(p.name for p in local.glob("*.gguf"))
             hint = f"give the file {local / ggufs[0]}" if ggufs else "expected a folder as save_pretrained writes it"
             raise UserError(f"model_path {model_path} has no config.json; {hint}")
-        source, identity = str(local), _folder_identity(local)
+        source, identity = str(local), {"files": _hashed(_model_files(local))}
     elif local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
         raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
     else:
-        source, identity = model_path, {"hub": model_path, "revision": revision}
+        source, identity = model_path, {"hub": model_path}
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_progress():
         model, tokenizer = _load(model_path, source, weights_dtype, options)
     if "hub" in identity:
-        identity["commit"] = getattr(model.config, "_commit_hash", None)
+        identity["commit"] = getattr(model.config, "_commit_hash", None) or revision
+    model = _explained(model_path, "model", model.to, place).eval()
+    _refuse_foresight(model_path, model)
     log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, place)
-    return Loaded(model.to(place).eval(), tokenizer, identity)
+    return Loaded(model, tokenizer, identity)
+
+
+def most_positions(model: Any) -> int | None:
+    """The number of positions that a model was made for, or None where it has no such number.
+
+    Where positions are embedded one by one there are no others; elsewhere what stands further on is noise.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _load(model_path: str, source: str, weights_dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
     config = _explained(model_path, "config", transformers.AutoConfig.from_pretrained, source, **options)
     _refuse_other_kinds(model_path, config)
     tokenizer = _explained(model_path, "tokenizer", transformers.AutoTokenizer.from_pretrained, source, **options)
-    model = _explained(
-        model_path, "model", transformers.AutoModelForCausalLM.from_pretrained, source, dtype=weights_dtype, **options
+    model, found = _explained(
+        model_path,
+        "model",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        source,
+        dtype=weights_dtype,
+        output_loading_info=True,
+        **options,
     )
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
+        raise UserError(
+            f"the model of {model_path} lacks {len(missing)} weights ({missing[0]} ...): it is damaged, or no causal "
+            "LM; fetch it again, or give another model"
+        )
     return model, tokenizer
 
 
@@ -135,13 +161,13 @@ def _refuse_other_kinds(model_path: str, config: Any) -> None:
         raise UserError(f"{model_path} is a masked LM ({made_for[0]}); expected a decoder-only causal LM")
 
 
-def _explained(model_path: str, what: str, load: Any, source: str, **options: Any) -> Any:
+def _explained(model_path: str, what: str, load: Any, source: Any, **options: Any) -> Any:
     """Load a part; what can go wrong outside this package becomes one line."""
     try:
         return load(source, **options)
     except Exception as error:
         message = " ".join(str(error).split())
-        if "gated" in message or "401" in message or "403" in message:
+        if re.search(r"gated repo|is restricted|\b40[13] Client Error", message):
             todo = "it is gated: accept its terms on its page, then `hf auth login`"
         elif "trust_remote_code" in message:
             todo = "it brings code of its own: read that, then set trust_remote_code: true"
@@ -163,11 +189,40 @@ def _explained(model_path: str, what: str, load: Any, source: str, **options: An
         ) from error
 
 
-def _file_identity(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size}
+def _refuse_foresight(model_path: str, model: Any) -> None:
+    """The first of two tokens must not depend on the second: all of the package rests on it.
+
+    Told by the gradient, which is zero to the bit where there is no path; an encoder's may be small, but is there.
+    """
+    embedded: list[torch.Tensor] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _args, output: embedded.append(output))
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False).logits
+            (gradient,) = torch.autograd.grad(logits[0, 0].float().square().sum(), embedded[0])
+    finally:
+        handle.remove()
+    if bool((gradient[0, 1].abs() > 0).any()):  # false for NaN, which is each prompt's own matter
+        raise UserError(
+            f"{model_path}: {type(model).__name__} sees later tokens from earlier ones; expected a causal LM, "
+            "whose attention looks back only"
+        )
 
 
-def _folder_identity(folder: Path) -> dict[str, Any]:
-    """The names and sizes of the files that make the model; not their times, which copying changes."""
-    kinds = (".safetensors", ".json", ".bin", ".model", ".jinja", ".txt")
-    return {"files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in kinds}}
+def _model_files(folder: Path) -> list[Path]:
+    """The files that make a model and its tokenizer; not what a trainer leaves beside them."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    others = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+    found = {path for pattern in (*others, "*.model", "*.jinja", "*.py") for path in folder.glob(pattern)}
+    return sorted(path for path in {*weights, *found} if path.is_file())
+
+
+def _hashed(paths: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of each file by its name. Two fine-tuned models may differ in nothing but their weights."""
+
+    def sha256(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as threads:  # which hashing leaves to one another
+        return dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))

@@ -14,7 +14,6 @@ from torch.func import vjp, vmap
 
 from fisher_vmap.recording import BlockCall, Recording, StructureChanged
 
-
 # Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
 # prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.
 ROWS_AT_A_TIME = {"cpu": 8192}

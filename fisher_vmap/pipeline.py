@@ -2,33 +2,53 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
-from fisher_vmap.batches import batch_tokens_for, pack
+from fisher_vmap.compute import PreparedShard, Progress, Splits, compute_shard, is_out_of_memory, prepare
 from fisher_vmap.config import Settings
-from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.errors import UserError
-from fisher_vmap.fisher_model import FisherModel, PromptNumbers
-from fisher_vmap.models import Loaded
-from fisher_vmap.sources import PromptSource, SourcePrompt
-from fisher_vmap.storage.records import PromptResult, ShardLayout
+from fisher_vmap.fisher_model import FisherModel
+from fisher_vmap.models import Loaded, most_positions
+from fisher_vmap.overlap import ahead, behind
+from fisher_vmap.sources import PromptSource
+from fisher_vmap.storage.folder import inspect_folder
+from fisher_vmap.storage.index import TABLE_NAME
+from fisher_vmap.storage.records import ShardLayout
 from fisher_vmap.storage.writer import ResultsWriter
-from fisher_vmap.tokens import Renderer, TokenizedPrompt
+from fisher_vmap.tokens import Renderer
 
 log = logging.getLogger(__name__)
 
 NPZ_PROMPTS = 10_000  # up to here `export_npz: auto` writes the npz
+PROOF_TOKENS = 64  # of each of the two prompts that the forms of the kernel are proven on when a run begins
 # Settings that do not change a prompt's results: where and how many, but not what.
 NOT_IN_FINGERPRINT = {
     *("model_path", "model_revision", "trust_remote_code", "device", "dataset_name", "dataset_revision"),
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
     *("vectors_dtype", "store_text", "keep_columns"),  # in the layout, which is compared as well
+    "prompt_column",  # the column that it led to is there
 }
+
+
+class Run(NamedTuple):
+    """A run that nothing stands in the way of: the model, the folder, and the shards, tokenised as they are needed."""
+
+    settings: Settings
+    fisher: FisherModel
+    writer: ResultsWriter
+    total: int | None
+    """Number of prompts, or None where it is known only at the end."""
+    shards: Iterator[PreparedShard]
+    splits: Splits
 
 
 @dataclass
@@ -41,139 +61,112 @@ class Summary:
     seconds: float = 0.0
     failed: int = 0
     skipped: int = 0
+    reasons: tuple[str, ...] = ()
+    """Of the first few prompts that failed."""
 
 
-class Progress(NamedTuple):
-    """A step forward: prompts finished and the tokens computed for them (0 where they were stored before)."""
-
-    prompts: int
-    tokens: int
-
-
-def run_prompts(
-    settings: Settings, loaded: Loaded, source: PromptSource, report: Callable[[Progress], None]
-) -> Summary:
+def run_prompts(run: Run, report: Callable[[Progress], None]) -> Summary:
     """Compute what the results folder lacks, and finish it.
+
+    Args:
+        run: what `open_run` gave.
+        report: called after each batch.
+
+    Raises:
+        UserError: the folder cannot be written any more, or the data cannot be read to their end.
+    """
+    settings, fisher, writer = run.settings, run.fisher, run.writer
+    summary, began = Summary(), time.perf_counter()
+    with behind() as later, closing(ahead(run.shards)) as shards:
+        for shard in shards:
+            summary.prompts += len(shard.prompts)
+            if not (shard.rendered or shard.skipped):
+                summary.stored_before += len(shard.prompts)
+                report(Progress(len(shard.prompts), 0))
+                continue
+            results = compute_shard(fisher, shard, settings.num_singular_values, run.splits, report)
+            summary.tokens += sum(result.num_tokens for result in results)
+            later(writer.add, shard.number, results)
+    summary.seconds = time.perf_counter() - began
+    if run.total is None:
+        writer.missing_shards(summary.prompts)
+    npz = settings.export_npz is True or (settings.export_npz == "auto" and summary.prompts <= NPZ_PROMPTS)
+    writer.finish(summary.prompts, settings=settings.model_dump(), export_npz=npz)
+    _count_problems(summary, writer.folder)
+    return summary
+
+
+def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
+    """Everything that can refuse, before anything is written: the layers, the kernel's proof, the folder.
 
     Args:
         settings: of the run.
         loaded: the model and its tokenizer.
         source: the prompts.
-        report: called after each batch.
 
     Raises:
         UserError: settings do not fit the model, the data or the folder.
     """
-    fisher, writer, renderer = _open(settings, loaded, source)
-    summary, began = Summary(), time.perf_counter()
-    total = source.total
-    if total is not None:
-        writer.missing_shards(total)
-    count = 0
-    for number, prompts in enumerate(_groups(source, settings.shard_size)):
-        start, stop = prompts[0].index, prompts[-1].index + 1
-        count = stop
-        if writer.is_stored(number, start, stop):
-            summary.stored_before += len(prompts)
-            report(Progress(len(prompts), 0))
-            continue
-        results = list(compute_shard(fisher, renderer, prompts, settings.num_singular_values, report))
-        writer.add(number, results)
-        _tally(summary, results)
-    if total is None:
-        writer.missing_shards(count)
-    summary.seconds = time.perf_counter() - began
-    summary.prompts = count
-    npz = settings.export_npz is True or (settings.export_npz == "auto" and count <= NPZ_PROMPTS)
-    writer.note({"forms": fisher.forms})
-    writer.finish(count, settings=settings.model_dump(), export_npz=npz)
-    return summary
+    fisher = _open_model(settings, loaded)
+    marks = fingerprint(settings, loaded, source, fisher)
+    found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
+    stored = (found.resolved or {}) if found else {}
+    threads = stored.get("threads", torch.get_num_threads())
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
+    renderer = _renderer(settings, loaded, source, stored.get("template_date"))
+
+    groups = _groups(source, settings.shard_size)
+    first = next(groups)
+    forms = _prove(fisher, prepare(renderer, *first), renderer)
+    _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    writer = ResultsWriter.open(
+        settings.output_dir,
+        layout=ShardLayout(
+            widths=fisher.widths,
+            top_k=settings.top_k_tokens,
+            rank=settings.num_singular_values,
+            vectors_dtype=settings.vectors_dtype,
+            store_text=settings.store_text,
+            keep_columns=tuple(settings.keep_columns or ()),
+        ),
+        shard_size=settings.shard_size,
+        fingerprint=marks,
+        resolved={
+            "max_batch_tokens": fisher.max_batch_tokens,
+            "template_date": renderer.template_date,
+            "device": str(fisher.device),
+            "threads": threads,
+            "forms": forms,
+        },
+        overwrite=settings.overwrite,
+    )
+    resolved = writer.resolved or {}
+    fisher.max_batch_tokens = resolved["max_batch_tokens"]
+    # A damaged shard leaves the index here: one that is listed is taken for stored.
+    writer.missing_shards(writer.index.stop if source.total is None else source.total)
+    return Run(
+        settings,
+        fisher,
+        writer,
+        source.total,
+        _prepared(renderer, writer, chain([first], groups)),
+        Splits({tuple(batch) for batch in resolved.get("splits", [])}, lambda splits: writer.note({"splits": splits})),
+    )
 
 
-def compute_shard(
-    fisher: FisherModel,
-    renderer: Renderer,
-    prompts: Sequence[SourcePrompt],
-    rank: int,
-    report: Callable[[Progress], None],
-) -> Iterator[PromptResult]:
-    """The results of a shard's prompts, in their order; a prompt that cannot be computed says why."""
-    rendered: dict[int, TokenizedPrompt] = {}
-    skipped: dict[int, str] = {}
-    for i, prompt in enumerate(prompts):
-        try:
-            if prompt.skipped is not None or prompt.messages_or_text is None:
-                raise SkippedPrompt(prompt.skipped or "no prompt")
-            rendered[i] = renderer.render(prompt.messages_or_text)
-        except SkippedPrompt as skip:
-            skipped[i] = str(skip)
-    report(Progress(len(skipped), 0))
-    numbers: dict[int, PromptNumbers | str] = {}
-    places = list(rendered)
-    for batch in pack([len(rendered[i].ids) for i in places], fisher.batch_size, fisher.max_batch_tokens):
-        members = [places[j] for j in batch]
-        found = compute_batch(fisher, [rendered[i].ids for i in members], rank)
-        numbers.update(zip(members, found, strict=True))
-        report(Progress(len(members), sum(len(rendered[i].ids) for i in members)))
-    for i, prompt in enumerate(prompts):
-        common: dict[str, Any] = {"index": prompt.index, "source_row": prompt.source_row, "kept": prompt.kept}
-        if i in skipped:
-            yield PromptResult(**common, status="skipped", reason=skipped[i])
-            continue
-        token_info: dict[str, Any] = {
-            "text": rendered[i].text,
-            "num_tokens": len(rendered[i].ids),
-            "truncated": rendered[i].truncated,
-        }
-        result = numbers[i]
-        if isinstance(result, str) or result.reason is not None:
-            reason = result if isinstance(result, str) else result.reason
-            yield PromptResult(**common, **token_info, status="failed", reason=reason)
+def _prepared(
+    renderer: Renderer, writer: ResultsWriter, groups: Iterator[tuple[int, list[Any]]]
+) -> Iterator[PreparedShard]:
+    """The shards in order; one that is stored comes with nothing rendered and nothing skipped."""
+    for number, prompts in groups:
+        if writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
+            yield PreparedShard(number, prompts, {}, {})
         else:
-            yield PromptResult(
-                **common,
-                **token_info,
-                token_ids=result.token_ids,
-                log_probs=result.log_probs,
-                layers=result.layers,
-            )
+            yield prepare(renderer, number, prompts)
 
 
-def compute_batch(fisher: FisherModel, prompts_ids: Sequence[Sequence[int]], rank: int) -> list[PromptNumbers | str]:
-    """One batch; out of memory it is halved, and a single prompt that does not fit is given its reason instead."""
-    try:
-        return list(fisher.numbers(prompts_ids, rank))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        log.warning("out of memory on %d prompts of up to %d tokens", len(prompts_ids), max(map(len, prompts_ids)))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(prompts_ids) == 1:
-        return [f"out of memory on {len(prompts_ids[0])} tokens"]
-    half = (len(prompts_ids) + 1) // 2
-    return compute_batch(fisher, prompts_ids[:half], rank) + compute_batch(fisher, prompts_ids[half:], rank)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _open(settings: Settings, loaded: Loaded, source: PromptSource) -> tuple[FisherModel, ResultsWriter, Renderer]:
-    """Everything that can refuse, before anything is computed."""
-
-    def renderer_for(date: str | None) -> Renderer:
-        return Renderer(
-            loaded.tokenizer,
-            max_length=settings.max_length,
-            chat_template=settings.chat_template,
-            column=source.column,
-            system_prompt=settings.system_prompt,
-            prefill=settings.prefill,
-            date=date,
-        )
-
-    renderer = renderer_for(None)
+def _open_model(settings: Settings, loaded: Loaded) -> FisherModel:
     try:
         fisher = FisherModel(
             loaded.model,
@@ -188,36 +181,66 @@ def _open(settings: Settings, loaded: Loaded, source: PromptSource) -> tuple[Fis
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    layout = ShardLayout(
-        widths=fisher.widths,
-        top_k=settings.top_k_tokens,
-        rank=settings.num_singular_values,
-        vectors_dtype=settings.vectors_dtype,
-        store_text=settings.store_text,
-        keep_columns=tuple(settings.keep_columns or ()),
+    least = min(fisher.widths.values())
+    if settings.num_singular_values > least:
+        raise UserError(
+            f"num_singular_values is {settings.num_singular_values}, but a matrix of width {least} has no more than "
+            f"that (and at most top_k_tokens, {settings.top_k_tokens}, that are not zero); lower it"
+        )
+    return fisher
+
+
+def _renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
+    max_length, limit = settings.max_length, most_positions(loaded.model)
+    if limit is not None and limit < max_length:
+        log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
+        max_length = limit
+    return Renderer(
+        loaded.tokenizer,
+        max_length=max_length,
+        chat_template=settings.chat_template,
+        column=source.column,
+        system_prompt=settings.system_prompt,
+        prefill=settings.prefill,
+        date=date,
     )
-    writer = ResultsWriter.open(
-        settings.output_dir,
-        layout=layout,
-        shard_size=settings.shard_size,
-        fingerprint=fingerprint(settings, loaded, source, fisher),
-        resolved={
-            "max_batch_tokens": fisher.max_batch_tokens,
-            "template_date": renderer.template_date,
-            "device": str(fisher.device),
-            "threads": torch.get_num_threads(),
-        },
-        overwrite=settings.overwrite,
-    )
-    resolved = writer.resolved or {}
-    fisher.max_batch_tokens = resolved.get("max_batch_tokens") or batch_tokens_for(
-        fisher.model, fisher.device, fisher.top_k
-    )
-    if (date := resolved.get("template_date")) != renderer.template_date:
-        renderer = renderer_for(date)
-    if (threads := resolved.get("threads")) and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
-    return fisher, writer, renderer
+
+
+def _prove(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> dict[str, dict[str, str]]:
+    """Choose the kernel's form for each layer: on the first prompts of the run, wherever a resumed run carries on.
+
+    Raises:
+        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
+    """
+    known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    every = [prompt.ids[:PROOF_TOKENS] for prompt in shard.rendered.values() if max(prompt.ids) < known]
+    every = sorted(every or [renderer.render("Hello").ids], key=len)
+    few = torch.zeros(2, len(every[-1]), dtype=torch.int64, device=fisher.device)
+    mask = torch.zeros_like(few)
+    for row, ids in enumerate((every[0], every[-1])):
+        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+    try:
+        fisher.scores(few, mask)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory on two prompts of {few.shape[1]} tokens; try dtype bfloat16, fewer layers or top_k_tokens, "
+            "or another device"
+        ) from error
+    return fisher.forms
+
+
+def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:
+    for layer, here in chosen.items():
+        there = (stored or {}).get(layer, here)
+        if there["form"] != here["form"]:
+            raise UserError(
+                f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
+                f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
+            )
 
 
 def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
@@ -232,13 +255,20 @@ def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher
     }
 
 
-def _groups(source: Iterable[SourcePrompt], size: int) -> Iterator[list[SourcePrompt]]:
-    stream = iter(source)
+def _groups(source: PromptSource, size: int) -> Iterator[tuple[int, list[Any]]]:
+    """The shards' numbers and prompts."""
+    stream, number = iter(source), 0
     while group := list(islice(stream, size)):
-        yield group
+        yield number, group
+        number += 1
 
 
-def _tally(summary: Summary, results: Sequence[PromptResult]) -> None:
-    summary.tokens += sum(result.num_tokens for result in results)
-    summary.failed += sum(result.status == "failed" for result in results)
-    summary.skipped += sum(result.status == "skipped" for result in results)
+def _count_problems(summary: Summary, folder: Path) -> None:
+    """Failed and skipped prompts of the whole run, those of earlier goes included, from the table."""
+    table = pq.read_table(folder / TABLE_NAME, columns=["prompt_index", "status", "reason"])
+    table = table.filter((pc.field("prompt_index") < summary.prompts) & (pc.field("status") != "ok"))
+    failed = table.filter(pc.field("status") == "failed")
+    summary.failed, summary.skipped = failed.num_rows, table.num_rows - failed.num_rows
+    summary.reasons = tuple(
+        f"prompt {row['prompt_index']} failed: {row['reason']}" for row in failed.slice(0, 5).to_pylist()
+    )

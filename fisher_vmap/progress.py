@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fisher_vmap.pipeline import Progress
+from fisher_vmap.compute import Progress
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done; 2 the user's mistake, told in one line; 3 with --strict when a prompt failed; 130 stopped by Ctrl-C.
     """
     start_logging()
+    settings = None
     try:
         settings = load_settings(sys.argv[1:] if argv is None else argv)
         summary = run(settings)
     except UserError as error:
         return user_mistake(error)
     except KeyboardInterrupt:
-        print("\nstopped; whole shards are stored, and the same command carries on", file=sys.stderr)
+        print(f"\nfisher_vmap: {stopped(settings)}", file=sys.stderr)
         return 130
     return 3 if settings.strict and summary.failed else 0
+
+
+def stopped(settings: Settings | None) -> str:
+    """What is said after Ctrl-C: what is stored, and how to carry on."""
+    from fisher_vmap.storage.index import read_index
+
+    stored = 0
+    if settings is not None:
+        with suppress(UserError):  # there is no folder yet
+            stored = sum(shard.stop - shard.start for shard in read_index(Path(settings.output_dir)).shards)
+    if settings is None or not stored:
+        return "stopped before anything was stored; the same command begins again"
+    return f"stopped; {stored} prompts are stored in {settings.output_dir}, and the same command carries on from there"
 
 
 def run(settings: Settings) -> "Summary":
@@ -44,7 +59,7 @@ def run(settings: Settings) -> "Summary":
     inspect_folder(Path(settings.output_dir), overwrite=settings.overwrite)  # before minutes of loading
 
     from fisher_vmap.models import load_model
-    from fisher_vmap.pipeline import run_prompts
+    from fisher_vmap.pipeline import open_run, run_prompts
     from fisher_vmap.progress import bar
     from fisher_vmap.sources import read_prompts
 
@@ -67,9 +82,10 @@ def run(settings: Settings) -> "Summary":
         dtype=settings.dtype,
         device=settings.device,
     )
+    opened = open_run(settings, loaded, source)
     total = source.total if source.total is not None else settings.num_prompts
     with bar(None if total == "all" else int(total)) as report:
-        summary = run_prompts(settings, loaded, source, report)
+        summary = run_prompts(opened, report)
     tell(summary, settings)
     return summary
 
@@ -88,6 +104,8 @@ def tell(summary: "Summary", settings: Settings) -> None:
         )
     if summary.stored_before:
         log.info("%d prompts were stored already", summary.stored_before)
+    for reason in summary.reasons:
+        log.warning("%s", reason)
     if summary.failed or summary.skipped:
         log.warning(
             "%d prompts failed and %d were skipped; %s lists them",

@@ -49,7 +49,7 @@ def test_the_kernel_uses_it_and_modules_with_more_parts_are_left_alone():
     fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
     fused = {id(module) for module, _ in _PROBES[model].parts.fused}
     assert all(id(block.self_attn) in fused for block in model.model.layers)
-    assert parts_of(tiny("gemma2").model.layers[0].self_attn) is not None  # left alone by its soft-cap, not by its parts
+    assert parts_of(tiny("gemma2").model.layers[0].self_attn) is not None  # its soft-cap keeps it out, not its parts
     assert parts_of(tiny("gpt2").transformer.h[0].attn) is None
 
 

@@ -1,0 +1,75 @@
+"""`python -m fisher_vmap.info DIR`: what a results folder holds, on one screen."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fisher_vmap.config import Settings
+from fisher_vmap.errors import UserError
+from fisher_vmap.results import Results, open_results
+
+SHOWN = 5  # failed and skipped prompts, of each
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what a results folder holds, finished or not; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fisher_vmap.info",
+        description="Show what a results folder holds: prompts, layers, settings, what failed, and sizes.",
+        epilog="example: python -m fisher_vmap.info fisher_results",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    folder: Path = parser.parse_args(argv).folder
+    try:
+        print("\n".join(describe(open_results(folder, allow_incomplete=True))))
+    except UserError as error:
+        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(results: Results) -> Iterator[str]:
+    """The lines of the screen.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    index, metadata = results.index, results.metadata
+    failed, skipped = metadata["failed_prompts"], metadata["skipped_prompts"]
+    total = "an unknown number of" if index.num_prompts is None else f"{index.num_prompts:,}"
+    yield f"{results.folder}: {'complete' if index.complete else f'unfinished, of {total} prompts'}"
+    ok = len(results) - len(failed) - len(skipped)
+    yield f"prompts   {len(results):,}: {ok:,} with results, {len(failed):,} failed, {len(skipped):,} skipped"
+    forms = (index.resolved or {}).get("forms", {})
+    for layer, width in index.layout.widths.items():
+        form = forms.get(layer, {}).get("form", "not known")
+        yield f"layer     {layer}: width {width:,}, kernel form {form}"
+    yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
+    shards = sum(shard.bytes + shard.table_bytes for shard in index.shards)
+    sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}
+    sizes |= {name: entry.bytes for name, entry in index.files.items()}
+    for number, (name, size) in enumerate(sizes.items()):
+        yield f"{'' if number else 'on disk':9} {_readable(size):>8}  {name}"
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    changed = {name: value for name, value in metadata["settings"].items() if value != defaults.get(name)}
+    shown = ", ".join(f"{name} {value}" for name, value in changed.items())
+    yield f"settings  {shown or ('the defaults' if index.complete else 'not stored before the end')}"
+    yield "versions  " + ", ".join(f"{name} {number}" for name, number in index.versions.items())
+    for word, prompts in (("failed", failed), ("skipped", skipped)):
+        for prompt in prompts[:SHOWN]:
+            yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
+        if len(prompts) > SHOWN:
+            yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The screen of `fisher-vmap info`, and the list of the console script's words."""
+
+import pytest
+from results_cases import (
+    make_layout,
+    no_power_cuts,  # noqa: F401 (a fixture)
+    write_folder,
+)
+
+from fisher_vmap.cli import COMMANDS
+from fisher_vmap.cli import main as command
+from fisher_vmap.info import main
+
+
+def test_a_finished_folder(tmp_path, capsys):
+    write_folder(tmp_path / "out", 10, make_layout({"blocks.0": 7, "blocks.1": 9}))
+    assert main([str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: complete"
+    text = "\n".join(lines)
+    for words in (
+        "10: 8 with results, 1 failed, 1 skipped", "blocks.0: width 7", "blocks.1: width 9", "4 tokens, rank 3",
+        "3 shards of up to 4 prompts", "prompts.parquet", "top_k_tokens 4", "torch ",
+        "prompt 2: not finite", "prompt 3: empty",
+    ):  # fmt: skip
+        assert words in text
+    assert len(lines) < 25
+
+
+def test_an_unfinished_folder(tmp_path, capsys):
+    write_folder(tmp_path / "out", 6, finish=False)
+    assert main([str(tmp_path / "out")]) == 0
+    assert "unfinished, of 6 prompts" in capsys.readouterr().out
+
+
+def test_what_is_no_results_folder(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not a results folder" in error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command([name, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m fisher_vmap.{name}" in capsys.readouterr().out.split("example")[-1]
+
+
+def test_the_words_of_the_console_script(capsys):
+    assert command([]) == 2 and command(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert command(["frobnicate"]) == 2
+    assert "run, info" in capsys.readouterr().err
