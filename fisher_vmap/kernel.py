@@ -63,6 +63,8 @@ def fisher_scores(
         ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
     """
     check_kernel(kernel)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None")
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
         names = resolve_layers(model, layers)
         layout = lay_out(input_ids, attention_mask)

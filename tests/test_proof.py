@@ -651,7 +651,7 @@ def test_a_last_block_cut_at_the_wrong_rows_is_noticed(monkeypatch, caplog):
 
     monkeypatch.setattr(top_block, "at_rows", wrong)
     model, layer, rows = fresh("llama"), "model.layers.1", prompts(LENGTHS)
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="fisher_vmap"):
         scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4)
     assert "at the last positions" in caplog.text
     assert_right(scores, model, rows, layer, 1e-6)

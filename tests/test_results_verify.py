@@ -130,6 +130,11 @@ def test_a_table_that_disagrees_with_the_shards(tmp_path, capsys):
     record(tmp_path, "prompts.parquet")
     assert main([str(tmp_path)]) == 1
     assert "its rows differ from shard-00001.parquet" in bad_lines(capsys)[0]
+    shards = [ShardReader(tmp_path, entry, index.layout) for entry in index.shards]
+    write_table(tmp_path / "prompts.parquet", lambda: iter([*shards, shards[2]]), index)
+    record(tmp_path, "prompts.parquet")
+    assert main([str(tmp_path)]) == 1
+    assert "more rows than the shards" in bad_lines(capsys)[0]
     write_product(tmp_path, "prompts.parquet", index, {})
     record(tmp_path, "prompts.parquet")
     assert main([str(tmp_path)]) == 0

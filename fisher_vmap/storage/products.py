@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_vmap.errors import UserError
@@ -17,6 +18,7 @@ from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.table import common_schema, in_schema
 
 Save = Literal["both", "prompts"]
+GROUP_SHARDS, GROUP_BYTES = 100, 8 * 2**20
 
 
 def readers(folder: Path, index: Index, verify: bool = True) -> Iterator[ShardReader]:
@@ -72,8 +74,18 @@ def write_product(folder: Path, name: str, index: Index, settings: dict[str, Any
 
 
 def write_table(path: Path, shards: Callable[[], Iterator[ShardReader]], index: Index) -> None:
-    """Join the shards' rows into prompts.parquet, one row group a shard."""
+    """Join the shards' rows into prompts.parquet, in row groups of `GROUP_SHARDS` shards, or fewer if they are large.
+
+    Each row group costs its description, a kilobyte a column, in the memory of whoever writes or reads the file.
+    """
     schema = common_schema((reader.table.schema for reader in shards()), index.layout)
     with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        group, size = list[pa.Table](), 0
         for reader in shards():
-            writer.write_table(in_schema(reader.table, schema))
+            group.append(in_schema(reader.table, schema))
+            size += group[-1].nbytes
+            if len(group) == GROUP_SHARDS or size >= GROUP_BYTES:
+                writer.write_table(pa.concat_tables(group))
+                group, size = [], 0
+        if group:
+            writer.write_table(pa.concat_tables(group))
