@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
 from fisher_vmap.forms import Parts, Wanted, layerwise, whole
 from fisher_vmap.layout import Layout, lay_out, pack_rows, select
+from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.probe import Probe, excerpt
 from fisher_vmap.proof import chain_is_whole
 from fisher_vmap.recording import StructureChanged
@@ -119,7 +120,7 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
         with attention_set_to(model, known.attention):
             found = run_form(form, model, known.parts, few, layers, Wanted(2, None, "all", None))
     except (StructureChanged, RuntimeError, NotImplementedError, TypeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     for b, length in enumerate(few.lengths):

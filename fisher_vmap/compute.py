@@ -11,14 +11,12 @@ import torch
 from fisher_vmap.batches import pack
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.fisher_model import FisherModel, PromptNumbers
+from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.sources import SourcePrompt
 from fisher_vmap.storage.records import PromptResult
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
 
 log = logging.getLogger(__name__)
-
-# How out of memory is spelt where it comes as a RuntimeError: torch on the CPU, cuBLAS, Apple's GPUs.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 class Progress(NamedTuple):
@@ -113,13 +111,6 @@ def compute_batch(
     half = (len(members) + 1) // 2
     halves = ({i: prompts_ids[i] for i in part} for part in (members[:half], members[half:]))
     return {i: numbers for part in halves for i, numbers in compute_batch(fisher, part, rank, splits).items()}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _not_in_vocabulary(fisher: FisherModel, ids: Sequence[int]) -> str | None:

@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(how_to_open(arguments.output_dir))
     except UserError as error:
         return user_mistake(error)
+    except KeyboardInterrupt:
+        print("\nfisher_vmap: the demo was stopped; the same command begins it again", file=sys.stderr)
+        return 130
     return 0
 
 

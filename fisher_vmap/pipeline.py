@@ -1,54 +1,20 @@
 """Prompts -> batches -> kernel -> compression -> shard. One shard at a time; what is stored is not computed again."""
 
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
-from fisher_vmap.compute import PreparedShard, Progress, Splits, compute_shard, is_out_of_memory, prepare
-from fisher_vmap.config import Settings
-from fisher_vmap.errors import UserError
-from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.models import Loaded, most_positions
+from fisher_vmap.compute import Progress, compute_shard
+from fisher_vmap.opening import Run
 from fisher_vmap.overlap import ahead, behind
-from fisher_vmap.sources import PromptSource
-from fisher_vmap.storage.folder import inspect_folder
 from fisher_vmap.storage.index import TABLE_NAME
-from fisher_vmap.storage.records import ShardLayout
-from fisher_vmap.storage.writer import ResultsWriter
-from fisher_vmap.tokens import Renderer
-
-log = logging.getLogger(__name__)
 
 NPZ_PROMPTS = 10_000  # up to here `export_npz: auto` writes the npz
-PROOF_TOKENS = 64  # of each of the two prompts that the forms of the kernel are proven on when a run begins
-# Settings that do not change a prompt's results: where and how many, but not what.
-NOT_IN_FINGERPRINT = {
-    *("model_path", "model_revision", "trust_remote_code", "device", "dataset_name", "dataset_revision"),
-    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
-    *("vectors_dtype", "store_text", "keep_columns"),  # in the layout, which is compared as well
-    "prompt_column",  # the column that it led to is there
-}
-
-
-class Run(NamedTuple):
-    """A run that nothing stands in the way of: the model, the folder, and the shards, tokenised as they are needed."""
-
-    settings: Settings
-    fisher: FisherModel
-    writer: ResultsWriter
-    total: int | None
-    """Number of prompts, or None where it is known only at the end."""
-    shards: Iterator[PreparedShard]
-    splits: Splits
 
 
 @dataclass
@@ -94,173 +60,6 @@ def run_prompts(run: Run, report: Callable[[Progress], None]) -> Summary:
     writer.finish(summary.prompts, settings=settings.model_dump(), export_npz=npz)
     _count_problems(summary, writer.folder)
     return summary
-
-
-def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
-    """Everything that can refuse, before anything is written: the layers, the kernel's proof, the folder.
-
-    Args:
-        settings: of the run.
-        loaded: the model and its tokenizer.
-        source: the prompts.
-
-    Raises:
-        UserError: settings do not fit the model, the data or the folder.
-    """
-    fisher = _open_model(settings, loaded)
-    marks = fingerprint(settings, loaded, source, fisher)
-    found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
-    stored = (found.resolved or {}) if found else {}
-    threads = stored.get("threads", torch.get_num_threads())
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
-    renderer = _renderer(settings, loaded, source, stored.get("template_date"))
-
-    groups = _groups(source, settings.shard_size)
-    first = next(groups)
-    forms = _prove(fisher, prepare(renderer, *first), renderer)
-    _compare_forms(settings.output_dir, stored.get("forms"), forms)
-    writer = ResultsWriter.open(
-        settings.output_dir,
-        layout=ShardLayout(
-            widths=fisher.widths,
-            top_k=settings.top_k_tokens,
-            rank=settings.num_singular_values,
-            vectors_dtype=settings.vectors_dtype,
-            store_text=settings.store_text,
-            keep_columns=tuple(settings.keep_columns or ()),
-        ),
-        shard_size=settings.shard_size,
-        fingerprint=marks,
-        resolved={
-            "max_batch_tokens": fisher.max_batch_tokens,
-            "template_date": renderer.template_date,
-            "device": str(fisher.device),
-            "threads": threads,
-            "forms": forms,
-        },
-        overwrite=settings.overwrite,
-    )
-    resolved = writer.resolved or {}
-    fisher.max_batch_tokens = resolved["max_batch_tokens"]
-    # A damaged shard leaves the index here: one that is listed is taken for stored.
-    writer.missing_shards(writer.index.stop if source.total is None else source.total)
-    return Run(
-        settings,
-        fisher,
-        writer,
-        source.total,
-        _prepared(renderer, writer, chain([first], groups)),
-        Splits({tuple(batch) for batch in resolved.get("splits", [])}, lambda splits: writer.note({"splits": splits})),
-    )
-
-
-def _prepared(
-    renderer: Renderer, writer: ResultsWriter, groups: Iterator[tuple[int, list[Any]]]
-) -> Iterator[PreparedShard]:
-    """The shards in order; one that is stored comes with nothing rendered and nothing skipped."""
-    for number, prompts in groups:
-        if writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
-            yield PreparedShard(number, prompts, {}, {})
-        else:
-            yield prepare(renderer, number, prompts)
-
-
-def _open_model(settings: Settings, loaded: Loaded) -> FisherModel:
-    try:
-        fisher = FisherModel(
-            loaded.model,
-            loaded.tokenizer,
-            layers=settings.hook_layer_name,
-            top_k=settings.top_k_tokens,
-            positions=settings.bias_positions,
-            kernel=settings.kernel,
-            chunk_size=None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk,
-            batch_size=settings.batch_size,
-            max_batch_tokens=None if settings.max_batch_tokens == "auto" else settings.max_batch_tokens,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    least = min(fisher.widths.values())
-    if settings.num_singular_values > least:
-        raise UserError(
-            f"num_singular_values is {settings.num_singular_values}, but a matrix of width {least} has no more than "
-            f"that (and at most top_k_tokens, {settings.top_k_tokens}, that are not zero); lower it"
-        )
-    return fisher
-
-
-def _renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
-    max_length, limit = settings.max_length, most_positions(loaded.model)
-    if limit is not None and limit < max_length:
-        log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
-        max_length = limit
-    return Renderer(
-        loaded.tokenizer,
-        max_length=max_length,
-        chat_template=settings.chat_template,
-        column=source.column,
-        system_prompt=settings.system_prompt,
-        prefill=settings.prefill,
-        date=date,
-    )
-
-
-def _prove(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> dict[str, dict[str, str]]:
-    """Choose the kernel's form for each layer: on the first prompts of the run, wherever a resumed run carries on.
-
-    Raises:
-        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
-    """
-    known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    every = [prompt.ids[:PROOF_TOKENS] for prompt in shard.rendered.values() if max(prompt.ids) < known]
-    every = sorted(every or [renderer.render("Hello").ids], key=len)
-    few = torch.zeros(2, len(every[-1]), dtype=torch.int64, device=fisher.device)
-    mask = torch.zeros_like(few)
-    for row, ids in enumerate((every[0], every[-1])):
-        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
-    try:
-        fisher.scores(few, mask)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory on two prompts of {few.shape[1]} tokens; try dtype bfloat16, fewer layers or top_k_tokens, "
-            "or another device"
-        ) from error
-    return fisher.forms
-
-
-def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:
-    for layer, here in chosen.items():
-        there = (stored or {}).get(layer, here)
-        if there["form"] != here["form"]:
-            raise UserError(
-                f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
-                f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
-            )
-
-
-def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
-    """Everything that decides a prompt's results: the settings that do, and what model and data set they led to."""
-    chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
-    return chosen | {
-        "model": loaded.identity,
-        "layers": fisher.layers,
-        "data": source.fingerprint,
-        "column": source.column,
-        "device_type": fisher.device.type,
-    }
-
-
-def _groups(source: PromptSource, size: int) -> Iterator[tuple[int, list[Any]]]:
-    """The shards' numbers and prompts."""
-    stream, number = iter(source), 0
-    while group := list(islice(stream, size)):
-        yield number, group
-        number += 1
 
 
 def _count_problems(summary: Summary, folder: Path) -> None:

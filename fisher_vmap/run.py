@@ -59,7 +59,8 @@ def run(settings: Settings) -> "Summary":
     inspect_folder(Path(settings.output_dir), overwrite=settings.overwrite)  # before minutes of loading
 
     from fisher_vmap.models import load_model
-    from fisher_vmap.pipeline import open_run, run_prompts
+    from fisher_vmap.opening import open_run
+    from fisher_vmap.pipeline import run_prompts
     from fisher_vmap.progress import bar
     from fisher_vmap.sources import read_prompts
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from results_cases import (
     make_layout,
@@ -138,3 +139,12 @@ def test_a_table_that_disagrees_with_the_shards(tmp_path, capsys):
     write_product(tmp_path, "prompts.parquet", index, {})
     record(tmp_path, "prompts.parquet")
     assert main([str(tmp_path)]) == 0
+
+
+def test_row_groups_of_the_table_are_not_the_shards(tmp_path, monkeypatch, capsys):
+    """Many small row groups would cost memory; whatever they are, the rows are compared with the shards'."""
+    monkeypatch.setattr("fisher_vmap.storage.products.GROUP_SHARDS", 2)
+    write_folder(tmp_path)
+    assert pq.ParquetFile(tmp_path / "prompts.parquet").num_row_groups == 2  # of three shards
+    assert main([str(tmp_path)]) == 0
+    assert "BAD" not in capsys.readouterr().out
