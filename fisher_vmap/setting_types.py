@@ -61,7 +61,7 @@ def _layer_names(value: object) -> object:
         if isinstance(item, bool) or not isinstance(item, int | str):
             raise ValueError("neither a name nor a number")
         layer = int(item) if isinstance(item, str) and item.strip().removeprefix("-").isdecimal() else item
-        if isinstance(layer, int) and not 0 <= layer <= 1_000_000:
+        if isinstance(layer, int) and not -1_000_000 <= layer <= 1_000_000:
             raise ValueError("no layer has this number")
         layers.append(layer if isinstance(layer, int) else str(_one_line(layer)))
     if not layers or len(set(layers)) < len(layers) or ("all" in layers and listed is value):
@@ -115,7 +115,7 @@ AutoOrTruth = Annotated[Literal["auto"] | bool, Expected("auto, true or false")]
 Layers = Annotated[
     int | str | tuple[int | str, ...],
     BeforeValidator(_layer_names),
-    Expected("a module's name, a layer's number (from 0), a list of different ones such as 3,5, or all"),
+    Expected("a module's name, a layer's number (negative from the top), a list of different ones such as 3,5, or all"),
 ]
 Columns = Annotated[
     tuple[str, ...] | None,

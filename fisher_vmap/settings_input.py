@@ -75,7 +75,7 @@ def _underscored(argument: str) -> str:
 
 def _nearest(word: str, words: Iterable[str]) -> str:
     word, words = word.replace("-", "_"), list(words)
-    near = difflib.get_close_matches(word, words, n=1) or [name for name in words if word and word in name]
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.4) or [name for name in words if word and word in name]
     return f"did you mean {near[0]!r}?" if near else "--help lists every setting"
 
 

@@ -139,7 +139,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     [
         (["--batchsize", "5"], ["--batchsize", "batch_size"]),
         (["--top-k-token", "5"], ["top_k_tokens"]),
-        (["--frobnicate"], ["--frobnicate", "--help"]),
+        (["--zzz"], ["--zzz", "--help"]),
         (["-k", "5"], ["-k"]),
         (["config.yaml"], ["config.yaml", "--config"]),
         (["--batch_size"], ["--batch_size", "expected"]),
@@ -168,7 +168,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (["--hook_layer_name", ""], ["module's name"]),
         (["--hook_layer_name", "[]"], ["module's name"]),
         (["--hook_layer_name", "[a"], ["module's name"]),
-        (["--hook_layer_name", "-1"], ["from 0"]),
+        (["--hook_layer_name", "-9999999"], ["negative from the top"]),
         (["--hook_layer_name", "3,3"], ["different"]),
         (["--hook_layer_name", "all,3"], ["all"]),
         (["--keep_columns", "[1, 2]"], ["list"]),
