@@ -94,7 +94,8 @@ class Settings(BaseSettings):
 
     # The matrix
     hook_layer_name: Layers = _setting(
-        "model.layers.15", "Where the bias is added: a module's name, a layer's number (negative: from the top), a list, or all."
+        "model.layers.15",
+        "Where the bias is added: a module's name, a layer's number (negative from the top), a list, or all.",
     )
     top_k_tokens: PositiveCount = _setting(10, "How many of the likeliest next tokens the matrix sums over.")
     num_singular_values: PositiveCount = _setting(
