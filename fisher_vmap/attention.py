@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fisher_vmap.pullback import Pullback, cotangent_dim
 from fisher_vmap.ragged import Group
 
 # Elements of dP in one block of queries: small enough for a CPU's cache, large enough to keep a GPU busy.
@@ -100,9 +101,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind
     return out
 
 
-class _AttentionPullback(torch.autograd.Function):
-    """The backward as a function of its own, linear in its first argument, so that it can have a `vmap` rule."""
-
+class _AttentionPullback(Pullback):
     @staticmethod
     def forward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
@@ -111,22 +110,10 @@ class _AttentionPullback(torch.autograd.Function):
         return dq.squeeze(3), dk.squeeze(3), dv.squeeze(3)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("second derivatives of this attention are not implemented: use attention='eager'")
-
-    @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], grad_out: Tensor, *shared: Any
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-        if any(dim is not None for dim in in_dims[1:]):
-            raise NotImplementedError(
-                "only the cotangents can be batched: q, k, v and the mask are shared by all of them"
-            )
-        return pullback_attention(grad_out.movedim(in_dims[0] or 0, 3), *shared), (3, 3, 3)
+        return pullback_attention(grad_out.movedim(cotangent_dim(in_dims), 3), *shared), (3, 3, 3)
 
 
 def pullback_attention(

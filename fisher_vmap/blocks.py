@@ -8,7 +8,6 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -92,8 +91,3 @@ def output_of(output: Any) -> Tensor | None:
 def with_output(output: Any, x: Tensor) -> Any:
     """The same output with another residual stream."""
     return x if isinstance(output, Tensor) else type(output)([x, *output[1:]])
-
-
-def is_residual(x: Tensor | None, batch: int, positions: int) -> bool:
-    """Whether a tensor is shaped as the residual stream of this batch, [B, T, D], and floating."""
-    return x is not None and x.dim() == 3 and x.shape[:2] == torch.Size((batch, positions)) and x.is_floating_point()

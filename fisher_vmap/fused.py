@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
+from fisher_vmap.pullback import Pullback, cotangent_dim
+
 Forward = Callable[..., Any]
 
 
@@ -56,22 +58,14 @@ class _Norm(torch.autograd.Function):
         return _NormPullback.apply(g, *rows), None, None, None, None, None
 
 
-class _NormPullback(torch.autograd.Function):
+class _NormPullback(Pullback):
     @staticmethod
     def forward(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
         return _pull_norm(g, scale, along, back, mean, r)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("second derivatives of a fused norm are not implemented")
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
-        g = g.movedim(in_dims[0] or 0, -2)
+        g = g.movedim(cotangent_dim(in_dims), -2)
         rows = (None if x is None else x.unsqueeze(-2) for x in shared)
         return _pull_norm(g, *rows), g.dim() - 2  # type: ignore[arg-type]
 
@@ -108,23 +102,15 @@ class _GatedMlp(torch.autograd.Function):
         return _GatedMlpPullback.apply(g, slope * b, act_a, *(w.detach() for w in weights)), None, None, None, None
 
 
-class _GatedMlpPullback(torch.autograd.Function):
+class _GatedMlpPullback(Pullback):
     @staticmethod
     def forward(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         return _pull_mlp(g, to_gate, to_up, w_gate, w_up, w_down)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("second derivatives of a fused MLP are not implemented")
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
         to_gate, to_up, *weights = shared
-        g = g.movedim(in_dims[0] or 0, -2)
+        g = g.movedim(cotangent_dim(in_dims), -2)
         return _pull_mlp(g, to_gate.unsqueeze(-2), to_up.unsqueeze(-2), *weights), g.dim() - 2
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.attention import AttentionKind, attention_forward, pullback_attention
 from fisher_vmap.attention_interface import Packed, packed_now
+from fisher_vmap.pullback import Pullback, cotangent_dim
 from fisher_vmap.recording import hooks
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -83,26 +84,18 @@ class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weights = (p.weight.detach() for p in (ctx.parts.q, ctx.parts.k, ctx.parts.v, ctx.parts.o))
-        dx = _Pullback.apply(g, *ctx.saved_tensors, *weights, ctx.kind, ctx.packed)
+        dx = _ModulePullback.apply(g, *ctx.saved_tensors, *weights, ctx.kind, ctx.packed)
         return dx, None, None, None, None, None
 
 
-class _Pullback(torch.autograd.Function):
+class _ModulePullback(Pullback):
     @staticmethod
     def forward(g: Tensor, *shared: Any) -> Tensor:
         return pullback_rotary(g[0, :, None], *shared)[None, :, 0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("second derivatives of a fused attention are not implemented")
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
-        return pullback_rotary(g.movedim(in_dims[0] or 0, 2)[0], *shared)[None], 2
+        return pullback_rotary(g.movedim(cotangent_dim(in_dims), 2)[0], *shared)[None], 2
 
 
 def pullback_rotary(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
-MIN_ROWS = 4  # a float32 product with fewer rows takes a path that is an order of magnitude less accurate
+MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
 
 
 class Reading(NamedTuple):
