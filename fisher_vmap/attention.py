@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fisher_vmap.pullback import Pullback, cotangent_dim
+from fisher_vmap.pullback import Derived, Pullback, cotangent_dim
 from fisher_vmap.ragged import Group
 
 # Elements of dP in one block of queries: small enough for a CPU's cache, large enough to keep a GPU busy.
@@ -59,12 +59,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Attent
         mask: None, or a tensor that broadcasts to [B, H, T, S]: bool (True takes part) or floating (added).
         kind: the scale, and whether position t sees keys up to t + S - T only (with mask None).
     """
-    if not torch.is_grad_enabled():  # a forward that nobody differentiates
-        return attention_forward(q, k, v, mask, kind)
     return _Attention.apply(q, k, v, mask, kind)  # type: ignore[no-any-return]
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Derived):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
         return attention_forward(q, k, v, mask, kind)
@@ -73,11 +71,19 @@ class _Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         q, k, v, mask, ctx.kind = inputs
         ctx.save_for_backward(q, k, v, mask)
+        ctx.save_for_forward(q, k, v, mask)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dq, dk, dv = _AttentionPullback.apply(grad_out, *ctx.saved_tensors, ctx.kind)
         return dq, dk, dv, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: Any) -> Tensor:
+        from fisher_vmap.attention_push import AttentionPushforward  # which stands on this module
+
+        tangents = [x.new_zeros(x.shape) if t is None else t for t, x in zip((dq, dk, dv), ctx.saved_tensors)]
+        return AttentionPushforward.apply(*tangents, *ctx.saved_tensors, ctx.kind)  # type: ignore[no-any-return]
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
@@ -140,12 +146,12 @@ def pullback_attention(
     dq = torch.empty(B, H, T, K, E, dtype=q.dtype, device=q.device)
     dk = torch.zeros(B, G, S, K, E, dtype=q.dtype, device=q.device)
     dv = torch.zeros(B, G, S, K, Ev, dtype=q.dtype, device=q.device)
-    for start, stop in _query_blocks(T, B * H * K * S, q.device):
+    for start, stop in query_blocks(T, B * H * K * S, q.device):
         keys = min(S, stop + S - T) if kind.causal and mask is None else S
         n = stop - start
         q_BGtE = q[:, :, start:stop].reshape(B, G, M * n, E)
         k_BGSE, v_BGSE = k[:, :, :keys], v[:, :, :keys]
-        P_BHtS = _probabilities(q, k_BGSE, mask, kind, start, stop, keys)
+        P_BHtS = probabilities(q, k_BGSE, mask, kind, start, stop, keys)
         dO = grad_out[:, :, start:stop].reshape(B, G, M * n, K, Ev)
         dP = dO.reshape(B, G, M * n * K, Ev) @ v_BGSE.mT
         dS = dP.view(B, H, n, K, keys)
@@ -181,7 +187,7 @@ def _pullback_groups(
     return dq, dk, dv
 
 
-def _probabilities(
+def probabilities(
     q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, keys: int
 ) -> Tensor:
     """P of a block of queries, [B, H, t, S], in the dtype of q; the scores and the softmax in float32."""
@@ -202,7 +208,7 @@ def _probabilities(
     return scores.softmax(-1).to(q.dtype)
 
 
-def _query_blocks(T: int, elements_a_query: int, device: torch.device) -> list[tuple[int, int]]:
+def query_blocks(T: int, elements_a_query: int, device: torch.device) -> list[tuple[int, int]]:
     """Blocks of queries for which dP stays below the device's limit."""
     limit = BLOCK_ELEMENTS.get(device.type, 2**24)
     size = max(16, limit // max(1, elements_a_query))

@@ -10,22 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.attention_interface import attention_set_to
 from fisher_vmap.batches import batch_tokens_for, pack
 from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.decomposition import compress
 from fisher_vmap.kernel import check_kernel, fisher_scores
 from fisher_vmap.layout import lay_out
-from fisher_vmap.linearized import LinearizedNetwork
-from fisher_vmap.positions import position_mask
+from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.probe import layer_widths, probe, undisturbed
 from fisher_vmap.scores import Scores
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.records import LayerResult
 from fisher_vmap.storage.table import covered_mass
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
-from fisher_vmap.whole import hooked_outputs, rows_from_blocks, with_biases
 
 WINDOW = 32  # prompts that `fisher` sorts by length at a time
 
@@ -233,20 +230,19 @@ class FisherModel:
             attention_mask: [B, T], 1 for real tokens.
 
         Raises:
-            ValueError: the model cannot be differentiated by torch.func.
+            ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
-        layout = lay_out(input_ids, attention_mask)
-        known = self._probe()
-        modules = {layer: self.model.get_submodule(layer) for layer in self.layers}
-        run = rows_from_blocks(self.model, known.parts.blocks, known.parts.call_order, layout)
-        # The plain attention of transformers has forward-mode rules, which the fused ones lack.
-        attention = None if known.attention is None else "eager"
-        with undisturbed(self.model), attention_set_to(self.model, attention):
-            with torch.no_grad():
-                zeros = {n: torch.zeros_like(x) for n, x in hooked_outputs(run, modules, layout).items()}
-                mask = position_mask(self.positions, layout)
-                network = LinearizedNetwork(with_biases(run, modules), zeros, layout, mask)
-            yield network
+        with torch.inference_mode(False), torch.no_grad(), undisturbed(self.model):
+            network = linearize(
+                self.model,
+                self._probe(),
+                lay_out(input_ids, attention_mask),
+                self.widths,
+                positions=self.positions,
+                chunk_size=self.chunk_size,
+                kernel=self.kernel,
+            )
+        yield network
 
 
 def _numpy(x: Tensor) -> np.ndarray:

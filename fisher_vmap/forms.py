@@ -1,7 +1,7 @@
 """The three forms of the kernel: layerwise, whole and loop. Each gives a batch's scores; they agree to rounding."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from fisher_vmap.fused import Forward, fused_pullbacks
 from fisher_vmap.head import Head, LogitsHead, Reading, UnembeddingHead
 from fisher_vmap.layout import Layout
-from fisher_vmap.network import cotangents_at_a_time, pullback_blocks
+from fisher_vmap.network import (
+    Arrived,
+    cotangents_at_a_time,
+    pullback_blocks,
+    pushforward_block,
+    pushforward_blocks,
+)
 from fisher_vmap.positions import position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
-from fisher_vmap.top_block import NotPositionwise, pullback_top
+from fisher_vmap.top_block import NotPositionwise, pullback_top, pushforward_top
 from fisher_vmap.whole import (
     hooked_outputs,
     pullback_loop,
@@ -69,23 +75,58 @@ def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[s
     recording = record(model, parts.blocks, parts.call_order, first, layout)
     reading = parts.head.read(layout.last(recording.top), wanted.top_k, wanted.token_ids)
     unit_KBD, norm_KB = unit_rows(reading.cotangents)
-    rows_KBD = unit_KBD.to(recording.top.dtype)
-    chunk_size = wanted.chunk_size or cotangents_at_a_time(
-        len(rows_KBD), layout.input_ids.numel(), recording.top.device
-    )
     often = {name for name in layers if parts.call_order.count(name) > 1}
     collected = Collected(layout, reading, norm_KB, wanted.positions, often)
+    for layer, hidden, arrived in pullback_layers(parts, recording, layout, layers, unit_KBD, wanted.chunk_size):
+        collected.add(layer, hidden, arrived)
+    return collected.scores(layers)
+
+
+def pullback_layers(
+    parts: Parts,
+    recording: Recording,
+    layout: Layout,
+    layers: Sequence[str],
+    unit_KBD: Tensor,
+    chunk_size: int | None,
+) -> Iterator[Arrived]:
+    """Pull cotangents of the last rows back to every hooked block; the recording is used up on the way."""
+    rows_KBD = unit_KBD.to(recording.top.dtype)
+    chunk_size = chunk_size or cotangents_at_a_time(len(rows_KBD), layout.input_ids.numel(), recording.top.device)
     with fused_pullbacks(parts.fused):
         top_layer, top, cotangents = parts.call_order[-1], recording.top, None
         if layout.packed and recording.calls:
             cotangents = _through_top(recording, layout, rows_KBD, chunk_size)
             if cotangents is not None and top_layer in layers:
-                collected.add(top_layer, top, layout.at_last(rows_KBD))
+                yield Arrived(top_layer, top, layout.at_last(rows_KBD))
         if cotangents is None:
             cotangents = layout.at_last(rows_KBD)
-        for layer, hidden, arrived in pullback_blocks(recording, cotangents, set(layers), chunk_size):
-            collected.add(layer, hidden, arrived)
-    return collected.scores(layers)
+        yield from pullback_blocks(recording, cotangents, set(layers), chunk_size)
+
+
+def pushforward_layer(
+    parts: Parts, recording: Recording, layout: Layout, layer: str, tangents: Tensor, chunk_size: int | None
+) -> Tensor:
+    """Push tangents of a bias at a hooked block, [b, T, K, D], to the last rows of the top, [K, B, D]."""
+    K, N = tangents.shape[2], layout.input_ids.numel()
+    chunk_size = chunk_size or cotangents_at_a_time(K, N, recording.top.device)
+    below_top = len(recording.calls) - 1
+    with fused_pullbacks(parts.fused):
+        if layout.packed and below_top >= 0 and recording.below_has(layer, below_top):
+            moved = pushforward_blocks(recording, layer, tangents, chunk_size, stop=below_top)
+            call = recording.calls[-1]
+            try:
+                rows_KBD = pushforward_top(call, layout, recording.top, moved, chunk_size)
+            except (NotPositionwise, StructureChanged) as reason:
+                log.debug("the last block is pushed through whole: %s", reason)
+                moved = pushforward_block(call, recording.top, moved, chunk_size)
+            else:
+                return rows_KBD if call.name != layer else rows_KBD + layout.last_of(tangents)
+            if call.name == layer:
+                moved = moved + tangents
+        else:
+            moved = pushforward_blocks(recording, layer, tangents, chunk_size)
+    return layout.last_of(moved)
 
 
 def _through_top(recording: Recording, layout: Layout, rows_KBD: Tensor, chunk_size: int | None) -> Tensor | None:
@@ -105,7 +146,7 @@ def whole(
 ) -> Scores:
     """One batched call of the pullback of the whole upper network; with `loop`, K backward passes of plain autograd."""
     modules = {layer: model.get_submodule(layer) for layer in layers}
-    run, head = _upper(model, parts, layout, modules)
+    run, head = upper(model, parts, layout, modules)
     outputs = hooked_outputs(run, modules, layout)
     zeros = {layer: torch.zeros_like(hidden) for layer, hidden in outputs.items()}
     rows, pullback = (pullback_loop if loop else pullback_whole)(with_biases(run, modules), zeros)
@@ -118,7 +159,7 @@ def whole(
     return collected.scores(layers)
 
 
-def _upper(
+def upper(
     model: nn.Module, parts: Parts, layout: Layout, modules: Mapping[str, nn.Module]
 ) -> tuple[Callable[[], Tensor], Head]:
     """The upper network and the head that reads its rows: up to the blocks' end, or to the logits if need be."""
@@ -131,6 +172,13 @@ def unit_rows(cotangents_KBX: Tensor) -> tuple[Tensor, Tensor]:
     """Cotangents scaled to unit norm, and their norms [K, B]: low precision keeps its digits, linearity undoes it."""
     norm_KB = torch.linalg.vector_norm(cotangents_KBX, dim=-1)
     return cotangents_KBX / norm_KB.clamp(min=torch.finfo(norm_KB.dtype).tiny)[..., None], norm_KB
+
+
+def residual_norm(hidden: Tensor, layout: Layout) -> Tensor:
+    """The mean norm of a residual stream, [b, T, D], over each prompt's tokens, [B]."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
+    return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)
 
 
 class Collected:
@@ -154,10 +202,7 @@ class Collected:
     def add(self, layer: str, hidden: Tensor, cotangents: Tensor) -> None:
         """Take one arrival; the last call of a block comes first."""
         if layer not in self.residual_norm:
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
-            norms = [length_N[a:z].mean() for a, z in self.layout.ranges()]
-            self.residual_norm[layer] = torch.stack(norms).to(self.layout.device)
+            self.residual_norm[layer] = residual_norm(hidden, self.layout)
         if layer in self.pending:
             self.pending[layer] = cotangents + self.pending[layer]
         else:
@@ -174,7 +219,7 @@ class Collected:
         for layer, cotangents in self.pending.items():
             assert isinstance(cotangents, Tensor)
             self._sum(layer, cotangents)
-        log_probs, token_ids, _ = self.reading
+        log_probs, token_ids, *_ = self.reading
         device = self.layout.device
         return Scores(
             log_probs.to(device),

@@ -7,6 +7,11 @@ cotangent g computed once, each rule here is a dot product and a fused multiply-
     norm   y = w * n,  n = (x - m) r      dx = g * (w r)  -  (n r) mean(g * w * n)  -  r mean(g * w), the last if m != 0
     MLP    y = (act(a) * b) W_d^T         dx = (h * b act'(a)) W_a  +  (h * act(a)) W_b,   h = g W_d
 
+and the pushforward of a tangent t is the same from the other side:
+
+    norm   dy = t * (w r)  -  (w n r) mean(t * n)  -  (w r) mean(t), the last if m != 0
+    MLP    dy = ((t W_a^T) * b act'(a)  +  (t W_b^T) * act(a)) W_d^T
+
 The forward of each is the model's own, to the bit. A module is taken for one of these only if its output on random
 input is what the formula says.
 """
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from fisher_vmap.pullback import Pullback, cotangent_dim
+from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
 
 Forward = Callable[..., Any]
 
@@ -32,7 +37,7 @@ class NormKind(NamedTuple):
     centred: bool
 
 
-class _Norm(torch.autograd.Function):
+class _Norm(Derived):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, offset: float, eps: float, centred: bool, own: Forward) -> Tensor:
         y: Tensor = own(x)
@@ -42,20 +47,33 @@ class _Norm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, ctx.offset, ctx.eps, ctx.centred, _own = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = weight.to(wide.dtype) + ctx.offset
-        if ctx.centred:
-            wide = wide - wide.mean(-1, keepdim=True)
-        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
-        n = wide * r
+        weight, n, r = _normalised(ctx)
         scale, along, back = (weight * r), (weight * n / n.shape[-1]), n * r
         mean = (weight / n.shape[-1]).expand_as(n) if ctx.centred else None
         rows = (t.to(g.dtype) if t is not None else None for t in (scale, along, back, mean, r))
         return _NormPullback.apply(g, *rows), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        weight, n, r = _normalised(ctx)
+        scale, along, back = weight * r, n / n.shape[-1], weight * n * r
+        mean = torch.full_like(r, 1 / n.shape[-1]).expand_as(n) if ctx.centred else None
+        rows = (x.to(t.dtype) if x is not None else None for x in (scale, along, back, mean, scale))
+        return _NormPushforward.apply(t, *rows)  # type: ignore[no-any-return]
+
+
+def _normalised(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A norm's weight, n = (x - m) r and r, in float32 or wider."""
+    x, weight = ctx.saved_tensors
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if ctx.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    return weight.to(wide.dtype) + ctx.offset, wide * r, r
 
 
 class _NormPullback(Pullback):
@@ -70,6 +88,10 @@ class _NormPullback(Pullback):
         return _pull_norm(g, *rows), g.dim() - 2  # type: ignore[arg-type]
 
 
+class _NormPushforward(_NormPullback):
+    """The same three products with other factors."""
+
+
 def _pull_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
     dot = (g * along).sum(-1, keepdim=True)
     dx = torch.mul(g, scale).addcmul_(dot, back, value=-1)
@@ -78,7 +100,7 @@ def _pull_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tens
     return dx
 
 
-class _GatedMlp(torch.autograd.Function):
+class _GatedMlp(Derived):
     @staticmethod
     def forward(
         x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: Forward
@@ -92,14 +114,23 @@ class _GatedMlp(torch.autograd.Function):
         _y, a, b = output
         ctx.mark_non_differentiable(a, b)
         ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _ga: Any, _gb: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a, b = ctx.saved_tensors
-        act_a, pull = vjp(ctx.act, a)  # type: ignore[misc]
-        (slope,) = pull(torch.ones_like(a))
-        weights = (ctx.gate.weight, ctx.up.weight, ctx.down.weight)
-        return _GatedMlpPullback.apply(g, slope * b, act_a, *(w.detach() for w in weights)), None, None, None, None
+        return _GatedMlpPullback.apply(g, *_mlp_parts(ctx)), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _GatedMlpPushforward.apply(t, *_mlp_parts(ctx)), None, None
+
+
+def _mlp_parts(ctx: Any) -> tuple[Tensor, ...]:
+    """What a gated MLP's derivatives share: act'(a) b, act(a), and the weights."""
+    a, b = ctx.saved_tensors
+    act_a, pull = vjp(ctx.act, a)  # type: ignore[misc]
+    (slope,) = pull(torch.ones_like(a))
+    return slope * b, act_a, *(part.weight.detach() for part in (ctx.gate, ctx.up, ctx.down))
 
 
 class _GatedMlpPullback(Pullback):
@@ -118,6 +149,24 @@ def _pull_mlp(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: T
     h = (g.flatten(0, -2) @ w_down).view(*g.shape[:-1], -1)
     through_gate = (h * to_gate).flatten(0, -2) @ w_gate
     return through_gate.addmm_(h.mul_(to_up).flatten(0, -2), w_up).view_as(g)
+
+
+class _GatedMlpPushforward(Pushforward):
+    @staticmethod
+    def forward(t: Tensor, from_gate: Tensor, from_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return _push_mlp(t, from_gate, from_up, w_gate, w_up, w_down)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        from_gate, from_up, *weights = shared
+        t = t.movedim(cotangent_dim(in_dims), -2)
+        return _push_mlp(t, from_gate.unsqueeze(-2), from_up.unsqueeze(-2), *weights), t.dim() - 2
+
+
+def _push_mlp(t: Tensor, from_gate: Tensor, from_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    rows, width = t.flatten(0, -2), (*t.shape[:-1], -1)
+    h = (rows @ w_gate.T).view(width).mul_(from_gate).addcmul_((rows @ w_up.T).view(width), from_up)
+    return (h.flatten(0, -2) @ w_down.T).view(width)
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fisher_vmap.attention import AttentionKind, attention_forward, pullback_attention
 from fisher_vmap.attention_interface import Packed, packed_now
-from fisher_vmap.pullback import Pullback, cotangent_dim
+from fisher_vmap.attention_push import pushforward_attention
+from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
 from fisher_vmap.recording import hooks
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -62,7 +63,7 @@ def rotary_attention(
     return _RotaryAttention.apply(x, cos, sin, parts, kind, packed)[0]  # type: ignore[no-any-return]
 
 
-class _RotaryAttention(torch.autograd.Function):
+class _RotaryAttention(Derived):
     @staticmethod
     def forward(
         x: Tensor, cos: Tensor, sin: Tensor, parts: AttentionParts, kind: AttentionKind, packed: Packed
@@ -80,12 +81,19 @@ class _RotaryAttention(torch.autograd.Function):
         _y, q, k, v = output
         ctx.mark_non_differentiable(q, k, v)
         ctx.save_for_backward(cos, sin, q, k, v)
+        ctx.save_for_forward(cos, sin, q, k, v)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weights = (p.weight.detach() for p in (ctx.parts.q, ctx.parts.k, ctx.parts.v, ctx.parts.o))
         dx = _ModulePullback.apply(g, *ctx.saved_tensors, *weights, ctx.kind, ctx.packed)
         return dx, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        weights = (p.weight.detach() for p in (ctx.parts.q, ctx.parts.k, ctx.parts.v, ctx.parts.o))
+        dy = _ModulePushforward.apply(t, *ctx.saved_tensors, *weights, ctx.kind, ctx.packed)
+        return dy, None, None, None
 
 
 class _ModulePullback(Pullback):
@@ -126,6 +134,47 @@ def pullback_rotary(
         dv[a:z].permute(2, 0, 1, 3).copy_(parts[2][0])
     dx = dq.view(N * K, -1) @ w_q
     return dx.addmm_(dk.view(N * K, -1), w_k).addmm_(dv.view(N * K, -1), w_v).view(N, K, D)
+
+
+class _ModulePushforward(Pushforward):
+    @staticmethod
+    def forward(t: Tensor, *shared: Any) -> Tensor:
+        return pushforward_rotary(t[0, :, None], *shared)[None, :, 0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        return pushforward_rotary(t.movedim(cotangent_dim(in_dims), 2)[0], *shared)[None], 2
+
+
+def pushforward_rotary(
+    t_NKD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    kind: AttentionKind,
+    packed: Packed,
+) -> Tensor:
+    """K tangents of the module's input to those of its output, [N, K, D]; q and k are after the rotary embedding."""
+    N, K, D = t_NKD.shape
+    rows = t_NKD.reshape(N * K, D)
+    tq, tk, tv = ((rows @ w.T).view(N, K, x.shape[1], -1) for w, x in ((w_q, q), (w_k, k), (w_v, v)))
+    out = t_NKD.new_empty(N, K, q.shape[1], v.shape[3])
+    alone = kind.alone()
+    for a, z in packed.ranges:
+        c, s = cos[0, a:z, None], sin[0, a:z, None]
+        dq, dk = (t[a:z].permute(2, 0, 1, 3) for t in (tq, tk))
+        dq, dk = (t * c + _rotate_half(t) * s for t in (dq, dk))
+        dv = tv[a:z].permute(2, 0, 1, 3)
+        tangents = (dq[None], dk[None], dv[None])
+        moved = pushforward_attention(*tangents, q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
+        out[a:z].permute(2, 0, 1, 3).copy_(moved[0])
+    return (out.view(N * K, -1) @ w_o.T).view(N, K, D)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -26,11 +26,13 @@ class Reading(NamedTuple):
         log_probs: [B, K] float32, in nats, highest first unless the caller chose the tokens.
         token_ids: [B, K] int64.
         cotangents: [K, B, X] float32: the gradient of each log p with respect to the head's input, of width X.
+        log_rest: [B] float32, the log-probability of all other tokens together, from their own logits; -inf if none.
     """
 
     log_probs: Tensor
     token_ids: Tensor
     cotangents: Tensor
+    log_rest: Tensor
 
 
 class Head(Protocol):
@@ -90,7 +92,7 @@ class UnembeddingHead:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
         rows_BD = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
         normed_BD, pull_norm = vjp(self.norm, rows_BD)  # type: ignore[misc]
-        z_BV, log_normaliser_B1, expected_BD = self._outputs(normed_BD.to(self.weight.device))
+        z_BV, log_normaliser_B1, expected_BD = self.outputs(normed_BD.to(self.weight.device))
         if token_ids is None:
             check_top_k(top_k, z_BV.shape[1])
             token_ids = likeliest(z_BV, top_k)
@@ -105,9 +107,10 @@ class UnembeddingHead:
         cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(rows_BD.device)
         (cotangents_KBD,) = vmap(pull_norm)(cotangents_KBD)
         log_probs_BK = (z_BK - log_normaliser_B1).to(rows_BD)
-        return Reading(log_probs_BK, token_ids.to(rows_BD.device), cotangents_KBD)
+        log_rest_B = _log_rest(z_BV, token_ids, log_normaliser_B1).to(rows_BD)
+        return Reading(log_probs_BK, token_ids.to(rows_BD.device), cotangents_KBD, log_rest_B)
 
-    def _outputs(self, normed_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, normed_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits z [B, V], log sum exp z [B, 1], and sum_v p_v phi'_v W_v [B, D'], in one pass over the unembedding.
 
         Each chunk of W is upcast once and serves both products: the sum is kept relative to the largest logit so far,
@@ -120,7 +123,7 @@ class UnembeddingHead:
         top_B1 = x_BD.new_full((len(x_BD), 1), -torch.inf)
         mass_B1 = torch.zeros_like(top_B1, dtype=wide)
         sum_BD = x_BD.new_zeros(len(x_BD), self.weight.shape[1], dtype=wide)
-        for where, weight_vD in self._chunks(x_BD.dtype):
+        for where, weight_vD in self.chunks(x_BD.dtype):
             raw_Bv = x_BD @ weight_vD.T
             if self.bias is not None:
                 raw_Bv += self.bias[where].to(raw_Bv.dtype)
@@ -136,7 +139,13 @@ class UnembeddingHead:
         log_normaliser_B1 = top_B1 + mass_B1.log().to(top_B1.dtype)
         return z_BV[:B], log_normaliser_B1[:B], (sum_BD / mass_B1)[:B].to(z_BV.dtype)
 
-    def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    def raw(self, normed_BD: Tensor) -> Tensor:
+        """What goes into phi, W h' + b, [B, V]."""
+        parts = [normed_BD @ weight_vD.T for _, weight_vD in self.chunks(normed_BD.dtype)]
+        raw_BV = torch.cat(parts, 1)
+        return raw_BV if self.bias is None else raw_BV + self.bias.to(raw_BV.dtype)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The unembedding in rows of the vocabulary, each chunk upcast: (where, [v, D'])."""
         V, D = self.weight.shape
         size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(self.weight.device.type, 2**22) // D)
@@ -158,7 +167,8 @@ class LogitsHead:
         token_ids = token_ids.to(z_BV.device)
         one_hot_BKV = torch.nn.functional.one_hot(token_ids, z_BV.shape[1]).to(z_BV.dtype)
         cotangents_BKV = one_hot_BKV - log_p_BV.exp()[:, None]
-        return Reading(log_p_BV.gather(1, token_ids), token_ids, cotangents_BKV.transpose(0, 1))
+        log_rest_B = _log_rest(log_p_BV, token_ids, torch.zeros_like(log_p_BV[:, :1]))
+        return Reading(log_p_BV.gather(1, token_ids), token_ids, cotangents_BKV.transpose(0, 1), log_rest_B)
 
 
 def likeliest(z_BV: Tensor, top_k: int) -> Tensor:
@@ -177,6 +187,11 @@ def check_top_k(top_k: int, vocabulary: int) -> None:
     """Raise ValueError unless 1 <= top_k <= V."""
     if not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k is {top_k}; expected 1 to {vocabulary}, the size of this model's vocabulary")
+
+
+def _log_rest(z_BV: Tensor, token_ids: Tensor, log_normaliser_B1: Tensor) -> Tensor:
+    """Log of the probability of all tokens but these, [B]; not 1 - sum p, which cancels where they hold almost all."""
+    return z_BV.scatter(1, token_ids, -torch.inf).logsumexp(1) - log_normaliser_B1[:, 0]
 
 
 def _at_least_rows(x_BX: Tensor) -> Tensor:

@@ -55,6 +55,19 @@ class Layout(NamedTuple):
         """[B, D]: the rows of the last real tokens."""
         return x_bTD.flatten(0, 1)[self.last_rows(x_bTD.device)]
 
+    def last_of(self, x_bTKD: Tensor) -> Tensor:
+        """[K, B, D]: the rows of the last real tokens, of [b, T, K, D]."""
+        return x_bTKD.flatten(0, 1)[self.last_rows(x_bTKD.device)].transpose(0, 1)
+
+    def everywhere(self, rows_BKD: Tensor, mask_N: Tensor | None) -> Tensor:
+        """[b, T, K, D]: each prompt's rows at all of its positions, or at those of the mask; zero at padding."""
+        out_NKD = rows_BKD.new_zeros(self.input_ids.numel(), *rows_BKD.shape[1:])
+        for b, (first, stop) in enumerate(self.ranges()):
+            out_NKD[first:stop] = rows_BKD[b]
+        if mask_N is not None:
+            out_NKD *= mask_N.to(out_NKD)[:, None, None]
+        return out_NKD.view(*self.input_ids.shape, *rows_BKD.shape[1:])
+
     def at_last(self, rows_KBD: Tensor) -> Tensor:
         """[b, T, K, D], zero but for the rows given, [K, B, D], at each prompt's last real token."""
         K, _, D = rows_KBD.shape

@@ -1,92 +1,204 @@
 """The upper network as the linear map J that it is to first order, with its two products open to any vectors.
 
 J = dh / dtheta for each prompt: theta a bias at a hooked layer, h the last token's residual stream after the last
-block, before the final norm. `pullback` is J^T times vectors, `pushforward` is J times vectors.
+block, before the final norm. `pullback` is J^T times vectors, `pushforward` is J times vectors. Where a model's head
+cannot be told from the rest of it, h is its logits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch import Tensor, nn
 
+from fisher_vmap.choice import BUDGET, choose_forms
 from fisher_vmap.layout import Layout
+from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.metric import Metric, metric
+from fisher_vmap.probe import Probe, excerpt
+from fisher_vmap.recording import StructureChanged
+from fisher_vmap.rotary import batches_apart
+from fisher_vmap.upper import Upper, open_upper
 
-Biases = dict[str, Tensor]
+PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
 
 
 class LinearizedNetwork:
-    """J of one batch of prompts, for each hooked layer. `FisherModel.linearize` makes it.
+    """J of one batch of prompts, for each hooked layer. `FisherModel.linearize` makes it."""
 
-    Attributes:
-        output: [B, D], h at bias zero.
-        layers: the names of the hooked layers.
-    """
-
-    def __init__(
-        self, function: Callable[[Biases], Tensor], zeros: Mapping[str, Tensor], layout: Layout, mask_N: Tensor | None
-    ) -> None:
-        self._layout, self._zeros = layout, dict(zeros)
-        self._function = function
-        everywhere = torch.ones(len(layout.lengths), layout.width, device=layout.device)
-        mask_N = layout.from_caller(everywhere) if mask_N is None else mask_N
-        self._mask_BT1 = mask_N.view(*layout.input_ids.shape, 1)
-        self.output, self._pull = vjp(function, self._zeros)  # type: ignore[misc]
-        self.output = self.output.detach()
+    def __init__(self, uppers: Mapping[str, Upper], widths: Mapping[str, int]) -> None:
+        self._uppers, self._widths = dict(uppers), dict(widths)
+        self._metrics: dict[int, Metric] = {}
 
     @property
     def layers(self) -> list[str]:
         """The names of the hooked layers."""
-        return list(self._zeros)
+        return list(self._uppers)
 
-    def pullback(self, cotangents: Tensor, layer: str | None = None) -> Tensor:
-        """J^T u for each cotangent u of h.
+    @property
+    def output(self) -> Tensor:
+        """h at bias zero, [B, D]; [B, V] where h is the logits."""
+        return next(iter(self._uppers.values())).rows
+
+    def pullback(
+        self, cotangents: Tensor | None = None, layer: str | None = None, *, token_ids: Tensor | None = None
+    ) -> Tensor:
+        """J^T u for each cotangent u of h; or the scores of tokens, J^T (d log p_t / dh).
 
         Args:
             cotangents: [B, K, D], any K.
             layer: which hooked layer's J; may be left out where there is one.
+            token_ids: [B, K] int64, in place of cotangents: the gradients of the log p of these tokens.
 
         Returns:
-            [B, K, D], the gradients of u . h with respect to the bias, in the model's dtype or wider.
+            [B, K, D], the gradients of u . h, or of log p, with respect to the bias; float32 or wider.
+
+        Raises:
+            ValueError: shapes that do not fit, a layer that is not hooked, or not exactly one of the two is given.
         """
         name = self._layer(layer)
-        self._check(cotangents, self.output.shape[-1])
-        cotangents_KBD = cotangents.transpose(0, 1).to(self.output)
-        with torch.no_grad():
-            (pulled,) = vmap(self._pull)(cotangents_KBD)
-        wide = torch.promote_types(pulled[name].dtype, torch.float32)
-        mask = self._mask_BT1.to(pulled[name].device, pulled[name].dtype)
-        return (pulled[name] * mask).sum(2, dtype=wide).transpose(0, 1)  # type: ignore[no-any-return]
+        if (cotangents is None) == (token_ids is None):
+            raise ValueError("pullback takes either cotangents or token_ids; give one of the two")
+        if cotangents is None:
+            cotangents = self._token_rows(name, token_ids)
+        self._check(cotangents, self._uppers[name].rows.shape[-1])
+        return self._uppers[name].pull(cotangents, [name])[name].gradients
 
-    def pushforward(self, tangents: Tensor, layer: str | None = None) -> Tensor:
-        """J v for each direction v of the bias.
+    def pushforward(self, tangents: Tensor, layer: str | None = None, *, token_ids: Tensor | None = None) -> Tensor:
+        """J v for each direction v of the bias; or what v does to the log-probabilities of tokens.
 
         Args:
             tangents: [B, K, D], any K.
             layer: at which hooked layer the bias is; may be left out where there is one.
+            token_ids: [B, n] int64: give the derivatives of the log p of these tokens in place of those of h.
 
         Returns:
-            [B, K, D], the derivatives of h along v.
+            [B, K, D], the derivatives of h along v; or [B, K, n], those of log p. float32 or wider.
+
+        Raises:
+            ValueError: shapes that do not fit, or a layer that is not hooked.
         """
         name = self._layer(layer)
-        self._check(tangents, self._zeros[name].shape[-1])
+        self._check(tangents, self._widths[name])
+        moved_BKX = self._uppers[name].push(tangents, name)
+        if token_ids is None:
+            return moved_BKX
+        return torch.einsum("bkx,bnx->bkn", moved_BKX, self._token_rows(name, token_ids).to(moved_BKX))
 
-        def push(tangent_BD: Tensor) -> Tensor:
-            moved = {other: torch.zeros_like(zero) for other, zero in self._zeros.items()}
-            moved[name] = tangent_BD[:, None].to(self._zeros[name]) * self._mask_BT1.to(self._zeros[name])
-            return jvp(self._function, (self._zeros,), (moved,))[1]  # type: ignore[no-any-return]
+    def metric(self, layer: str | None = None) -> Metric:
+        """The output metric C at h, with which F = J^T C J is the Fisher matrix of the whole vocabulary."""
+        upper = self._uppers[self._layer(layer)]
+        if id(upper) not in self._metrics:
+            with torch.no_grad():
+                self._metrics[id(upper)] = metric(upper.head, upper.rows)
+        return self._metrics[id(upper)]
 
+    def sharing(self) -> list[Upper]:
+        """The upper networks behind the layers: those of one form share a forward pass and their pullbacks."""
+        return list({id(upper): upper for upper in self._uppers.values()}.values())
+
+    def _token_rows(self, layer: str, token_ids: Tensor | None) -> Tensor:
+        B = len(self.output)
+        if token_ids is None or token_ids.dim() != 2 or len(token_ids) != B or token_ids.is_floating_point():
+            shape = None if token_ids is None else tuple(token_ids.shape)
+            raise ValueError(f"token_ids has shape {shape}; expected [{B}, K] int64")
+        c = self.metric(layer)
+        if bool(((token_ids < 0) | (token_ids >= c.probs.shape[1])).any()):
+            raise ValueError(f"token_ids has an entry outside 0 to {c.probs.shape[1] - 1}, the model's vocabulary")
         with torch.no_grad():
-            return vmap(push)(tangents.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+            return c.rows(token_ids)
 
     def _layer(self, layer: str | None) -> str:
-        if layer is None and len(self._zeros) == 1:
-            return next(iter(self._zeros))
-        if layer is None or layer not in self._zeros:
+        if layer is None and len(self._uppers) == 1:
+            return next(iter(self._uppers))
+        if layer is None or layer not in self._uppers:
             raise ValueError(f"layer is {layer!r}; expected one of the hooked layers, {self.layers}")
         return layer
 
     def _check(self, vectors: Tensor, width: int) -> None:
-        B = len(self._layout.lengths)
+        B = len(self.output)
         if vectors.dim() != 3 or vectors.shape[0] != B or vectors.shape[2] != width:
             raise ValueError(f"the vectors have shape {tuple(vectors.shape)}; expected [{B}, K, {width}]")
+
+
+def linearize(
+    model: nn.Module,
+    known: Probe,
+    layout: Layout,
+    widths: Mapping[str, int],
+    *,
+    positions: str | Tensor = "all",
+    chunk_size: int | None = None,
+    kernel: str = "auto",
+) -> LinearizedNetwork:
+    """Open the upper network of a batch, in the form that each layer is trusted with.
+
+    Args:
+        model: the causal LM.
+        known: what the probe found.
+        layout: the batch, padded.
+        widths: D of each hooked layer.
+        positions: where the bias is added.
+        chunk_size: vectors at a time.
+        kernel: the form asked for.
+
+    Raises:
+        ValueError: no form of the model has both products, or they are not adjoint to each other.
+    """
+    if len(batches_apart(model, layout.lengths)) > 1:
+        raise ValueError(
+            "this model's rotary embedding depends on the longest prompt of a batch, and these prompts would differ: "
+            "linearise those that are longer than the model was first trained on one at a time"
+        )
+    forms = choose_forms(model, known, layout, list(widths), kernel)
+    _prove(model, known, layout, widths, forms)
+    return _opened(model, known, layout, widths, forms, positions, chunk_size)
+
+
+def _opened(
+    model: nn.Module,
+    known: Probe,
+    layout: Layout,
+    widths: Mapping[str, int],
+    forms: Mapping[str, str],
+    positions: str | Tensor,
+    chunk_size: int | None,
+) -> LinearizedNetwork:
+    uppers: dict[str, Upper] = {}
+    for form in dict.fromkeys(forms[layer] for layer in widths):
+        group = [layer for layer in widths if forms[layer] == form]
+        uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, positions, chunk_size))
+    return LinearizedNetwork({layer: uppers[layer] for layer in widths}, widths)
+
+
+def _prove(
+    model: nn.Module, known: Probe, layout: Layout, widths: Mapping[str, int], forms: Mapping[str, str]
+) -> None:
+    """u . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
+    new = [layer for layer in widths if (layer, forms[layer]) not in known.adjoint]
+    if not new:
+        return
+    few = excerpt(layout, PROOF_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        net = _opened(model, known, few, {layer: widths[layer] for layer in new}, forms, "all", None)
+        for layer in new:
+            rows = net._uppers[layer].rows
+            u = torch.randn(len(rows), 2, rows.shape[1], generator=generator).to(rows)
+            v = torch.randn(len(rows), 2, widths[layer], generator=generator).to(rows)
+            left = torch.einsum("bix,bjx->bij", u.double(), net.pushforward(v, layer).double())
+            right = torch.einsum("bid,bjd->bij", net.pullback(u, layer).double(), v.double())
+            gap = float((left - right).norm() / right.norm().clamp(min=1e-30))
+            budget = BUDGET[next(p.dtype for p in model.parameters() if p.is_floating_point())]
+            if bool(right.isfinite().all()) and not gap <= budget:
+                raise ValueError(
+                    f"at {layer} the forward derivatives are {gap:.1e} away from the backward ones, more than "
+                    f"{budget:.0e}; use estimator topk"
+                )
+            known.adjoint.add((layer, forms[layer]))
+    except (StructureChanged, RuntimeError, NotImplementedError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"this model has no forward derivatives ({type(error).__name__}: {str(error).splitlines()[0][:160]}); use "
+            "estimator topk"
+        ) from error

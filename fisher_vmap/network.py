@@ -1,16 +1,16 @@
-"""The upper network, linearised, one decoder block at a time: `torch.func.vmap` over `torch.func.vjp`.
+"""The upper network, linearised, one decoder block at a time: `torch.func.vmap` over `torch.func.vjp` and `jvp`.
 
 The cotangents of the last block's output are pulled back through one block after the other, from the top down. What
 arrives at a block's output is the gradient with respect to a bias added there, position by position; every hooked
 block on the way down has its answer for free. Memory holds the graph of one block at a time.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import jvp, vjp, vmap
 
 from fisher_vmap.recording import BlockCall, Recording, StructureChanged
 
@@ -72,6 +72,62 @@ def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_
     cotangents = cotangents.to(primal.device)
     (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
     return below  # type: ignore[no-any-return]
+
+
+def pushforward_blocks(
+    recording: Recording, layer: str, tangents: Tensor, chunk_size: int | None, stop: int | None = None
+) -> Tensor:
+    """Push tangents of a bias at a hooked block up to the top; the recording stays as it is.
+
+    Args:
+        recording: the calls above the lowest hooked block.
+        layer: the name of the hooked block; where it is called several times, the bias is added at each call.
+        tangents: [B, T, K, D], the bias's tangent at every position.
+        chunk_size: how many tangents to push at a time; None: all at once.
+        stop: the number of calls to go through; None: all of them.
+
+    Returns:
+        [B, T, K, D], the tangents of what the last of these calls returned.
+
+    Raises:
+        StructureChanged: a replayed block did not return what the next one had received.
+    """
+    moved = tangents if recording.below == layer else None
+    calls = recording.calls[:stop]
+    outputs = [call.hidden for call in recording.calls[1:]] + [recording.top]
+    for call, expected in zip(calls, outputs, strict=False):
+        if moved is not None:
+            moved = pushforward_block(call, expected, moved, chunk_size)
+        if call.name == layer:
+            moved = tangents if moved is None else moved + tangents.to(moved.device)
+    assert moved is not None
+    return moved
+
+
+def pushforward_block(call: BlockCall, expected: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Tangents of one block's input to those of its output, [B, T, K, D]; the primal must be the expected one."""
+    return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
+
+
+def push_function(
+    what: str,
+    function: Callable[[Tensor], Tensor],
+    at: Tensor,
+    expected: Tensor,
+    tangents: Tensor,
+    chunk_size: int | None,
+) -> Tensor:
+    """`vmap` over `jvp` of a function of rows, K third; its value must be the expected one."""
+
+    def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(function, (at,), (tangent,))  # type: ignore[no-any-return]
+
+    pieces = []
+    for piece in tangents.to(at.device).split(chunk_size or tangents.shape[2], 2):
+        primal, moved = vmap(push, in_dims=2, out_dims=(None, 2))(piece)
+        check_primal(what, primal, expected)
+        pieces.append(moved)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
 def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:

@@ -41,6 +41,7 @@ class Probe:
         why_no_head: why the head could not be taken apart; empty where it could.
         made_of: the signature of the model that was looked at.
         forms: the form chosen for each (layer, kernel asked for), and why.
+        adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
     """
 
     parts: Parts
@@ -49,6 +50,7 @@ class Probe:
     why_no_head: str
     made_of: int
     forms: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    adjoint: set[tuple[str, str]] = field(default_factory=set)
 
 
 _PROBES: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()

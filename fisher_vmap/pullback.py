@@ -1,8 +1,21 @@
-"""What our hand-written pullbacks share: functions of their own, linear in the cotangent, with a rule for `vmap`."""
+"""What our hand-written derivatives share: functions of their own, linear in what is pulled or pushed, with a `vmap` rule.
 
-from typing import Any
+A module with rules is a `Derived`: its `backward` applies a `Pullback` to the cotangent, its `jvp` a `Pushforward` to the
+tangent. Only those two ever see K vectors at once.
+"""
+
+from typing import Any, NoReturn
 
 import torch
+
+
+class Derived(torch.autograd.Function):
+    """A forward with a hand-written pullback and pushforward."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
+        """Raise: torch asks for this rule where a tangent is batched, and calls it only if the inputs themselves are."""
+        raise NotImplementedError("only the cotangents can be batched: everything else is shared by all of them")
 
 
 class Pullback(torch.autograd.Function):
@@ -22,8 +35,12 @@ class Pullback(torch.autograd.Function):
         raise NotImplementedError("this pullback has no second derivatives; transformers' own eager modules have")
 
 
+class Pushforward(Pullback):
+    """The forward derivative of a module as a function: first the tangent, then what all K of them share."""
+
+
 def cotangent_dim(in_dims: tuple[int | None, ...]) -> int:
-    """The batched dimension of a `Pullback`'s cotangent.
+    """The batched dimension of the cotangent of a `Pullback`, or of the tangent of a `Pushforward`.
 
     Raises:
         NotImplementedError: something else is batched.

@@ -57,6 +57,14 @@ class Recording:
     calls: list[BlockCall]
     top: Tensor
 
+    def copy(self) -> "Recording":
+        """Another list of the same calls, to be used up."""
+        return Recording(self.below, self.bottom, list(self.calls), self.top)
+
+    def below_has(self, name: str, count: int) -> bool:
+        """Whether a block of that name returns before the call number `count`."""
+        return name == self.below or any(call.name == name for call in self.calls[:count])
+
     def cut(self, hidden: Tensor) -> None:
         """Take the last call off, whose input was `hidden`: it is dealt with."""
         self.calls.pop()

@@ -8,6 +8,7 @@ Nothing here is taken on trust: the replayed rows must equal what the recorded f
 every batch, and the probe compares the scores with plain autograd.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.func import vjp, vmap
 from fisher_vmap.attention_interface import KeysCaptured, against_keys, capturing_keys
 from fisher_vmap.blocks import with_hidden
 from fisher_vmap.layout import Layout
-from fisher_vmap.network import check_primal
+from fisher_vmap.network import check_primal, push_function
 from fisher_vmap.recording import BlockCall
 
 
@@ -40,6 +41,26 @@ def pullback_top(
         NotPositionwise: the block cannot be cut like this; pull it back whole.
         StructureChanged: it was cut and returned something else than before.
     """
+    primal, pull = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
+    last = layout.last_rows(top.device)
+    check_primal(f"the replay of {call.name} at the last positions", primal, top[:, last])
+    cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
+    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    return below  # type: ignore[no-any-return]
+
+
+def pushforward_top(call: BlockCall, layout: Layout, top: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Tangents of the last block's input, [1, N, K, D], to those of the last rows of its output, [K, B, D].
+
+    Arguments and errors as for `pullback_top`.
+    """
+    what, last = f"the replay of {call.name} at the last positions", layout.last_rows(top.device)
+    moved = push_function(what, _at_last_rows(call, layout), call.hidden, top[:, last], tangents, chunk_size)
+    return moved[0].transpose(0, 1)
+
+
+def _at_last_rows(call: BlockCall, layout: Layout) -> Callable[[Tensor], Tensor]:
+    """The block as a function from all rows of its input, [1, N, D], to the last rows of its output, [1, B, D]."""
     last = layout.last_rows(call.hidden.device)
     args, kwargs = at_rows((call.args, dict(call.kwargs)), last, layout.input_ids.numel())
 
@@ -49,11 +70,7 @@ def pullback_top(
         with against_keys(keys):
             return narrow.replay(hidden[:, last])
 
-    primal, pull = vjp(rows, call.hidden)  # type: ignore[misc]
-    check_primal(f"the replay of {call.name} at the last positions", primal, top[:, last])
-    cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
-    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
-    return below  # type: ignore[no-any-return]
+    return rows
 
 
 def _keys(call: BlockCall, hidden: Tensor) -> tuple[Tensor, Tensor]:

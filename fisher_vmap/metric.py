@@ -1,0 +1,203 @@
+"""The output metric C: how far a small move of the head's input moves the next-token distribution.
+
+With h the head's input and L the logits' Jacobian, C = L^T (diag p - p p^T) L, so that KL(p || p') = 1/2 dh^T C dh to
+second order, and the Fisher matrix of the whole vocabulary is F = J^T C J. With a_v = grad_h log p_v, the v-th row of L
+less its mean under p, C = sum_v p_v a_v a_v^T: products by it and by its root need the unembedding alone, in chunks of
+the vocabulary, and C itself (D x D for each prompt) is never formed.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from fisher_vmap.decomposition import float64_device
+from fisher_vmap.head import Head, LogitsHead, Phi, UnembeddingHead, likeliest
+
+START_TOKENS = 8  # likeliest tokens that the search for leading eigenvectors starts from, for each one wanted
+
+
+class Metric(Protocol):
+    """C at the rows of one batch, X wide."""
+
+    probs: Tensor
+    """[B, V], the next-token distribution."""
+
+    def product(self, x_BmX: Tensor) -> Tensor:
+        """C x for m vectors of each prompt, [B, m, X]."""
+
+    def rows(self, token_ids_BK: Tensor) -> Tensor:
+        """a_v of these tokens, [B, K, X]."""
+
+    def transposed(self, y_BmV: Tensor) -> Tensor:
+        """sum_v y_v a_v, [B, m, X]."""
+
+
+def metric(head: Head, rows_BX: Tensor) -> Metric:
+    """C at the last rows, by the head that reads them."""
+    rows_BX = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
+    if isinstance(head, UnembeddingHead):
+        return UnembeddingMetric(head, rows_BX)
+    assert isinstance(head, LogitsHead)
+    return LogitsMetric(rows_BX)
+
+
+class UnembeddingMetric:
+    """C of a head of the common kind: a_v = N^T (phi'_v W_v - sum_u p_u phi'_u W_u), N the final norm's Jacobian."""
+
+    def __init__(self, head: UnembeddingHead, rows_BD: Tensor) -> None:
+        self._head = head
+        self._device, place = rows_BD.device, head.weight.device
+        self._rows_BD = rows_BD
+        normed_BD, self._pull_norm = vjp(head.norm, rows_BD)  # type: ignore[misc]
+        self._normed_BD = normed_BD.to(place)
+        z_BV, log_normaliser_B1, self._mean_BD = head.outputs(self._normed_BD)
+        self._probs_BV = (z_BV - log_normaliser_B1).exp_()
+        self._slope_BV = None if head.phi == Phi() else head.phi.derivative(head.raw(self._normed_BD))
+        self.probs = self._probs_BV.to(self._device)
+
+    def product(self, x_BmX: Tensor) -> Tensor:
+        """C x, in one pass over the unembedding."""
+        n_BmD = self._through_norm(x_BmX)
+        B, m, D = n_BmD.shape
+        flat = n_BmD.reshape(B * m, D)
+        mean_Bm1 = torch.einsum("bmd,bd->bm", n_BmD, self._mean_BD)[:, :, None]
+        out, total_Bm1 = torch.zeros_like(flat), torch.zeros_like(mean_Bm1)
+        for where, weight_vD in self._head.chunks(flat.dtype):
+            y_Bmv = (flat @ weight_vD.T).view(B, m, -1)
+            slope_B1v = None if self._slope_BV is None else self._slope_BV[:, None, where]
+            if slope_B1v is not None:
+                y_Bmv *= slope_B1v
+            y_Bmv = y_Bmv.sub_(mean_Bm1).mul_(self._probs_BV[:, None, where])
+            total_Bm1 += y_Bmv.sum(2, keepdim=True)  # zero but for rounding
+            if slope_B1v is not None:
+                y_Bmv *= slope_B1v
+            out.addmm_(y_Bmv.view(B * m, -1), weight_vD)
+        return self._back_through_norm(out.view(B, m, D).sub_(total_Bm1 * self._mean_BD[:, None]))
+
+    def rows(self, token_ids_BK: Tensor) -> Tensor:
+        """a_v of these tokens."""
+        token_ids_BK = token_ids_BK.to(self._mean_BD.device)
+        rows_BKD = self._head.weight[token_ids_BK].to(self._mean_BD.dtype)
+        if self._slope_BV is not None:
+            rows_BKD *= self._slope_BV.gather(1, token_ids_BK)[:, :, None]
+        return self._back_through_norm(rows_BKD - self._mean_BD[:, None])
+
+    def transposed(self, y_BmV: Tensor) -> Tensor:
+        """sum_v y_v a_v."""
+        y_BmV = y_BmV.to(self._mean_BD)
+        total_Bm1 = y_BmV.sum(2, keepdim=True)
+        if self._slope_BV is not None:
+            y_BmV = y_BmV * self._slope_BV[:, None]
+        B, m, _ = y_BmV.shape
+        out = y_BmV.new_zeros(B * m, self._mean_BD.shape[1])
+        for where, weight_vD in self._head.chunks(out.dtype):
+            out.addmm_(y_BmV[:, :, where].reshape(B * m, -1), weight_vD)
+        return self._back_through_norm(out.view(B, m, -1) - total_Bm1 * self._mean_BD[:, None])
+
+    def _through_norm(self, x_BmX: Tensor) -> Tensor:
+        def push(x_BX: Tensor) -> Tensor:
+            return jvp(self._head.norm, (self._rows_BD,), (x_BX,))[1]  # type: ignore[no-any-return]
+
+        return vmap(push, in_dims=1, out_dims=1)(x_BmX.to(self._rows_BD)).to(self._mean_BD)  # type: ignore[no-any-return]
+
+    def _back_through_norm(self, n_BmD: Tensor) -> Tensor:
+        (x_BmD,) = vmap(self._pull_norm, in_dims=1, out_dims=1)(n_BmD.to(self._rows_BD))
+        return x_BmD  # type: ignore[no-any-return]
+
+
+class LogitsMetric:
+    """C of a head whose input is the logits themselves: diag p - p p^T, [V, V]."""
+
+    def __init__(self, rows_BV: Tensor) -> None:
+        self.probs = rows_BV.softmax(1)
+
+    def product(self, x_BmX: Tensor) -> Tensor:
+        """p * (x - p . x)"""
+        p_B1V = self.probs[:, None]
+        x_BmX = x_BmX.to(self.probs)
+        return p_B1V * (x_BmX - (p_B1V * x_BmX).sum(2, keepdim=True))
+
+    def rows(self, token_ids_BK: Tensor) -> Tensor:
+        """One-hot less p."""
+        one_hot = torch.nn.functional.one_hot(token_ids_BK.to(self.probs.device), self.probs.shape[1])
+        return one_hot.to(self.probs) - self.probs[:, None]
+
+    def transposed(self, y_BmV: Tensor) -> Tensor:
+        """y - (sum y) p"""
+        y_BmV = y_BmV.to(self.probs)
+        return y_BmV - y_BmV.sum(2, keepdim=True) * self.probs[:, None]
+
+
+def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
+    """About the leading eigenvectors of C, [B, count, X] orthonormal, by subspace iteration.
+
+    It starts from those of the part of C that the likeliest tokens make up, which a small Gram matrix gives: there
+    every iteration counts for several of one that starts at random.
+
+    Args:
+        c: the metric.
+        count: how many vectors; at most X.
+        iterations: products by C.
+    """
+    probs_BV = c.probs
+    n = min(probs_BV.shape[1], START_TOKENS * count)
+    token_ids_Bn = likeliest(probs_BV, n)
+    a_BnX = c.rows(token_ids_Bn) * probs_BV.gather(1, token_ids_Bn).sqrt()[:, :, None]
+    if n < count:  # fewer tokens than vectors: the rest are arbitrary
+        generator = torch.Generator().manual_seed(0)
+        more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64).to(a_BnX)
+        a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
+    wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
+    _, X_Bnn = torch.linalg.eigh(wide @ wide.mT)
+    u_BmX = orthonormal((X_Bnn[:, :, -count:].mT @ wide)).to(a_BnX)
+    for _ in range(iterations):
+        u_BmX = orthonormal(c.product(u_BmX)).to(a_BnX)
+    return u_BmX
+
+
+def orthonormal(rows_BmX: Tensor) -> Tensor:
+    """An orthonormal basis that holds the rows of each prompt, as rows, [B, m, X] float64: by a QR."""
+    wide = rows_BmX.to(float64_device(rows_BmX.device), torch.float64)
+    length = torch.linalg.vector_norm(wide, dim=2, keepdim=True)
+    wide = wide / torch.where(length > 0, length, 1)
+    return torch.linalg.qr(wide.mT).Q.mT
+
+
+class Probes(NamedTuple):
+    """Random signs over the vocabulary: E[x x^T] = 1, so that the rows C^(1/2) x have E |J^T C^(1/2) x|^2 = tr F.
+
+    Attributes:
+        count: how many for each prompt.
+        seeds: one for each prompt, so that a prompt's signs do not depend on its neighbours.
+    """
+
+    count: int
+    seeds: Sequence[int]
+
+
+def probe_rows(c: Metric, probes: Probes, without_BK: Tensor | None = None, *, centred: bool = False) -> Tensor:
+    """sum_v x_v sqrt(p_v) a_v with random signs x, [B, S, X]: a random vector whose second moment is C.
+
+    Args:
+        c: the metric.
+        probes: how many, and their seeds.
+        without_BK: tokens that are left out: the second moment is then what they lack of C.
+        centred: with `without_BK`: take off what the tokens that remain have in common, as far as one outcome that
+            stands for all of them holds it.
+    """
+    B, V = c.probs.shape
+    signs = [
+        torch.randint(0, 2, (probes.count, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+        for seed in probes.seeds
+    ]
+    root_BV = c.probs.sqrt()
+    if without_BK is not None:
+        root_BV = root_BV.scatter(1, without_BK.to(root_BV.device), 0)
+    x_BSV = torch.stack(signs).to(root_BV.device, root_BV.dtype).mul_(2).sub_(1)
+    if centred:  # the rows sqrt(p_v) (a_v - mean a) are (1 - r r^T / |r|^2) diag(r) a, r the roots
+        along_BS1 = x_BSV @ root_BV[:, :, None] / root_BV.square().sum(1)[:, None, None].clamp(min=1e-30)
+        x_BSV = x_BSV - along_BS1 * root_BV[:, None]
+    return c.transposed(x_BSV.mul_(root_BV[:, None]))

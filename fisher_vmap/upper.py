@@ -1,0 +1,195 @@
+"""The upper network of one batch, linearised in one of its forms, for as many products by J and J^T as are wanted."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
+from fisher_vmap.forms import pullback_layers, pushforward_layer, residual_norm, unit_rows, upper
+from fisher_vmap.head import Head
+from fisher_vmap.layout import Layout, pack_rows
+from fisher_vmap.network import Arrived
+from fisher_vmap.positions import Summed, position_mask, sum_positions
+from fisher_vmap.probe import Probe, undisturbed
+from fisher_vmap.recording import record
+from fisher_vmap.rotary import forget_lengths
+from fisher_vmap.whole import hooked_outputs, pullback_whole, with_biases
+
+
+class Upper(ABC):
+    """J of one batch for some hooked layers, in one form.
+
+    Attributes:
+        layout: the batch.
+        layers: the names of the hooked layers.
+        rows: [B, X], h: the last row's residual stream after the last block, or the logits.
+        head: what reads them.
+        residual_norm: for each layer, [B].
+    """
+
+    rows: Tensor
+    head: Head
+    residual_norm: dict[str, Tensor]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        known: Probe,
+        layout: Layout,
+        layers: Sequence[str],
+        positions: str | Tensor,
+        chunk_size: int | None,
+    ) -> None:
+        self.layout, self.layers = layout, list(layers)
+        self._model, self._known, self._chunk_size = model, known, chunk_size
+        self._mask_N = position_mask(positions, layout)
+        with self._prepared():
+            forget_lengths(model)
+            self._open()
+
+    def pull(
+        self, cotangents_BKX: Tensor, layers: Collection[str] | None = None, weights_BK: Tensor | None = None
+    ) -> dict[str, Summed]:
+        """J^T u for each cotangent u of h, at several layers in one pass.
+
+        Args:
+            cotangents_BKX: [B, K, X].
+            layers: which; None: all.
+            weights_BK: of the position energy, sum_k w_k |J_pos^T u_k|^2; None: ones.
+
+        Returns:
+            For each layer the gradients, [B, K, D], and the energy of each position in the caller's columns, [B, T].
+        """
+        unit_KBX, norm_KB = unit_rows(cotangents_BKX.transpose(0, 1))
+        weights_BK = torch.ones_like(norm_KB.T) if weights_BK is None else weights_BK
+        pending: dict[str, Tensor] = {}
+        found: dict[str, Summed] = {}
+
+        def finish(layer: str) -> None:
+            summed = sum_positions(pending.pop(layer), self.layout, norm_KB, weights_BK, self._mask_N)
+            device = self.layout.device
+            found[layer] = Summed(summed.gradients.to(device), self.layout.to_caller(summed.energy.to(device)))
+
+        with self._prepared():
+            for layer, _hidden, arrived in self._pull(unit_KBX):
+                if layers is None or layer in layers:
+                    pending[layer] = arrived + pending[layer] if layer in pending else arrived
+                    if self._known.parts.call_order.count(layer) < 2:
+                        finish(layer)
+        for layer in list(pending):
+            finish(layer)
+        return found
+
+    def push(self, tangents_BKD: Tensor, layer: str) -> Tensor:
+        """J v for each direction v of the bias, [B, K, D] -> [B, K, X], in float32 or wider."""
+        length_BK = torch.linalg.vector_norm(tangents_BKD, dim=-1)
+        unit_BKD = tangents_BKD / length_BK.clamp(min=torch.finfo(length_BK.dtype).tiny)[..., None]
+        with self._prepared():
+            moved_KBX = self._push(layer, self.layout.everywhere(unit_BKD.to(self.rows.dtype), self._mask_N))
+        wide = torch.promote_types(moved_KBX.dtype, torch.float32)
+        return moved_KBX.transpose(0, 1).to(length_BK.device, wide) * length_BK[..., None].to(wide)
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """The model as it must be while its parts are run."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(undisturbed(self._model))
+            stack.enter_context(attention_set_to(self._model, self._known.attention))
+            stack.enter_context(prompts_packed(self.layout))
+            yield
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Run the model; set rows, head and residual_norm."""
+
+    @abstractmethod
+    def _pull(self, unit_KBX: Tensor) -> Iterator[Arrived]:
+        """What arrives at each layer, [b, T, K, D]; at a block that is called several times, once for each call."""
+
+    @abstractmethod
+    def _push(self, layer: str, tangents: Tensor) -> Tensor:
+        """Tangents of the bias at every position, [b, T, K, D], to those of h, [K, B, X]."""
+
+
+class Blockwise(Upper):
+    """One block at a time, from a recorded forward."""
+
+    def _open(self) -> None:
+        parts, layout = self._known.parts, self.layout
+        assert parts.head is not None
+        first = min(parts.call_order.index(layer) for layer in self.layers) + 1
+        self._recording = record(self._model, parts.blocks, parts.call_order, first, layout)
+        self.rows, self.head = layout.last(self._recording.top), parts.head
+        calls = self._recording.calls
+        outputs = [*(call.hidden for call in calls), self._recording.top]
+        names = [self._recording.below, *(call.name for call in calls)]
+        last_outputs = dict(zip(names, outputs, strict=True))
+        self.residual_norm = {layer: residual_norm(last_outputs[layer], layout) for layer in self.layers}
+
+    def _pull(self, unit_KBX: Tensor) -> Iterator[Arrived]:
+        recording = self._recording.copy()
+        return pullback_layers(self._known.parts, recording, self.layout, self.layers, unit_KBX, self._chunk_size)
+
+    def _push(self, layer: str, tangents: Tensor) -> Tensor:
+        return pushforward_layer(self._known.parts, self._recording, self.layout, layer, tangents, self._chunk_size)
+
+
+class Whole(Upper):
+    """The whole upper network in one piece."""
+
+    def _open(self) -> None:
+        modules = {layer: self._model.get_submodule(layer) for layer in self.layers}
+        run, self.head = upper(self._model, self._known.parts, self.layout, modules)
+        self._outputs = hooked_outputs(run, modules, self.layout)
+        self._zeros = {layer: torch.zeros_like(hidden) for layer, hidden in self._outputs.items()}
+        self._function = with_biases(run, modules)
+        rows, self._pullback = pullback_whole(self._function, self._zeros)
+        self.rows = rows.detach()
+        self.residual_norm = {layer: residual_norm(hidden, self.layout) for layer, hidden in self._outputs.items()}
+
+    def _pull(self, unit_KBX: Tensor) -> Iterator[Arrived]:
+        arrived = self._pullback(unit_KBX.to(self.rows.dtype), self._chunk_size)
+        for layer, hidden in self._outputs.items():
+            yield Arrived(layer, hidden, arrived.pop(layer))
+
+    def _push(self, layer: str, tangents: Tensor) -> Tensor:
+        def push(tangent: Tensor) -> Tensor:
+            moved = {other: torch.zeros_like(zero) for other, zero in self._zeros.items()}
+            moved[layer] = tangent
+            return jvp(self._function, (self._zeros,), (moved,))[1]  # type: ignore[no-any-return]
+
+        return vmap(push, in_dims=2, chunk_size=self._chunk_size)(tangents.to(self._zeros[layer]))  # type: ignore[no-any-return]
+
+
+def open_upper(
+    form: str,
+    model: nn.Module,
+    known: Probe,
+    layout: Layout,
+    layers: Sequence[str],
+    positions: str | Tensor,
+    chunk_size: int | None,
+) -> Upper:
+    """The upper network in the form of that name; a batch that cannot be packed is padded instead, to the same result.
+
+    Raises:
+        ValueError: the form is the loop, which has no derivatives but one backward pass at a time.
+    """
+    if form == "loop":
+        raise ValueError(
+            "torch.func cannot transform this model (its kernel is the loop), so that its upper network cannot be "
+            "linearised: use estimator topk"
+        )
+    if form == "packed":
+        try:
+            return Blockwise(model, known, pack_rows(layout), layers, positions, chunk_size)
+        except UnsupportedAttention:
+            form = "layerwise"
+    kind = Blockwise if form == "layerwise" else Whole
+    return kind(model, known, layout, layers, positions, chunk_size)
