@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.forms import Parts, Wanted, layerwise, whole
+from fisher_vmap.forms import Parts, layerwise, whole
 from fisher_vmap.layout import Layout, lay_out, pack_rows, select
 from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.outcomes import Wanted
 from fisher_vmap.probe import Probe, excerpt
 from fisher_vmap.proof import chain_is_whole
 from fisher_vmap.recording import StructureChanged
@@ -110,7 +111,8 @@ def _run_together(
 def _of_prompts(wanted: Wanted, prompts: list[int]) -> Wanted:
     token_ids = None if wanted.token_ids is None else wanted.token_ids[prompts]
     positions = wanted.positions[prompts] if isinstance(wanted.positions, Tensor) else wanted.positions
-    return replace(wanted, token_ids=token_ids, positions=positions)
+    probes = wanted.probes and wanted.probes._replace(seeds=[wanted.probes.seeds[b] for b in prompts])
+    return replace(wanted, token_ids=token_ids, positions=positions, probes=probes)
 
 
 def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], form: str) -> str | None:

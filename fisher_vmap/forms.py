@@ -1,15 +1,17 @@
 """The three forms of the kernel: layerwise, whole and loop. Each gives a batch's scores; they agree to rounding."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.fused import Forward, fused_pullbacks
-from fisher_vmap.head import Head, LogitsHead, Reading, UnembeddingHead
+from fisher_vmap.head import Head, LogitsHead, UnembeddingHead
 from fisher_vmap.layout import Layout
+from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.mixed import float32_forward
 from fisher_vmap.network import (
     Arrived,
     cotangents_at_a_time,
@@ -17,7 +19,8 @@ from fisher_vmap.network import (
     pushforward_block,
     pushforward_blocks,
 )
-from fisher_vmap.positions import position_mask, sum_positions
+from fisher_vmap.outcomes import Outcomes, Wanted, read_outcomes
+from fisher_vmap.positions import energy_of_one, position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
 from fisher_vmap.top_block import NotPositionwise, pullback_top, pushforward_top
@@ -58,28 +61,39 @@ class Parts:
     fused: Sequence[tuple[nn.Module, Forward]]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of a batch: K likeliest tokens or the tokens [B, K] given, and where the bias is added."""
-
-    top_k: int
-    token_ids: Tensor | None
-    positions: str | Tensor
-    chunk_size: int | None
-
-
 def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted) -> Scores:
     """Record one forward, read the head, and pull its cotangents through one block at a time."""
     assert parts.head is not None
     first = min(parts.call_order.index(layer) for layer in layers) + 1
-    recording = record(model, parts.blocks, parts.call_order, first, layout)
-    reading = parts.head.read(layout.last(recording.top), wanted.top_k, wanted.token_ids)
-    unit_KBD, norm_KB = unit_rows(reading.cotangents)
+    recording = record_forward(model, parts, layout, first, wanted.precision)
+    outcomes = read_outcomes(parts.head, layout.last(recording.top), wanted)
+    unit_KBD, norm_KB = unit_rows(outcomes.cotangents)
     often = {name for name in layers if parts.call_order.count(name) > 1}
-    collected = Collected(layout, reading, norm_KB, wanted.positions, often)
+    collected = Collected(layout, outcomes, norm_KB, wanted.positions, often)
     for layer, hidden, arrived in pullback_layers(parts, recording, layout, layers, unit_KBD, wanted.chunk_size):
         collected.add(layer, hidden, arrived)
     return collected.scores(layers)
+
+
+def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, precision: str) -> Recording:
+    """Record the calls from number `first` on; with mixed precision the forward is in float32, but not the replays.
+
+    Raises:
+        ValueError: the model does not run with widened weights.
+    """
+    if precision == "model":
+        return record(model, parts.blocks, parts.call_order, first, layout)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    try:
+        with float32_forward(model, parts.blocks):
+            return record(model, parts.blocks, parts.call_order, first, layout, narrow_to=dtype)
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"this model does not run in float32 on weights widened one block at a time ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:160]}); use precision model, or dtype float32"
+        ) from error
 
 
 def pullback_layers(
@@ -89,9 +103,9 @@ def pullback_layers(
     layers: Sequence[str],
     unit_KBD: Tensor,
     chunk_size: int | None,
-) -> Iterator[Arrived]:
+) -> Generator[Arrived, None, None]:
     """Pull cotangents of the last rows back to every hooked block; the recording is used up on the way."""
-    rows_KBD = unit_KBD.to(recording.top.dtype)
+    rows_KBD = unit_KBD.to(recording.dtype)
     chunk_size = chunk_size or cotangents_at_a_time(len(rows_KBD), layout.input_ids.numel(), recording.top.device)
     with fused_pullbacks(parts.fused):
         top_layer, top, cotangents = parts.call_order[-1], recording.top, None
@@ -150,10 +164,14 @@ def whole(
     outputs = hooked_outputs(run, modules, layout)
     zeros = {layer: torch.zeros_like(hidden) for layer, hidden in outputs.items()}
     rows, pullback = (pullback_loop if loop else pullback_whole)(with_biases(run, modules), zeros)
-    reading = head.read(rows, wanted.top_k, wanted.token_ids)
-    unit_KBX, norm_KB = unit_rows(reading.cotangents)
+    if wanted.precision != "model":
+        raise ValueError(
+            f"precision {wanted.precision} needs the layerwise kernel, which {layers[0]} cannot have; use dtype float32"
+        )
+    outcomes = read_outcomes(head, rows.detach(), wanted)
+    unit_KBX, norm_KB = unit_rows(outcomes.cotangents)
     arrived = pullback(unit_KBX.to(rows.dtype), wanted.chunk_size)
-    collected = Collected(layout, reading, norm_KB, wanted.positions)
+    collected = Collected(layout, outcomes, norm_KB, wanted.positions)
     for layer in layers:
         collected.add(layer, outputs[layer], arrived.pop(layer))
     return collected.scores(layers)
@@ -187,15 +205,16 @@ class Collected:
     def __init__(
         self,
         layout: Layout,
-        reading: Reading,
+        outcomes: Outcomes,
         norm_KB: Tensor,
         positions: str | Tensor,
         called_often: Collection[str] = (),
     ) -> None:
-        self.layout, self.reading, self.norm_KB = layout, reading, norm_KB
+        self.layout, self.outcomes, self.norm_KB = layout, outcomes, norm_KB
         self.pending: dict[str, Tensor | float] = dict.fromkeys(called_often, 0.0)
         self.mask_N = position_mask(positions, layout)
         self.gradients: dict[str, Tensor] = {}
+        self.remainder: dict[str, Tensor] = {}
         self.energy: dict[str, Tensor] = {}
         self.residual_norm: dict[str, Tensor] = {}
 
@@ -209,9 +228,12 @@ class Collected:
             self._sum(layer, cotangents)
 
     def _sum(self, layer: str, cotangents: Tensor) -> None:
-        layout, probs_BK = self.layout, self.reading.log_probs.exp()
-        gradients, energy = sum_positions(cotangents, layout, self.norm_KB, probs_BK, self.mask_N)
-        self.gradients[layer] = gradients.to(layout.device)
+        layout, outcomes = self.layout, self.outcomes
+        pulled, energy = sum_positions(cotangents, layout, self.norm_KB, outcomes.weights(), self.mask_N)
+        if (derivation := outcomes.derivation()) is not None:
+            combination_BC, p_B = derivation
+            energy += energy_of_one(cotangents, layout, self.norm_KB, combination_BC, p_B, self.mask_N)
+        self.gradients[layer], self.remainder[layer] = outcomes.scores(pulled.to(layout.device))
         self.energy[layer] = layout.to_caller(energy.to(layout.device))
 
     def scores(self, layers: Sequence[str]) -> Scores:
@@ -219,12 +241,12 @@ class Collected:
         for layer, cotangents in self.pending.items():
             assert isinstance(cotangents, Tensor)
             self._sum(layer, cotangents)
-        log_probs, token_ids, *_ = self.reading
         device = self.layout.device
         return Scores(
-            log_probs.to(device),
-            token_ids.to(device),
+            self.outcomes.log_probs.to(device),
+            self.outcomes.token_ids.to(device),
             {layer: self.gradients[layer] for layer in layers},
             {layer: self.energy[layer] for layer in layers},
             {layer: self.residual_norm[layer] for layer in layers},
+            {layer: self.remainder[layer] for layer in layers},
         )

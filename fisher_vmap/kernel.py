@@ -5,6 +5,7 @@ over `torch.func.vjp` with one-hot cotangents. The probe finds out which form of
 """
 
 import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from fisher_vmap.attention_interface import attention_set_to
 from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.choice import KERNELS, choose_forms, run_form
-from fisher_vmap.forms import Wanted
 from fisher_vmap.layout import Layout, lay_out
+from fisher_vmap.metric import Probes
+from fisher_vmap.outcomes import Wanted
 from fisher_vmap.positions import position_mask
 from fisher_vmap.probe import Probe, probe, undisturbed
 from fisher_vmap.recording import StructureChanged
@@ -36,6 +38,9 @@ def fisher_scores(
     positions: str | Tensor = "all",
     kernel: str = "auto",
     chunk_size: int | None = None,
+    include_rest: bool = False,
+    trace_samples: int = 0,
+    precision: str = "model",
 ) -> Scores:
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
@@ -54,33 +59,38 @@ def fisher_scores(
         positions: where the bias is added: "all", "last" (the last real token) or a mask [B, T].
         kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
         chunk_size: how many cotangents to pull back at a time; None: as many as the device does well with.
+        include_rest: take "any other token" for one more outcome, the last, with token id -1.
+        trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
+        precision: "model", or "mixed": the forward in float32, from the same weights.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
-        position_energy [B, T]; float32, or float64 for a float64 model.
+        position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one more.
 
     Raises:
         ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
     """
     check_kernel(kernel)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None")
+    check_precision(precision)
+    if trace_samples < 0:
+        raise ValueError(f"trace_samples is {trace_samples}; expected 0 or more")
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
         names = resolve_layers(model, layers)
         layout = lay_out(input_ids, attention_mask)
-        position_mask(positions, layout)  # raises now what is wrong with it
-        _check_tokens(model, layout)
+        check_inputs(model, layout, positions, chunk_size)
         known = probe(model, layout)
         _check_chosen(token_ids, layout, known.parts.vocabulary)
         forms = choose_forms(model, known, layout, names, kernel)
-        wanted = Wanted(top_k, token_ids, positions, chunk_size)
+        probes = Probes(trace_samples, prompt_seeds(layout)) if trace_samples else None
+        wanted = Wanted(top_k, token_ids, positions, chunk_size, include_rest, probes, precision)
         results: list[Scores] = []
         with attention_set_to(model, known.attention):
             for form in sorted(set(forms.values())):
                 group = [name for name in names if forms[name] == form]
                 results.append(_scores(form, model, known, layout, group, wanted, kernel))
                 # Two forms may round ties another way: the layers of a batch speak of the same tokens.
-                wanted = replace(wanted, token_ids=results[0].token_ids)
+                tokens = results[0].token_ids
+                wanted = replace(wanted, token_ids=tokens[:, :-1] if include_rest else tokens)
     return _joined(results, names)
 
 
@@ -88,6 +98,18 @@ def check_kernel(kernel: str) -> None:
     """Raise ValueError unless a kernel has this name."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless a precision has this name."""
+    if precision not in ("model", "mixed"):
+        raise ValueError(f"precision is {precision!r}; expected 'model' or 'mixed'")
+
+
+def prompt_seeds(layout: Layout) -> list[int]:
+    """A number for each prompt that depends on its tokens alone."""
+    ids_N = layout.input_ids.flatten().cpu()
+    return [zlib.crc32(ids_N[first:stop].numpy().tobytes()) for first, stop in layout.ranges()]
 
 
 def _scores(
@@ -107,7 +129,11 @@ def _scores(
         return run_form("whole", model, known.parts, layout, group, wanted)
 
 
-def _check_tokens(model: Any, layout: Layout) -> None:
+def check_inputs(model: Any, layout: Layout, positions: str | Tensor, chunk_size: int | None) -> None:
+    """Raise ValueError for tokens that the model does not know, positions that are none, or a chunk of nothing."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None")
+    position_mask(positions, layout)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(embedding, "num_embeddings", None)
     lowest, highest = int(layout.input_ids.min()), int(layout.input_ids.max())
@@ -135,9 +161,11 @@ def _joined(results: Sequence[Scores], names: Sequence[str]) -> Scores:
             gradients=merged.gradients | other.gradients,
             position_energy=merged.position_energy | other.position_energy,
             residual_norm=merged.residual_norm | other.residual_norm,
+            remainder=merged.remainder | other.remainder,
         )
     return merged._replace(
         gradients={name: merged.gradients[name] for name in names},
         position_energy={name: merged.position_energy[name] for name in names},
         residual_norm={name: merged.residual_norm[name] for name in names},
+        remainder={name: merged.remainder[name] for name in names},
     )

@@ -129,6 +129,7 @@ def linearize(
     positions: str | Tensor = "all",
     chunk_size: int | None = None,
     kernel: str = "auto",
+    precision: str = "model",
 ) -> LinearizedNetwork:
     """Open the upper network of a batch, in the form that each layer is trusted with.
 
@@ -140,6 +141,7 @@ def linearize(
         positions: where the bias is added.
         chunk_size: vectors at a time.
         kernel: the form asked for.
+        precision: "model", or "mixed": the forward in float32.
 
     Raises:
         ValueError: no form of the model has both products, or they are not adjoint to each other.
@@ -151,7 +153,7 @@ def linearize(
         )
     forms = choose_forms(model, known, layout, list(widths), kernel)
     _prove(model, known, layout, widths, forms)
-    return _opened(model, known, layout, widths, forms, positions, chunk_size)
+    return _opened(model, known, layout, widths, forms, positions, chunk_size, precision)
 
 
 def _opened(
@@ -162,11 +164,12 @@ def _opened(
     forms: Mapping[str, str],
     positions: str | Tensor,
     chunk_size: int | None,
+    precision: str,
 ) -> LinearizedNetwork:
     uppers: dict[str, Upper] = {}
     for form in dict.fromkeys(forms[layer] for layer in widths):
         group = [layer for layer in widths if forms[layer] == form]
-        uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, positions, chunk_size))
+        uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, positions, chunk_size, precision))
     return LinearizedNetwork({layer: uppers[layer] for layer in widths}, widths)
 
 
@@ -180,7 +183,7 @@ def _prove(
     few = excerpt(layout, PROOF_TOKENS)
     generator = torch.Generator().manual_seed(0)
     try:
-        net = _opened(model, known, few, {layer: widths[layer] for layer in new}, forms, "all", None)
+        net = _opened(model, known, few, {layer: widths[layer] for layer in new}, forms, "all", None, "model")
         for layer in new:
             rows = net._uppers[layer].rows
             u = torch.randn(len(rows), 2, rows.shape[1], generator=generator).to(rows)

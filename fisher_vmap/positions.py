@@ -66,3 +66,31 @@ def sum_positions(
     for b, (first, stop) in enumerate(layout.ranges()):
         energy_N[first:stop] = squared_NK[first:stop] @ weight_BK[b]
     return Summed(gradients_BKD, energy_N)
+
+
+def energy_of_one(
+    cotangents: Tensor,
+    layout: Layout,
+    norm_KB: Tensor,
+    combination_BK: Tensor,
+    weight_B: Tensor,
+    mask_N: Tensor | None,
+) -> Tensor:
+    """The energy of each row, [N], of one more cotangent a prompt, which is a combination of those that were pulled.
+
+    Args:
+        cotangents: [b, T, K, D], as for `sum_positions`.
+        layout: of the batch.
+        norm_KB: [K, B].
+        combination_BK: [B, K].
+        weight_B: [B], its weight.
+        mask_N: [N], where the bias is added; None for everywhere.
+    """
+    device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
+    cotangents_NKD = cotangents.flatten(0, 1)
+    factor_BK = (combination_BK.to(norm_KB.device) * norm_KB.T).to(device, wide)
+    energy_N = cotangents_NKD.new_zeros(len(cotangents_NKD), dtype=wide)
+    for b, (first, stop) in enumerate(layout.ranges()):
+        row_nD = torch.einsum("nkd,k->nd", cotangents_NKD[first:stop].to(wide), factor_BK[b])
+        energy_N[first:stop] = row_nD.square().sum(1) * weight_B[b].to(device, wide)
+    return energy_N if mask_N is None else energy_N * mask_N.to(device, wide)

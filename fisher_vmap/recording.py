@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fisher_vmap.blocks import hidden_of, output_of, with_hidden
@@ -50,16 +51,18 @@ class Recording:
         bottom: [B, T, D], what that block returned.
         calls: in the order of the forward.
         top: [B, T, D], what the last call of the forward returned.
+        dtype: that of the replays; the forward's, and the top's, may be wider.
     """
 
     below: str
     bottom: Tensor
     calls: list[BlockCall]
     top: Tensor
+    dtype: torch.dtype
 
     def copy(self) -> "Recording":
         """Another list of the same calls, to be used up."""
-        return Recording(self.below, self.bottom, list(self.calls), self.top)
+        return replace(self, calls=list(self.calls))
 
     def below_has(self, name: str, count: int) -> bool:
         """Whether a block of that name returns before the call number `count`."""
@@ -120,7 +123,12 @@ def run_blocks(model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Se
 
 
 def record(
-    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], first: int, layout: Layout
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    call_order: Sequence[str],
+    first: int,
+    layout: Layout,
+    narrow_to: torch.dtype | None = None,
 ) -> Recording:
     """Run the blocks and remember the calls from number `first` on.
 
@@ -130,12 +138,17 @@ def record(
         call_order: the names of the blocks in the order of their calls, as the probe saw them.
         first: the first call to remember.
         layout: the batch.
+        narrow_to: the format in which calls are remembered, of a forward in float32; None: its own.
 
     Raises:
         StructureChanged: the calls were not those of `call_order`.
     """
     calls: list[BlockCall] = []
+    narrowed: dict[int, tuple[Tensor, Tensor]] = {}
     seen = 0
+
+    def kept(inputs: Any) -> Any:
+        return inputs if narrow_to is None else narrow(inputs, narrow_to, narrowed)
 
     def remember(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,7 +158,9 @@ def record(
                 if hidden is None:
                     raise StructureChanged(f"{name} was called without a residual stream")
                 # A copy: a block may write into its input, and the replay must see what the forward saw.
-                calls.append(BlockCall(name, module, hidden.clone(), args, kwargs))
+                args, kwargs = with_hidden(args, kwargs, hidden[:0])  # replays bring their own
+                copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
+                calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs)))
             seen += 1
 
         return before
@@ -155,7 +170,7 @@ def record(
     def keep_bottom(_module: nn.Module, _args: Any, output: Any) -> None:
         hidden = output_of(output)
         if seen == first and not bottom and hidden is not None:
-            bottom.append(hidden.clone())
+            bottom.append(hidden.clone() if narrow_to is None else hidden.to(narrow_to))
 
     handles = [
         b.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, b in blocks.items()
@@ -163,4 +178,19 @@ def record(
     handles += [b.register_forward_hook(keep_bottom) for b in blocks.values()]
     with hooks(*handles):
         top = run_blocks(model, blocks, call_order, layout)
-    return Recording(call_order[first - 1], bottom[0], calls, top)
+    return Recording(call_order[first - 1], bottom[0], calls, top, bottom[0].dtype)
+
+
+def narrow(inputs: Any, dtype: torch.dtype, done: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """The same inputs with float32 tensors in another format; `done` holds those that come again, by their id."""
+    if isinstance(inputs, Tensor):
+        if inputs.dtype != torch.float32:
+            return inputs
+        if id(inputs) not in done:
+            done[id(inputs)] = inputs, inputs.to(dtype)
+        return done[id(inputs)][1]
+    if isinstance(inputs, dict):
+        return {name: narrow(value, dtype, done) for name, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(narrow(value, dtype, done) for value in inputs)
+    return inputs

@@ -4,13 +4,12 @@
 the whole batch. A prompt's scores must not depend on its neighbours, so one that is longer goes by itself.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from fisher_vmap.scores import Scores
-
+Record = TypeVar("Record", bound=NamedTuple)
 SCALED_BY_LENGTH = {"dynamic", "longrope"}
 
 
@@ -32,8 +31,8 @@ def forget_lengths(model: nn.Module) -> None:
                 setattr(module, kind + "max_seq_len_cached", _limit(module))
 
 
-def join_prompts(parts: list[Scores], groups: list[list[int]]) -> Scores:
-    """The scores of a batch from those of its groups, in the batch's order."""
+def join_prompts(parts: list[Record], groups: list[list[int]]) -> Record:
+    """The record of a batch, tensors with a row a prompt, from those of its groups, in the batch's order."""
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([b for group in groups for b in group]).argsort()
@@ -43,7 +42,7 @@ def join_prompts(parts: list[Scores], groups: list[list[int]]) -> Scores:
             return {layer: joined([piece[layer] for piece in pieces]) for layer in pieces[0]}
         return torch.cat(pieces)[order.to(pieces[0].device)]
 
-    return Scores(*(joined(pieces) for pieces in zip(*parts, strict=True)))
+    return type(parts[0])(*(joined(pieces) for pieces in zip(*parts, strict=True)))
 
 
 def _length_dependent(model: nn.Module) -> list[Any]:

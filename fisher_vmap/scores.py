@@ -17,6 +17,8 @@ class Scores(NamedTuple):
         gradients: for each hooked layer, [B, K, D].
         position_energy: for each hooked layer, [B, T] in the caller's columns: sum_t p_t |g_t at this position|^2.
         residual_norm: for each hooked layer, [B]: the mean norm of its output over the prompt's tokens.
+        remainder: for each hooked layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole
+            vocabulary less that of the K tokens; S is what was asked for.
     """
 
     log_probs: Tensor
@@ -24,6 +26,7 @@ class Scores(NamedTuple):
     gradients: dict[str, Tensor]
     position_energy: dict[str, Tensor]
     residual_norm: dict[str, Tensor]
+    remainder: dict[str, Tensor]
 
     def factor(self, layer: str | None = None) -> Tensor:
         """A = diag(sqrt p) G, [B, K, D]: the Fisher matrix of each prompt is A^T A.

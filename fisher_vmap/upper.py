@@ -1,21 +1,20 @@
 """The upper network of one batch, linearised in one of its forms, for as many products by J and J^T as are wanted."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.forms import pullback_layers, pushforward_layer, residual_norm, unit_rows, upper
+from fisher_vmap.forms import pullback_layers, pushforward_layer, record_forward, residual_norm, unit_rows, upper
 from fisher_vmap.head import Head
 from fisher_vmap.layout import Layout, pack_rows
 from fisher_vmap.network import Arrived
 from fisher_vmap.positions import Summed, position_mask, sum_positions
 from fisher_vmap.probe import Probe, undisturbed
-from fisher_vmap.recording import record
 from fisher_vmap.rotary import forget_lengths
 from fisher_vmap.whole import hooked_outputs, pullback_whole, with_biases
 
@@ -27,11 +26,13 @@ class Upper(ABC):
         layout: the batch.
         layers: the names of the hooked layers.
         rows: [B, X], h: the last row's residual stream after the last block, or the logits.
+        dtype: of what is pulled and pushed.
         head: what reads them.
         residual_norm: for each layer, [B].
     """
 
     rows: Tensor
+    dtype: torch.dtype
     head: Head
     residual_norm: dict[str, Tensor]
 
@@ -43,9 +44,10 @@ class Upper(ABC):
         layers: Sequence[str],
         positions: str | Tensor,
         chunk_size: int | None,
+        precision: str,
     ) -> None:
         self.layout, self.layers = layout, list(layers)
-        self._model, self._known, self._chunk_size = model, known, chunk_size
+        self._model, self._known, self._chunk_size, self._precision = model, known, chunk_size, precision
         self._mask_N = position_mask(positions, layout)
         with self._prepared():
             forget_lengths(model)
@@ -74,12 +76,16 @@ class Upper(ABC):
             device = self.layout.device
             found[layer] = Summed(summed.gradients.to(device), self.layout.to_caller(summed.energy.to(device)))
 
-        with self._prepared():
-            for layer, _hidden, arrived in self._pull(unit_KBX):
-                if layers is None or layer in layers:
+        wanted = set(self.layers if layers is None else layers)
+        called_often = {layer for layer in wanted if self._known.parts.call_order.count(layer) > 1}
+        with self._prepared(), closing(self._pull(unit_KBX)) as arrivals:
+            for layer, _hidden, arrived in arrivals:
+                if layer in wanted:
                     pending[layer] = arrived + pending[layer] if layer in pending else arrived
-                    if self._known.parts.call_order.count(layer) < 2:
+                    if layer not in called_often:
                         finish(layer)
+                if set(found) == wanted:
+                    break  # further down there is nothing that is asked for
         for layer in list(pending):
             finish(layer)
         return found
@@ -89,7 +95,7 @@ class Upper(ABC):
         length_BK = torch.linalg.vector_norm(tangents_BKD, dim=-1)
         unit_BKD = tangents_BKD / length_BK.clamp(min=torch.finfo(length_BK.dtype).tiny)[..., None]
         with self._prepared():
-            moved_KBX = self._push(layer, self.layout.everywhere(unit_BKD.to(self.rows.dtype), self._mask_N))
+            moved_KBX = self._push(layer, self.layout.everywhere(unit_BKD.to(self.dtype), self._mask_N))
         wide = torch.promote_types(moved_KBX.dtype, torch.float32)
         return moved_KBX.transpose(0, 1).to(length_BK.device, wide) * length_BK[..., None].to(wide)
 
@@ -109,7 +115,7 @@ class Upper(ABC):
         """Run the model; set rows, head and residual_norm."""
 
     @abstractmethod
-    def _pull(self, unit_KBX: Tensor) -> Iterator[Arrived]:
+    def _pull(self, unit_KBX: Tensor) -> Generator[Arrived, None, None]:
         """What arrives at each layer, [b, T, K, D]; at a block that is called several times, once for each call."""
 
     @abstractmethod
@@ -124,15 +130,15 @@ class Blockwise(Upper):
         parts, layout = self._known.parts, self.layout
         assert parts.head is not None
         first = min(parts.call_order.index(layer) for layer in self.layers) + 1
-        self._recording = record(self._model, parts.blocks, parts.call_order, first, layout)
-        self.rows, self.head = layout.last(self._recording.top), parts.head
+        self._recording = record_forward(self._model, parts, layout, first, self._precision)
+        self.rows, self.head, self.dtype = layout.last(self._recording.top), parts.head, self._recording.dtype
         calls = self._recording.calls
         outputs = [*(call.hidden for call in calls), self._recording.top]
         names = [self._recording.below, *(call.name for call in calls)]
         last_outputs = dict(zip(names, outputs, strict=True))
         self.residual_norm = {layer: residual_norm(last_outputs[layer], layout) for layer in self.layers}
 
-    def _pull(self, unit_KBX: Tensor) -> Iterator[Arrived]:
+    def _pull(self, unit_KBX: Tensor) -> Generator[Arrived, None, None]:
         recording = self._recording.copy()
         return pullback_layers(self._known.parts, recording, self.layout, self.layers, unit_KBX, self._chunk_size)
 
@@ -144,16 +150,21 @@ class Whole(Upper):
     """The whole upper network in one piece."""
 
     def _open(self) -> None:
+        if self._precision != "model":
+            raise ValueError(
+                f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; use dtype "
+                "float32"
+            )
         modules = {layer: self._model.get_submodule(layer) for layer in self.layers}
         run, self.head = upper(self._model, self._known.parts, self.layout, modules)
         self._outputs = hooked_outputs(run, modules, self.layout)
         self._zeros = {layer: torch.zeros_like(hidden) for layer, hidden in self._outputs.items()}
         self._function = with_biases(run, modules)
         rows, self._pullback = pullback_whole(self._function, self._zeros)
-        self.rows = rows.detach()
+        self.rows, self.dtype = rows.detach(), rows.dtype
         self.residual_norm = {layer: residual_norm(hidden, self.layout) for layer, hidden in self._outputs.items()}
 
-    def _pull(self, unit_KBX: Tensor) -> Iterator[Arrived]:
+    def _pull(self, unit_KBX: Tensor) -> Generator[Arrived, None, None]:
         arrived = self._pullback(unit_KBX.to(self.rows.dtype), self._chunk_size)
         for layer, hidden in self._outputs.items():
             yield Arrived(layer, hidden, arrived.pop(layer))
@@ -175,6 +186,7 @@ def open_upper(
     layers: Sequence[str],
     positions: str | Tensor,
     chunk_size: int | None,
+    precision: str,
 ) -> Upper:
     """The upper network in the form of that name; a batch that cannot be packed is padded instead, to the same result.
 
@@ -188,8 +200,8 @@ def open_upper(
         )
     if form == "packed":
         try:
-            return Blockwise(model, known, pack_rows(layout), layers, positions, chunk_size)
+            return Blockwise(model, known, pack_rows(layout), layers, positions, chunk_size, precision)
         except UnsupportedAttention:
             form = "layerwise"
     kind = Blockwise if form == "layerwise" else Whole
-    return kind(model, known, layout, layers, positions, chunk_size)
+    return kind(model, known, layout, layers, positions, chunk_size, precision)

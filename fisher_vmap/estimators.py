@@ -1,0 +1,222 @@
+"""Low-rank Fisher matrices as factors, F = A^T A: of the top-k tokens, or near the best one of the whole vocabulary.
+
+`full` is a Nystrom approximation of F = J^T C J. Leading eigenvectors U of the output metric C are pulled back; the
+range of J^T U, orthonormal rows Q, is pushed forward, Z = J Q; and with M = Z C Z^T,
+
+    F  ~  (J^T C Z) M^-1 (J^T C Z)^T  =  A^T A,        A = (M^-1/2 Z C) J
+
+With F = L^T L, L = C^(1/2) J, this is L^T P L for the orthogonal projection P on the range of C^(1/2) Z: whatever Z is,
+it never exceeds F, and rounding in the push costs accuracy only to second order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.blocks import resolve_layers
+from fisher_vmap.decomposition import float64_device
+from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, prompt_seeds
+from fisher_vmap.layout import Layout, lay_out, select
+from fisher_vmap.linearized import LinearizedNetwork, linearize
+from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
+from fisher_vmap.probe import layer_widths, probe, undisturbed
+from fisher_vmap.rotary import batches_apart, join_prompts
+from fisher_vmap.scores import Scores
+from fisher_vmap.upper import Upper
+
+START_ITERATIONS = 2  # of the subspace iteration for C's leading eigenvectors
+
+
+class Estimate(NamedTuple):
+    """Fisher matrices of a batch, one factor a layer: F ~ A^T A.
+
+    float32, or float64 where the model is float64.
+
+    Attributes:
+        log_probs: [B, K], of the likeliest next tokens, highest first, in nats.
+        token_ids: [B, K] int64.
+        factors: for each layer, A, [B, m, D].
+        loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows.
+        remainder: for each layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole vocabulary
+            less A^T A.
+        position_energy: for each layer, [B, T] in the caller's columns: the trace of each position's own A^T A.
+        residual_norm: for each layer, [B]: the mean norm of its output over the prompt's tokens.
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
+    factors: dict[str, Tensor]
+    loadings: dict[str, Tensor]
+    remainder: dict[str, Tensor]
+    position_energy: dict[str, Tensor]
+    residual_norm: dict[str, Tensor]
+
+
+def topk(scores: Scores) -> Estimate:
+    """The matrix of the outcomes that the scores are of: A = diag(sqrt p) G."""
+    factors = {layer: scores.factor(layer) for layer in scores.gradients}
+    loadings = {layer: torch.eye(A.shape[1]).to(A).expand(len(A), -1, -1) for layer, A in factors.items()}
+    return Estimate(
+        scores.log_probs,
+        scores.token_ids,
+        factors,
+        loadings,
+        scores.remainder,
+        scores.position_energy,
+        scores.residual_norm,
+    )
+
+
+def full(
+    net: LinearizedNetwork, *, vectors: int, passes: int = 1, top_k: int = 10, probes: Probes | None = None
+) -> Estimate:
+    """Near the best low-rank approximation of the whole vocabulary's Fisher matrix; see the module.
+
+    Args:
+        net: the upper network of the batch.
+        vectors: m, how many vectors go up and down: a few more than the rank wanted.
+        passes: rounds of push and pull; each further one takes the range of the last one's result.
+        top_k: K, tokens that are read off beside.
+        probes: random vectors for the remainder; None: none.
+    """
+    found: dict[str, Estimate] = {}
+    for upper in net.sharing():
+        for layer, estimate in _full_of(upper, net.metric(upper.layers[0]), vectors, passes, top_k, probes).items():
+            found[layer] = estimate
+    return join_layers([found[layer] for layer in net.layers])
+
+
+def _full_of(
+    upper: Upper, c: Metric, vectors: int, passes: int, top_k: int, probes: Probes | None
+) -> dict[str, Estimate]:
+    reading = upper.head.read(upper.rows, top_k, None)
+    root_p_BK = (reading.log_probs / 2).exp()
+    token_rows_BKX = c.rows(reading.token_ids) * root_p_BK[:, :, None]
+    start_BmX = leading_vectors(c, min(vectors, upper.rows.shape[1]), START_ITERATIONS)
+    m = start_BmX.shape[1]
+    random_BSX = start_BmX[:, :0] if probes is None else probe_rows(c, probes)
+    first = upper.pull(torch.cat([start_BmX, random_BSX], 1))
+    found = {}
+    for layer in upper.layers:
+        pulled, random_BSD = first[layer].gradients[:, :m], first[layer].gradients[:, m:]
+        for _ in range(passes):
+            z_BmX = upper.push(orthonormal(pulled).to(pulled), layer)
+            cz_BmX = c.product(z_BmX)
+            whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
+            last = upper.pull(whiten_Bmm @ cz_BmX, [layer])[layer]
+            pulled = last.gradients
+        z_BmX = whiten_Bmm @ z_BmX  # now Z C Z^T = 1
+        found[layer] = Estimate(
+            reading.log_probs,
+            reading.token_ids,
+            {layer: pulled},
+            {layer: token_rows_BKX @ z_BmX.mT},
+            {layer: random_BSD - (random_BSX @ z_BmX.mT) @ pulled},
+            {layer: last.energy},
+            {layer: upper.residual_norm[layer]},
+        )
+    return found
+
+
+def _inverse_root(z_BmX: Tensor, cz_BmX: Tensor) -> Tensor:
+    """M^-1/2 of M = Z C Z^T, [B, m, m], by its eigenvectors; rows of what is zero to rounding are zero."""
+    place, m = float64_device(z_BmX.device), z_BmX.shape[1]
+    M_Bmm = z_BmX.to(place, torch.float64) @ cz_BmX.to(place, torch.float64).mT
+    finite_B11 = M_Bmm.isfinite().all(2).all(1)[:, None, None]
+    mu_Bm, X_Bmm = torch.linalg.eigh(torch.where(finite_B11, (M_Bmm + M_Bmm.mT) / 2, 0))
+    least = m * torch.finfo(z_BmX.dtype).eps * mu_Bm[:, -1:].clamp(min=0)
+    inverse_Bm = torch.where(mu_Bm > least, mu_Bm, torch.inf).rsqrt()
+    return torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(z_BmX)
+
+
+def fisher_full(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    layers: str | int | Sequence[str | int],
+    rank: int = 10,
+    oversampling: int = 6,
+    passes: int = 1,
+    top_k: int = 10,
+    trace_samples: int = 4,
+    positions: str | Tensor = "all",
+    kernel: str = "auto",
+    chunk_size: int | None = None,
+    precision: str = "model",
+) -> Estimate:
+    """Near the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a whole batch of prompts.
+
+    F = sum over all tokens of p_t g_t g_t^T = J^T C J, by two pullbacks and one pushforward of rank + oversampling
+    vectors for each pass [Halko, Martinsson and Tropp, SIAM Review 2011]. With several layers the first pullback is
+    shared; each layer has a push and a pull of its own.
+
+    Args:
+        model: a causal LM of transformers.
+        input_ids: [B, T] int64, padded on either side.
+        attention_mask: [B, T], 1 for real tokens; None: no padding.
+        layers: as for `fisher_scores`.
+        rank: R, the rank that is wanted; `compress(factor, rank)` gives it.
+        oversampling: vectors beyond R; the more, the nearer to the best possible.
+        passes: rounds of push and pull.
+        top_k: K, how many of the likeliest tokens are read off beside.
+        trace_samples: S, random vectors that the remainder is estimated with; they join the first pullback.
+        positions: where the bias is added: "all", "last" or a mask [B, T].
+        kernel: "auto", or a form by name: "layerwise" or "whole".
+        chunk_size: vectors at a time; None: as many as the device does well with.
+        precision: "model", or "mixed": the forward in float32, from the same weights.
+
+    Returns:
+        Estimate, with factors [B, R + oversampling, D].
+
+    Raises:
+        ValueError: an argument is not as described, or the model has no forward derivatives.
+    """
+    check_kernel(kernel)
+    check_precision(precision)
+    for name, value, least in (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+    if kernel == "loop":
+        raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use kernel auto or whole")
+    layout = lay_out(input_ids, attention_mask)
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
+        names = resolve_layers(model, layers)
+        known = probe(model, layout)
+        check_inputs(model, layout, positions, chunk_size)
+        widths = layer_widths(model, names)
+
+        def of_group(group: list[int]) -> Estimate:
+            part = select(layout, group)
+            where = positions[group] if isinstance(positions, Tensor) else positions
+            net = linearize(
+                model,
+                known,
+                part,
+                widths,
+                positions=where,
+                chunk_size=chunk_size,
+                kernel=kernel,
+                precision=precision,
+            )
+            probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
+            vectors = min(rank + oversampling, max(widths.values()))
+            return full(net, vectors=vectors, passes=passes, top_k=top_k, probes=probes)
+
+        return apart(model, layout, of_group)
+
+
+def apart(model: nn.Module, layout: Layout, of_group: Callable[[list[int]], Estimate]) -> Estimate:
+    """A batch's estimate from those of its prompts that may be computed together."""
+    groups = batches_apart(model, layout.lengths)
+    return join_prompts([of_group(group) for group in groups], groups)
+
+
+def join_layers(parts: Sequence[Estimate]) -> Estimate:
+    """One record of several that differ in their layers alone."""
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = Estimate(*(a | b if isinstance(a, dict) else a for a, b in zip(merged, part, strict=True)))
+    return merged
