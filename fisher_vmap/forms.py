@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.fused import Forward, fused_pullbacks
+from fisher_vmap.fused_block import Rules, keeping
 from fisher_vmap.head import Head, LogitsHead, UnembeddingHead
 from fisher_vmap.layout import Layout
 from fisher_vmap.memory import is_out_of_memory
@@ -49,6 +50,7 @@ class Parts:
         gather: whether what follows the output embedding looks at each position alone.
         above: the ids of the modules that return after the last block has: the final norm, the model itself.
         fused: modules inside the blocks that have a fused pullback, with the forward that has it.
+        rules: blocks that are pulled back as a whole by hand, where prompts are packed.
     """
 
     blocks: Mapping[str, nn.Module]
@@ -59,6 +61,7 @@ class Parts:
     gather: bool
     above: frozenset[int]
     fused: Sequence[tuple[nn.Module, Forward]]
+    rules: Rules
 
 
 def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted) -> Scores:
@@ -82,7 +85,9 @@ def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, p
         ValueError: the model does not run with widened weights.
     """
     if precision == "model":
-        return record(model, parts.blocks, parts.call_order, first, layout)
+        return record(
+            model, parts.blocks, parts.call_order, first, layout, around=lambda calls: keeping(parts.rules, calls)
+        )
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     try:
         with float32_forward(model, parts.blocks):
@@ -115,7 +120,7 @@ def pullback_layers(
                 yield Arrived(top_layer, top, layout.at_last(rows_KBD))
         if cotangents is None:
             cotangents = layout.at_last(rows_KBD)
-        yield from pullback_blocks(recording, cotangents, set(layers), chunk_size)
+        yield from pullback_blocks(recording, cotangents, set(layers), chunk_size, parts.rules)
 
 
 def pushforward_layer(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 
 from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
+from fisher_vmap.scratch import Scratch
 
 Forward = Callable[..., Any]
 
@@ -35,6 +36,52 @@ class NormKind(NamedTuple):
     offset: float
     eps: float
     centred: bool
+
+
+class NormRows(NamedTuple):
+    """What the pullback of a norm shares among the cotangents, for each position: dx = g * scale - back sum(g * along).
+
+    `mean` and `r` stand for the share of a mean that the norm takes off, - r sum(g * mean); `mean` is None without one.
+    """
+
+    scale: Tensor
+    along: Tensor
+    back: Tensor
+    mean: Tensor | None
+    r: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "NormRows":
+        """Every tensor changed in the same way."""
+        return NormRows(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
+    def at(self, start: int, stop: int) -> "NormRows":
+        """A range of positions, which are the first dimension."""
+        return self.each(lambda x: x[start:stop])
+
+    def pull(self, g: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """The pullback of g, in memory of that name; a dimension of every row broadcasts against the cotangents."""
+        product = torch.mul(g, self.along, out=scratch("product", g.shape, g))
+        dx = torch.mul(g, self.scale, out=scratch(name, g.shape, g))
+        dx.addcmul_(product.sum(-1, keepdim=True), self.back, value=-1)
+        if self.mean is not None:
+            dx.addcmul_(torch.mul(g, self.mean, out=product).sum(-1, keepdim=True), self.r, value=-1)
+        return dx
+
+
+def norm_rows(x: Tensor, weight: Tensor, kind: NormKind, dtype: torch.dtype) -> NormRows:
+    """What a norm's pullback at x, [..., D], shares among the cotangents, in their dtype; of the shape of x."""
+    weight, n, r = _normalised(x, weight, kind)
+    mean = (weight / n.shape[-1]).expand_as(n) if kind.centred else None
+    return NormRows(weight * r, weight * n / n.shape[-1], n * r, mean, r).each(lambda row: row.to(dtype))
+
+
+def _normalised(x: Tensor, weight: Tensor, kind: NormKind) -> tuple[Tensor, Tensor, Tensor]:
+    """A norm's weight, n = (x - m) r and r, in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if kind.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + kind.eps)
+    return weight.to(wide.dtype) + kind.offset, wide * r, r
 
 
 class _Norm(Derived):
@@ -51,53 +98,48 @@ class _Norm(Derived):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, n, r = _normalised(ctx)
-        scale, along, back = (weight * r), (weight * n / n.shape[-1]), n * r
-        mean = (weight / n.shape[-1]).expand_as(n) if ctx.centred else None
-        rows = (t.to(g.dtype) if t is not None else None for t in (scale, along, back, mean, r))
+        rows = norm_rows(*ctx.saved_tensors, _kind(ctx), g.dtype)
         return _NormPullback.apply(g, *rows), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
-        weight, n, r = _normalised(ctx)
+        weight, n, r = _normalised(*ctx.saved_tensors, _kind(ctx))
         scale, along, back = weight * r, n / n.shape[-1], weight * n * r
         mean = torch.full_like(r, 1 / n.shape[-1]).expand_as(n) if ctx.centred else None
         rows = (x.to(t.dtype) if x is not None else None for x in (scale, along, back, mean, scale))
         return _NormPushforward.apply(t, *rows)  # type: ignore[no-any-return]
 
 
-def _normalised(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A norm's weight, n = (x - m) r and r, in float32 or wider."""
-    x, weight = ctx.saved_tensors
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if ctx.centred:
-        wide = wide - wide.mean(-1, keepdim=True)
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
-    return weight.to(wide.dtype) + ctx.offset, wide * r, r
+def _kind(ctx: Any) -> NormKind:
+    return NormKind(ctx.offset, ctx.eps, ctx.centred)
 
 
 class _NormPullback(Pullback):
     @staticmethod
-    def forward(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
-        return _pull_norm(g, scale, along, back, mean, r)
+    def forward(g: Tensor, *rows: Tensor | None) -> Tensor:
+        return _pull_norm(g, *rows)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
         g = g.movedim(cotangent_dim(in_dims), -2)
         rows = (None if x is None else x.unsqueeze(-2) for x in shared)
-        return _pull_norm(g, *rows), g.dim() - 2  # type: ignore[arg-type]
+        return _pull_norm(g, *rows), g.dim() - 2
 
 
 class _NormPushforward(_NormPullback):
     """The same three products with other factors."""
 
 
-def _pull_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
-    dot = (g * along).sum(-1, keepdim=True)
-    dx = torch.mul(g, scale).addcmul_(dot, back, value=-1)
-    if mean is not None:
-        dx.addcmul_((g * mean).sum(-1, keepdim=True), r, value=-1)
-    return dx
+def _pull_norm(g: Tensor, *rows: Tensor | None) -> Tensor:
+    return NormRows(*rows).pull(g, Scratch(), "dx")  # type: ignore[arg-type]
+
+
+def mlp_forward(
+    x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: Forward
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A gated MLP's output, and what its derivatives need: the outputs of gate and up."""
+    a, b = gate(x), up(x)
+    return down(act(a) * b), a, b
 
 
 class _GatedMlp(Derived):
@@ -105,8 +147,7 @@ class _GatedMlp(Derived):
     def forward(
         x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, act: Forward
     ) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = gate(x), up(x)
-        return down(act(a) * b), a, b
+        return mlp_forward(x, gate, up, down, act)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -127,10 +168,15 @@ class _GatedMlp(Derived):
 
 def _mlp_parts(ctx: Any) -> tuple[Tensor, ...]:
     """What a gated MLP's derivatives share: act'(a) b, act(a), and the weights."""
-    a, b = ctx.saved_tensors
-    act_a, pull = vjp(ctx.act, a)  # type: ignore[misc]
+    factors = mlp_factors(*ctx.saved_tensors, ctx.act)
+    return *factors, *(part.weight.detach() for part in (ctx.gate, ctx.up, ctx.down))
+
+
+def mlp_factors(a: Tensor, b: Tensor, act: Forward) -> tuple[Tensor, Tensor]:
+    """What the derivatives of act(a) * b multiply with: act'(a) b on the side of a, act(a) on the side of b."""
+    act_a, pull = vjp(act, a)  # type: ignore[misc]
     (slope,) = pull(torch.ones_like(a))
-    return slope * b, act_a, *(part.weight.detach() for part in (ctx.gate, ctx.up, ctx.down))
+    return slope * b, act_a
 
 
 class _GatedMlpPullback(Pullback):

@@ -18,6 +18,7 @@ from fisher_vmap.attention_interface import Packed, packed_now
 from fisher_vmap.attention_push import pushforward_attention
 from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
 from fisher_vmap.recording import hooks
+from fisher_vmap.scratch import Scratch
 
 Forwards = dict[nn.Module, Callable[..., Any]]
 
@@ -63,17 +64,33 @@ def rotary_attention(
     return _RotaryAttention.apply(x, cos, sin, parts, kind, packed)[0]  # type: ignore[no-any-return]
 
 
+def attend(
+    x: Tensor, cos: Tensor, sin: Tensor, parts: AttentionParts, kind: AttentionKind
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The module's output, [1, N, D], and its queries, keys and values, [1, H, N, E], after the rotary embedding."""
+    q, k, v = (project(x).view(*x.shape[:2], -1, parts.head) for project in (parts.q, parts.k, parts.v))
+    cos, sin, half = cos[:, :, None], sin[:, :, None], parts.head // 2
+    other_sin = torch.cat((sin[..., half:], sin[..., :half]), -1)
+    q, k = (_rotate(t, cos, other_sin, half) for t in (q, k))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = attention_forward(q, k, v, None, kind)
+    return parts.o(out.transpose(1, 2).reshape(*x.shape[:2], -1)), q, k, v
+
+
+def _rotate(x: Tensor, cos: Tensor, other_sin: Tensor, half: int) -> Tensor:
+    """x * cos + rotate_half(x) * sin, to the bit; each half of `other_sin` is the other half of sin."""
+    out, crossed = x * cos, x * other_sin
+    out[..., :half] -= crossed[..., half:]
+    out[..., half:] += crossed[..., :half]
+    return out
+
+
 class _RotaryAttention(Derived):
     @staticmethod
     def forward(
         x: Tensor, cos: Tensor, sin: Tensor, parts: AttentionParts, kind: AttentionKind, packed: Packed
     ) -> tuple[Tensor, ...]:
-        q, k, v = (
-            project(x).view(*x.shape[:2], -1, parts.head).transpose(1, 2) for project in (parts.q, parts.k, parts.v)
-        )
-        q, k = (t * cos[:, None] + _rotate_half(t) * sin[:, None] for t in (q, k))
-        out = attention_forward(q, k, v, None, kind)
-        return parts.o(out.transpose(1, 2).reshape(*x.shape[:2], -1)), q, k, v
+        return attend(x, cos, sin, parts, kind)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -121,19 +138,51 @@ def pullback_rotary(
     packed: Packed,
 ) -> Tensor:
     """K cotangents of the module's output to those of its input, [N, K, D]; q and k are after the rotary embedding."""
-    N, K, D = g_NKD.shape
-    dO = (g_NKD.reshape(N * K, D) @ w_o).view(N, K, q.shape[1], -1)
-    dq, dk, dv = (dO.new_empty(N, K, x.shape[1], x.shape[3]) for x in (q, k, v))
-    alone = kind.alone()
-    for a, z in packed.ranges:
-        cotangents = dO[a:z].permute(2, 0, 1, 3).contiguous()[None]
-        parts = pullback_attention(cotangents, q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
+    weights = torch.cat((w_q, w_k, w_v)), w_o
+    return pullback_prompts(g_NKD, cos, sin, q, k, v, weights, kind.alone(), packed.ranges, Scratch())
+
+
+def pullback_prompts(
+    g_nKD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Tensor, Tensor],
+    kind: AttentionKind,
+    ranges: Sequence[tuple[int, int]],
+    scratch: Scratch,
+) -> Tensor:
+    """The same for some neighbouring prompts, in scratch memory.
+
+    Args:
+        g_nKD: the cotangents at their n positions.
+        cos: [1, N, E] of all positions, and so on.
+        sin: [1, N, E].
+        q: [1, H, N, E], after the rotary embedding.
+        k: [1, G, N, E], after the rotary embedding.
+        v: [1, G, N, E].
+        weights: of queries, keys and values, [(H + 2 G) E, D], and of the output, [D, H E].
+        kind: of the attention within one prompt.
+        ranges: [start, stop) of each prompt among all positions.
+        scratch: for what passes through; the result stays in it until it is used again.
+    """
+    w_qkv, w_o = weights
+    n, K, D = g_nKD.shape
+    H, G, E, first = q.shape[1], k.shape[1], q.shape[3], ranges[0][0]
+    dO = torch.mm(g_nKD.reshape(n * K, D), w_o, out=scratch("dO", (n * K, H * E), g_nKD)).view(n, K, H, E)
+    dqkv = scratch("dqkv", (n, K, H + 2 * G, E), g_nKD)
+    for a, z in ranges:
+        here = slice(a - first, z - first)
+        cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
+        dq, dk, dv = pullback_attention(cotangents[None], q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, kind)
         c, s = cos[0, a:z, None], sin[0, a:z, None]
-        _unrotate(parts[0][0], c, s, dq[a:z].permute(2, 0, 1, 3))
-        _unrotate(parts[1][0], c, s, dk[a:z].permute(2, 0, 1, 3))
-        dv[a:z].permute(2, 0, 1, 3).copy_(parts[2][0])
-    dx = dq.view(N * K, -1) @ w_q
-    return dx.addmm_(dk.view(N * K, -1), w_k).addmm_(dv.view(N * K, -1), w_v).view(N, K, D)
+        out = dqkv[here].permute(2, 0, 1, 3)
+        _unrotate(dq[0], c, s, out[:H])
+        _unrotate(dk[0], c, s, out[H : H + G])
+        out[H + G :].copy_(dv[0])
+    return torch.mm(dqkv.view(n * K, -1), w_qkv, out=scratch("dn", (n * K, D), g_nKD)).view(n, K, D)
 
 
 class _ModulePushforward(Pushforward):
@@ -190,10 +239,16 @@ def _unrotate(g: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
 
 
+def attention_scale(module: nn.Module) -> float | None:
+    """What a module multiplies the scores of its attention with, by its own word; None where it has none."""
+    scale = getattr(module, "scaling", None)
+    return scale if isinstance(scale, float) else None
+
+
 def fused_attention_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward of an attention module with the fused pullback for packed prompts; None for other modules."""
-    parts, scale = parts_of(module), getattr(module, "scaling", None)
-    if parts is None or not isinstance(scale, float):
+    parts, scale = parts_of(module), attention_scale(module)
+    if parts is None or scale is None:
         return None
     own = module.forward
 
@@ -201,7 +256,7 @@ def fused_attention_forward(module: nn.Module) -> Callable[..., Any] | None:
         packed = packed_now()
         x = args[0] if args else kwargs.get("hidden_states")
         rotary = kwargs.get("position_embeddings")
-        if packed is None or len(args) > 1 or not isinstance(x, Tensor) or not _is_rotary(rotary, x, parts.head):
+        if packed is None or len(args) > 1 or not isinstance(x, Tensor) or not is_rotary(rotary, x, parts.head):
             return own(*args, **kwargs)
         assert rotary is not None
         kind = AttentionKind(scale, True, packed.groups)
@@ -228,7 +283,7 @@ def proven(
     return right
 
 
-def _is_rotary(rotary: Sequence[Tensor] | None, x: Tensor, head: int) -> bool:
+def is_rotary(rotary: Sequence[Tensor] | None, x: Tensor, head: int) -> bool:
     """Whether a pair of tensors is cos and sin, [1, N, E], for x."""
     if rotary is None or len(rotary) != 2:
         return False

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.recording import BlockCall, Recording, StructureChanged
+from fisher_vmap.fused_block import Rules, pullback_by_rule
+from fisher_vmap.recording import BlockCall, Recording, check_primal
+from fisher_vmap.scratch import Scratch
 
 # Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
 # prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.
@@ -37,16 +39,17 @@ class Arrived(NamedTuple):
 
 
 def pullback_blocks(
-    recording: Recording, cotangents: Tensor, layers: Collection[str], chunk_size: int | None
+    recording: Recording, cotangents: Tensor, layers: Collection[str], chunk_size: int | None, rules: Rules
 ) -> Iterator[Arrived]:
     """Pull cotangents of the top back to the output of every hooked block; the recording is used up on the way.
 
     Args:
         recording: the calls above the lowest hooked block, and the top, [B, T, D].
         cotangents: [B, T, K, D], cotangents of the top. K stands inside: a position's cotangents lie side by side,
-            so that a prompt's are one range of memory and what they share is broadcast from cache.
+            so that a prompt's are one range of memory and what they share is broadcast from cache. They are used up.
         layers: the names of the hooked blocks.
         chunk_size: how many cotangents to pull at a time; None: all at once.
+        rules: blocks that are pulled back by hand.
 
     Yields:
         What arrives at the output of each hooked block, from the top down, once for each of its calls.
@@ -54,12 +57,16 @@ def pullback_blocks(
     Raises:
         StructureChanged: a replayed block did not return what the next one had received.
     """
-    expected = recording.top
+    expected, scratch = recording.top, Scratch()
     while recording.calls:
         call = recording.calls.pop()
+        rule = rules.get(call.block)
         if call.name in layers:
             yield Arrived(call.name, expected, cotangents)
-        cotangents = pullback_block(call, expected, cotangents, chunk_size)
+            cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
+        cotangents = cotangents.contiguous()
+        if rule is None or not pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch):
+            cotangents = pullback_block(call, expected, cotangents, chunk_size)
         expected = call.hidden
     check_primal(f"what {recording.below} returned", recording.bottom, expected)
     yield Arrived(recording.below, expected, cotangents)
@@ -128,15 +135,3 @@ def push_function(
         check_primal(what, primal, expected)
         pieces.append(moved)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-
-def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:
-    """Raise StructureChanged unless a replayed block returned what the recorded forward had passed on.
-
-    The same operations on the same values agree to the bit on a CPU; kernels that add in a free order may differ by
-    rounding. Values that are not finite say nothing and pass: the scores will carry them.
-    """
-    gap = (primal - expected.to(primal.device)).float().norm()
-    size = expected.float().norm().to(gap.device)
-    if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
-        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from what went on")

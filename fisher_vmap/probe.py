@@ -21,6 +21,7 @@ from fisher_vmap.blocks import decoder_blocks
 from fisher_vmap.forms import Parts
 from fisher_vmap.fused import Forward, fused_forward
 from fisher_vmap.fused_attention import fused_attention_forward, proven
+from fisher_vmap.fused_block import Rules, block_rule, proven_blocks
 from fisher_vmap.layout import Layout, lay_out, pack_rows
 from fisher_vmap.proof import Reach, block_reach
 from fisher_vmap.recording import StructureChanged, run_blocks
@@ -111,10 +112,12 @@ def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
         gather=watched.gather,
         above=watched.above,
         fused=_fused(blocks),
+        rules={},
     )
     if not why_not_packed:
         with attention_set_to(model, attention):
-            parts = replace(parts, fused=[*parts.fused, *_fused_attention(model, parts, input_ids)])
+            attentions, rules = _proven_packed(model, parts, input_ids)
+        parts = replace(parts, fused=[*parts.fused, *attentions], rules=rules)
     with attention_set_to(model, attention):
         reach = block_reach(model, blocks, input_ids)
     return Probe(parts, reach, attention, watched.why_not, made_of)
@@ -126,18 +129,22 @@ def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
     return [(module, forward) for module in inside.values() if (forward := fused_forward(module)) is not None]
 
 
-def _fused_attention(model: nn.Module, parts: Parts, input_ids: Tensor) -> list[tuple[nn.Module, Forward]]:
-    """The attention modules that have a fused pullback, proven on these tokens packed end to end."""
+def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[list[tuple[nn.Module, Forward]], Rules]:
+    """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end."""
     inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
     forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
+    candidates = {block: list(block_rule(block)) for block in parts.blocks.values()}
     packed = pack_rows(lay_out(input_ids, None))
     try:
         with torch.no_grad(), prompts_packed(packed):
-            right = proven(forwards, lambda: run_blocks(model, parts.blocks, parts.call_order, packed))
+
+            def run() -> object:
+                return run_blocks(model, parts.blocks, parts.call_order, packed)
+
+            return list(proven(forwards, run).items()), proven_blocks(candidates, run)
     except (UnsupportedAttention, StructureChanged, TypeError) as reason:  # then nothing will be packed either
         log.debug("no fused attention: %s", reason)
-        return []
-    return list(right.items())
+        return [], {}
 
 
 def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:

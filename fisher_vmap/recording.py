@@ -1,7 +1,7 @@
 """One forward without gradients that remembers every call of a decoder block, and stops where the blocks end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ class BlockCall(NamedTuple):
         hidden: [B, T, D], the residual stream that went in.
         args: the positional arguments, the residual stream among them where it came so.
         kwargs: the keyword arguments.
+        kept: what the block's forward has left for the pullback, if it has.
     """
 
     name: str
@@ -32,6 +33,7 @@ class BlockCall(NamedTuple):
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    kept: list[Any]
 
     def replay(self, hidden: Tensor) -> Tensor:
         """The block's output residual stream for another input, everything else as recorded."""
@@ -129,6 +131,7 @@ def record(
     first: int,
     layout: Layout,
     narrow_to: torch.dtype | None = None,
+    around: Callable[[list[BlockCall]], AbstractContextManager[None]] = lambda calls: nullcontext(),
 ) -> Recording:
     """Run the blocks and remember the calls from number `first` on.
 
@@ -139,6 +142,7 @@ def record(
         first: the first call to remember.
         layout: the batch.
         narrow_to: the format in which calls are remembered, of a forward in float32; None: its own.
+        around: a context for the forward, given the list that its calls go to.
 
     Raises:
         StructureChanged: the calls were not those of `call_order`.
@@ -160,7 +164,7 @@ def record(
                 # A copy: a block may write into its input, and the replay must see what the forward saw.
                 args, kwargs = with_hidden(args, kwargs, hidden[:0])  # replays bring their own
                 copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
-                calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs)))
+                calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs), []))
             seen += 1
 
         return before
@@ -176,7 +180,7 @@ def record(
         b.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, b in blocks.items()
     ]
     handles += [b.register_forward_hook(keep_bottom) for b in blocks.values()]
-    with hooks(*handles):
+    with around(calls), hooks(*handles):
         top = run_blocks(model, blocks, call_order, layout)
     return Recording(call_order[first - 1], bottom[0], calls, top, bottom[0].dtype)
 
@@ -194,3 +198,15 @@ def narrow(inputs: Any, dtype: torch.dtype, done: dict[int, tuple[Tensor, Tensor
     if type(inputs) in (tuple, list):
         return type(inputs)(narrow(value, dtype, done) for value in inputs)
     return inputs
+
+
+def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:
+    """Raise StructureChanged unless a replayed block returned what the recorded forward had passed on.
+
+    The same operations on the same values agree to the bit on a CPU; kernels that add in a free order may differ by
+    rounding. Values that are not finite say nothing and pass: the scores will carry them.
+    """
+    gap = (primal - expected.to(primal.device)).float().norm()
+    size = expected.float().norm().to(gap.device)
+    if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
+        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from what went on")

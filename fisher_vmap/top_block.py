@@ -17,8 +17,8 @@ from torch.func import vjp, vmap
 from fisher_vmap.attention_interface import KeysCaptured, against_keys, capturing_keys
 from fisher_vmap.blocks import with_hidden
 from fisher_vmap.layout import Layout
-from fisher_vmap.network import check_primal, push_function
-from fisher_vmap.recording import BlockCall
+from fisher_vmap.network import push_function
+from fisher_vmap.recording import BlockCall, check_primal
 
 
 class NotPositionwise(Exception):
@@ -66,7 +66,7 @@ def _at_last_rows(call: BlockCall, layout: Layout) -> Callable[[Tensor], Tensor]
 
     def rows(hidden: Tensor) -> Tensor:
         keys = _keys(call, hidden)
-        narrow = BlockCall(call.name, call.block, hidden, *with_hidden(args, kwargs, hidden[:, last]))
+        narrow = BlockCall(call.name, call.block, hidden, *with_hidden(args, kwargs, hidden[:, last]), [])
         with against_keys(keys):
             return narrow.replay(hidden[:, last])
 

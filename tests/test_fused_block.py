@@ -1,0 +1,116 @@
+"""Whole blocks pulled back by hand, against plain autograd in float64 of each prompt alone."""
+
+import pytest
+import torch
+from models import block, fresh, padded, prompts, tiny
+from oracles import plain_scores, relative
+
+from fisher_vmap import fused_block, scratch
+from fisher_vmap.kernel import fisher_scores
+from fisher_vmap.probe import _PROBES
+
+LENGTHS = (5, 1, 9, 14)
+OPEN_WINDOW = {"sliding_window": None}
+
+
+def worst(model, exact, layers, rows, **choices) -> float:
+    ids, mask = padded(rows, "left", extra=2)
+    scores = fisher_scores(model, ids, mask, layers=layers, **choices)
+    return max(
+        relative(scores.gradients[layer][b], plain_scores(exact, row, layer, token_ids=scores.token_ids[b]).gradients)
+        for layer in scores.gradients
+        for b, row in enumerate(rows)
+    )
+
+
+def rules_of(model) -> int:
+    return len(_PROBES[model].parts.rules)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", OPEN_WINDOW)])
+def test_every_block_and_every_hook(family, changes):
+    model, exact = tiny(family, torch.float32, **changes), tiny(family, **changes)
+    assert worst(model, exact, "all", prompts(LENGTHS), top_k=4) < 5e-6
+    assert rules_of(model) == 4
+    for layer in (0, 2):  # alone: what arrives at a hooked block is not touched by what goes further down
+        assert worst(model, exact, [layer], prompts(LENGTHS), top_k=4) < 5e-6
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room):
+    monkeypatch.setitem(fused_block.KEPT_BYTES, "cpu", room)
+    assert worst(tiny("llama", torch.float32), tiny("llama"), [0, 2], prompts(LENGTHS), top_k=4) < 5e-6
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_stretches_of_any_size(monkeypatch, rows):
+    monkeypatch.setitem(scratch.ROWS_IN_CACHE, "cpu", rows)
+    assert worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=3) < 5e-6
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
+def test_chunks_of_cotangents(chunk_size):
+    found = worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=5, chunk_size=chunk_size)
+    assert found < 5e-6
+
+
+def test_stretches_end_where_they_may_and_leave_nothing_out(monkeypatch):
+    monkeypatch.setitem(scratch.ROWS_IN_CACHE, "cpu", 20)
+    cpu = torch.device("cpu")
+    assert list(scratch.stretches([3, 4, 10, 11], 4, cpu)) == [(0, 4), (4, 10), (10, 11)]
+    assert list(scratch.stretches([9], 4, cpu)) == [(0, 9)]
+    assert list(scratch.stretches(range(1, 12), 4, cpu)) == [(0, 5), (5, 10), (10, 11)]
+
+
+def test_scratch_is_used_again_and_grows():
+    memory, like = scratch.Scratch(), torch.zeros(1)
+    first = memory("a", (2, 3), like)
+    assert memory("a", (3, 2), like).data_ptr() == first.data_ptr()
+    assert memory("b", (2, 3), like).data_ptr() != first.data_ptr()
+    assert memory("a", (4, 5), like).shape == (4, 5)
+    assert memory("a", (2,), like.double()).dtype == torch.float64
+
+
+def hooked(model) -> None:
+    model.get_submodule(block("llama", 1) + ".mlp").register_forward_hook(lambda _m, _a, output: 1.1 * output)
+
+
+def scaled_residual(model) -> None:
+    target = model.get_submodule(block("llama", 1))
+    own = type(target).forward
+    target.__class__ = type("Other", (type(target),), {"forward": lambda self, x, **kw: own(self, 0.9 * x, **kw)})
+
+
+def other_norm(model) -> None:
+    target = model.get_submodule(block("llama", 1))
+    norm = target.post_attention_layernorm
+    norm.__class__ = type("Other", (type(norm),), {"forward": lambda self, x: 1.5 * super(type(self), self).forward(x)})
+
+
+def swapped_norms(model) -> None:
+    """The block uses its norms the other way round from the order in which it holds them."""
+    target = model.get_submodule(block("llama", 1))
+    first, second = target.input_layernorm, target.post_attention_layernorm
+    del target.input_layernorm, target.post_attention_layernorm
+    target.post_attention_layernorm, target.input_layernorm = second, first
+
+
+@pytest.mark.parametrize("change", [hooked, scaled_residual, other_norm, swapped_norms])
+def test_a_block_that_does_something_else_is_left_to_autograd(change):
+    model, exact = fresh("llama", torch.float32), fresh("llama")
+    change(model), change(exact)
+    assert worst(model, exact, [0], prompts(LENGTHS), top_k=3) < 5e-6
+    assert rules_of(model) == 3
+
+
+def test_a_hook_added_later_is_seen():
+    model, exact = fresh("llama", torch.float32), fresh("llama")
+    worst(model, exact, [0], prompts(LENGTHS), top_k=3)
+    hooked(model), hooked(exact)
+    assert worst(model, exact, [0], prompts(LENGTHS), top_k=3) < 5e-6
+
+
+def test_the_blocks_are_as_before_afterwards():
+    model = fresh("llama", torch.float32)
+    fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
+    assert not any("forward" in vars(module) for module in model.modules())
