@@ -162,7 +162,7 @@ def record(
                 if hidden is None:
                     raise StructureChanged(f"{name} was called without a residual stream")
                 # A copy: a block may write into its input, and the replay must see what the forward saw.
-                args, kwargs = with_hidden(args, kwargs, hidden[:0])  # replays bring their own
+                args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0))  # replays bring their own
                 copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
                 calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs), []))
             seen += 1

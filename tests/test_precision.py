@@ -12,7 +12,7 @@ from oracles import plain_scores, relative
 
 from fisher_vmap import fisher_scores
 
-SEEDS = range(4)
+SEEDS = range(8)
 LENGTHS = (18, 5, 40)
 SLACK = 1.1  # two ways to round are never equally good on every prompt
 KERNELS = ("layerwise", "whole", "loop")
