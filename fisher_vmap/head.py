@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
+from fisher_vmap.placement import weights_at_hand
+
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
 
@@ -90,6 +92,10 @@ class UnembeddingHead:
 
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
+        with weights_at_hand(self.unembedding):
+            return self._read(rows_BX, top_k, token_ids)
+
+    def _read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         rows_BD = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
         normed_BD, pull_norm = vjp(self.norm, rows_BD)  # type: ignore[misc]
         z_BV, log_normaliser_B1, expected_BD = self.outputs(normed_BD.to(self.weight.device))

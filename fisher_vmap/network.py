@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from fisher_vmap.placement import weights_at_hand
 from fisher_vmap.recording import BlockCall, Recording, StructureChanged
 
 # Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
@@ -67,10 +68,11 @@ def pullback_blocks(
 
 def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None) -> Tensor:
     """Cotangents of one block's output to those of its input, [B, T, K, D]; the primal must be the expected one."""
-    primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
-    check_primal(f"the replay of {call.name}", primal, expected)
-    cotangents = cotangents.to(primal.device)
-    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    with weights_at_hand(call.block):
+        primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
+        check_primal(f"the replay of {call.name}", primal, expected)
+        cotangents = cotangents.to(primal.device)
+        (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
     return below  # type: ignore[no-any-return]
 
 
@@ -106,7 +108,8 @@ def pushforward_blocks(
 
 def pushforward_block(call: BlockCall, expected: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
     """Tangents of one block's input to those of its output, [B, T, K, D]; the primal must be the expected one."""
-    return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
+    with weights_at_hand(call.block):
+        return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
 
 
 def push_function(

@@ -82,6 +82,11 @@ def run(settings: Settings) -> "Summary":
         trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
         device=settings.device,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        adapter_path=settings.adapter_path,
+        adapter_revision=settings.adapter_revision,
+        dequantize=settings.dequantize,
     )
     opened = open_run(settings, loaded, source)
     total = source.total if source.total is not None else settings.num_prompts

@@ -1,0 +1,158 @@
+"""Linear layers whose weights are quantised, differentiated without unpacking the model.
+
+Of the many formats of quantised weights few can be differentiated with respect to their input, and hardly one under
+`torch.func`. But a layer with quantised weights is a matrix still, y = W x + b, and W is what the layer itself makes of
+the identity: W^T = layer(1) - b. So its forward stays its own, to the bit, and its pullback is g W, with W unpacked for
+as long as that product takes. That a layer is such a matrix is tested before it is relied on: one that rounds its
+inputs as well is none, and has no gradient but the one that its own backward may define.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.placement import FLOATS, model_dtype, put_aside
+from fisher_vmap.unpacking import (
+    FAILURES,
+    KINDS,
+    Forward,
+    does_not_run,
+    examine,
+    matrix_of,
+    unpackings,
+    with_pullback,
+    without_bias,
+)
+
+
+class CannotDifferentiate(ValueError):
+    """A layer has no gradient with respect to its input; the message is for the user."""
+
+
+# By model and layer. A model's layers do not hold on to the model, so that it can be freed.
+_FORWARDS: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Forward]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
+    """Within the context every linear layer with quantised weights can be differentiated by its input, under vmap too.
+
+    Raises:
+        CannotDifferentiate: the model has quantised weights for which that cannot be done.
+    """
+    layers = quantized_linears(model)
+    check_others(model, layers)
+    swapped: list[tuple[nn.Module, Forward | None]] = []
+    forwards = _FORWARDS.setdefault(model, {})
+    try:
+        for name, layer in layers.items():
+            before = vars(layer).get("forward")
+            if layer not in forwards:
+                forwards[layer] = _differentiable(name, layer, model_dtype(model))
+            layer.forward = forwards[layer]
+            swapped.append((layer, before))
+        yield
+    finally:
+        for layer, before in swapped:
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before
+
+
+def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model, by name, whose weights are not ordinary tensors of floats."""
+    return {name: module for name, module in model.named_modules() if _is_linear(module) and _is_quantized(module)}
+
+
+def has_matrix(module: nn.Module | None) -> bool:
+    """Whether a module is an ordinary linear layer whose `weight` is its matrix; torchao exchanges the tensor alone."""
+    return type(module) is nn.Linear and "weight" in module._parameters and _is_float(module.weight)
+
+
+def runs_as_made(module: nn.Module | None) -> bool:
+    """Whether nothing has been put between a module's caller and its class: no hook, no other forward, all weights."""
+    if module is None:
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and "forward" not in vars(module) and not put_aside(module)
+
+
+def check_others(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    """Raise CannotDifferentiate for quantised weights in modules that are neither linear layers nor embeddings."""
+    known = {id(layer) for layer in linears.values()}
+    for name, module in model.named_modules():
+        if id(module) in known or isinstance(module, nn.Embedding):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and not _is_float(parameter):
+                reason = "is neither a linear layer nor an embedding, so that its quantised weights cannot be unpacked"
+                raise CannotDifferentiate(_refusal(f"{name}.{own}", module, reason))
+
+
+def unpack(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Replace every linear layer with quantised weights by an ordinary one of the same matrix; returns their names.
+
+    Raises:
+        CannotDifferentiate: quantised weights that are in no linear layer, or in one that does not run here.
+    """
+    layers = quantized_linears(model)
+    check_others(model, layers)
+    for name, layer in layers.items():
+        try:
+            with torch.no_grad(), without_bias(layer) as bias:
+                weight = matrix_of(layer, layer.forward, model_dtype(model)).to(dtype).contiguous()
+        except FAILURES as error:
+            raise CannotDifferentiate(_refusal(name, layer, does_not_run(error))) from error
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach().to(weight), requires_grad=False)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, plain.eval())
+    return list(layers)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module says of itself that it is one linear layer."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.dtype != torch.bool and t.dim() > 0)
+    return not all(map(_is_float, tensors))
+
+
+def _is_float(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one of floats: not packed, not of a class of its own."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOATS
+
+
+def _differentiable(name: str, layer: nn.Module, dtype: torch.dtype) -> Forward:
+    """The layer's forward with the pullback of its matrix.
+
+    Raises:
+        CannotDifferentiate: it is no matrix.
+    """
+    own: Forward = layer.forward
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    key = (type(layer), dtype, getattr(own, "__qualname__", ""), *((n, type(t), t.dtype, t.shape) for n, t in tensors))
+    if key not in KINDS:
+        KINDS[key] = examine(layer, own, dtype)
+    kind = KINDS[key]
+    if kind.reason:
+        raise CannotDifferentiate(_refusal(name, layer, kind.reason))
+    matrix = unpackings(layer, own, dtype)[kind.unpacking]
+    return with_pullback(own, matrix)
+
+
+def _refusal(name: str, module: nn.Module, reason: str) -> str:
+    weight = getattr(module, "weight", None)
+    kind = type(module).__name__
+    if isinstance(weight, Tensor):
+        kind += f" with {type(weight).__name__} weights of {str(weight.dtype).removeprefix('torch.')}"
+    return f"{name} ({kind}) {reason}; load the model with its weights unpacked (dequantize: true)"
