@@ -23,10 +23,10 @@ def quiet_progress() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def explained(model_path: str, what: str, load: Any, source: Any, **options: Any) -> Any:
+def explained(model_path: str, what: str, load: Any, *source: Any, **options: Any) -> Any:
     """Load a part; what can go wrong outside this package becomes one line."""
     try:
-        return load(source, **options)
+        return load(*source, **options)
     except Exception as error:
         message = " ".join(str(error).split())
         if re.search(r"gated repo|is restricted|\b40[13] Client Error", message):

@@ -17,7 +17,7 @@ from fisher_vmap.gguf_model import converted
 from fisher_vmap.loading import explained, quiet_progress
 from fisher_vmap.model_files import hashed, model_files, tokenizer_files
 from fisher_vmap.placement import input_device, saved_aside
-from fisher_vmap.quantized import CannotDifferentiate, quantized_pullbacks, unpack
+from fisher_vmap.quantized import CannotDifferentiate, quantized_linears, quantized_pullbacks, unpack
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _load(
     placed: dict[str, Any],
 ) -> tuple[Any, Any]:
     tokenizer = explained(model_path, "tokenizer", transformers.AutoTokenizer.from_pretrained, source, **options)
-    if dequantize:
+    if dequantize or _unpacks_itself(model_path, config):
         _ask_for_floats(config)
     model, found = explained(
         model_path,
@@ -180,12 +180,34 @@ def _load(
             "LM; fetch it again, or give another model"
         )
     if dequantize:
+        quantizer = getattr(model, "hf_quantizer", None)
         try:
+            own_way = getattr(type(quantizer), "_dequantize", None)
+            if quantized_linears(model) and own_way not in (None, transformers.quantizers.HfQuantizer._dequantize):
+                model = explained(model_path, "model", model.dequantize, dtype=weights_dtype)
             unpacked = unpack(model, weights_dtype)
         except CannotDifferentiate as error:
             raise UserError(f"{model_path}: {error}") from error
         log.info("%s: %d quantised layers unpacked to %s", model_path, len(unpacked), weights_dtype)
     return model, tokenizer
+
+
+def _unpacks_itself(model_path: str, config: Any) -> bool:
+    """Whether a format unpacks its weights at the first call anyway: compressed-tensors does, under hooks of its own.
+
+    Raises:
+        UserError: it is compressed-tensors with rounded inputs, which have no gradient.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    groups = quantization.get("config_groups") or {}
+    if any(isinstance(group, dict) and group.get("input_activations") for group in groups.values()):
+        raise UserError(
+            f"{model_path} rounds the inputs of its layers (compressed-tensors with input_activations), so that they have "
+            "no gradient; load it with its weights unpacked (dequantize: true)"
+        )
+    return True
 
 
 def _ask_for_floats(config: Any) -> None:

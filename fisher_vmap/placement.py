@@ -2,8 +2,8 @@
 
 accelerate moves inputs and fetches weights in hooks around every module. They are in the way of fused pullbacks, and
 weights cannot be fetched under `torch.func`. So for the time of a computation ours take their place: where blocks begin
-on another device the inputs are moved, and weights that are put aside are fetched outside of what is transformed, a block
-at a time. Everything else follows the tensors: cotangents move to what they are multiplied with.
+on another device the inputs are moved, and weights that are put aside are fetched outside of what is transformed, a
+block at a time. Everything else follows the tensors: cotangents move to what they are multiplied with.
 """
 
 import weakref
@@ -72,7 +72,7 @@ def weights_at_hand(*modules: nn.Module) -> Iterator[None]:
 
 
 def saved_aside(model: nn.Module) -> AbstractContextManager[Any]:
-    """For plain autograd: its graph would keep every weight fetched on the device; in the CPU's memory there is room."""
+    """For plain autograd: its graph keeps every weight fetched, for which the CPU's memory has room."""
     return torch.autograd.graph.save_on_cpu() if put_aside(model) else nullcontext()
 
 

@@ -8,30 +8,35 @@ inputs as well is none, and has no gradient but the one that its own backward ma
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.placement import FLOATS, model_dtype, put_aside
+from fisher_vmap.placement import FLOATS, input_device, model_dtype, put_aside
 from fisher_vmap.unpacking import (
     FAILURES,
-    KINDS,
     Forward,
+    device_of,
     does_not_run,
     examine,
+    has_own_pullback,
     matrix_of,
     unpackings,
     with_pullback,
     without_bias,
 )
 
+Found = TypeVar("Found")
+
 
 class CannotDifferentiate(ValueError):
     """A layer has no gradient with respect to its input; the message is for the user."""
 
 
+_FOUND: dict[tuple[Any, ...], Any] = {}
 # By model and layer. A model's layers do not hold on to the model, so that it can be freed.
 _FORWARDS: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Forward]] = weakref.WeakKeyDictionary()
 
@@ -43,10 +48,13 @@ def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
     Raises:
         CannotDifferentiate: the model has quantised weights for which that cannot be done.
     """
-    layers = quantized_linears(model)
+    if model not in _FORWARDS:
+        _settle(model)
+    _check_storage(model)
+    forwards = _FORWARDS.setdefault(model, {})
+    layers = quantized_linears(model) | _patched_linears(model)
     check_others(model, layers)
     swapped: list[tuple[nn.Module, Forward | None]] = []
-    forwards = _FORWARDS.setdefault(model, {})
     try:
         for name, layer in layers.items():
             before = vars(layer).get("forward")
@@ -79,6 +87,29 @@ def runs_as_made(module: nn.Module | None) -> bool:
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks
     return not hooked and "forward" not in vars(module) and not put_aside(module)
+
+
+def _check_storage(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module._parameters).__module__.partition(".")[0] == "compressed_tensors":
+            raise CannotDifferentiate(
+                f"{name} keeps its weights in compressed-tensors' own storage, which does not work under torch.func; load "
+                "the model with CompressedTensorsConfig(dequantize=True), or by path with dequantize: true"
+            )
+
+
+def _patched_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers of ordinary weights whose forward somebody has exchanged for one that loses the gradient, or bends it."""
+    patched = {n: m for n, m in model.named_modules() if "forward" in vars(m) and _is_linear(m) and not put_aside(m)}
+    dtype = model_dtype(model)
+    return {name: m for name, m in patched.items() if not _is_quantized(m) and not _kind(m, dtype, has_own_pullback)}
+
+
+def _settle(model: nn.Module) -> None:
+    """Run a model once: some formats are unpacked, or packed in another way, at the first call."""
+    if hasattr(model, "config") and quantized_linears(model):
+        with torch.no_grad(), suppress(*FAILURES):  # where a layer does not run is found out layer by layer
+            model(input_ids=torch.tensor([[0, 0]], device=input_device(model)), use_cache=False)
 
 
 def check_others(model: nn.Module, linears: dict[str, nn.Module]) -> None:
@@ -138,16 +169,22 @@ def _differentiable(name: str, layer: nn.Module, dtype: torch.dtype) -> Forward:
     Raises:
         CannotDifferentiate: it is no matrix.
     """
-    own: Forward = layer.forward
-    tensors = [*layer.named_parameters(), *layer.named_buffers()]
-    key = (type(layer), dtype, getattr(own, "__qualname__", ""), *((n, type(t), t.dtype, t.shape) for n, t in tensors))
-    if key not in KINDS:
-        KINDS[key] = examine(layer, own, dtype)
-    kind = KINDS[key]
+    kind = _kind(layer, dtype, examine)
     if kind.reason:
         raise CannotDifferentiate(_refusal(name, layer, kind.reason))
-    matrix = unpackings(layer, own, dtype)[kind.unpacking]
-    return with_pullback(own, matrix)
+    own: Forward = layer.forward
+    return with_pullback(own, unpackings(layer, own, dtype)[kind.unpacking])
+
+
+def _kind(layer: nn.Module, dtype: torch.dtype, test: Callable[[nn.Module, Forward, torch.dtype], Found]) -> Found:
+    """What a test finds of a layer; the same for all of one make, format and size."""
+    own: Forward = layer.forward
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    made = (type(layer), type(own), getattr(own, "__qualname__", ""), dtype, device_of(layer))
+    key = (test, *made, *((name, type(t), t.dtype, t.shape) for name, t in tensors))
+    if key not in _FOUND:
+        _FOUND[key] = test(layer, own, dtype)
+    return _FOUND[key]  # type: ignore[no-any-return]
 
 
 def _refusal(name: str, module: nn.Module, reason: str) -> str:

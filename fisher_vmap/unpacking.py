@@ -33,9 +33,6 @@ class Kind(NamedTuple):
     reason: str
 
 
-KINDS: dict[tuple[Any, ...], Kind] = {}
-
-
 def matrix_of(layer: nn.Module, forward: Forward, dtype: torch.dtype) -> Tensor:
     """W, [out, in]: what a linear layer, without its bias, makes of the identity.
 
@@ -47,7 +44,7 @@ def matrix_of(layer: nn.Module, forward: Forward, dtype: torch.dtype) -> Tensor:
     features = int(layer.in_features)  # type: ignore[arg-type]
     columns = []
     for start in range(0, features, IDENTITY_ROWS):
-        rows = torch.zeros(min(IDENTITY_ROWS, features - start), features, dtype=dtype, device=_device(layer))
+        rows = torch.zeros(min(IDENTITY_ROWS, features - start), features, dtype=dtype, device=device_of(layer))
         rows.diagonal(start).fill_(1)
         columns.append(forward(rows))
     return torch.cat(columns).T
@@ -99,7 +96,7 @@ def examine(layer: nn.Module, own: Forward, dtype: torch.dtype) -> Kind:
     x = torch.randn(8, features, generator=generator)
     # An outlier in each row: a format of 8 bits that has to reach it leaves little for the rest.
     outliers = x * torch.where(torch.arange(features) == torch.arange(8)[:, None] * 5 % features, 100, 1)
-    x, outliers = x.to(_device(layer), dtype), outliers.to(_device(layer), dtype)
+    x, outliers = x.to(device_of(layer), dtype), outliers.to(device_of(layer), dtype)
     try:
         with torch.no_grad():
             with without_bias(layer):
@@ -112,19 +109,28 @@ def examine(layer: nn.Module, own: Forward, dtype: torch.dtype) -> Kind:
                 return Kind(number, "")
     except FAILURES as error:
         return Kind(0, does_not_run(error))
-    y = outputs[0][1]
     reason = f"is no matrix (it is {gap:.1%} off: it rounds its inputs as well), so that it has no gradient"
-    g = torch.randn(y.shape, generator=generator).to(y)
-    try:
-        with torch.enable_grad():
-            leaf = x.clone().requires_grad_()
-            (dx,) = torch.autograd.grad(own(leaf), leaf, g)
-    except FAILURES:
-        return Kind(0, reason)
-    if _distance(dx, g.to(wide) @ ways[-1].to(wide)) > TOLERANCE:
+    if not has_own_pullback(layer, own, dtype):
         return Kind(0, reason)
     log.info("%s rounds its inputs: its gradient is that of its own backward, straight through", type(layer).__name__)
     return Kind(len(ways) - 1, "")
+
+
+def has_own_pullback(layer: nn.Module, own: Forward, dtype: torch.dtype) -> bool:
+    """Whether a layer's own backward is the pullback of its matrix; some formats have none, or none that is right."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, int(layer.in_features), generator=generator).to(device_of(layer), dtype)  # type: ignore[arg-type]
+    try:
+        with torch.no_grad(), without_bias(layer):
+            weight = matrix_of(layer, own, dtype)
+        with torch.enable_grad():
+            y = own(x.requires_grad_())
+            g = torch.randn(y.shape, generator=generator).to(y)
+            (dx,) = torch.autograd.grad(y, x, g)
+    except FAILURES:
+        return False
+    wide = torch.promote_types(dtype, torch.float32)
+    return _distance(dx, g.to(wide) @ weight.to(wide)) <= TOLERANCE
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -136,7 +142,8 @@ def does_not_run(error: Exception) -> str:
     return f"does not run here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
 
 
-def _device(layer: nn.Module) -> torch.device:
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer is: its first tensor that is loaded."""
     tensors = [t for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta]
     return tensors[0].device if tensors else torch.device("cpu")
 

@@ -13,7 +13,7 @@ from fisher_vmap import open_results
 
 PROMPTS = texts(5)
 SIZES = {  # of a size that quantisation formats take: rows of 32 at least
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4,
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4,
 }  # fmt: skip
 
 
