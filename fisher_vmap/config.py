@@ -71,7 +71,7 @@ class Settings(BaseSettings):
         "Number format of the model's weights and matrix products; the head always runs in float32 or wider.",
     )
     dequantize: TrueOrFalse = _setting(
-        False, "Unpack quantised weights to dtype when loading: faster, and differentiable whatever their format."
+        False, "Unpack quantised weights to dtype when loading; needed for formats that round the inputs as well."
     )
     device: Device = _setting("auto", "Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
     device_map: DeviceMap = _setting(

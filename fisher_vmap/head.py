@@ -110,7 +110,7 @@ class UnembeddingHead:
             raw_BK += self.bias[token_ids].to(raw_BK.dtype)
         if (slope_BK := self.phi.derivative(raw_BK)) is not None:
             row_BKD *= slope_BK[:, :, None]
-        cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(rows_BD.device)
+        cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(normed_BD.device)
         (cotangents_KBD,) = vmap(pull_norm)(cotangents_KBD)
         log_probs_BK = (z_BK - log_normaliser_B1).to(rows_BD)
         log_rest_B = _log_rest(z_BV, token_ids, log_normaliser_B1).to(rows_BD)

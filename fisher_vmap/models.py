@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 
 from fisher_vmap.adapters import Base, adapter_files, base_of, find_adapter, with_adapter, without_adapter
 from fisher_vmap.devices import choose_device, placement_options, places_of
@@ -46,8 +47,8 @@ def load_model(
     """Load a causal LM.
 
     Args:
-        model_path: a hub id ("owner/name"), a folder as `save_pretrained` writes it, a .gguf file, or a PEFT adapter
-            (hub id or folder), which is put on the base that it names.
+        model_path: a hub id ("owner/name"), a folder as `save_pretrained` writes it, a .gguf file (a path, or
+            "owner/name/file.gguf" on the hub), or a PEFT adapter (hub id or folder), which is put on the base it names.
         revision: of a hub model: branch, tag or commit.
         trust_remote_code: whether code that comes with the model may run.
         dtype: "bfloat16", "float32", "float16" or "float64".
@@ -82,7 +83,7 @@ def load_model(
     if adapter is not None and not adapter_path:
         base = base_of(adapter)
         log.info("%s is an adapter on %s", model_path, base.model_path)
-    source, identity = _source(base.model_path, getattr(torch, dtype))
+    source, identity = _source(base.model_path, base.revision, getattr(torch, dtype))
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": trust_remote_code}
     with quiet_progress(), _plain(source) as folder:
         config = _config(base.model_path, folder, options)
@@ -107,10 +108,13 @@ def load_model(
     return Loaded(model, tokenizer, identity)
 
 
-def _source(model_path: str, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+def _source(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is given for a model, and what identifies it."""
     local = Path(model_path).expanduser()
     if local.suffix == ".gguf":
+        if not local.exists() and model_path.count("/") == 2 and not model_path.startswith((".", "/", "~")):
+            repository, _, name = model_path.rpartition("/")
+            local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
         if not local.is_file():
             raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
         with quiet_progress():
@@ -204,8 +208,8 @@ def _unpacks_itself(model_path: str, config: Any) -> bool:
     groups = quantization.get("config_groups") or {}
     if any(isinstance(group, dict) and group.get("input_activations") for group in groups.values()):
         raise UserError(
-            f"{model_path} rounds the inputs of its layers (compressed-tensors with input_activations), so that they have "
-            "no gradient; load it with its weights unpacked (dequantize: true)"
+            f"{model_path} rounds the inputs of its layers (compressed-tensors with input_activations), so that they "
+            "have no gradient; load it with its weights unpacked (dequantize: true)"
         )
     return True
 

@@ -93,8 +93,8 @@ def _check_storage(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module._parameters).__module__.partition(".")[0] == "compressed_tensors":
             raise CannotDifferentiate(
-                f"{name} keeps its weights in compressed-tensors' own storage, which does not work under torch.func; load "
-                "the model with CompressedTensorsConfig(dequantize=True), or by path with dequantize: true"
+                f"{name} keeps its weights in compressed-tensors' own storage, which does not work under torch.func; "
+                "load the model with CompressedTensorsConfig(dequantize=True), or by path with dequantize: true"
             )
 
 
@@ -159,8 +159,8 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _is_float(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one of floats: not packed, not of a class of its own."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOATS
+    """Whether a tensor holds the numbers that it stands for: not packed, nor of a class that says how to unpack it."""
+    return tensor.dtype in FLOATS and type(tensor).dequantize is Tensor.dequantize
 
 
 def _differentiable(name: str, layer: nn.Module, dtype: torch.dtype) -> Forward:

@@ -62,7 +62,7 @@ def test_every_shard_is_part_of_the_models_identity(tmp_path, capsys):
 # GGUF
 
 
-def write_gguf(path, model, kind):
+def write_gguf(path, model, kind, leave_out=()):
     """A llama as llama.cpp stores it, its matrices quantised; returns the model with the weights as they come back."""
     gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf (in the dev extra)")
     config, heads = model.config, {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
@@ -110,7 +110,8 @@ def write_gguf(path, model, kind):
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
         dtype = kind if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
         packed = gguf.quantize(weight, dtype)
-        writer.add_tensor(f"{prefix}{names[inner]}.weight", packed, raw_dtype=dtype)
+        if name not in leave_out:
+            writer.add_tensor(f"{prefix}{names[inner]}.weight", packed, raw_dtype=dtype)
         back = gguf.dequantize(packed, dtype)
         if rotary:
             back = back.reshape(heads[rotary], -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
@@ -128,6 +129,31 @@ def test_a_gguf_file_gives_the_scores_of_its_weights_unpacked(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     oracle = write_gguf(tmp_path / "tiny.gguf", base(), gguf.GGMLQuantizationType[kind])
     agrees(run(tmp_path / "tiny.gguf", tmp_path), oracle, 2e-4)
+
+
+def test_a_gguf_file_on_the_hub_is_owner_name_and_file(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf (in the dev extra)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    oracle = write_gguf(tmp_path / "file.gguf", base(), gguf.GGMLQuantizationType.F32)
+    asked = []
+
+    def download(repository, name, revision):
+        asked.append((repository, name, revision))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("fisher_vmap.models.hf_hub_download", download)
+    agrees(run("owner/name/file.gguf", tmp_path, model_revision="v2"), oracle, 2e-4)
+    assert asked == [("owner/name", "file.gguf", "v2")]
+
+
+def test_a_part_of_a_gguf_model_is_refused(tmp_path, monkeypatch, capsys):
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf (in the dev extra)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gone = [f"model.layers.3.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    write_gguf(tmp_path / "part.gguf", base(), gguf.GGMLQuantizationType.F32, leave_out=gone)
+    run(tmp_path / "part.gguf", tmp_path, code=2)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "lacks 2 weights" in line and "layers.3.mlp.gate_proj" in line and "--merge" in line
 
 
 # Adapters

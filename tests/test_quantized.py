@@ -1,7 +1,7 @@
 """Quantised weights: scores of the unpacked weights, or one line that says why not.
 
-The oracle is plain autograd on an ordinary model whose matrices are the quantised ones, unpacked by hand. For what rounds
-within its own kernel (bitsandbytes computes in bfloat16 on some processors) it is as near as that rounding lets it be.
+The oracle is plain autograd on an ordinary model whose matrices are the quantised ones, unpacked by hand. What rounds
+within its own kernel (bitsandbytes computes in bfloat16 on some processors) is as near to it as that rounding allows.
 """
 
 import copy
@@ -199,7 +199,7 @@ def test_a_bias_a_thousand_times_the_weights_leaves_the_matrix_its_digits():
 def test_cotangents_may_be_batched_at_any_place():
     packed = Packed(nn.Linear(12, 7, bias=False))
     with quantized_pullbacks(nn.Sequential(packed)):
-        y, pull = torch.func.vjp(packed, torch.randn(4, 12))
+        _, pull = torch.func.vjp(packed, torch.randn(4, 12))
         for dim in range(3):
             g = torch.randn(5, 4, 7).movedim(0, dim)
             (dx,) = torch.func.vmap(pull, in_dims=dim, out_dims=dim)(g)
