@@ -112,6 +112,11 @@ def _run_together(
         return whole(model, parts, layout, layers, wanted, loop=form == "loop")
 
 
+def budget_of(model: nn.Module) -> float:
+    """The distance that rounding accounts for."""
+    return BUDGET[torch.bfloat16 if quantized_linears(model) else model_dtype(model)]
+
+
 def _of_prompts(wanted: Wanted, prompts: list[int]) -> Wanted:
     token_ids = None if wanted.token_ids is None else wanted.token_ids[prompts]
     positions = wanted.positions[prompts] if isinstance(wanted.positions, Tensor) else wanted.positions
@@ -140,7 +145,7 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
                 continue
             distance = float((got - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))
             log.debug("%s at %s: %.1e from plain autograd", form, layer, distance)
-            budget = BUDGET[torch.bfloat16 if quantized_linears(model) else model_dtype(model)]
+            budget = budget_of(model)
             if not distance <= budget:
                 return f"scores at {layer} are {distance:.1e} away, more than {budget:.0e}"
     return None

@@ -8,6 +8,7 @@ and the second term is the same for every t: the work of size V is one product f
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -81,18 +82,24 @@ class UnembeddingHead:
 
     @property
     def weight(self) -> Tensor:
-        """W, [V, D'], as it is now."""
-        return self.unembedding.weight.detach()
+        """W, [V, D'], as it is now; fetched, where it is put aside, unless it is at hand."""
+        with weights_at_hand(self.unembedding):
+            return self.unembedding.weight.detach()
 
     @property
     def bias(self) -> Tensor | None:
         """[V], as it is now."""
-        bias: Tensor | None = self.unembedding.bias
-        return None if bias is None else bias.detach()
+        with weights_at_hand(self.unembedding):
+            bias: Tensor | None = self.unembedding.bias
+            return None if bias is None else bias.detach()
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """Within the context no weight of the head is put aside."""
+        return weights_at_hand(self.unembedding, *getattr(self.norm, "modules", ()))
 
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
-        with weights_at_hand(self.unembedding):
+        with self.at_hand():
             return self._read(rows_BX, top_k, token_ids)
 
     def _read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
@@ -153,10 +160,11 @@ class UnembeddingHead:
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The unembedding in rows of the vocabulary, each chunk upcast: (where, [v, D'])."""
-        V, D = self.weight.shape
-        size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(self.weight.device.type, 2**22) // D)
+        weight = self.weight
+        V, D = weight.shape
+        size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(weight.device.type, 2**22) // D)
         for start in range(0, V, size):
-            yield slice(start, start + size), self.weight[start : start + size].to(dtype)
+            yield slice(start, start + size), weight[start : start + size].to(dtype)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class UnembeddingMetric:
         self._head = head
         self._device, place = rows_BD.device, head.weight.device
         self._rows_BD = rows_BD
-        normed_BD, self._pull_norm = vjp(head.norm, rows_BD)  # type: ignore[misc]
+        with head.at_hand():
+            normed_BD, self._pull_norm = vjp(head.norm, rows_BD)  # type: ignore[misc]
         self._normed_BD = normed_BD.to(place)
         z_BV, log_normaliser_B1, self._mean_BD = head.outputs(self._normed_BD)
         self._probs_BV = (z_BV - log_normaliser_B1).exp_()

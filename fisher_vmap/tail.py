@@ -4,7 +4,8 @@ The head is taken apart only where the values prove it: the modules chain from t
 unembedding's input, and planted logits of every size come out of the model as a known function of themselves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -97,9 +98,10 @@ def _take_apart(
             return None, "no chain of modules leads from the last block to the output embedding"
         chain.append(steps[-1].module)
         at = steps[-1].left
-    norm = _float_function(chain)
+    norm = Chain(tuple(chain))
     expected = calls[0].entered[:, -1].double()
-    alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
+    with weights_at_hand(*chain):
+        alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
     if (alone - expected.to(alone.device)).norm() > 16 * torch.finfo(top.dtype).eps * expected.norm():
         return None, "what follows the last block mixes positions"
     if calls[0].left.shape != logits.shape:
@@ -139,19 +141,20 @@ def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | N
     return next((phi for phi in candidates if bool(((phi(x) - z).abs() <= 8 * eps * z.abs()).all())), None)
 
 
-def _float_function(chain: list[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """The chain as a function of float32 (or float64) rows, its few parameters upcast at each call."""
+@dataclass(frozen=True)
+class Chain:
+    """Modules as a function of float32 (or float64) rows, their few parameters upcast at each call."""
 
-    def apply(rows: Tensor) -> Tensor:
+    modules: tuple[nn.Module, ...]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows [N, D] -> [N, D']; the modules' weights must be at hand."""
         rows = rows[:, None]  # as [B, 1, D], which is what a model gives them
-        for module in chain:
-            with weights_at_hand(module):
-                wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
-                rows = rows.to(next((p.device for p in wide.values()), rows.device))
-                rows = functional_call(module, wide, (rows,))
+        for module in self.modules:
+            wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
+            rows = rows.to(next((p.device for p in wide.values()), rows.device))
+            rows = functional_call(module, wide, (rows,))
         return rows[:, 0]
-
-    return apply
 
 
 def _make_of(module: nn.Module | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.pullback import Pullback, cotangent_dim
+from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def with_pullback(own: Forward, matrix: Callable[[], Tensor]) -> Forward:
     return lambda x: _Quantized.apply(x, own, matrix)  # type: ignore[no-any-return]
 
 
-class _Quantized(torch.autograd.Function):
+class _Quantized(Derived):
     @staticmethod
     def forward(x: Tensor, own: Forward, matrix: Callable[[], Tensor]) -> Tensor:
         return own(x)
@@ -161,26 +161,38 @@ class _Quantized(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _own, ctx.matrix = inputs
+        ctx.y_dtype, ctx.y_device = output.dtype, output.device
         ctx.x_dtype, ctx.x_device = x.dtype, x.device
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _QuantizedPullback.apply(g, ctx.matrix, ctx.x_dtype, ctx.x_device), None, None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        matrix = ctx.matrix
+        return _QuantizedPush.apply(tangent, lambda: matrix().T, ctx.y_dtype, ctx.y_device)  # type: ignore[no-any-return]
+
 
 class _QuantizedPullback(Pullback):
+    """G W; with the transpose of W, the pushforward."""
+
     @staticmethod
     def forward(g: Tensor, matrix: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return _pull(g, matrix, dtype, device)
+        return _product(g, matrix, dtype, device)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
         batched = cotangent_dim(in_dims)
         if batched == g.dim() - 1:
             g, batched = g.movedim(-1, 0), 0
-        return _pull(g, *shared), batched
+        return _product(g, *shared), batched
 
 
-def _pull(g: Tensor, matrix: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+class _QuantizedPush(_QuantizedPullback, Pushforward):
+    """T W^T."""
+
+
+def _product(g: Tensor, matrix: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.no_grad():
         return (g @ matrix().to(g)).to(device, dtype)

@@ -18,7 +18,7 @@ PLACES = {
     "upper blocks": lambda parts: {name: "away:0" if name in parts[3:] else "cpu" for name in parts},
     "every second block": lambda parts: {name: ("cpu", "away:0")[i % 2] for i, name in enumerate(parts)},
     "head apart": lambda parts: {name: "cpu" if name in parts[-2:] else "away:0" for name in parts},
-    "put aside": lambda parts: {name: "cpu" if name in (*parts[3::2], parts[-1]) else "away:0" for name in parts},
+    "put aside": lambda parts: {name: "cpu" if name in (*parts[3::2], *parts[-2:]) else "away:0" for name in parts},
     "unembedding apart": lambda parts: {name: "cpu" if name == parts[-1] else "away:0" for name in parts},
 }
 
