@@ -188,8 +188,9 @@ def _prove(
             rows = net._uppers[layer].rows
             u = torch.randn(len(rows), 2, rows.shape[1], generator=generator).to(rows)
             v = torch.randn(len(rows), 2, widths[layer], generator=generator).to(rows)
-            left = torch.einsum("bix,bjx->bij", u.double(), net.pushforward(v, layer).double())
-            right = torch.einsum("bid,bjd->bij", net.pullback(u, layer).double(), v.double())
+            moved, pulled = net.pushforward(v, layer).to(u.device), net.pullback(u, layer).to(u.device)
+            left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
+            right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())
             gap = float((left - right).norm() / right.norm().clamp(min=1e-30))
             budget = budget_of(model)
             if bool(right.isfinite().all()) and not gap <= budget:

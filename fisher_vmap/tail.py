@@ -15,7 +15,7 @@ from torch.func import functional_call
 from fisher_vmap.blocks import output_embedding, output_of
 from fisher_vmap.head import Phi, UnembeddingHead
 from fisher_vmap.layout import lay_out
-from fisher_vmap.placement import can_be_fetched, weights_at_hand
+from fisher_vmap.placement import can_be_fetched, placed, weights_at_hand
 from fisher_vmap.quantized import has_matrix
 from fisher_vmap.recording import hooks
 from fisher_vmap.whole import rows_from_logits
@@ -153,7 +153,8 @@ class Chain:
         for module in self.modules:
             wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
             rows = rows.to(next((p.device for p in wide.values()), rows.device))
-            rows = functional_call(module, wide, (rows,))
+            with placed(module):
+                rows = functional_call(module, wide, (rows,))
         return rows[:, 0]
 
 

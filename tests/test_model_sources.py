@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from command_cases import tiny_tokenizer
+from oracles import plain_scores, relative
 from safetensors.torch import load_file, save_file
 from source_cases import PROMPTS, agrees, base, run, save, with_tokenizer
 
-from fisher_vmap import open_results
+from fisher_vmap import FisherModel, open_results
 from fisher_vmap.models import load_model
 
 peft = pytest.importorskip("peft", reason="adapters need the package peft (in the dev extra)")
@@ -315,20 +316,39 @@ def test_a_device_map_on_the_cpu_is_the_model_on_the_cpu(model, tmp_path):
     agrees(out, base(), 2e-4)
 
 
+PLACES = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2"], "cpu")
+PLACES |= dict.fromkeys(["model.layers.1", "model.layers.3", "model.norm", "lm_head"], "disk")
+
+
 def test_blocks_on_disk_are_fetched_as_they_are_needed(model, tmp_path):
-    names = [
-        "model.embed_tokens",
-        "model.rotary_emb",
-        *(f"model.layers.{i}" for i in range(4)),
-        "model.norm",
-        "lm_head",
-    ]
-    places = {
-        name: "disk" if name in ("model.layers.1", "model.layers.3", "lm_head", "model.norm") else "cpu"
-        for name in names
-    }
-    out = run(model, tmp_path, device="auto", device_map=json.dumps(places))
+    out = run(model, tmp_path, device="auto", device_map=json.dumps(PLACES))
     agrees(out, base(), 2e-4)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "whole", "loop"])
+def test_every_form_and_both_products_with_blocks_on_disk(model, kernel):
+    loaded = load_model(str(model), dtype="float32", device_map=PLACES).model
+    aside = {name for name, parameter in loaded.named_parameters() if parameter.is_meta}
+    opened = FisherModel(loaded, layers=[0, 2], top_k=3, kernel=kernel)
+    ids = torch.arange(9)[None]
+    scores = opened.scores(ids)
+    for layer in opened.layers:
+        plain = plain_scores(base(), ids[0], layer, token_ids=scores.token_ids[0])
+        assert relative(scores.gradients[layer][0], plain.gradients) < 2e-4
+    if kernel == "auto":
+        with opened.linearize(ids) as net, FisherModel(base(), layers=[0, 2]).linearize(ids) as other:
+            v = torch.randn(1, 2, 64)
+            torch.testing.assert_close(
+                net.pushforward(v, opened.layers[0]), other.pushforward(v, opened.layers[0]), rtol=1e-3, atol=1e-4
+            )
+            assert relative(net.metric(opened.layers[0]).product(v), other.metric(opened.layers[0]).product(v)) < 1e-4
+    assert aside == {name for name, parameter in loaded.named_parameters() if parameter.is_meta}
+
+
+def test_an_adapter_on_weights_that_do_not_fit_is_refused(model, tmp_path, capsys):
+    adapter(tmp_path / "adapter", model)
+    run(tmp_path / "adapter", tmp_path, code=2, device="auto", device_map=json.dumps(PLACES))
+    assert "merge the two beforehand" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -345,3 +345,19 @@ def test_ordinary_weights_under_a_forward_that_loses_the_gradient():
         layer.mlp.up_proj.forward = lambda x, own=own: own(x).detach()
     compare(model, oracle, 2e-4)
     assert all("forward" in vars(layer.mlp.up_proj) for layer in model.model.layers)
+
+
+def test_the_pushforward_of_a_quantised_layer_and_model():
+    packed = Packed(nn.Linear(12, 7, bias=False))
+    with quantized_pullbacks(nn.Sequential(packed)):
+        x, t = torch.randn(4, 12), torch.randn(5, 4, 12)
+        moved = torch.func.vmap(lambda v: torch.func.jvp(packed, (x,), (v,))[1])(t)
+        torch.testing.assert_close(moved, t @ packed.matrix().T)
+    model, oracle = replaced(Packed)
+    ids = torch.arange(7)[None]
+    with (
+        FisherModel(model, layers=1).linearize(ids) as net,
+        FisherModel(oracle, layers=1).linearize(ids) as plain,
+    ):
+        v = torch.randn(1, 3, 64)
+        torch.testing.assert_close(net.pushforward(v), plain.pushforward(v), rtol=1e-3, atol=1e-4)
