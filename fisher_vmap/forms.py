@@ -20,7 +20,7 @@ from fisher_vmap.network import (
     pushforward_blocks,
 )
 from fisher_vmap.outcomes import Outcomes, Wanted, read_outcomes
-from fisher_vmap.placement import model_dtype
+from fisher_vmap.placement import model_dtype, put_aside
 from fisher_vmap.positions import energy_of_one, position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
@@ -84,6 +84,8 @@ def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, p
     """
     if precision == "model":
         return record(model, parts.blocks, parts.call_order, first, layout)
+    if put_aside(model):
+        raise ValueError("precision mixed needs all of the weights in memory, and some are put aside; use precision model")
     dtype = model_dtype(model)
     try:
         with float32_forward(model, parts.blocks):

@@ -95,7 +95,7 @@ class UnembeddingHead:
 
     def at_hand(self) -> AbstractContextManager[None]:
         """Within the context no weight of the head is put aside."""
-        return weights_at_hand(self.unembedding, *getattr(self.norm, "modules", ()))
+        return weights_at_hand(self.unembedding, *getattr(self.norm, "chain", ()))
 
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""

@@ -146,7 +146,9 @@ def _device_of(module: nn.Module) -> torch.device | None:
 
 def _hook(module: nn.Module) -> Any:
     """The hook of accelerate that aligns a module's devices, or None."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return None
     for one in getattr(hook, "hooks", (hook,)):  # several hooks are chained in one
         if hasattr(one, "execution_device") and hasattr(one, "offload"):
             return one

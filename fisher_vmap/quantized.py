@@ -10,6 +10,7 @@ inputs as well is none, and has no gradient but the one that its own backward ma
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -50,10 +51,9 @@ def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
     """
     if model not in _FORWARDS:
         _settle(model)
-    _check_storage(model)
     forwards = _FORWARDS.setdefault(model, {})
     layers = quantized_linears(model) | _patched_linears(model)
-    check_others(model, layers)
+    check_others(model)
     swapped: list[tuple[nn.Module, Forward | None]] = []
     try:
         for name, layer in layers.items():
@@ -73,7 +73,7 @@ def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model, by name, whose weights are not ordinary tensors of floats."""
-    return {name: module for name, module in model.named_modules() if _is_linear(module) and _is_quantized(module)}
+    return {name: module for name, module in model.named_modules() if _is_quantized(module) and _is_linear(module)}
 
 
 def has_matrix(module: nn.Module | None) -> bool:
@@ -87,15 +87,6 @@ def runs_as_made(module: nn.Module | None) -> bool:
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks
     return not hooked and "forward" not in vars(module) and not put_aside(module)
-
-
-def _check_storage(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if type(module._parameters).__module__.partition(".")[0] == "compressed_tensors":
-            raise CannotDifferentiate(
-                f"{name} keeps its weights in compressed-tensors' own storage, which does not work under torch.func; "
-                "load the model with CompressedTensorsConfig(dequantize=True), or by path with dequantize: true"
-            )
 
 
 def _patched_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -112,14 +103,19 @@ def _settle(model: nn.Module) -> None:
             model(input_ids=torch.tensor([[0, 0]], device=input_device(model)), use_cache=False)
 
 
-def check_others(model: nn.Module, linears: dict[str, nn.Module]) -> None:
-    """Raise CannotDifferentiate for quantised weights in modules that are neither linear layers nor embeddings."""
-    known = {id(layer) for layer in linears.values()}
+def check_others(model: nn.Module) -> None:
+    """Raise CannotDifferentiate for quantised weights that are in neither a linear layer nor an embedding."""
     for name, module in model.named_modules():
-        if id(module) in known or isinstance(module, nn.Embedding):
+        if type(module._parameters).__module__.partition(".")[0] == "compressed_tensors":
+            raise CannotDifferentiate(
+                f"{name} keeps its weights in compressed-tensors' own storage, which does not work under torch.func; "
+                "load the model with CompressedTensorsConfig(dequantize=True), or by path with dequantize: true"
+            )
+        if isinstance(module, nn.Embedding):
             continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 2 and not _is_float(parameter):
+        for own, parameter in module._parameters.items():
+            odd = parameter is not None and parameter.dim() >= 2 and not _is_float(parameter)
+            if odd and not _is_linear(module):
                 reason = "is neither a linear layer nor an embedding, so that its quantised weights cannot be unpacked"
                 raise CannotDifferentiate(_refusal(f"{name}.{own}", module, reason))
 
@@ -131,7 +127,7 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> list[str]:
         CannotDifferentiate: quantised weights that are in no linear layer, or in one that does not run here.
     """
     layers = quantized_linears(model)
-    check_others(model, layers)
+    check_others(model)
     for name, layer in layers.items():
         try:
             with torch.no_grad(), without_bias(layer) as bias:
@@ -154,8 +150,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.dtype != torch.bool and t.dim() > 0)
-    return not all(map(_is_float, tensors))
+    """Whether a module itself has a tensor that is not of floats, but for masks and numbers."""
+    tensors = chain(module._parameters.values(), module._buffers.values())
+    return any(t is not None and t.dtype != torch.bool and t.dim() > 0 and not _is_float(t) for t in tensors)
 
 
 def _is_float(tensor: Tensor) -> bool:

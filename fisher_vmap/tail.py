@@ -145,12 +145,12 @@ def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | N
 class Chain:
     """Modules as a function of float32 (or float64) rows, their few parameters upcast at each call."""
 
-    modules: tuple[nn.Module, ...]
+    chain: tuple[nn.Module, ...]
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows [N, D] -> [N, D']; the modules' weights must be at hand."""
         rows = rows[:, None]  # as [B, 1, D], which is what a model gives them
-        for module in self.modules:
+        for module in self.chain:
             wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
             rows = rows.to(next((p.device for p in wide.values()), rows.device))
             with placed(module):

@@ -336,6 +336,8 @@ def test_every_form_and_both_products_with_blocks_on_disk(model, kernel):
         plain = plain_scores(base(), ids[0], layer, token_ids=scores.token_ids[0])
         assert relative(scores.gradients[layer][0], plain.gradients) < 2e-4
     if kernel == "auto":
+        with pytest.raises(ValueError, match=r"precision mixed .* put aside"):
+            opened.scores(ids, precision="mixed")
         with opened.linearize(ids) as net, FisherModel(base(), layers=[0, 2]).linearize(ids) as other:
             v = torch.randn(1, 2, 64)
             torch.testing.assert_close(
