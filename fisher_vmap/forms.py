@@ -85,7 +85,7 @@ def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, p
     if precision == "model":
         return record(model, parts.blocks, parts.call_order, first, layout)
     if put_aside(model):
-        raise ValueError("precision mixed needs all of the weights in memory, and some are put aside; use precision model")
+        raise ValueError("precision mixed needs all weights in memory, and some are put aside; use precision model")
     dtype = model_dtype(model)
     try:
         with float32_forward(model, parts.blocks):
