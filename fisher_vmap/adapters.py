@@ -66,8 +66,7 @@ def base_of(adapter: Path) -> Base:
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(named, str) or not named:
         raise UserError(
-            f"the adapter in {adapter} does not name its base model; give that as model_path, and the adapter as "
-            "adapter_path"
+            f"the adapter in {adapter} names no base model; give that as model_path, and the adapter as adapter_path"
         )
     local = Path(named).expanduser()
     if local.is_absolute() and not local.exists():

@@ -126,6 +126,8 @@ def start_logging() -> None:
     """Our own lines on standard error; of the libraries only warnings, and none of their progress bars."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -237,7 +237,7 @@ CASES = {
     "a folder with a gguf file": (folder_with("a.gguf"), ["config.json", "a.gguf"]),
     "an adapter without its model": (
         folder_with("adapter_config.json", b"{}"),
-        ["does not name its base", "adapter_path"],
+        ["names no base", "adapter_path"],
     ),
     "a config that is no JSON": (model_file("config.json", b"{"), ["config", "cannot be loaded"]),
     "a config that is a list": (model_file("config.json", b"[]"), ["config", "cannot be loaded"]),

@@ -290,7 +290,7 @@ def with_a_weight_too_many(folder, model_folder):
         (lambda folder, _m: adapter(folder, "/no/such/model"), ["/no/such/model", "adapter_path"]),
         (
             lambda folder, _m: (folder.mkdir(), (folder / "adapter_config.json").write_text("{}")),
-            ["does not name its base"],
+            ["names no base"],
         ),
         (lambda folder, _m: (folder.mkdir(), (folder / "adapter_config.json").write_text("{")), ["cannot be read"]),
     ],
