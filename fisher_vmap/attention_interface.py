@@ -23,6 +23,10 @@ class Packed:
     ranges: tuple[tuple[int, int], ...]
     groups: tuple[Group, ...]
 
+    def groups_on(self, device: torch.device) -> tuple[Group, ...]:
+        """The groups with their rows where the queries are: blocks may stand on several devices."""
+        return tuple(group.on(device) for group in self.groups)
+
 
 _PACKED: ContextVar[Packed | None] = ContextVar("packed prompts", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
@@ -55,9 +59,10 @@ def _attention_forward(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     packed, keys = _PACKED.get(), _KEYS.get()
     if packed is not None and keys is not None:
-        kind = AttentionKind(float(scale), False, packed.groups, one_query=True)
+        kind = AttentionKind(float(scale), False, packed.groups_on(query.device), one_query=True)
         return attention(query, *keys, None, kind).transpose(1, 2), None
-    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, packed.groups if packed else None)
+    groups = packed.groups_on(query.device) if packed else None
+    kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, groups)
     if kind.groups is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
         raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
     return attention(query, key, value, attention_mask, kind).transpose(1, 2), None

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fisher_vmap.blocks import decoder_blocks
+from fisher_vmap.placement import model_dtype
 
 # On a CPU larger batches gain nothing and leave its caches; on a GPU memory is the limit.
 CPU_BATCH_TOKENS = 1024
@@ -38,8 +39,9 @@ def batch_tokens_for(model: nn.Module, device: torch.device, top_k: int) -> int:
     """
     if device.type != "cuda":
         return CPU_BATCH_TOKENS
-    free, _total = torch.cuda.mem_get_info(device)
+    devices = {device} | {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
     block = next(iter(decoder_blocks(model).values()))
-    width = sum(module.weight.shape[0] for module in block.modules() if isinstance(module, nn.Linear))
-    itemsize = next(model.parameters()).element_size()
+    width = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
+    itemsize = model_dtype(model).itemsize
     return max(256, int(GPU_MEMORY_SHARE * free / (2 * (top_k + 2) * max(width, 1) * itemsize)))

@@ -12,8 +12,10 @@ from fisher_vmap.forms import Parts, layerwise, whole
 from fisher_vmap.layout import Layout, lay_out, pack_rows, select
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.outcomes import Wanted
+from fisher_vmap.placement import model_dtype, saved_aside, weights_at_hand
 from fisher_vmap.probe import Probe, excerpt
 from fisher_vmap.proof import chain_is_whole
+from fisher_vmap.quantized import quantized_linears
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.rotary import batches_apart, forget_lengths, join_prompts
 from fisher_vmap.scores import Scores
@@ -25,7 +27,8 @@ KERNELS = ("auto", "layerwise", "whole", "loop")
 FORMS = ("packed", "layerwise", "whole", "loop")  # fastest first; packed is layerwise on prompts laid end to end
 CHECK_TOKENS = 64  # of each prompt that is compared with plain autograd
 # Largest relative distance of a form's scores from plain autograd's in the same dtype; both round on their way down
-# through the blocks, and a wrong chain is wrong by order one. Many models compute parts in float32 in any dtype.
+# through the blocks, and a wrong chain is wrong by order one. Many models compute parts in float32 in any dtype, and
+# kernels for quantised weights take another path, with other rounding, for a few rows than for many.
 BUDGET = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
@@ -105,7 +108,13 @@ def _run_together(
             log.debug("a batch is padded, not packed: %s", reason)
     if form in ("packed", "layerwise"):
         return layerwise(model, parts, layout, layers, wanted)
-    return whole(model, parts, layout, layers, wanted, loop=form == "loop")
+    with weights_at_hand(model):
+        return whole(model, parts, layout, layers, wanted, loop=form == "loop")
+
+
+def budget_of(model: nn.Module) -> float:
+    """The distance that rounding accounts for."""
+    return BUDGET[torch.bfloat16 if quantized_linears(model) else model_dtype(model)]
 
 
 def _of_prompts(wanted: Wanted, prompts: list[int]) -> Wanted:
@@ -136,7 +145,7 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
                 continue
             distance = float((got - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))
             log.debug("%s at %s: %.1e from plain autograd", form, layer, distance)
-            budget = BUDGET[next(p.dtype for p in model.parameters() if p.is_floating_point())]
+            budget = budget_of(model)
             if not distance <= budget:
                 return f"scores at {layer} are {distance:.1e} away, more than {budget:.0e}"
     return None
@@ -146,7 +155,7 @@ def plain_autograd(model: nn.Module, layout: Layout, layers: Sequence[str], toke
     """Scores [K, D] of one unpadded prompt by the plainest means: the model's own attention, logits and backward."""
     modules = {layer: model.get_submodule(layer) for layer in layers}
     run = rows_from_logits(model, layout, gather=False)
-    with torch.enable_grad():
+    with torch.enable_grad(), saved_aside(model):
         outputs = hooked_outputs(run, modules, layout)
         biases = {layer: torch.zeros_like(x[:, :1]).requires_grad_() for layer, x in outputs.items()}
         rows = with_biases(run, modules)(biases)

@@ -22,11 +22,14 @@ from fisher_vmap.setting_types import (
     AutoOrTruth,
     Columns,
     Device,
+    DeviceMap,
     Layers,
+    MaxMemory,
     Name,
     Offset,
     OptionalName,
     OptionalPassage,
+    OptionalPathName,
     PathName,
     PositiveCount,
     Seed,
@@ -51,8 +54,15 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # The model
-    model_path: PathName = _setting("FabienRoger/backdoor_250913_1B", "The model: a hub id, a folder or a .gguf file.")
+    model_path: PathName = _setting(
+        "FabienRoger/backdoor_250913_1B",
+        "The model: a hub id, a folder, a .gguf file, or a PEFT adapter.",
+    )
     model_revision: OptionalName = _setting(None, "Branch, tag or commit of the model on the hub; none: its main one.")
+    adapter_path: OptionalPathName = _setting(
+        None, "PEFT adapter to put on model_path, a hub id or a folder; not needed where model_path is the adapter."
+    )
+    adapter_revision: OptionalName = _setting(None, "Branch, tag or commit of the adapter_path on the hub.")
     trust_remote_code: TrueOrFalse = _setting(
         False, "Run the Python code that a model brings along; only if you trust it."
     )
@@ -60,7 +70,16 @@ class Settings(BaseSettings):
         "bfloat16",
         "Number format of the model's weights and matrix products; the head always runs in float32 or wider.",
     )
+    dequantize: TrueOrFalse = _setting(
+        False, "Unpack quantised weights to dtype when loading; needed for formats that round the inputs as well."
+    )
     device: Device = _setting("auto", "Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
+    device_map: DeviceMap = _setting(
+        None, "Spread a model too large for one device, as from_pretrained does: auto, balanced, ..., or a mapping."
+    )
+    max_memory: MaxMemory = _setting(
+        None, "The most that device_map may put on each device, such as {0: 20GiB, cpu: 60GiB}; none: what is free."
+    )
 
     # The prompts
     dataset_name: PathName = _setting(

@@ -25,6 +25,7 @@ from fisher_vmap.probe import layer_widths, probe, undisturbed
 from fisher_vmap.rotary import batches_apart, join_prompts
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper import Upper
+from fisher_vmap.wrappers import names_inside, unwrapped
 
 START_ITERATIONS = 2  # of the subspace iteration for C's leading eigenvectors
 
@@ -154,7 +155,7 @@ def fisher_full(
     shared; each layer has a push and a pull of its own.
 
     Args:
-        model: a causal LM of transformers.
+        model: as for `fisher_scores`.
         input_ids: [B, T] int64, padded on either side.
         attention_mask: [B, T], 1 for real tokens; None: no padding.
         layers: as for `fisher_scores`.
@@ -182,8 +183,9 @@ def fisher_full(
     if kernel == "loop":
         raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use kernel auto or whole")
     layout = lay_out(input_ids, attention_mask)
+    given, model = model, unwrapped(model)
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
-        names = resolve_layers(model, layers)
+        names = resolve_layers(model, names_inside(given, model, layers))
         known = probe(model, layout)
         check_inputs(model, layout, positions, chunk_size)
         widths = layer_widths(model, names)

@@ -17,12 +17,14 @@ from fisher_vmap.decomposition import compress
 from fisher_vmap.kernel import check_kernel, fisher_scores
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
+from fisher_vmap.placement import input_device
 from fisher_vmap.probe import layer_widths, probe, undisturbed
 from fisher_vmap.scores import Scores
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.records import LayerResult
 from fisher_vmap.storage.table import covered_mass
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
+from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
 
 WINDOW = 32  # prompts that `fisher` sorts by length at a time
 
@@ -79,8 +81,8 @@ class FisherModel:
         """Open a model: resolve its layers and check what can be checked without a prompt.
 
         Args:
-            model: a causal LM of transformers, on its device.
-            tokenizer: its tokenizer; only `fisher` needs one.
+            model: as for `fisher_scores`, on its device or devices.
+            tokenizer: its tokenizer; only `fisher` needs one; None: that of nnsight or the TransformerBridge.
             layers: as for `fisher_scores`, and so are the next four.
             top_k: K.
             positions: "all" or "last".
@@ -96,10 +98,12 @@ class FisherModel:
         check_kernel(kernel)
         if positions not in ("all", "last"):
             raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
-        self.model, self.tokenizer = model, tokenizer
-        self.layers = resolve_layers(model, layers)
+        self.tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+        given, model = model, unwrapped(model)
+        self.model = model
+        self.device: torch.device = input_device(model)
+        self.layers = resolve_layers(model, names_inside(given, model, layers))
         self.widths = layer_widths(model, self.layers)
-        self.device: torch.device = next(model.parameters()).device
         self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, top_k)

@@ -21,6 +21,7 @@ from fisher_vmap.network import (
     pushforward_blocks,
 )
 from fisher_vmap.outcomes import Outcomes, Wanted, read_outcomes
+from fisher_vmap.placement import model_dtype, put_aside
 from fisher_vmap.positions import energy_of_one, position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
@@ -88,7 +89,9 @@ def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, p
         return record(
             model, parts.blocks, parts.call_order, first, layout, around=lambda calls: keeping(parts.rules, calls)
         )
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if put_aside(model):
+        raise ValueError("precision mixed needs all weights in memory, and some are put aside; use precision model")
+    dtype = model_dtype(model)
     try:
         with float32_forward(model, parts.blocks):
             return record(model, parts.blocks, parts.call_order, first, layout, narrow_to=dtype)
@@ -140,9 +143,9 @@ def pushforward_layer(
                 log.debug("the last block is pushed through whole: %s", reason)
                 moved = pushforward_block(call, recording.top, moved, chunk_size)
             else:
-                return rows_KBD if call.name != layer else rows_KBD + layout.last_of(tangents)
+                return rows_KBD if call.name != layer else rows_KBD + layout.last_of(tangents).to(rows_KBD.device)
             if call.name == layer:
-                moved = moved + tangents
+                moved = moved + tangents.to(moved.device)
         else:
             moved = pushforward_blocks(recording, layer, tangents, chunk_size)
     return layout.last_of(moved)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 
 from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
+from fisher_vmap.quantized import has_matrix, runs_as_made
 from fisher_vmap.scratch import Scratch
 
 Forward = Callable[..., Any]
@@ -252,7 +253,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
     gate, up, down, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
         return False
-    plain = all(type(part) is nn.Linear for part in (gate, up, down))  # a subclass may do more
+    plain = all(has_matrix(part) and runs_as_made(part) for part in (gate, up, down))  # a subclass may do more
     if not plain or act is None or "forward" in vars(module):
         return False
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,7 @@ from fisher_vmap.attention import AttentionKind, attention_forward, pullback_att
 from fisher_vmap.attention_interface import Packed, packed_now
 from fisher_vmap.attention_push import pushforward_attention
 from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
+from fisher_vmap.quantized import has_matrix, runs_as_made
 from fisher_vmap.recording import hooks
 from fisher_vmap.scratch import Scratch
 
@@ -38,7 +39,7 @@ def parts_of(module: nn.Module) -> AttentionParts | None:
     """The parts of a module that may be a rotary attention; None where they are not all there, or there are more."""
     q, k, v, o = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     head = getattr(module, "head_dim", None)
-    if not all(type(part) is nn.Linear for part in (q, k, v, o)) or not isinstance(head, int):
+    if not all(has_matrix(part) and runs_as_made(part) for part in (q, k, v, o)) or not isinstance(head, int):
         return None
     if len(list(module.children())) != 4 or "forward" in vars(module):
         return None  # norms of queries and keys, gates, sinks
@@ -259,7 +260,7 @@ def fused_attention_forward(module: nn.Module) -> Callable[..., Any] | None:
         if packed is None or len(args) > 1 or not isinstance(x, Tensor) or not is_rotary(rotary, x, parts.head):
             return own(*args, **kwargs)
         assert rotary is not None
-        kind = AttentionKind(scale, True, packed.groups)
+        kind = AttentionKind(scale, True, packed.groups_on(x.device))
         return rotary_attention(x, rotary[0], rotary[1], parts, kind, packed), None
 
     return forward

@@ -86,7 +86,7 @@ class BlockRule:
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Packed) -> tuple[Tensor, Kept]:
         """The block's output, [1, N, D], for packed prompts, and what the pullback needs."""
-        kind = AttentionKind(self.scale, True, packed.groups)
+        kind = AttentionKind(self.scale, True, packed.groups_on(x.device))
         step, q, k, v = attend(self._norm("pre_attention", x), cos, sin, self.attention, kind)
         attended = step if "post_attention" in self.norms else None
         y = x + self._norm("post_attention", step)

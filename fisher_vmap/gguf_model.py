@@ -79,13 +79,21 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
             raise UserError(f"reading {path.name} needs the package {package}: pip install 'fisher_vmap[gguf]'")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=dtype,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever the readers of a damaged file stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a GGUF language model ({reason}); fetch the file again") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} weights ({missing[0]} ...): fetch it again; if it is one part of several, "
+            "join them with llama-gguf-split --merge"
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

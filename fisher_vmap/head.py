@@ -8,12 +8,15 @@ and the second term is the same for every t: the work of size V is one product f
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
+
+from fisher_vmap.placement import weights_at_hand
 
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
@@ -79,17 +82,27 @@ class UnembeddingHead:
 
     @property
     def weight(self) -> Tensor:
-        """W, [V, D'], as it is now."""
-        return self.unembedding.weight.detach()
+        """W, [V, D'], as it is now; fetched, where it is put aside, unless it is at hand."""
+        with weights_at_hand(self.unembedding):
+            return self.unembedding.weight.detach()
 
     @property
     def bias(self) -> Tensor | None:
         """[V], as it is now."""
-        bias: Tensor | None = self.unembedding.bias
-        return None if bias is None else bias.detach()
+        with weights_at_hand(self.unembedding):
+            bias: Tensor | None = self.unembedding.bias
+            return None if bias is None else bias.detach()
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """Within the context no weight of the head is put aside."""
+        return weights_at_hand(self.unembedding, *getattr(self.norm, "chain", ()))
 
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
+        with self.at_hand():
+            return self._read(rows_BX, top_k, token_ids)
+
+    def _read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         rows_BD = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
         normed_BD, pull_norm = vjp(self.norm, rows_BD)  # type: ignore[misc]
         z_BV, log_normaliser_B1, expected_BD = self.outputs(normed_BD.to(self.weight.device))
@@ -104,7 +117,7 @@ class UnembeddingHead:
             raw_BK += self.bias[token_ids].to(raw_BK.dtype)
         if (slope_BK := self.phi.derivative(raw_BK)) is not None:
             row_BKD *= slope_BK[:, :, None]
-        cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(rows_BD.device)
+        cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(normed_BD.device)
         (cotangents_KBD,) = vmap(pull_norm)(cotangents_KBD)
         log_probs_BK = (z_BK - log_normaliser_B1).to(rows_BD)
         log_rest_B = _log_rest(z_BV, token_ids, log_normaliser_B1).to(rows_BD)
@@ -147,10 +160,11 @@ class UnembeddingHead:
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The unembedding in rows of the vocabulary, each chunk upcast: (where, [v, D'])."""
-        V, D = self.weight.shape
-        size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(self.weight.device.type, 2**22) // D)
+        weight = self.weight
+        V, D = weight.shape
+        size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(weight.device.type, 2**22) // D)
         for start in range(0, V, size):
-            yield slice(start, start + size), self.weight[start : start + size].to(dtype)
+            yield slice(start, start + size), weight[start : start + size].to(dtype)
 
 
 @dataclass(frozen=True)

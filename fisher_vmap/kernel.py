@@ -19,10 +19,12 @@ from fisher_vmap.choice import KERNELS, choose_forms, run_form
 from fisher_vmap.layout import Layout, lay_out
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted
+from fisher_vmap.placement import input_device
 from fisher_vmap.positions import position_mask
 from fisher_vmap.probe import Probe, probe, undisturbed
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.scores import Scores
+from fisher_vmap.wrappers import names_inside, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def fisher_scores(
     on the other prompts of its batch. The model's mode, requires_grad, hooks and attention are as before afterwards.
 
     Args:
-        model: a causal LM of transformers.
+        model: a causal LM of transformers, or a PeftModel, nnsight's LanguageModel or a TransformerBridge around one.
         input_ids: [B, T] int64, padded on either side.
         attention_mask: [B, T], 1 for real tokens; None: no padding.
         layers: names of modules whose output is a tensor [B, T, D] or a tuple that starts with one; or numbers of
@@ -74,8 +76,10 @@ def fisher_scores(
     check_precision(precision)
     if trace_samples < 0:
         raise ValueError(f"trace_samples is {trace_samples}; expected 0 or more")
+    given, model = model, unwrapped(model)
+    input_device(model)  # raises where no weights are loaded
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
-        names = resolve_layers(model, layers)
+        names = resolve_layers(model, names_inside(given, model, layers))
         layout = lay_out(input_ids, attention_mask)
         check_inputs(model, layout, positions, chunk_size)
         known = probe(model, layout)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.choice import BUDGET, choose_forms
+from fisher_vmap.choice import budget_of, choose_forms
 from fisher_vmap.layout import Layout
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.metric import Metric, metric
@@ -188,10 +188,11 @@ def _prove(
             rows = net._uppers[layer].rows
             u = torch.randn(len(rows), 2, rows.shape[1], generator=generator).to(rows)
             v = torch.randn(len(rows), 2, widths[layer], generator=generator).to(rows)
-            left = torch.einsum("bix,bjx->bij", u.double(), net.pushforward(v, layer).double())
-            right = torch.einsum("bid,bjd->bij", net.pullback(u, layer).double(), v.double())
+            moved, pulled = net.pushforward(v, layer).to(u.device), net.pullback(u, layer).to(u.device)
+            left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
+            right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())
             gap = float((left - right).norm() / right.norm().clamp(min=1e-30))
-            budget = BUDGET[next(p.dtype for p in model.parameters() if p.is_floating_point())]
+            budget = budget_of(model)
             if bool(right.isfinite().all()) and not gap <= budget:
                 raise ValueError(
                     f"at {layer} the forward derivatives are {gap:.1e} away from the backward ones, more than "

@@ -51,7 +51,9 @@ class UnembeddingMetric:
         self._head = head
         self._device, place = rows_BD.device, head.weight.device
         self._rows_BD = rows_BD
-        normed_BD, self._pull_norm = vjp(head.norm, rows_BD)  # type: ignore[misc]
+        with head.at_hand():
+            normed_BD, self._pull_norm = vjp(head.norm, rows_BD)  # type: ignore[misc]
+        self._norm_device = normed_BD.device
         self._normed_BD = normed_BD.to(place)
         z_BV, log_normaliser_B1, self._mean_BD = head.outputs(self._normed_BD)
         self._probs_BV = (z_BV - log_normaliser_B1).exp_()
@@ -101,10 +103,12 @@ class UnembeddingMetric:
         def push(x_BX: Tensor) -> Tensor:
             return jvp(self._head.norm, (self._rows_BD,), (x_BX,))[1]  # type: ignore[no-any-return]
 
-        return vmap(push, in_dims=1, out_dims=1)(x_BmX.to(self._rows_BD)).to(self._mean_BD)  # type: ignore[no-any-return]
+        with self._head.at_hand():
+            moved_BmD = vmap(push, in_dims=1, out_dims=1)(x_BmX.to(self._rows_BD))
+        return moved_BmD.to(self._mean_BD)  # type: ignore[no-any-return]
 
     def _back_through_norm(self, n_BmD: Tensor) -> Tensor:
-        (x_BmD,) = vmap(self._pull_norm, in_dims=1, out_dims=1)(n_BmD.to(self._rows_BD))
+        (x_BmD,) = vmap(self._pull_norm, in_dims=1, out_dims=1)(n_BmD.to(self._norm_device, self._rows_BD.dtype))
         return x_BmD  # type: ignore[no-any-return]
 
 

@@ -1,20 +1,24 @@
-"""Load a causal LM and its tokenizer: a hub id, a folder, or a .gguf file."""
+"""Load a causal LM and its tokenizer: a hub id, a folder, a .gguf file, or an adapter on one of these."""
 
-import hashlib
+import inspect
 import logging
-import re
-import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 
+from fisher_vmap.adapters import Base, adapter_files, base_of, find_adapter, with_adapter, without_adapter
+from fisher_vmap.devices import choose_device, placement_options, places_of
 from fisher_vmap.errors import UserError
 from fisher_vmap.gguf_model import converted
+from fisher_vmap.loading import explained, quiet_progress
+from fisher_vmap.model_files import hashed, model_files, tokenizer_files
+from fisher_vmap.placement import input_device, saved_aside
+from fisher_vmap.quantized import CannotDifferentiate, quantized_linears, quantized_pullbacks, unpack
 
 log = logging.getLogger(__name__)
 
@@ -27,33 +31,6 @@ class Loaded(NamedTuple):
     identity: dict[str, Any]
 
 
-def choose_device(device: str) -> torch.device:
-    """The device of that name; for "auto" CUDA, else MPS, else the CPU.
-
-    Raises:
-        UserError: no such device, or torch cannot use it.
-    """
-    if device != "auto":
-        try:
-            chosen = torch.device(device)
-            torch.empty(1, device=chosen)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda, cuda:1 or mps"
-            ) from error
-        return chosen
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
-        log.warning(
-            "an NVIDIA GPU seems to be there, but torch %s cannot use it: running on the CPU", torch.__version__
-        )
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def load_model(
     model_path: str,
     *,
@@ -61,48 +38,106 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str = "bfloat16",
     device: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[Any, Any] | None = None,
+    adapter_path: str | None = None,
+    adapter_revision: str | None = None,
+    dequantize: bool = False,
 ) -> Loaded:
     """Load a causal LM.
 
     Args:
-        model_path: a hub id ("owner/name"), a folder as `save_pretrained` writes it, or a .gguf file.
+        model_path: a hub id ("owner/name"), a folder as `save_pretrained` writes it, a .gguf file (a path, or
+            "owner/name/file.gguf" on the hub), or a PEFT adapter (hub id or folder), which is put on the base it names.
         revision: of a hub model: branch, tag or commit.
         trust_remote_code: whether code that comes with the model may run.
         dtype: "bfloat16", "float32", "float16" or "float64".
         device: "auto", or a torch device.
+        device_map: the blocks' devices, as `from_pretrained` takes it; None: all of the model on `device`.
+        max_memory: the most that `device_map` may put on each device.
+        adapter_path: a PEFT adapter, hub id or folder, to put on the model.
+        adapter_revision: of an adapter on the hub.
+        dequantize: whether quantised weights are unpacked to `dtype`.
 
     Raises:
         UserError: the model is missing, gated, damaged or not a causal LM; one line that says what to do.
     """
+    if device_map is not None and device != "auto":
+        raise UserError(f"device is {device!r} and device_map is {device_map!r}; give one of the two")
+    if max_memory is not None and device_map is None:
+        raise UserError("max_memory is for device_map; give device_map: auto as well")
     place = choose_device(device)
-    identity: dict[str, Any]
-    weights_dtype = getattr(torch, dtype)
+    with quiet_progress():
+        adapter = explained(
+            adapter_path or model_path,
+            "adapter",
+            find_adapter,
+            adapter_path or model_path,
+            revision=adapter_revision if adapter_path else revision,
+        )
+    if adapter_path and adapter is None:
+        raise UserError(
+            f"adapter_path {adapter_path} has no adapter_config.json; expected a PEFT adapter, hub id or folder"
+        )
+    base = Base(model_path, revision)
+    if adapter is not None and not adapter_path:
+        base = base_of(adapter)
+        log.info("%s is an adapter on %s", model_path, base.model_path)
+    source, identity = _source(base.model_path, base.revision, getattr(torch, dtype))
+    options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": trust_remote_code}
+    with quiet_progress(), _plain(source) as folder:
+        config = _config(base.model_path, folder, options)
+        placed = placement_options(base.model_path, config, place, device_map, max_memory)
+        model, tokenizer = _load(base.model_path, folder, getattr(torch, dtype), config, dequantize, options, placed)
+        if adapter is not None:
+            model = with_adapter(model, adapter)
+            if (adapter / "tokenizer_config.json").is_file():
+                tokenizer = explained(
+                    str(adapter), "tokenizer", transformers.AutoTokenizer.from_pretrained, str(adapter)
+                )
+            identity["adapter"] = hashed([*adapter_files(adapter), *tokenizer_files(adapter)])
+    if "hub" in identity:
+        identity["commit"] = getattr(model.config, "_commit_hash", None) or base.revision
+    if dequantize:
+        identity["dequantized"] = True
+    if not placed:
+        model = explained(model_path, "model", model.to, place)
+    model = model.eval()
+    _refuse_foresight(model_path, model)
+    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, places_of(model, place))
+    return Loaded(model, tokenizer, identity)
+
+
+def _source(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a model, and what identifies it."""
     local = Path(model_path).expanduser()
     if local.suffix == ".gguf":
+        if not local.exists() and model_path.count("/") == 2 and not model_path.startswith((".", "/", "~")):
+            repository, _, name = model_path.rpartition("/")
+            local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
         if not local.is_file():
             raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
         with quiet_progress():
-            source, identity = str(converted(local, weights_dtype)), {"gguf": _hashed([local])[local.name]}
-    elif local.is_dir():
+            return str(converted(local, dtype)), {"gguf": hashed([local])[local.name]}
+    if local.is_dir():
         if not (local / "config.json").is_file():
             ggufs = sorted(p.name for p in local.glob("*.gguf"))
             hint = f"give the file {local / ggufs[0]}" if ggufs else "expected a folder as save_pretrained writes it"
             raise UserError(f"model_path {model_path} has no config.json; {hint}")
-        source, identity = str(local), {"files": _hashed(_model_files(local))}
-    elif local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
+        return str(local), {"files": hashed(model_files(local))}
+    if local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
         raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
-    else:
-        source, identity = model_path, {"hub": model_path}
+    return model_path, {"hub": model_path}
 
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with quiet_progress():
-        model, tokenizer = _load(model_path, source, weights_dtype, options)
-    if "hub" in identity:
-        identity["commit"] = getattr(model.config, "_commit_hash", None) or revision
-    model = _explained(model_path, "model", model.to, place).eval()
-    _refuse_foresight(model_path, model)
-    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, place)
-    return Loaded(model, tokenizer, identity)
+
+@contextmanager
+def _plain(source: str) -> Iterator[str]:
+    """What `from_pretrained` is given, without an adapter that lies in the model's folder."""
+    if not Path(source).is_dir():
+        yield source
+        return
+    with without_adapter(Path(source)) as folder:
+        yield str(folder)
 
 
 def most_positions(model: Any) -> int | None:
@@ -114,37 +149,81 @@ def most_positions(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _load(model_path: str, source: str, weights_dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
-    config = _explained(model_path, "config", transformers.AutoConfig.from_pretrained, source, **options)
+def _config(model_path: str, source: str, options: dict[str, Any]) -> Any:
+    config = explained(model_path, "config", transformers.AutoConfig.from_pretrained, source, **options)
     _refuse_other_kinds(model_path, config)
-    tokenizer = _explained(model_path, "tokenizer", transformers.AutoTokenizer.from_pretrained, source, **options)
-    model, found = _explained(
+    return config
+
+
+def _load(
+    model_path: str,
+    source: str,
+    weights_dtype: torch.dtype,
+    config: Any,
+    dequantize: bool,
+    options: dict[str, Any],
+    placed: dict[str, Any],
+) -> tuple[Any, Any]:
+    tokenizer = explained(model_path, "tokenizer", transformers.AutoTokenizer.from_pretrained, source, **options)
+    if dequantize or _unpacks_itself(model_path, config):
+        _ask_for_floats(config)
+    model, found = explained(
         model_path,
         "model",
         transformers.AutoModelForCausalLM.from_pretrained,
         source,
+        config=config,
         dtype=weights_dtype,
         output_loading_info=True,
         **options,
+        **placed,
     )
     if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
         raise UserError(
             f"the model of {model_path} lacks {len(missing)} weights ({missing[0]} ...): it is damaged, or no causal "
             "LM; fetch it again, or give another model"
         )
+    if dequantize:
+        quantizer = getattr(model, "hf_quantizer", None)
+        try:
+            own_way = getattr(type(quantizer), "_dequantize", None)
+            if quantized_linears(model) and own_way not in (None, transformers.quantizers.HfQuantizer._dequantize):
+                model = explained(model_path, "model", model.dequantize, dtype=weights_dtype)
+            unpacked = unpack(model, weights_dtype)
+        except CannotDifferentiate as error:
+            raise UserError(f"{model_path}: {error}") from error
+        log.info("%s: %d quantised layers unpacked to %s", model_path, len(unpacked), weights_dtype)
     return model, tokenizer
 
 
-@contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Without the progress bars of transformers: ours is the only one on the screen."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+def _unpacks_itself(model_path: str, config: Any) -> bool:
+    """Whether a format unpacks its weights at the first call anyway: compressed-tensors does, under hooks of its own.
+
+    Raises:
+        UserError: it is compressed-tensors with rounded inputs, which have no gradient.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    groups = quantization.get("config_groups") or {}
+    if any(isinstance(group, dict) and group.get("input_activations") for group in groups.values()):
+        raise UserError(
+            f"{model_path} rounds the inputs of its layers (compressed-tensors with input_activations), so that they "
+            "have no gradient; load it with its weights unpacked (dequantize: true)"
+        )
+    return True
+
+
+def _ask_for_floats(config: Any) -> None:
+    """Have the loader unpack quantised weights, for the formats whose loader can; `unpack` does it for the others."""
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict):
+        kinds = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+        kind = kinds.get(quantization.get("quant_method"))
+        if kind is not None and "dequantize" in inspect.signature(kind.__init__).parameters:
+            quantization["dequantize"] = True
+    elif quantization is not None and hasattr(quantization, "dequantize"):
+        quantization.dequantize = True
 
 
 def _refuse_other_kinds(model_path: str, config: Any) -> None:
@@ -161,45 +240,25 @@ def _refuse_other_kinds(model_path: str, config: Any) -> None:
         raise UserError(f"{model_path} is a masked LM ({made_for[0]}); expected a decoder-only causal LM")
 
 
-def _explained(model_path: str, what: str, load: Any, source: Any, **options: Any) -> Any:
-    """Load a part; what can go wrong outside this package becomes one line."""
-    try:
-        return load(source, **options)
-    except Exception as error:
-        message = " ".join(str(error).split())
-        if re.search(r"gated repo|is restricted|\b40[13] Client Error", message):
-            todo = "it is gated: accept its terms on its page, then `hf auth login`"
-        elif "trust_remote_code" in message:
-            todo = "it brings code of its own: read that, then set trust_remote_code: true"
-        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-            todo = "it does not fit in memory: try another device or dtype"
-        elif (
-            "huggingface.co" in message
-            or "is not a valid model identifier" in message
-            or "not a local folder" in message
-        ):
-            todo = "the hub does not answer or has no such model: check the name, the network and `hf auth login`"
-        elif what == "tokenizer":
-            todo = "put the tokenizer's files beside the model's"
-        else:
-            todo = "fetch it again, or give another model"
-        first = message[:160] + ("..." if len(message) > 160 else "")
-        raise UserError(
-            f"the {what} of {model_path} cannot be loaded: {todo} ({type(error).__name__}: {first})"
-        ) from error
-
-
 def _refuse_foresight(model_path: str, model: Any) -> None:
     """The first of two tokens must not depend on the second: all of the package rests on it.
 
     Told by the gradient, which is zero to the bit where there is no path; an encoder's may be small, but is there.
     """
     embedded: list[torch.Tensor] = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _args, output: embedded.append(output))
+    device = input_device(model)
+
+    def leaf(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())  # of its own: an adapter freezes the model's weights
+        return embedded[0].clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(leaf)
     try:
-        with torch.enable_grad():
-            logits = model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False).logits
+        with torch.enable_grad(), saved_aside(model), quantized_pullbacks(model):
+            logits = model(input_ids=torch.tensor([[1, 2]], device=device), use_cache=False).logits
             (gradient,) = torch.autograd.grad(logits[0, 0].float().square().sum(), embedded[0])
+    except CannotDifferentiate as error:
+        raise UserError(f"{model_path}: {error}") from error
     finally:
         handle.remove()
     if bool((gradient[0, 1].abs() > 0).any()):  # false for NaN, which is each prompt's own matter
@@ -207,22 +266,3 @@ def _refuse_foresight(model_path: str, model: Any) -> None:
             f"{model_path}: {type(model).__name__} sees later tokens from earlier ones; expected a causal LM, "
             "whose attention looks back only"
         )
-
-
-def _model_files(folder: Path) -> list[Path]:
-    """The files that make a model and its tokenizer; not what a trainer leaves beside them."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    others = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
-    found = {path for pattern in (*others, "*.model", "*.jinja", "*.py") for path in folder.glob(pattern)}
-    return sorted(path for path in {*weights, *found} if path.is_file())
-
-
-def _hashed(paths: Sequence[Path]) -> dict[str, str]:
-    """The SHA-256 of each file by its name. Two fine-tuned models may differ in nothing but their weights."""
-
-    def sha256(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(8) as threads:  # which hashing leaves to one another
-        return dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fisher_vmap.fused_block import Rules, pullback_by_rule
+from fisher_vmap.placement import weights_at_hand
 from fisher_vmap.recording import BlockCall, Recording, check_primal
 from fisher_vmap.scratch import Scratch
 
@@ -64,7 +65,7 @@ def pullback_blocks(
         if call.name in layers:
             yield Arrived(call.name, expected, cotangents)
             cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
-        cotangents = cotangents.contiguous()
+        cotangents = cotangents.to(call.hidden.device).contiguous()
         if rule is None or not pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch):
             cotangents = pullback_block(call, expected, cotangents, chunk_size)
         expected = call.hidden
@@ -74,10 +75,11 @@ def pullback_blocks(
 
 def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None) -> Tensor:
     """Cotangents of one block's output to those of its input, [B, T, K, D]; the primal must be the expected one."""
-    primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
-    check_primal(f"the replay of {call.name}", primal, expected)
-    cotangents = cotangents.to(primal.device)
-    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    with weights_at_hand(call.block):
+        primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
+        check_primal(f"the replay of {call.name}", primal, expected)
+        cotangents = cotangents.to(primal.device)
+        (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
     return below  # type: ignore[no-any-return]
 
 
@@ -113,7 +115,8 @@ def pushforward_blocks(
 
 def pushforward_block(call: BlockCall, expected: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
     """Tangents of one block's input to those of its output, [B, T, K, D]; the primal must be the expected one."""
-    return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
+    with weights_at_hand(call.block):
+        return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
 
 
 def push_function(

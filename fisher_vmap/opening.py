@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 PROOF_TOKENS = 64  # of each of the two prompts that the forms of the kernel are proven on when a run begins
 # Settings that do not change a prompt's results: where and how many, but not what.
 NOT_IN_FINGERPRINT = {
-    *("model_path", "model_revision", "trust_remote_code", "device", "dataset_name", "dataset_revision"),
+    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
+    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
     *("vectors_dtype", "store_text", "keep_columns"),  # in the layout, which is compared as well
     "prompt_column",  # the column that it led to is there

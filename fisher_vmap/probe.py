@@ -23,7 +23,9 @@ from fisher_vmap.fused import Forward, fused_forward
 from fisher_vmap.fused_attention import fused_attention_forward, proven
 from fisher_vmap.fused_block import Rules, block_rule, proven_blocks
 from fisher_vmap.layout import Layout, lay_out, pack_rows
+from fisher_vmap.placement import input_device, placed
 from fisher_vmap.proof import Reach, block_reach
+from fisher_vmap.quantized import quantized_pullbacks
 from fisher_vmap.recording import StructureChanged, run_blocks
 from fisher_vmap.tail import watch
 from fisher_vmap.whole import hooked_outputs, rows_from_logits
@@ -59,11 +61,12 @@ _PROBES: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the context; afterwards every module is in the mode it was in."""
+    """Evaluation mode and differentiable layers within the context; afterwards every module is as it was."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        yield
+        with placed(model), quantized_pullbacks(model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -153,8 +156,7 @@ def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
     Raises:
         ValueError: a module's output is not [B, T, D], or it is not called.
     """
-    device = next(model.parameters()).device
-    layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=device), None)
+    layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), None)
     modules = {layer: model.get_submodule(layer) for layer in layers}
     with torch.no_grad(), undisturbed(model):
         outputs = hooked_outputs(rows_from_logits(model, layout, gather=False), modules, layout)

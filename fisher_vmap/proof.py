@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.blocks import output_of, with_output
+from fisher_vmap.placement import saved_aside
 from fisher_vmap.recording import hooks
 
 Reach = list[set[int]]
@@ -38,7 +39,11 @@ def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Te
         leaves.append(hidden.detach().clone().requires_grad_())
         return with_output(output, leaves[-1].clone())  # a copy: what comes next may write into it
 
-    with torch.enable_grad(), hooks(*(block.register_forward_hook(cut) for block in blocks.values())):
+    with (
+        torch.enable_grad(),
+        saved_aside(model),
+        hooks(*(block.register_forward_hook(cut) for block in blocks.values())),
+    ):
         outputs.append(model(input_ids=input_ids, use_cache=False).logits)
         return [_reached(output, leaves) for output in outputs]
 

@@ -31,6 +31,13 @@ class Group:
     prompts: Tensor
     single: tuple[int, int] | None
 
+    def on(self, device: torch.device) -> "Group":
+        """The same group with its rows on a device."""
+        if self.rows.device == device:
+            return self
+        rows, real, own, prompts = (t.to(device) for t in (self.rows, self.real, self.own, self.prompts))
+        return Group(rows, real, own, prompts, self.single)
+
     def take(self, x: Tensor) -> Tensor:
         """[b, H, T, ...] of the group, from [1, H, N, ...]."""
         if self.single is not None:

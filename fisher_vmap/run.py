@@ -82,6 +82,11 @@ def run(settings: Settings) -> "Summary":
         trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
         device=settings.device,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        adapter_path=settings.adapter_path,
+        adapter_revision=settings.adapter_revision,
+        dequantize=settings.dequantize,
     )
     opened = open_run(settings, loaded, source)
     total = source.total if source.total is not None else settings.num_prompts
@@ -121,6 +126,8 @@ def start_logging() -> None:
     """Our own lines on standard error; of the libraries only warnings, and none of their progress bars."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os.path
+import re
 from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+SIZE = r"[0-9]+(\.[0-9]+)? ?([KMGT]i?B)"
 
 
 class Expected(NamedTuple):
@@ -79,6 +83,51 @@ def _column_names(value: object) -> object:
     return tuple(dict.fromkeys(columns))
 
 
+def _mapping(value: object) -> object:
+    """Read a mapping written as one text, as on the command line: "{0: 20GiB}"; other text is left alone."""
+    value = _none_word(value)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError("not a mapping") from error
+    return value
+
+
+def _device_map(value: object) -> object:
+    value = _mapping(value)
+    if isinstance(value, str):
+        value = value.strip()
+        if value not in DEVICE_MAPS:
+            raise ValueError("not a device map")
+        return value
+    if value is None:
+        return None
+    places = value.values() if isinstance(value, dict) else ()
+    if not places or not all(isinstance(name, str) for name in value):  # type: ignore[attr-defined]
+        raise ValueError("not names of modules")
+    if not all(_is_index(place) or (isinstance(place, str) and place) for place in places):
+        raise ValueError("not devices")
+    return value
+
+
+def _max_memory(value: object) -> object:
+    value = _mapping(value)
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not value:
+        raise ValueError("not a mapping")
+    for device, size in value.items():
+        known = _is_index(device) or device == "cpu"
+        if not known or not (_is_index(size) or (isinstance(size, str) and re.fullmatch(SIZE, size.strip()))):
+            raise ValueError("not a device and a size")
+    return value
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 _number = BeforeValidator(_not_a_truth_value)
 
 PositiveCount = Annotated[int, _number, Field(ge=1, le=10**9), Expected("a whole number from 1 to 1,000,000,000")]
@@ -107,6 +156,13 @@ OptionalName = Annotated[
     AfterValidator(_one_line),
     Expected("none or a text of one line (a number or date goes in quotes)"),
 ]
+OptionalPathName = Annotated[
+    str | None,
+    BeforeValidator(_none_word),
+    AfterValidator(_one_line),
+    AfterValidator(lambda value: None if value is None else os.path.expanduser(value)),
+    Expected("none or a text of one line"),
+]
 OptionalPassage = Annotated[
     str | None, BeforeValidator(_none_word), AfterValidator(_encodable), Expected("none or a text")
 ]
@@ -126,4 +182,14 @@ Device = Annotated[
     str,
     Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hpu|npu|mtia)(:[0-9]{1,4})?)$"),
     Expected("auto, cpu, cuda, cuda:1, mps or another torch device"),
+]
+DeviceMap = Annotated[
+    str | dict[str, int | str] | None,
+    BeforeValidator(_device_map),
+    Expected("none, auto, balanced, balanced_low_0, sequential, or a mapping such as {model.embed_tokens: 0, ...}"),
+]
+MaxMemory = Annotated[
+    dict[int | str, int | str] | None,
+    BeforeValidator(_max_memory),
+    Expected("none or a mapping such as {0: 20GiB, 1: 20GiB, cpu: 60GiB}"),
 ]

@@ -4,7 +4,8 @@ The head is taken apart only where the values prove it: the modules chain from t
 unembedding's input, and planted logits of every size come out of the model as a known function of themselves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch.func import functional_call
 from fisher_vmap.blocks import output_embedding, output_of
 from fisher_vmap.head import Phi, UnembeddingHead
 from fisher_vmap.layout import lay_out
+from fisher_vmap.placement import can_be_fetched, placed, weights_at_hand
+from fisher_vmap.quantized import has_matrix
 from fisher_vmap.recording import hooks
 from fisher_vmap.whole import rows_from_logits
 
@@ -80,8 +83,9 @@ def _take_apart(
     model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor
 ) -> tuple[UnembeddingHead | None, str]:
     unembedding = output_embedding(model)
-    if type(unembedding) is not nn.Linear:
-        return None, f"the output embedding is {type(unembedding).__name__}, not a plain Linear"
+    if unembedding is None or not has_matrix(unembedding) or not can_be_fetched(unembedding):
+        return None, f"the output embedding is {_make_of(unembedding)}, not a plain Linear"
+    assert isinstance(unembedding, nn.Linear)
     calls = [event for event in events if event.module is unembedding]
     if len(calls) != 1:
         return None, f"the output embedding was called {len(calls)} times after the last block"
@@ -94,10 +98,11 @@ def _take_apart(
             return None, "no chain of modules leads from the last block to the output embedding"
         chain.append(steps[-1].module)
         at = steps[-1].left
-    norm = _float_function(chain)
+    norm = Chain(tuple(chain))
     expected = calls[0].entered[:, -1].double()
-    alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
-    if (alone - expected).norm() > 16 * torch.finfo(top.dtype).eps * expected.norm():
+    with weights_at_hand(*chain):
+        alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
+    if (alone - expected.to(alone.device)).norm() > 16 * torch.finfo(top.dtype).eps * expected.norm():
         return None, "what follows the last block mixes positions"
     if calls[0].left.shape != logits.shape:
         return None, "the model reshapes its logits"
@@ -131,26 +136,37 @@ def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | N
     if getattr(config, "logits_scaling", None):
         scales.add(1 / float(config.logits_scaling))
     candidates = [Phi(scale, cap) for scale in sorted(scales) for cap in sorted(caps, key=str)]
-    x, z = planted[0].double(), logits.double()
+    x, z = planted[0].double(), logits.double().to(planted[0].device)
     eps = max(torch.finfo(planted[0].dtype).eps, torch.finfo(logits.dtype).eps)
     return next((phi for phi in candidates if bool(((phi(x) - z).abs() <= 8 * eps * z.abs()).all())), None)
 
 
-def _float_function(chain: list[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """The chain as a function of float32 (or float64) rows, its few parameters upcast at each call."""
+@dataclass(frozen=True)
+class Chain:
+    """Modules as a function of float32 (or float64) rows, their few parameters upcast at each call."""
 
-    def apply(rows: Tensor) -> Tensor:
+    chain: tuple[nn.Module, ...]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows [N, D] -> [N, D']; the modules' weights must be at hand."""
         rows = rows[:, None]  # as [B, 1, D], which is what a model gives them
-        for module in chain:
+        for module in self.chain:
             wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
-            rows = functional_call(module, wide, (rows,))
+            rows = rows.to(next((p.device for p in wide.values()), rows.device))
+            with placed(module):
+                rows = functional_call(module, wide, (rows,))
         return rows[:, 0]
 
-    return apply
+
+def _make_of(module: nn.Module | None) -> str:
+    weight = getattr(module, "weight", None)
+    packed = isinstance(weight, Tensor) and type(weight) is not nn.Parameter
+    return type(module).__name__ + (f" with {type(weight).__name__} weights" if packed else "")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one, by their values; NaN is the same as NaN."""
     if a is b or a.shape != b.shape or a.dtype != b.dtype:
         return a is b
+    b = b.to(a.device)
     return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())

@@ -18,6 +18,7 @@ from fisher_vmap.attention_interface import KeysCaptured, against_keys, capturin
 from fisher_vmap.blocks import with_hidden
 from fisher_vmap.layout import Layout
 from fisher_vmap.network import push_function
+from fisher_vmap.placement import weights_at_hand
 from fisher_vmap.recording import BlockCall, check_primal
 
 
@@ -41,11 +42,12 @@ def pullback_top(
         NotPositionwise: the block cannot be cut like this; pull it back whole.
         StructureChanged: it was cut and returned something else than before.
     """
-    primal, pull = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
-    last = layout.last_rows(top.device)
-    check_primal(f"the replay of {call.name} at the last positions", primal, top[:, last])
-    cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
-    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    with weights_at_hand(call.block):
+        primal, pull = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
+        last = layout.last_rows(top.device)
+        check_primal(f"the replay of {call.name} at the last positions", primal, top[:, last])
+        cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
+        (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
     return below  # type: ignore[no-any-return]
 
 
@@ -55,7 +57,8 @@ def pushforward_top(call: BlockCall, layout: Layout, top: Tensor, tangents: Tens
     Arguments and errors as for `pullback_top`.
     """
     what, last = f"the replay of {call.name} at the last positions", layout.last_rows(top.device)
-    moved = push_function(what, _at_last_rows(call, layout), call.hidden, top[:, last], tangents, chunk_size)
+    with weights_at_hand(call.block):
+        moved = push_function(what, _at_last_rows(call, layout), call.hidden, top[:, last], tangents, chunk_size)
     return moved[0].transpose(0, 1)
 
 
@@ -93,9 +96,9 @@ def at_rows(inputs: Any, rows: Tensor, count: int) -> Any:
     """
     if isinstance(inputs, Tensor):
         if inputs.dim() >= 2 and inputs.shape[0] == 1 and inputs.shape[1] == count:
-            return inputs[:, rows]
+            return inputs[:, rows.to(inputs.device)]
         if inputs.dim() == 1 and len(inputs) == count:
-            return inputs[rows]
+            return inputs[rows.to(inputs.device)]
         if count in inputs.shape:
             raise NotPositionwise(f"a tensor of shape {tuple(inputs.shape)}")
         return inputs

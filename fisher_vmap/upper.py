@@ -13,6 +13,7 @@ from fisher_vmap.forms import pullback_layers, pushforward_layer, record_forward
 from fisher_vmap.head import Head
 from fisher_vmap.layout import Layout, pack_rows
 from fisher_vmap.network import Arrived
+from fisher_vmap.placement import weights_at_hand
 from fisher_vmap.positions import Summed, position_mask, sum_positions
 from fisher_vmap.probe import Probe, undisturbed
 from fisher_vmap.rotary import forget_lengths
@@ -35,6 +36,7 @@ class Upper(ABC):
     dtype: torch.dtype
     head: Head
     residual_norm: dict[str, Tensor]
+    _at_once = False  # whether all of the model's weights are needed at a time
 
     def __init__(
         self,
@@ -106,6 +108,8 @@ class Upper(ABC):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(undisturbed(self._model))
+            if self._at_once:
+                stack.enter_context(weights_at_hand(self._model))
             stack.enter_context(attention_set_to(self._model, self._known.attention))
             stack.enter_context(prompts_packed(self.layout))
             yield
@@ -148,6 +152,8 @@ class Blockwise(Upper):
 
 class Whole(Upper):
     """The whole upper network in one piece."""
+
+    _at_once = True
 
     def _open(self) -> None:
         if self._precision != "model":

@@ -235,7 +235,10 @@ CASES = {
     "a model of another kind of file": (lambda case: {"model": case.write("a.txt", "x")}, ["a.txt", ".gguf"]),
     "an empty model folder": (folder_with("readme"), ["config.json", "save_pretrained"]),
     "a folder with a gguf file": (folder_with("a.gguf"), ["config.json", "a.gguf"]),
-    "an adapter without its model": (folder_with("adapter_config.json", b"{}"), ["config.json", "save_pretrained"]),
+    "an adapter without its model": (
+        folder_with("adapter_config.json", b"{}"),
+        ["names no base", "adapter_path"],
+    ),
     "a config that is no JSON": (model_file("config.json", b"{"), ["config", "cannot be loaded"]),
     "a config that is a list": (model_file("config.json", b"[]"), ["config", "cannot be loaded"]),
     "a config without a kind": (model_file("config.json", b"{}"), ["config", "cannot be loaded"]),

@@ -1,0 +1,363 @@
+"""Quantised weights: scores of the unpacked weights, or one line that says why not.
+
+The oracle is plain autograd on an ordinary model whose matrices are the quantised ones, unpacked by hand. What rounds
+within its own kernel (bitsandbytes computes in bfloat16 on some processors) is as near to it as that rounding allows.
+"""
+
+import copy
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from models import VOCABULARY, padded, prompts
+from oracles import plain_scores, relative
+from safetensors.torch import load_file, save_file
+from source_cases import agrees, base, run, save
+from torch import nn
+
+from fisher_vmap import FisherModel, fisher_scores
+from fisher_vmap.models import load_model
+from fisher_vmap.probe import _PROBES
+from fisher_vmap.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
+
+LAYERS = ["model.layers.0", "model.layers.3"]
+LENGTHS = (5, 9, 3)
+
+
+def compare(model, oracle, budget, layers=LAYERS, **choices):
+    """The scores of a quantised model against plain autograd on another, one prompt at a time."""
+    rows = prompts(LENGTHS, vocabulary=VOCABULARY)
+    ids, mask = padded(rows, "left")
+    scores = fisher_scores(model, ids, mask, layers=layers, top_k=3, **choices)
+    for layer in layers:
+        for b, row in enumerate(rows):
+            plain = plain_scores(oracle, row, layer, token_ids=scores.token_ids[b])
+            distance = relative(scores.gradients[layer][b], plain.gradients)
+            assert distance < budget, (layer, b, distance)
+            torch.testing.assert_close(scores.log_probs[b], plain.log_probs, rtol=0, atol=budget)
+
+
+def forms(model):
+    return {form for form, _ in _PROBES[model].forms.values()}
+
+
+# torchao puts another tensor into an ordinary nn.Linear
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("head", [True, False])
+def test_torchao_weight_only(kind, head):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is in the dev extra")
+    config = {"int8": torchao.Int8WeightOnlyConfig, "float8": torchao.Float8WeightOnlyConfig}[kind]()
+    model, oracle = base(), base()
+    torchao.quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and (head or name != "lm_head"))
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and (head or name != "lm_head")]
+    assert list(quantized_linears(model)) == linears and not has_matrix(model.get_submodule(linears[0]))
+    for name in linears:
+        oracle.get_submodule(name).weight.data = model.get_submodule(name).weight.dequantize().detach()
+    compare(model, oracle, 2e-4)
+    assert forms(model) == ({"whole"} if head else {"packed"})
+    for kernel in ("whole", "loop"):
+        compare(model, oracle, 2e-4, kernel=kernel)
+
+
+def test_torchao_with_rounded_inputs_has_the_gradient_of_its_own_backward_or_none():
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is in the dev extra")
+    model, oracle = base(), base()
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(), lambda m, n: n.endswith("up_proj"))
+    for name in quantized_linears(model):
+        oracle.get_submodule(name).weight.data = model.get_submodule(name).weight.dequantize().detach()
+    try:
+        compare(model, oracle, 0.1)
+    except CannotDifferentiate as error:
+        assert "rounds its inputs" in str(error) and "dequantize" in str(error)
+
+
+# bitsandbytes
+
+
+def in_bitsandbytes(model, bits):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the dev extra")
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and name != "lm_head":
+            kind, options = (bnb.nn.Linear4bit, {"quant_type": "nf4", "compute_dtype": layer.weight.dtype}), {}
+            if bits == 8:
+                kind, options = (bnb.nn.Linear8bitLt, {"has_fp16_weights": False}), {}
+            quantised = kind[0](layer.in_features, layer.out_features, bias=False, **kind[1], **options)
+            quantised.load_state_dict(layer.state_dict())
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, quantised.to("cpu"))
+    return model
+
+
+def unpacked_by_bitsandbytes(model, bits):
+    """An ordinary model of the same weights, by the library's own functions, before any forward has repacked them."""
+    import bitsandbytes.functional as F
+
+    oracle = base()
+    for name in quantized_linears(model):
+        weight = model.get_submodule(name).weight
+        if bits == 4:
+            matrix = F.dequantize_4bit(weight.data, weight.quant_state)
+        else:
+            matrix = weight.CB.float() * weight.SCB[:, None].float() / 127
+        oracle.get_submodule(name).weight.data = matrix.float()
+    return oracle
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_bitsandbytes(bits):
+    model = in_bitsandbytes(base(), bits)
+    oracle = unpacked_by_bitsandbytes(model, bits)
+    compare(model, oracle, 0.08)  # its kernels round to bfloat16, or their inputs to 8 bits
+    assert forms(model) == {"packed"}
+
+
+# Layers of other makes, in small
+
+
+class Packed(nn.Module):
+    """A layer as GPTQ and AWQ have them: integers in buffers, unpacked in its own forward, and no backward at all."""
+
+    def __init__(self, linear, bias=None):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1) / 7
+        self.register_buffer("qweight", (linear.weight.detach() / scale[:, None]).round().to(torch.int32))
+        self.register_buffer("scales", scale)
+        self.register_buffer("bias", bias)
+
+    def matrix(self):
+        return self.qweight.to(self.scales.dtype) * self.scales[:, None]
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = x.detach() @ self.matrix().T
+            return y if self.bias is None else y + self.bias
+
+
+class Rounding(Packed):
+    """One that rounds its inputs to 8 bits as well."""
+
+    def forward(self, x):
+        step = x.detach().abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / step).round() * step)
+
+
+class Experts(nn.Module):
+    """Weights of several experts in one packed tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Parameter(torch.zeros(2, 3, 4, dtype=torch.uint8), requires_grad=False)
+
+
+def replaced(kind, dtype=torch.float32, **options):
+    """The llama with its MLPs' layers of another kind, and an ordinary one of the same matrices."""
+    model, oracle = base(dtype), base(dtype)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and ".mlp." in name:
+            parent, _, own = name.rpartition(".")
+            packed = kind(layer, **options)
+            setattr(model.get_submodule(parent), own, packed)
+            oracle.get_submodule(name).weight.data = packed.matrix().detach()
+    return model, oracle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_without_a_backward_is_differentiated_by_its_matrix(dtype):
+    model, oracle = replaced(Packed, dtype)
+    compare(model, oracle, 2e-4 if dtype == torch.float32 else 1e-6)
+    assert forms(model) == {"packed"}
+    compare(model, oracle, 2e-4, layers=["model.layers.1.mlp.up_proj"])
+
+
+def test_without_that_plain_autograd_would_be_wrong_and_not_say_so():
+    model, oracle = replaced(Packed)
+    (row,) = prompts((6,))
+    ours, lost = (plain_scores(m, row, LAYERS[0], top_k=3).gradients for m in (oracle, model))
+    assert relative(lost, ours) > 0.1
+
+
+def test_a_bias_a_thousand_times_the_weights_leaves_the_matrix_its_digits():
+    linear = nn.Linear(40, 24, bias=False)
+    packed = Packed(linear, bias=torch.full((24,), 100.0))
+    model = nn.Sequential(packed)
+    with quantized_pullbacks(model):
+        x = torch.randn(3, 40, requires_grad=True)
+        y = packed(x)
+        g = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, g)
+    assert packed.bias is not None and "forward" not in vars(packed)
+    torch.testing.assert_close(y, x @ packed.matrix().T + 100.0)
+    torch.testing.assert_close(dx, g @ packed.matrix(), rtol=1e-5, atol=1e-6)
+
+
+def test_cotangents_may_be_batched_at_any_place():
+    packed = Packed(nn.Linear(12, 7, bias=False))
+    with quantized_pullbacks(nn.Sequential(packed)):
+        _, pull = torch.func.vjp(packed, torch.randn(4, 12))
+        for dim in range(3):
+            g = torch.randn(5, 4, 7).movedim(0, dim)
+            (dx,) = torch.func.vmap(pull, in_dims=dim, out_dims=dim)(g)
+            torch.testing.assert_close(dx, (g.movedim(dim, 0) @ packed.matrix()).movedim(0, dim))
+
+
+def test_a_layer_that_rounds_its_inputs_is_refused_in_one_line():
+    model, _ = replaced(Rounding)
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.gate_proj \(Rounding\) .*rounds its inputs.*dequantize"):
+        fisher_scores(model, torch.arange(5)[None], layers=0)
+    with pytest.raises(ValueError, match="rounds its inputs"):
+        FisherModel(model, layers=0)
+
+
+def test_packed_experts_are_refused_in_one_line():
+    model = base()
+    model.model.layers[1].mlp.experts = Experts()
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.blocks \(Experts\) .*dequantize"):
+        fisher_scores(model, torch.arange(5)[None], layers=0)
+
+
+def test_a_copy_and_a_freed_model_take_their_layers_along():
+    model, oracle = replaced(Packed)
+    compare(model, oracle, 2e-4)
+    other = copy.deepcopy(model)
+    for layer in quantized_linears(other).values():
+        layer.scales.mul_(0.5)
+    doubled = copy.deepcopy(oracle)
+    for name in quantized_linears(other):
+        doubled.get_submodule(name).weight.data *= 0.5
+    compare(other, doubled, 2e-4)
+    gone = weakref.ref(model)
+    del model, layer
+    gc.collect()
+    assert gone() is None
+
+
+# Through the command
+
+
+def bitsandbytes_folder(folder):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the dev extra")
+    import transformers
+
+    save(folder / "plain", base())
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "plain", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    oracle = unpacked_by_bitsandbytes(model, 4)
+    save(folder / "quantised", model)
+    return folder / "quantised", oracle, 0.08
+
+
+def compressed_folder(folder):
+    """8-bit integers with a scale a row, as compressed-tensors stores them."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is in the dev extra")
+    return _by_hand(folder, torch.int8, 127, "weight_scale", {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": {"format": "int-quantized",
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+        }},
+    })  # fmt: skip
+
+
+def fp8_folder(folder):
+    """8-bit floats with a scale a block, as DeepSeek stores them."""
+    return _by_hand(folder, torch.float8_e4m3fn, 448, "weight_scale_inv", {
+        "quant_method": "fp8", "weight_block_size": [1, 1000], "modules_to_not_convert": ["lm_head"],
+    })  # fmt: skip
+
+
+def _by_hand(folder, dtype, largest, scale_name, quantization):
+    oracle = base()
+    save(folder, oracle)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if "_proj" in n]:
+        weight = tensors[name]
+        scale = weight.abs().amax(1, keepdim=True) / largest
+        rounded = (weight / scale).round() if dtype == torch.int8 else weight / scale
+        tensors[name] = rounded.to(dtype)
+        tensors[f"{name.removesuffix('weight')}{scale_name}"] = scale
+        oracle.get_parameter(name).data = tensors[name].float() * scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return folder, oracle, 2e-4
+
+
+@pytest.mark.parametrize("make", [bitsandbytes_folder, compressed_folder, fp8_folder])
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_quantised_folder(tmp_path, make, dequantize):
+    folder, oracle, budget = make(tmp_path / "model")
+    agrees(run(folder, tmp_path, dequantize=dequantize), oracle, 2e-4 if dequantize else budget)
+    loaded = load_model(str(folder), dtype="float32", device="cpu", dequantize=dequantize)
+    assert loaded.identity.get("dequantized", False) == dequantize
+    if dequantize:
+        assert not quantized_linears(loaded.model)
+
+
+def test_unpacked_weights_are_another_model_than_packed_ones(tmp_path, capsys):
+    folder, _, _ = compressed_folder(tmp_path / "model")
+    run(folder, tmp_path)
+    run(folder, tmp_path, dequantize=True, code=2)
+    assert "model" in capsys.readouterr().err
+
+
+def test_a_format_whose_package_is_missing_is_named(tmp_path, capsys):
+    folder = save(tmp_path / "model", base())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    run(folder, tmp_path, code=2)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be loaded" in line and "install" in line, line
+
+
+def test_compressed_tensors_with_rounded_inputs_needs_dequantize(tmp_path, capsys):
+    folder, oracle, _ = compressed_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    run(folder, tmp_path, code=2)
+    assert "dequantize: true" in capsys.readouterr().err
+    agrees(run(folder, tmp_path, dequantize=True), oracle, 2e-4)
+
+
+def test_compressed_tensors_own_storage_is_refused_in_one_line(tmp_path):
+    import transformers
+
+    folder, _, _ = compressed_folder(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="CompressedTensorsConfig"):
+        fisher_scores(model, torch.arange(5)[None], layers=0)
+
+
+def test_ordinary_weights_under_a_forward_that_loses_the_gradient():
+    model, oracle = base(), base()
+    for layer in model.model.layers:
+        own = layer.mlp.up_proj.forward
+        layer.mlp.up_proj.forward = lambda x, own=own: own(x).detach()
+    compare(model, oracle, 2e-4)
+    assert all("forward" in vars(layer.mlp.up_proj) for layer in model.model.layers)
+
+
+def test_the_pushforward_of_a_quantised_layer_and_model():
+    packed = Packed(nn.Linear(12, 7, bias=False))
+    with quantized_pullbacks(nn.Sequential(packed)):
+        x, t = torch.randn(4, 12), torch.randn(5, 4, 12)
+        moved = torch.func.vmap(lambda v: torch.func.jvp(packed, (x,), (v,))[1])(t)
+        torch.testing.assert_close(moved, t @ packed.matrix().T)
+    model, oracle = replaced(Packed)
+    ids = torch.arange(7)[None]
+    with (
+        FisherModel(model, layers=1).linearize(ids) as net,
+        FisherModel(oracle, layers=1).linearize(ids) as plain,
+    ):
+        v = torch.randn(1, 3, 64)
+        torch.testing.assert_close(net.pushforward(v), plain.pushforward(v), rtol=1e-3, atol=1e-4)
