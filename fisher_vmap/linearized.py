@@ -36,7 +36,7 @@ class LinearizedNetwork:
 
     @property
     def output(self) -> Tensor:
-        """h at bias zero, [B, D]; [B, V] where h is the logits."""
+        """H at bias zero, [B, D]; [B, V] where h is the logits."""
         return next(iter(self._uppers.values())).rows
 
     def pullback(
@@ -173,10 +173,8 @@ def _opened(
     return LinearizedNetwork({layer: uppers[layer] for layer in widths}, widths)
 
 
-def _prove(
-    model: nn.Module, known: Probe, layout: Layout, widths: Mapping[str, int], forms: Mapping[str, str]
-) -> None:
-    """u . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
+def _prove(model: nn.Module, known: Probe, layout: Layout, widths: Mapping[str, int], forms: Mapping[str, str]) -> None:
+    """U . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
     new = [layer for layer in widths if (layer, forms[layer]) not in known.adjoint]
     if not new:
         return

@@ -119,7 +119,7 @@ class LogitsMetric:
         self.probs = rows_BV.softmax(1)
 
     def product(self, x_BmX: Tensor) -> Tensor:
-        """p * (x - p . x)"""
+        """P * (x - p . x)"""
         p_B1V = self.probs[:, None]
         x_BmX = x_BmX.to(self.probs)
         return p_B1V * (x_BmX - (p_B1V * x_BmX).sum(2, keepdim=True))
@@ -130,7 +130,7 @@ class LogitsMetric:
         return one_hot.to(self.probs) - self.probs[:, None]
 
     def transposed(self, y_BmV: Tensor) -> Tensor:
-        """y - (sum y) p"""
+        """Y - (sum y) p"""
         y_BmV = y_BmV.to(self.probs)
         return y_BmV - y_BmV.sum(2, keepdim=True) * self.probs[:, None]
 
@@ -155,8 +155,9 @@ def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
         more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64).to(a_BnX)
         a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
     wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
-    _, X_Bnn = torch.linalg.eigh(wide @ wide.mT)
-    u_BmX = orthonormal((X_Bnn[:, :, -count:].mT @ wide)).to(a_BnX)
+    gram_Bnn = wide @ wide.mT
+    _, X_Bnn = torch.linalg.eigh(torch.where(gram_Bnn.isfinite(), gram_Bnn, 0))  # a prompt's NaN stays its own
+    u_BmX = orthonormal(X_Bnn[:, :, -count:].mT @ wide).to(a_BnX)
     for _ in range(iterations):
         u_BmX = orthonormal(c.product(u_BmX)).to(a_BnX)
     return u_BmX
@@ -167,18 +168,19 @@ def orthonormal(rows_BmX: Tensor) -> Tensor:
     wide = rows_BmX.to(float64_device(rows_BmX.device), torch.float64)
     length = torch.linalg.vector_norm(wide, dim=2, keepdim=True)
     wide = wide / torch.where(length > 0, length, 1)
-    return torch.linalg.qr(wide.mT).Q.mT
+    basis: Tensor = torch.linalg.qr(wide.mT).Q.mT
+    return basis
 
 
 class Probes(NamedTuple):
     """Random signs over the vocabulary: E[x x^T] = 1, so that the rows C^(1/2) x have E |J^T C^(1/2) x|^2 = tr F.
 
     Attributes:
-        count: how many for each prompt.
+        vectors: how many for each prompt.
         seeds: one for each prompt, so that a prompt's signs do not depend on its neighbours.
     """
 
-    count: int
+    vectors: int
     seeds: Sequence[int]
 
 
@@ -192,9 +194,9 @@ def probe_rows(c: Metric, probes: Probes, without_BK: Tensor | None = None, *, c
         centred: with `without_BK`: take off what the tokens that remain have in common, as far as one outcome that
             stands for all of them holds it.
     """
-    B, V = c.probs.shape
+    V = c.probs.shape[1]
     signs = [
-        torch.randint(0, 2, (probes.count, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+        torch.randint(0, 2, (probes.vectors, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
         for seed in probes.seeds
     ]
     root_BV = c.probs.sqrt()

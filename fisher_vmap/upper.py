@@ -99,7 +99,8 @@ class Upper(ABC):
         with self._prepared():
             moved_KBX = self._push(layer, self.layout.everywhere(unit_BKD.to(self.dtype), self._mask_N))
         wide = torch.promote_types(moved_KBX.dtype, torch.float32)
-        return moved_KBX.transpose(0, 1).to(length_BK.device, wide) * length_BK[..., None].to(wide)
+        moved_BKX: Tensor = moved_KBX.transpose(0, 1).to(length_BK.device, wide)
+        return moved_BKX * length_BK[..., None].to(wide)
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -158,8 +159,8 @@ class Whole(Upper):
     def _open(self) -> None:
         if self._precision != "model":
             raise ValueError(
-                f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; use dtype "
-                "float32"
+                f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; "
+                "use dtype float32"
             )
         modules = {layer: self._model.get_submodule(layer) for layer in self.layers}
         run, self.head = upper(self._model, self._known.parts, self.layout, modules)
@@ -181,7 +182,8 @@ class Whole(Upper):
             moved[layer] = tangent
             return jvp(self._function, (self._zeros,), (moved,))[1]  # type: ignore[no-any-return]
 
-        return vmap(push, in_dims=2, chunk_size=self._chunk_size)(tangents.to(self._zeros[layer]))  # type: ignore[no-any-return]
+        moved: Tensor = vmap(push, in_dims=2, chunk_size=self._chunk_size)(tangents.to(self._zeros[layer]))
+        return moved
 
 
 def open_upper(

@@ -96,8 +96,9 @@ def _check_shard(shard: ShardReader) -> str:
         token_ids, log_probs = shard.tokens(index)
         if not ok[row]:
             continue
-        covered = covered_mass(log_probs)
-        if not np.isfinite(log_probs).all() or (token_ids < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
+        covered = covered_mass(log_probs, token_ids)
+        known = token_ids[: shard.layout.top_k]
+        if not np.isfinite(log_probs).all() or (known < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
             raise damaged(shard.path, f"the tokens of prompt {index} are not the table's")
     for layer in shard.layout.layers:
         stack = shard.stack(layer)
