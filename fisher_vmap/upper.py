@@ -100,7 +100,8 @@ class Upper(ABC):
             moved_KBX = self._push(layer, self.layout.everywhere(unit_BKD.to(self.dtype), self._mask_N))
         wide = torch.promote_types(moved_KBX.dtype, torch.float32)
         moved_BKX: Tensor = moved_KBX.transpose(0, 1).to(length_BK.device, wide)
-        return moved_BKX * length_BK[..., None].to(wide)
+        scaled: Tensor = moved_BKX * length_BK[..., None].to(wide)
+        return scaled
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
