@@ -64,7 +64,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
     threads = stored.get("threads", torch.get_num_threads())
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)  # sums split over threads differ in their last bits
-    renderer = _renderer(settings, loaded, source, stored.get("template_date"))
+    renderer = make_renderer(settings, loaded, source, stored.get("template_date"))
 
     groups = _groups(source, settings.shard_size)
     first = next(groups)
@@ -158,7 +158,8 @@ def _batch_tokens(settings: Settings, loaded: Loaded) -> int | None:
     return batch_tokens_for(loaded.model, next(loaded.model.parameters()).device, vectors)
 
 
-def _renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
+def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
+    """The renderer of a run; `date` is what its template was told, None: today's."""
     max_length, limit = settings.max_length, most_positions(loaded.model)
     if limit is not None and limit < max_length:
         log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
