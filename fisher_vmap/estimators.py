@@ -21,7 +21,7 @@ from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, prom
 from fisher_vmap.layout import Layout, lay_out, select
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
-from fisher_vmap.probe import layer_widths, probe, undisturbed
+from fisher_vmap.probe import probe, undisturbed
 from fisher_vmap.rotary import batches_apart, join_prompts
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper import Upper
@@ -194,8 +194,6 @@ def fisher_full(
         names = resolve_layers(model, names_inside(given, model, layers))
         known = probe(model, layout)
         check_inputs(model, layout, positions, chunk_size)
-        found_widths = layer_widths(model, names)
-        widths = {name: found_widths[name] for name in names}
 
         def of_group(group: list[int]) -> Estimate:
             part = select(layout, group)
@@ -204,15 +202,14 @@ def fisher_full(
                 model,
                 known,
                 part,
-                widths,
+                names,
                 positions=where,
                 chunk_size=chunk_size,
                 kernel=kernel,
                 precision=precision,
             )
             probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
-            vectors = min(rank + oversampling, max(widths.values()))
-            return full(net, vectors=vectors, passes=passes, top_k=top_k, probes=probes)
+            return full(net, vectors=rank + oversampling, passes=passes, top_k=top_k, probes=probes)
 
         return apart(model, layout, of_group)
 

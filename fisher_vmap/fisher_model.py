@@ -284,7 +284,7 @@ class FisherModel:
                 self.model,
                 self._probe(),
                 lay_out(input_ids, attention_mask),
-                {layer: self.widths[layer] for layer in self.layers},
+                self.layers,
                 positions=self.positions,
                 chunk_size=self.chunk_size,
                 kernel=self.kernel,
