@@ -104,7 +104,7 @@ def _full_of(
         pulled, random_BSD = first[layer].gradients[:, :m], first[layer].gradients[:, m:]
         for _ in range(passes):
             z_BmX = upper.push(orthonormal(pulled).to(pulled), layer)
-            cz_BmX = c.product(z_BmX)
+            cz_BmX = c.product(z_BmX).to(z_BmX)
             whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
             last = upper.pull(whiten_Bmm @ cz_BmX, [layer])[layer]
             pulled = last.gradients
@@ -113,8 +113,8 @@ def _full_of(
             reading.log_probs,
             reading.token_ids,
             {layer: pulled},
-            {layer: token_rows_BKX @ z_BmX.mT},
-            {layer: random_BSD - (random_BSX @ z_BmX.mT) @ pulled},
+            {layer: token_rows_BKX.to(z_BmX) @ z_BmX.mT},
+            {layer: random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled},
             {layer: last.energy},
             {layer: upper.residual_norm[layer]},
         )

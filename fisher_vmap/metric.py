@@ -126,8 +126,9 @@ class LogitsMetric:
 
     def rows(self, token_ids_BK: Tensor) -> Tensor:
         """One-hot less p."""
-        one_hot = torch.nn.functional.one_hot(token_ids_BK.to(self.probs.device), self.probs.shape[1])
-        return one_hot.to(self.probs) - self.probs[:, None]
+        rows_BKV = -self.probs[:, None].repeat(1, token_ids_BK.shape[1], 1)
+        at_BK1 = token_ids_BK.to(self.probs.device)[:, :, None]
+        return rows_BKV.scatter_add_(2, at_BK1, torch.ones_like(rows_BKV[:, :, :1]))
 
     def transposed(self, y_BmV: Tensor) -> Tensor:
         """Y - (sum y) p"""
@@ -147,7 +148,9 @@ def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
         iterations: products by C.
     """
     probs_BV = c.probs
-    n = min(probs_BV.shape[1], START_TOKENS * count)
+    # A row of the logits is as wide as the vocabulary: there the tokens themselves must do.
+    tokens = count if isinstance(c, LogitsMetric) else START_TOKENS * count
+    n = min(probs_BV.shape[1], tokens)
     token_ids_Bn = likeliest(probs_BV, n)
     a_BnX = c.rows(token_ids_Bn) * probs_BV.gather(1, token_ids_Bn).sqrt()[:, :, None]
     if n < count:  # fewer tokens than vectors: the rest are arbitrary

@@ -99,6 +99,27 @@ def test_a_head_that_cannot_be_taken_apart():
         assert relative(cut(A_small, 5), F) < 1.1 * best_error(F, 5)
 
 
+class Looped(ToyLM):
+    """Its blocks are gone through twice: a bias on one of them is added twice."""
+
+    def walk(self, x):
+        return super().walk(super().walk(x))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "whole"])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_blocks_that_are_called_twice(kernel, number):
+    model, layer, rows = Looped(), f"blocks.{number}", prompts(LENGTHS)
+    found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=WIDTH, kernel=kernel)
+    other = fisher_full(
+        model, *padded(rows, "right"), layers=[f"blocks.{(number - 1) % 4}", layer], rank=WIDTH, kernel=kernel
+    )
+    for b, row in enumerate(rows):
+        F = plain_scores(model, row, layer).fisher
+        for A in (found.factors[layer][b], other.factors[layer][b]):
+            assert relative(A.T @ A, F) < 1e-8
+
+
 def test_several_layers_and_modules_of_two_forms():
     model, rows, names = tiny("gpt2"), prompts(LENGTHS), [block("gpt2", 2), "transformer.h.1.mlp", block("gpt2", 0)]
     ids, mask = padded(rows, "left")
