@@ -24,7 +24,7 @@ from fisher_vmap.quality import quality
 from fisher_vmap.scores import Scores
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.records import LayerResult
-from fisher_vmap.storage.table import covered_mass
+from fisher_vmap.storage.table import covered_mass, how_good
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
 from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
 
@@ -335,10 +335,11 @@ def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status:
         "tokens": len(prompt.ids),
         "truncated": prompt.truncated,
         "mass": covered_mass(numbers.log_probs, numbers.token_ids),
+        **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
         **{
-            f"{layer}/{name}": getattr(result, name)
+            f"{layer}/{name}": value
             for layer, result in numbers.layers.items()
-            for name in ("trace", "trace_full", "trace_full_error", "relative_error")
+            for name, value in how_good(result).items()
         },
     }
     records = {

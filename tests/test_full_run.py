@@ -49,6 +49,8 @@ def test_estimator_full(inputs, tmp_path, capsys):
         assert abs(record.trace_full - np.trace(F)) < 6 * record.trace_full_error
         assert 0.3 * error < record.relative_error < 3 * error
         assert record.trace <= np.trace(F) * 1.0001
+        np.testing.assert_allclose(record.share_full, record.S.sum() / record.trace_full, rtol=1e-5)
+        np.testing.assert_allclose(record.share_kept, record.S.sum() / record.trace, rtol=1e-5)
         # The tokens' scores, seen along the stored directions.
         along = every.gradients[:6].numpy() @ record.V.T
         assert relative(torch.from_numpy(record.scores() @ record.V.T), torch.from_numpy(along)) < 0.2

@@ -69,6 +69,16 @@ class PromptRecord:
         return float("nan") if trace is None else float(trace)
 
     @property
+    def share_kept(self) -> float:
+        """The share of the trace that the R stored directions hold."""
+        return self._estimate("share_kept")
+
+    @property
+    def share_full(self) -> float:
+        """The same of `trace_full`, the whole vocabulary's; NaN where that was not asked for."""
+        return self._estimate("share_full")
+
+    @property
     def trace_full(self) -> float:
         """Estimate of the trace of the whole vocabulary's Fisher matrix; NaN where none was asked for."""
         return self._estimate("trace_full")

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from fisher_vmap.storage.records import FloatArray, LayerResult, PromptResult, ShardLayout
 
+QUALITY = ("share_kept", "trace_full", "trace_full_error", "share_full", "relative_error")
+
 
 def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: dict[str, list[int]]) -> pa.Table:
     """One shard's rows. `checksums` has a list of CRC-32 for "crc32" and for each "<layer>/crc32"."""
@@ -48,8 +50,8 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
             [x and float(x.trace) * float(x.residual_norm) ** 2 for x in per_layer], pa.float64()
         )
         columns[f"{layer}/effective_rank"] = pa.array([x and effective_rank(x.S) for x in per_layer], pa.float64())
-        for name in ("share_kept", "trace_full", "trace_full_error", "share_full", "relative_error"):
-            values = [None if x is None else _estimates(x)[name] for x in per_layer]
+        for name in QUALITY:
+            values = [None if x is None else how_good(x)[name] for x in per_layer]
             columns[f"{layer}/{name}"] = pa.array(values, pa.float64())
     columns |= {name: pa.array(values, pa.int64()) for name, values in checksums.items()}
     return pa.table(columns)
@@ -63,7 +65,7 @@ def covered_mass(log_probs: FloatArray | None, token_ids: NDArray[np.integer[Any
     return float(np.exp(np.asarray(log_probs, np.float64))[~rest].sum())
 
 
-def _estimates(result: LayerResult) -> dict[str, float | None]:
+def how_good(result: LayerResult) -> dict[str, float | None]:
     """How good a layer's matrix is; None for what was not estimated."""
     kept = float(np.asarray(result.S, np.float64).sum())
     values = {
