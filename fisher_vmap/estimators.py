@@ -10,18 +10,19 @@ it never exceeds F, and rounding in the push costs accuracy only to second order
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.decomposition import float64_device
-from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, prompt_seeds
+from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fall_back, prompt_seeds
 from fisher_vmap.layout import Layout, lay_out, select
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
 from fisher_vmap.probe import probe, undisturbed
+from fisher_vmap.recording import StructureChanged
 from fisher_vmap.rotary import batches_apart, join_prompts
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper import Upper
@@ -198,18 +199,23 @@ def fisher_full(
         def of_group(group: list[int]) -> Estimate:
             part = select(layout, group)
             where = positions[group] if isinstance(positions, Tensor) else positions
-            net = linearize(
-                model,
-                known,
-                part,
-                names,
-                positions=where,
-                chunk_size=chunk_size,
-                kernel=kernel,
-                precision=precision,
-            )
+            options: dict[str, Any] = {
+                "positions": where,
+                "chunk_size": chunk_size,
+                "kernel": kernel,
+                "precision": precision,
+            }
             probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
-            return full(net, vectors=rank + oversampling, passes=passes, top_k=top_k, probes=probes)
+
+            def run() -> Estimate:
+                net = linearize(model, known, part, names, **options)
+                return full(net, vectors=rank + oversampling, passes=passes, top_k=top_k, probes=probes)
+
+            try:
+                return run()
+            except StructureChanged as reason:
+                fall_back(known, names, kernel, reason)
+                return run()
 
         return apart(model, layout, of_group)
 

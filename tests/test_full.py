@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import VOCABULARY, WIDTH, block, fresh, padded, prompts, tiny
 from oracles import dense_svd, kl_hessian, linear_fisher, plain_scores, position_scores, relative
+from test_proof import LateStateful
 from torch import nn
 from toys import LinearLM, ToyLM
 
@@ -118,6 +119,19 @@ def test_blocks_that_are_called_twice(kernel, number):
         F = plain_scores(model, row, layer).fisher
         for A in (found.factors[layer][b], other.factors[layer][b]):
             assert relative(A.T @ A, F) < 1e-8
+
+
+def test_state_that_begins_after_the_proof_is_caught_in_its_batch(caplog):
+    model, layer, rows = LateStateful(), "blocks.0", prompts(LENGTHS)
+    ids, mask = padded(rows, "right")
+    fisher_full(model, ids, mask, layers=layer, rank=5)
+    model.blocks[2].faulty = True
+    found = fisher_full(model, ids, mask, layers=layer, rank=WIDTH, oversampling=0, passes=2)
+    assert "fell back to the whole form: the replay of blocks.2" in caplog.text
+    for A, row in zip(found.factors[layer], rows, strict=True):
+        assert relative(A.T @ A, plain_scores(model, row, layer).fisher) < 1e-8
+    with pytest.raises(ValueError, match=r"disagrees|broke off|cannot be trusted"):
+        fisher_full(model, ids, mask, layers=layer, kernel="layerwise")
 
 
 def test_several_layers_and_modules_of_two_forms():

@@ -7,8 +7,8 @@ for it, estimates: "<layer>/trace_full" of the whole vocabulary's matrix with it
 "<layer>/trace_full_error", "<layer>/share_full" (sum of S / trace_full) and "<layer>/relative_error" (of the stored
 matrix against the whole vocabulary's, in the Frobenius norm).
 
-A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for
-the tokens, "<layer>/crc32"), so that a single row can be read and checked without the rest of its shard.
+A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for the tokens, "<layer>/crc32"), so that a
+single row can be read and checked without the rest of its shard.
 """
 
 import json
