@@ -198,17 +198,21 @@ def page(kept: dict[str, Any]) -> str:
         "",
     ]
     for where, number in LAYERS.items():
-        cells = {precision: kept[f"{precision} {where}"] for precision in PRECISIONS}
+        cells = {precision: kept.get(f"{precision} {where}", {"rows": []}) for precision in PRECISIONS}
+        longest = max(cells.values(), key=lambda cell: len(cell["rows"]))
+        if not longest["rows"]:
+            continue
         lines += [f"## Layer {number} of 30 ({where})", ""]
         lines += ["| | " + " | ".join(PRECISIONS) + " | estimated, float32 | cost, bfloat16 | cost, float32 |"]
         lines += ["| --- |" + " --- |" * 6]
-        for row in cells["float32"]["rows"]:
-            found = {precision: _row(cells[precision]["rows"], row["name"]) for precision in PRECISIONS}
+        for name in (row["name"] for row in longest["rows"]):
+            found = {precision: _row(cells[precision]["rows"], name) for precision in PRECISIONS}
             errors = [f"{r['error']:.3f} ({r['worst']:.2f})" if r else "" for r in found.values()]
-            estimated = "" if row["estimated"] is None else f"{row['estimated']:.3f}"
-            costs = [_cost(cells[precision]["rows"], row["name"]) for precision in ("bfloat16", "float32")]
-            lines.append("| " + " | ".join([row["name"], *errors, estimated, *costs]) + " |")
-        best = f"{cells['float32']['best']:.3f}"
+            exact = found["float32"]
+            estimated = f"{exact['estimated']:.3f}" if exact and exact["estimated"] is not None else ""
+            costs = [_cost(cells[precision]["rows"], name) for precision in ("bfloat16", "float32")]
+            lines.append("| " + " | ".join([name, *errors, estimated, *costs]) + " |")
+        best = f"{longest['best']:.3f}"
         lines += [f"| best possible | {best} | {best} | {best} | | | |", ""]
     lines += [
         "The cost is the CPU time in units of `topk, K = 10` at the same layer in the same precision. Estimator full "
@@ -225,6 +229,8 @@ def page(kept: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for precision in PRECISIONS:
+        if f"memory {precision} 28" not in kept:
+            continue
         early, late = (kept[f"memory {precision} {number}"] for number in (0, 28))
         megabytes = [f"{x / 1e6:,.0f} MB" for x in (early["weights"], early["bytes"], late["bytes"])]
         seconds = [f"{x['cpu_seconds']:.1f}" for x in (early, late)]
@@ -253,11 +259,12 @@ def main() -> None:
     args.cache.mkdir(exist_ok=True)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     kept["machine"] = f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"
-    if not fill(kept, args.cache, time.monotonic() + args.seconds):
-        sys.exit("not finished: the same command carries on")
+    finished = fill(kept, args.cache, time.monotonic() + args.seconds)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(kept))
     print(f"{PAGE} written")
+    if not finished:
+        sys.exit("not finished: the same command carries on")
 
 
 if __name__ == "__main__":
