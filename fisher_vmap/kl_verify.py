@@ -25,9 +25,9 @@ from fisher_vmap.storage.prompt_record import PromptRecord
 LEADING, RANDOM = 3, 1  # directions of each prompt
 # Steps are chosen by the KL divergence that F predicts for them, in nats. Below the first, float32's rounding shows.
 PREDICTED = np.array([1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
-# How far the median ratio of leading directions may be from 1, by the precision of the folder's gradients: what was
-# measured on SmolLM2, about doubled (docs/accuracy.md).
-ALLOWED = {"float64": 0.01, "float32": 0.01, "mixed": 0.03, "bfloat16": 0.2, "float16": 0.05}
+# How far the median ratio of leading directions may be from 1, by the precision of the folder's gradients. On SmolLM2 it
+# was 1.00 in float32, 0.997 in mixed and 0.995 in bfloat16, and single directions of the last up to 5% away.
+ALLOWED = {"float64": 0.01, "float32": 0.01, "mixed": 0.03, "float16": 0.05, "bfloat16": 0.1}
 
 Numbers = NDArray[np.float64]
 
