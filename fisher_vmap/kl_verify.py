@@ -25,8 +25,8 @@ from fisher_vmap.storage.prompt_record import PromptRecord
 LEADING, RANDOM = 3, 1  # directions of each prompt
 # Steps are chosen by the KL divergence that F predicts for them, in nats. Below the first, float32's rounding shows.
 PREDICTED = np.array([1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
-# How far the median ratio of leading directions may be from 1, by the precision of the folder's gradients. On SmolLM2 it
-# was 1.00 in float32, 0.997 in mixed and 0.995 in bfloat16, and single directions of the last up to 5% away.
+# How far the median ratio of leading directions may be from 1, by the precision of the folder's gradients. On SmolLM2
+# it was 1.00 in float32, 0.997 in mixed and 0.995 in bfloat16, and single directions of the last up to 5% away.
 ALLOWED = {"float64": 0.01, "float32": 0.01, "mixed": 0.03, "float16": 0.05, "bfloat16": 0.1}
 
 Numbers = NDArray[np.float64]
@@ -138,11 +138,16 @@ def check_kl(results: Results, *, prompts: int = 8, layer: str | None = None, mo
         trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
         device=settings.device,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        adapter_path=settings.adapter_path,
+        adapter_revision=settings.adapter_revision,
+        dequantize=settings.dequantize,
     )
     if (now := plain_values(loaded.identity)) != (then := results.index.fingerprint.get("model")):
         raise UserError(f"the model at {settings.model_path} is not the folder's: {now} here, {then} there")
     ids = _token_ids(results, settings, loaded, chosen)
-    model = loaded.model if settings.dtype == "float64" else loaded.model.float()
+    model = _widened(loaded, settings)
     leading, random = [], []
     for i in chosen:
         record = results[i]
@@ -195,6 +200,19 @@ def _settings(results: Results, model_path: str | None) -> Settings:
     values: dict[str, Any] = results.metadata["settings"]
     known = {name: value for name, value in values.items() if name in Settings.model_fields}
     return Settings(**{**known, **({} if model_path is None else {"model_path": model_path})})
+
+
+def _widened(loaded: Loaded, settings: Settings) -> Any:
+    """The model in float32, which small steps need; float64 stays."""
+    if settings.dtype == "float64":
+        return loaded.model
+    try:
+        return loaded.model.float()
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # quantised weights, or weights put aside
+        raise UserError(
+            f"the model cannot be widened to float32 ({' '.join(str(error).split())[:120]}); --kl needs weights that are "
+            "not quantised and fit on one device"
+        ) from error
 
 
 def _token_ids(results: Results, settings: Settings, loaded: Loaded, chosen: Sequence[int]) -> dict[int, list[int]]:
