@@ -210,8 +210,8 @@ def _widened(loaded: Loaded, settings: Settings) -> Any:
         return loaded.model.float()
     except (ValueError, RuntimeError, NotImplementedError) as error:  # quantised weights, or weights put aside
         raise UserError(
-            f"the model cannot be widened to float32 ({' '.join(str(error).split())[:120]}); --kl needs weights that are "
-            "not quantised and fit on one device"
+            f"the model cannot be widened to float32 ({' '.join(str(error).split())[:120]}); --kl needs weights that "
+            "are not quantised and fit on one device"
         ) from error
 
 
