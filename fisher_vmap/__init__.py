@@ -16,30 +16,38 @@ from fisher_vmap._version import __version__
 if TYPE_CHECKING:
     from fisher_vmap.decomposition import LowRank, compress
     from fisher_vmap.errors import UserError
+    from fisher_vmap.estimators import Estimate, fisher_full
     from fisher_vmap.fisher_model import FisherModel
     from fisher_vmap.kernel import fisher_scores
+    from fisher_vmap.linearized import LinearizedNetwork
     from fisher_vmap.results import Results, open_results
     from fisher_vmap.scores import Scores
 
 _HOMES = {
+    "Estimate": "fisher_vmap.estimators",
     "FisherModel": "fisher_vmap.fisher_model",
     "LowRank": "fisher_vmap.decomposition",
     "Results": "fisher_vmap.results",
     "Scores": "fisher_vmap.scores",
     "UserError": "fisher_vmap.errors",
     "compress": "fisher_vmap.decomposition",
+    "fisher_full": "fisher_vmap.estimators",
     "fisher_scores": "fisher_vmap.kernel",
+    "LinearizedNetwork": "fisher_vmap.linearized",
     "open_results": "fisher_vmap.results",
 }
 
 __all__ = [
+    "Estimate",
     "FisherModel",
+    "LinearizedNetwork",
     "LowRank",
     "Results",
     "Scores",
     "UserError",
     "__version__",
     "compress",
+    "fisher_full",
     "fisher_scores",
     "open_results",
 ]

@@ -82,8 +82,9 @@ class _Attention(Derived):
     def jvp(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: Any) -> Tensor:
         from fisher_vmap.attention_push import AttentionPushforward  # which stands on this module
 
-        tangents = [x.new_zeros(x.shape) if t is None else t for t, x in zip((dq, dk, dv), ctx.saved_tensors)]
-        return AttentionPushforward.apply(*tangents, *ctx.saved_tensors, ctx.kind)  # type: ignore[no-any-return]
+        q, k, v, mask = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x) if t is None else t for t, x in ((dq, q), (dk, k), (dv, v)))
+        return AttentionPushforward.apply(dq, dk, dv, q, k, v, mask, ctx.kind)  # type: ignore[no-any-return]
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:

@@ -24,7 +24,8 @@ class AttentionPushforward(Pushforward):
     @staticmethod
     def forward(dq: Tensor, dk: Tensor, dv: Tensor, *shared: Any) -> Tensor:
         """One tangent of each."""
-        return pushforward_attention(*(t[:, :, :, None] for t in (dq, dk, dv)), *shared).squeeze(3)
+        dq, dk, dv = (t[:, :, :, None] for t in (dq, dk, dv))
+        return pushforward_attention(dq, dk, dv, *shared).squeeze(3)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -104,13 +105,9 @@ def _push_groups(
     alone = kind.alone()
     for group in groups:
         # What stands at padding is a copy of a prompt's last row: no real query sees it, and what it gives is left out.
-        keys = [group.take(x) for x in (dk, dv, k, v)]
-        if kind.one_query:
-            queries = group.take_queries(dq), group.take_queries(q)
-            mask = group.real[:, None, None]
-            part = pushforward_attention(queries[0], *keys[:2], queries[1], *keys[2:], mask, alone)
-            group.put_queries(out, part)
-        else:
-            part = pushforward_attention(group.take(dq), *keys[:2], group.take(q), *keys[2:], None, alone)
-            group.put(out, part)
+        take = group.take_queries if kind.one_query else group.take
+        dk_group, dv_group, k_group, v_group = (group.take(x) for x in (dk, dv, k, v))
+        mask = group.real[:, None, None] if kind.one_query else None
+        part = pushforward_attention(take(dq), dk_group, dv_group, take(q), k_group, v_group, mask, alone)
+        (group.put_queries if kind.one_query else group.put)(out, part)
     return out

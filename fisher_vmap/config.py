@@ -19,8 +19,10 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.setting_types import (
     AllOrCount,
     AutoOrCount,
+    AutoOrCountFromZero,
     AutoOrTruth,
     Columns,
+    CountFromZero,
     Device,
     DeviceMap,
     Layers,
@@ -73,6 +75,9 @@ class Settings(BaseSettings):
     dequantize: TrueOrFalse = _setting(
         False, "Unpack quantised weights to dtype when loading; needed for formats that round the inputs as well."
     )
+    precision: Literal["model", "mixed"] = _setting(
+        "model", "mixed: the forward in float32 from the same weights, only the gradients in dtype: nearly float32's."
+    )
     device: Device = _setting("auto", "Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
     device_map: DeviceMap = _setting(
         None, "Spread a model too large for one device, as from_pretrained does: auto, balanced, ..., or a mapping."
@@ -116,7 +121,19 @@ class Settings(BaseSettings):
         "model.layers.15",
         "Where the bias is added: a module's name, a layer's number (negative from the top), a list, or all.",
     )
+    estimator: Literal["topk", "full"] = _setting(
+        "topk",
+        "topk: the matrix of the likeliest tokens; full: nearly the best of its rank for the whole vocabulary.",
+    )
     top_k_tokens: PositiveCount = _setting(10, "How many of the likeliest next tokens the matrix sums over.")
+    include_rest: TrueOrFalse = _setting(False, "topk: take any other token for one more outcome, with token id -1.")
+    oversampling: CountFromZero = _setting(
+        6, "full: vectors beyond num_singular_values; more of them come nearer to the best matrix of that rank."
+    )
+    passes: PositiveCount = _setting(1, "full: rounds up and down the layers; each comes nearer to the best matrix.")
+    trace_samples: AutoOrCountFromZero = _setting(
+        "auto", "Random vectors that what a matrix lacks is estimated with; auto: 4 for full, none for topk."
+    )
     num_singular_values: PositiveCount = _setting(
         10, "How many singular values and vectors are kept; beyond the matrix's rank they are zero."
     )

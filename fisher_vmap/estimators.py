@@ -10,24 +10,25 @@ it never exceeds F, and rounding in the push costs accuracy only to second order
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.decomposition import float64_device
-from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, prompt_seeds
+from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fall_back, prompt_seeds
 from fisher_vmap.layout import Layout, lay_out, select
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
-from fisher_vmap.probe import layer_widths, probe, undisturbed
+from fisher_vmap.probe import probe, undisturbed
+from fisher_vmap.recording import StructureChanged
 from fisher_vmap.rotary import batches_apart, join_prompts
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper import Upper
 from fisher_vmap.wrappers import names_inside, unwrapped
 
-START_ITERATIONS = 2  # of the subspace iteration for C's leading eigenvectors
+START_ITERATIONS = 1  # of the subspace iteration for C's leading eigenvectors
 
 
 class Estimate(NamedTuple):
@@ -39,7 +40,8 @@ class Estimate(NamedTuple):
         log_probs: [B, K], of the likeliest next tokens, highest first, in nats.
         token_ids: [B, K] int64.
         factors: for each layer, A, [B, m, D].
-        loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows.
+        loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows. Empty where
+            A's rows are these.
         remainder: for each layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole vocabulary
             less A^T A.
         position_energy: for each layer, [B, T] in the caller's columns: the trace of each position's own A^T A.
@@ -58,12 +60,11 @@ class Estimate(NamedTuple):
 def topk(scores: Scores) -> Estimate:
     """The matrix of the outcomes that the scores are of: A = diag(sqrt p) G."""
     factors = {layer: scores.factor(layer) for layer in scores.gradients}
-    loadings = {layer: torch.eye(A.shape[1]).to(A).expand(len(A), -1, -1) for layer, A in factors.items()}
     return Estimate(
         scores.log_probs,
         scores.token_ids,
         factors,
-        loadings,
+        {},
         scores.remainder,
         scores.position_energy,
         scores.residual_norm,
@@ -104,7 +105,7 @@ def _full_of(
         pulled, random_BSD = first[layer].gradients[:, :m], first[layer].gradients[:, m:]
         for _ in range(passes):
             z_BmX = upper.push(orthonormal(pulled).to(pulled), layer)
-            cz_BmX = c.product(z_BmX)
+            cz_BmX = c.product(z_BmX).to(z_BmX)
             whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
             last = upper.pull(whiten_Bmm @ cz_BmX, [layer])[layer]
             pulled = last.gradients
@@ -113,8 +114,8 @@ def _full_of(
             reading.log_probs,
             reading.token_ids,
             {layer: pulled},
-            {layer: token_rows_BKX @ z_BmX.mT},
-            {layer: random_BSD - (random_BSX @ z_BmX.mT) @ pulled},
+            {layer: token_rows_BKX.to(z_BmX) @ z_BmX.mT},
+            {layer: random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled},
             {layer: last.energy},
             {layer: upper.residual_norm[layer]},
         )
@@ -122,13 +123,19 @@ def _full_of(
 
 
 def _inverse_root(z_BmX: Tensor, cz_BmX: Tensor) -> Tensor:
-    """M^-1/2 of M = Z C Z^T, [B, m, m], by its eigenvectors; rows of what is zero to rounding are zero."""
+    """M^-1/2 of M = Z C Z^T, [B, m, m], by its eigenvectors; rows of what is zero to rounding are zero.
+
+    M is symmetric but for rounding, which may be coarser than the dtype (a norm that is float32 inside): how far it is
+    from that says what is zero.
+    """
     place, m = float64_device(z_BmX.device), z_BmX.shape[1]
     M_Bmm = z_BmX.to(place, torch.float64) @ cz_BmX.to(place, torch.float64).mT
     finite_B11 = M_Bmm.isfinite().all(2).all(1)[:, None, None]
-    mu_Bm, X_Bmm = torch.linalg.eigh(torch.where(finite_B11, (M_Bmm + M_Bmm.mT) / 2, 0))
-    least = m * torch.finfo(z_BmX.dtype).eps * mu_Bm[:, -1:].clamp(min=0)
-    inverse_Bm = torch.where(mu_Bm > least, mu_Bm, torch.inf).rsqrt()
+    M_Bmm = torch.where(finite_B11, M_Bmm, 0)
+    mu_Bm, X_Bmm = torch.linalg.eigh((M_Bmm + M_Bmm.mT) / 2)
+    rounding_B = torch.linalg.matrix_norm(M_Bmm - M_Bmm.mT)[:, None]
+    least_B = torch.maximum(m * torch.finfo(z_BmX.dtype).eps * mu_Bm[:, -1:], 4 * rounding_B).clamp(min=0)
+    inverse_Bm = torch.where(mu_Bm > least_B, mu_Bm, torch.inf).rsqrt()
     return torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(z_BmX)
 
 
@@ -181,31 +188,34 @@ def fisher_full(
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
     if kernel == "loop":
-        raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use kernel auto or whole")
+        raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use auto or whole")
     layout = lay_out(input_ids, attention_mask)
     given, model = model, unwrapped(model)
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
         names = resolve_layers(model, names_inside(given, model, layers))
         known = probe(model, layout)
         check_inputs(model, layout, positions, chunk_size)
-        widths = layer_widths(model, names)
 
         def of_group(group: list[int]) -> Estimate:
             part = select(layout, group)
             where = positions[group] if isinstance(positions, Tensor) else positions
-            net = linearize(
-                model,
-                known,
-                part,
-                widths,
-                positions=where,
-                chunk_size=chunk_size,
-                kernel=kernel,
-                precision=precision,
-            )
+            options: dict[str, Any] = {
+                "positions": where,
+                "chunk_size": chunk_size,
+                "kernel": kernel,
+                "precision": precision,
+            }
             probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
-            vectors = min(rank + oversampling, max(widths.values()))
-            return full(net, vectors=vectors, passes=passes, top_k=top_k, probes=probes)
+
+            def run() -> Estimate:
+                net = linearize(model, known, part, names, **options)
+                return full(net, vectors=rank + oversampling, passes=passes, top_k=top_k, probes=probes)
+
+            try:
+                return run()
+            except StructureChanged as reason:
+                fall_back(known, names, kernel, reason)
+                return run()
 
         return apart(model, layout, of_group)
 
@@ -220,5 +230,11 @@ def join_layers(parts: Sequence[Estimate]) -> Estimate:
     """One record of several that differ in their layers alone."""
     merged = parts[0]
     for part in parts[1:]:
-        merged = Estimate(*(a | b if isinstance(a, dict) else a for a, b in zip(merged, part, strict=True)))
+        merged = merged._replace(
+            factors=merged.factors | part.factors,
+            loadings=merged.loadings | part.loadings,
+            remainder=merged.remainder | part.remainder,
+            position_energy=merged.position_energy | part.position_energy,
+            residual_norm=merged.residual_norm | part.residual_norm,
+        )
     return merged

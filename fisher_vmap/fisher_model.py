@@ -14,18 +14,21 @@ from fisher_vmap.batches import batch_tokens_for, pack
 from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.decomposition import compress
-from fisher_vmap.kernel import check_kernel, fisher_scores
+from fisher_vmap.estimators import Estimate, fisher_full, topk
+from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.placement import input_device
 from fisher_vmap.probe import layer_widths, probe, undisturbed
+from fisher_vmap.quality import quality
 from fisher_vmap.scores import Scores
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.records import LayerResult
-from fisher_vmap.storage.table import covered_mass
+from fisher_vmap.storage.table import covered_mass, how_good
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
 from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
 
+TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
 WINDOW = 32  # prompts that `fisher` sorts by length at a time
 
 
@@ -77,6 +80,12 @@ class FisherModel:
         batch_size: int = 8,
         max_batch_tokens: int | None = None,
         renderer: Renderer | None = None,
+        estimator: str = "topk",
+        include_rest: bool = False,
+        oversampling: int = 6,
+        passes: int = 1,
+        trace_samples: int | None = None,
+        precision: str = "model",
     ) -> None:
         """Open a model: resolve its layers and check what can be checked without a prompt.
 
@@ -91,11 +100,21 @@ class FisherModel:
             batch_size: most prompts computed at once by `fisher`.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
+            estimator: "topk", the matrix of the K likeliest tokens, or "full", near the best one of the rank asked for
+                of the whole vocabulary's.
+            include_rest: of topk: take "any other token" for one more outcome.
+            oversampling: of full: vectors beyond the rank.
+            passes: of full: rounds of push and pull.
+            trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
+            precision: "model", or "mixed": the forward in float32, from the same weights.
 
         Raises:
-            ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, or top_k above V.
+            ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, top_k above V, or
+                settings that do not go together.
         """
         check_kernel(kernel)
+        check_precision(precision)
+        check_estimator(estimator, kernel, include_rest)
         if positions not in ("all", "last"):
             raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
         self.tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
@@ -105,8 +124,14 @@ class FisherModel:
         self.layers = resolve_layers(model, names_inside(given, model, layers))
         self.widths = layer_widths(model, self.layers)
         self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
+        self.estimator, self.include_rest, self.precision = estimator, include_rest, precision
+        self.oversampling, self.passes = oversampling, passes
+        if trace_samples is None:
+            trace_samples = TRACE_SAMPLES if estimator == "full" else 0
+        self.trace_samples = trace_samples
         self.batch_size = batch_size
-        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, top_k)
+        vectors = top_k + trace_samples + (oversampling if estimator == "full" else 0)
+        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
         self._renderer = renderer
         known = self._probe()
         self.vocabulary = known.parts.vocabulary
@@ -135,8 +160,37 @@ class FisherModel:
             "positions": self.positions,
             "kernel": self.kernel,
             "chunk_size": self.chunk_size,
+            "include_rest": self.include_rest,
+            "trace_samples": self.trace_samples if self.estimator == "topk" else 0,
+            "precision": self.precision,
         }
         return fisher_scores(self.model, input_ids, attention_mask, **(settings | choices))
+
+    def estimate(self, input_ids: Tensor, attention_mask: Tensor | None = None, rank: int = 10) -> Estimate:
+        """The factors of the batch's Fisher matrices, by this model's estimator and settings.
+
+        Args:
+            input_ids: [B, T] int64, padded on either side.
+            attention_mask: [B, T], 1 for real tokens.
+            rank: R; the factors of estimator full have `oversampling` more rows, and `compress` cuts them to R.
+        """
+        if self.estimator == "topk":
+            return topk(self.scores(input_ids, attention_mask))
+        return fisher_full(
+            self.model,
+            input_ids,
+            attention_mask,
+            layers=self.layers,
+            rank=rank,
+            oversampling=self.oversampling,
+            passes=self.passes,
+            top_k=self.top_k,
+            trace_samples=self.trace_samples,
+            positions=self.positions,
+            kernel=self.kernel,
+            chunk_size=self.chunk_size,
+            precision=self.precision,
+        )
 
     def numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int) -> list[PromptNumbers]:
         """One batch from token ids to compressed matrices.
@@ -150,25 +204,14 @@ class FisherModel:
         mask = torch.zeros_like(input_ids)
         for b, ids in enumerate(prompts_ids):
             input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids), 1
-        scores = self.scores(input_ids.to(self.device), mask.to(self.device))
-        low_rank = {layer: compress(scores.factor(layer), rank) for layer in self.layers}
-        token_ids, log_probs = scores.token_ids.cpu().numpy(), _numpy(scores.log_probs)
-        arrays = {
-            layer: (
-                _numpy(low.singular_values),
-                _numpy(low.vectors),
-                _numpy(low.left_vectors),
-                _numpy(low.trace),
-                _numpy(scores.residual_norm[layer]),
-                _numpy(scores.position_energy[layer]),
-            )
-            for layer, low in low_rank.items()
-        }
+        found_ = self.estimate(input_ids.to(self.device), mask.to(self.device), rank)
+        token_ids, log_probs = found_.token_ids.cpu().numpy(), _numpy(found_.log_probs)
+        arrays = {layer: _layer_arrays(found_, layer, rank) for layer in self.layers}
         found = []
         for b, length in enumerate(lengths):
             layers = {
-                layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], float(trace[b]))
-                for layer, (S, V, Q, trace, norm, energy) in arrays.items()
+                layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], *(float(x[b]) for x in rest))
+                for layer, (S, V, Q, norm, energy, *rest) in arrays.items()
             }
             found.append(PromptNumbers(token_ids[b], log_probs[b], layers, _not_finite(log_probs[b], layers)))
         return found
@@ -217,7 +260,7 @@ class FisherModel:
         def nan(*shape: int) -> np.ndarray:
             return np.full(shape, np.nan, np.float32)
 
-        K = self.top_k
+        K = self.top_k + self.include_rest
         layers = {
             layer: LayerResult(nan(rank), nan(rank, D), nan(K, rank), float("nan"), nan(0), float("nan"))
             for layer, D in self.widths.items()
@@ -241,12 +284,34 @@ class FisherModel:
                 self.model,
                 self._probe(),
                 lay_out(input_ids, attention_mask),
-                self.widths,
+                self.layers,
                 positions=self.positions,
                 chunk_size=self.chunk_size,
                 kernel=self.kernel,
+                precision=self.precision,
             )
         yield network
+
+
+def check_estimator(estimator: str, kernel: str, include_rest: bool) -> None:
+    """Raise ValueError for an estimator that there is not, or that these settings do not fit."""
+    if estimator not in ("topk", "full"):
+        raise ValueError(f"estimator is {estimator!r}; expected 'topk' or 'full'")
+    if estimator == "full" and kernel == "loop":
+        raise ValueError("estimator full needs forward derivatives, which kernel loop has not; use auto or whole")
+    if estimator == "full" and include_rest:
+        raise ValueError("estimator full has every token in it: include_rest is for estimator topk; leave it false")
+
+
+def _layer_arrays(found: Estimate, layer: str, rank: int) -> tuple[np.ndarray, ...]:
+    """S, V, Q, residual norm, position energy, and then the numbers of a `LayerResult` in their order."""
+    low = compress(found.factors[layer], rank)
+    how_good = quality(found.factors[layer], low, found.remainder[layer])
+    Q_BKR = low.left_vectors
+    if layer in found.loadings:
+        Q_BKR = found.loadings[layer].to(Q_BKR) @ Q_BKR
+    parts = (low.singular_values, low.vectors, Q_BKR, found.residual_norm[layer], found.position_energy[layer])
+    return tuple(_numpy(x) for x in (*parts, low.trace, *how_good))
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -269,8 +334,13 @@ def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status:
         "reason": numbers.reason,
         "tokens": len(prompt.ids),
         "truncated": prompt.truncated,
-        "mass": covered_mass(numbers.log_probs),
+        "mass": covered_mass(numbers.log_probs, numbers.token_ids),
         **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
+        **{
+            f"{layer}/{name}": value
+            for layer, result in numbers.layers.items()
+            for name, value in how_good(result).items()
+        },
     }
     records = {
         layer: PromptRecord(

@@ -123,14 +123,22 @@ def _scores(
     try:
         return run_form(form, model, known.parts, layout, group, wanted)
     except StructureChanged as reason:
-        if kernel != "auto":
-            raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
-        log.warning("the kernel fell back to the whole form: %s", reason)
-        # From now on the model's own forward to the end, whatever its blocks do.
-        known.parts, known.why_no_head = replace(known.parts, head=None), str(reason)
-        known.forms = {key: choice for key, choice in known.forms.items() if choice[0] in ("whole", "loop")}
-        known.forms |= {(name, kernel): ("whole", str(reason)) for name in group}
+        fall_back(known, group, kernel, reason)
         return run_form("whole", model, known.parts, layout, group, wanted)
+
+
+def fall_back(known: Probe, group: Sequence[str], kernel: str, reason: StructureChanged) -> None:
+    """From now on the model's own forward to the end, whatever its blocks do.
+
+    Raises:
+        ValueError: a form was asked for by name.
+    """
+    if kernel != "auto":
+        raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
+    log.warning("the kernel fell back to the whole form: %s", reason)
+    known.parts, known.why_no_head = replace(known.parts, head=None), str(reason)
+    known.forms = {key: choice for key, choice in known.forms.items() if choice[0] in ("whole", "loop")}
+    known.forms |= {(name, kernel): ("whole", str(reason)) for name in group}
 
 
 def check_inputs(model: Any, layout: Layout, positions: str | Tensor, chunk_size: int | None) -> None:

@@ -5,7 +5,7 @@ block, before the final norm. `pullback` is J^T times vectors, `pushforward` is 
 cannot be told from the rest of it, h is its logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
 class LinearizedNetwork:
     """J of one batch of prompts, for each hooked layer. `FisherModel.linearize` makes it."""
 
-    def __init__(self, uppers: Mapping[str, Upper], widths: Mapping[str, int]) -> None:
-        self._uppers, self._widths = dict(uppers), dict(widths)
+    def __init__(self, uppers: Mapping[str, Upper]) -> None:
+        self._uppers = dict(uppers)
         self._metrics: dict[int, Metric] = {}
 
     @property
@@ -36,7 +36,7 @@ class LinearizedNetwork:
 
     @property
     def output(self) -> Tensor:
-        """h at bias zero, [B, D]; [B, V] where h is the logits."""
+        """H at bias zero, [B, D]; [B, V] where h is the logits."""
         return next(iter(self._uppers.values())).rows
 
     def pullback(
@@ -78,7 +78,7 @@ class LinearizedNetwork:
             ValueError: shapes that do not fit, or a layer that is not hooked.
         """
         name = self._layer(layer)
-        self._check(tangents, self._widths[name])
+        self._check(tangents, self._uppers[name].widths[name])
         moved_BKX = self._uppers[name].push(tangents, name)
         if token_ids is None:
             return moved_BKX
@@ -124,7 +124,7 @@ def linearize(
     model: nn.Module,
     known: Probe,
     layout: Layout,
-    widths: Mapping[str, int],
+    layers: Sequence[str],
     *,
     positions: str | Tensor = "all",
     chunk_size: int | None = None,
@@ -137,7 +137,7 @@ def linearize(
         model: the causal LM.
         known: what the probe found.
         layout: the batch, padded.
-        widths: D of each hooked layer.
+        layers: the names of the hooked layers.
         positions: where the bias is added.
         chunk_size: vectors at a time.
         kernel: the form asked for.
@@ -151,43 +151,42 @@ def linearize(
             "this model's rotary embedding depends on the longest prompt of a batch, and these prompts would differ: "
             "linearise those that are longer than the model was first trained on one at a time"
         )
-    forms = choose_forms(model, known, layout, list(widths), kernel)
-    _prove(model, known, layout, widths, forms)
-    return _opened(model, known, layout, widths, forms, positions, chunk_size, precision)
+    forms = choose_forms(model, known, layout, layers, kernel)
+    _prove(model, known, layout, layers, forms)
+    return _opened(model, known, layout, layers, forms, positions, chunk_size, precision)
 
 
 def _opened(
     model: nn.Module,
     known: Probe,
     layout: Layout,
-    widths: Mapping[str, int],
+    layers: Sequence[str],
     forms: Mapping[str, str],
     positions: str | Tensor,
     chunk_size: int | None,
     precision: str,
 ) -> LinearizedNetwork:
     uppers: dict[str, Upper] = {}
-    for form in dict.fromkeys(forms[layer] for layer in widths):
-        group = [layer for layer in widths if forms[layer] == form]
+    for form in dict.fromkeys(forms[layer] for layer in layers):
+        group = [layer for layer in layers if forms[layer] == form]
         uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, positions, chunk_size, precision))
-    return LinearizedNetwork({layer: uppers[layer] for layer in widths}, widths)
+    return LinearizedNetwork({layer: uppers[layer] for layer in layers})
 
 
-def _prove(
-    model: nn.Module, known: Probe, layout: Layout, widths: Mapping[str, int], forms: Mapping[str, str]
-) -> None:
-    """u . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
-    new = [layer for layer in widths if (layer, forms[layer]) not in known.adjoint]
+def _prove(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], forms: Mapping[str, str]) -> None:
+    """U . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
+    new = [layer for layer in layers if (layer, forms[layer]) not in known.adjoint]
     if not new:
         return
     few = excerpt(layout, PROOF_TOKENS)
     generator = torch.Generator().manual_seed(0)
     try:
-        net = _opened(model, known, few, {layer: widths[layer] for layer in new}, forms, "all", None, "model")
+        net = _opened(model, known, few, new, forms, "all", None, "model")
         for layer in new:
-            rows = net._uppers[layer].rows
+            upper = net._uppers[layer]
+            rows = upper.rows
             u = torch.randn(len(rows), 2, rows.shape[1], generator=generator).to(rows)
-            v = torch.randn(len(rows), 2, widths[layer], generator=generator).to(rows)
+            v = torch.randn(len(rows), 2, upper.widths[layer], generator=generator).to(rows)
             moved, pulled = net.pushforward(v, layer).to(u.device), net.pullback(u, layer).to(u.device)
             left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
             right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())

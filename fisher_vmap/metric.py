@@ -119,18 +119,19 @@ class LogitsMetric:
         self.probs = rows_BV.softmax(1)
 
     def product(self, x_BmX: Tensor) -> Tensor:
-        """p * (x - p . x)"""
+        """P * (x - p . x)"""
         p_B1V = self.probs[:, None]
         x_BmX = x_BmX.to(self.probs)
         return p_B1V * (x_BmX - (p_B1V * x_BmX).sum(2, keepdim=True))
 
     def rows(self, token_ids_BK: Tensor) -> Tensor:
         """One-hot less p."""
-        one_hot = torch.nn.functional.one_hot(token_ids_BK.to(self.probs.device), self.probs.shape[1])
-        return one_hot.to(self.probs) - self.probs[:, None]
+        rows_BKV = -self.probs[:, None].repeat(1, token_ids_BK.shape[1], 1)
+        at_BK1 = token_ids_BK.to(self.probs.device)[:, :, None]
+        return rows_BKV.scatter_add_(2, at_BK1, torch.ones_like(rows_BKV[:, :, :1]))
 
     def transposed(self, y_BmV: Tensor) -> Tensor:
-        """y - (sum y) p"""
+        """Y - (sum y) p"""
         y_BmV = y_BmV.to(self.probs)
         return y_BmV - y_BmV.sum(2, keepdim=True) * self.probs[:, None]
 
@@ -147,7 +148,9 @@ def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
         iterations: products by C.
     """
     probs_BV = c.probs
-    n = min(probs_BV.shape[1], START_TOKENS * count)
+    # A row of the logits is as wide as the vocabulary: there the tokens themselves must do.
+    tokens = count if isinstance(c, LogitsMetric) else START_TOKENS * count
+    n = min(probs_BV.shape[1], tokens)
     token_ids_Bn = likeliest(probs_BV, n)
     a_BnX = c.rows(token_ids_Bn) * probs_BV.gather(1, token_ids_Bn).sqrt()[:, :, None]
     if n < count:  # fewer tokens than vectors: the rest are arbitrary
@@ -155,8 +158,9 @@ def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
         more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64).to(a_BnX)
         a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
     wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
-    _, X_Bnn = torch.linalg.eigh(wide @ wide.mT)
-    u_BmX = orthonormal((X_Bnn[:, :, -count:].mT @ wide)).to(a_BnX)
+    gram_Bnn = wide @ wide.mT
+    _, X_Bnn = torch.linalg.eigh(torch.where(gram_Bnn.isfinite(), gram_Bnn, 0))  # a prompt's NaN stays its own
+    u_BmX = orthonormal(X_Bnn[:, :, -count:].mT @ wide).to(a_BnX)
     for _ in range(iterations):
         u_BmX = orthonormal(c.product(u_BmX)).to(a_BnX)
     return u_BmX
@@ -167,18 +171,19 @@ def orthonormal(rows_BmX: Tensor) -> Tensor:
     wide = rows_BmX.to(float64_device(rows_BmX.device), torch.float64)
     length = torch.linalg.vector_norm(wide, dim=2, keepdim=True)
     wide = wide / torch.where(length > 0, length, 1)
-    return torch.linalg.qr(wide.mT).Q.mT
+    basis: Tensor = torch.linalg.qr(wide.mT).Q.mT
+    return basis
 
 
 class Probes(NamedTuple):
     """Random signs over the vocabulary: E[x x^T] = 1, so that the rows C^(1/2) x have E |J^T C^(1/2) x|^2 = tr F.
 
     Attributes:
-        count: how many for each prompt.
+        vectors: how many for each prompt.
         seeds: one for each prompt, so that a prompt's signs do not depend on its neighbours.
     """
 
-    count: int
+    vectors: int
     seeds: Sequence[int]
 
 
@@ -192,9 +197,9 @@ def probe_rows(c: Metric, probes: Probes, without_BK: Tensor | None = None, *, c
         centred: with `without_BK`: take off what the tokens that remain have in common, as far as one outcome that
             stands for all of them holds it.
     """
-    B, V = c.probs.shape
+    V = c.probs.shape[1]
     signs = [
-        torch.randint(0, 2, (probes.count, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+        torch.randint(0, 2, (probes.vectors, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
         for seed in probes.seeds
     ]
     root_BV = c.probs.sqrt()

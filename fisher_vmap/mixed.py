@@ -54,4 +54,3 @@ def float32_forward(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterat
     finally:
         for module in model.modules():  # of those that an error or the end of the blocks has kept from returning
             narrow(module)
-

@@ -130,11 +130,12 @@ def push_function(
     """`vmap` over `jvp` of a function of rows, K third; its value must be the expected one."""
 
     def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(function, (at,), (tangent,))  # type: ignore[no-any-return]
+        primal, moved, *_ = jvp(function, (at,), (tangent,))
+        return primal, moved
 
     pieces = []
     for piece in tangents.to(at.device).split(chunk_size or tangents.shape[2], 2):
-        primal, moved = vmap(push, in_dims=2, out_dims=(None, 2))(piece)
+        primal, moved = vmap(push, in_dims=2, out_dims=(None, 2))(piece)  # type: ignore[arg-type]
         check_primal(what, primal, expected)
         pieces.append(moved)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)

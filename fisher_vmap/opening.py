@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fisher_vmap.batches import batch_tokens_for
 from fisher_vmap.compute import PreparedShard, Splits, prepare
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
-from fisher_vmap.fisher_model import FisherModel
+from fisher_vmap.fisher_model import TRACE_SAMPLES, FisherModel
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.models import Loaded, most_positions
 from fisher_vmap.sources import PromptSource
@@ -63,7 +64,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
     threads = stored.get("threads", torch.get_num_threads())
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)  # sums split over threads differ in their last bits
-    renderer = _renderer(settings, loaded, source, stored.get("template_date"))
+    renderer = make_renderer(settings, loaded, source, stored.get("template_date"))
 
     groups = _groups(source, settings.shard_size)
     first = next(groups)
@@ -74,6 +75,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
         layout=ShardLayout(
             widths=fisher.widths,
             top_k=settings.top_k_tokens,
+            include_rest=settings.include_rest,
             rank=settings.num_singular_values,
             vectors_dtype=settings.vectors_dtype,
             store_text=settings.store_text,
@@ -126,7 +128,13 @@ def _open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             kernel=settings.kernel,
             chunk_size=None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk,
             batch_size=settings.batch_size,
-            max_batch_tokens=None if settings.max_batch_tokens == "auto" else settings.max_batch_tokens,
+            max_batch_tokens=_batch_tokens(settings, loaded),
+            estimator=settings.estimator,
+            include_rest=settings.include_rest,
+            oversampling=settings.oversampling,
+            passes=settings.passes,
+            trace_samples=None if settings.trace_samples == "auto" else settings.trace_samples,
+            precision=settings.precision,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -134,12 +142,24 @@ def _open_model(settings: Settings, loaded: Loaded) -> FisherModel:
     if settings.num_singular_values > least:
         raise UserError(
             f"num_singular_values is {settings.num_singular_values}, but a matrix of width {least} has no more than "
-            f"that (and at most top_k_tokens, {settings.top_k_tokens}, that are not zero); lower it"
+            f"that (and estimator topk at most top_k_tokens, {settings.top_k_tokens}, that are not zero); lower it"
         )
     return fisher
 
 
-def _renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
+def _batch_tokens(settings: Settings, loaded: Loaded) -> int | None:
+    """The limit that the settings name, or the one for as many vectors as estimator full takes; None: by top_k."""
+    if settings.max_batch_tokens != "auto":
+        return settings.max_batch_tokens
+    if settings.estimator == "topk":
+        return None
+    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
+    vectors = settings.num_singular_values + settings.oversampling + samples
+    return batch_tokens_for(loaded.model, next(loaded.model.parameters()).device, vectors)
+
+
+def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
+    """The renderer of a run; `date` is what its template was told, None: today's."""
     max_length, limit = settings.max_length, most_positions(loaded.model)
     if limit is not None and limit < max_length:
         log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
@@ -170,6 +190,8 @@ def _prove(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> dic
         few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
     try:
         fisher.scores(few, mask)
+        if fisher.estimator == "full":
+            fisher.estimate(few, mask, rank=1)
     except ValueError as error:
         raise UserError(str(error)) from error
     except (MemoryError, RuntimeError) as error:

@@ -1,7 +1,8 @@
 """Which outcomes a batch's scores are of, and which cotangents must be pulled back for them.
 
-The scores of outcomes that cover everything obey sum p g = 0. Where "any other token" is an outcome, one of them follows
-from the others: it is the likeliest, so that what rounding left in the others is divided by the largest probability.
+The scores of outcomes that cover everything obey sum p g = 0. Where "any other token" is an outcome, one of them
+follows from the others, and nothing more is pulled back than without it. The likeliest is taken for that, so that what
+rounding has left in the others is divided by the largest probability.
 """
 
 from dataclasses import dataclass

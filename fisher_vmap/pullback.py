@@ -1,7 +1,7 @@
-"""What our hand-written derivatives share: functions of their own, linear in what is pulled or pushed, with a `vmap` rule.
+"""What our hand-written derivatives share: functions of their own, linear in what moves, with a rule for `vmap`.
 
-A module with rules is a `Derived`: its `backward` applies a `Pullback` to the cotangent, its `jvp` a `Pushforward` to the
-tangent. Only those two ever see K vectors at once.
+A module with rules is a `Derived`: its `backward` applies a `Pullback` to the cotangent, its `jvp` a `Pushforward` to
+the tangent. Only those two ever see K vectors at once.
 """
 
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
-        """Raise: torch asks for this rule where a tangent is batched, and calls it only if the inputs themselves are."""
+        """Raise. torch wants this rule to be there under `vmap`, and calls it if the inputs themselves are batched."""
         raise NotImplementedError("only the cotangents can be batched: everything else is shared by all of them")
 
 

@@ -129,7 +129,7 @@ class Results:
     def stack(self, layer: str | None = None) -> Stack:
         """All prompts at one layer, in memory: S [n, R], V [n, R, D], Q [n, K, R] float32, NaN without numbers."""
         layer, layout, n = self._layer(layer), self.index.layout, len(self)
-        K, R, D = layout.top_k, layout.rank, layout.widths[layer]
+        K, R, D = layout.outcomes, layout.rank, layout.widths[layer]
         stack = Stack(*(np.empty((n, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
         start = 0
         for reader in self.shards():

@@ -136,6 +136,12 @@ AutoOrCount = Annotated[
     _number,
     Expected("auto or a whole number from 1 to 1,000,000,000"),
 ]
+CountFromZero = Annotated[int, _number, Field(ge=0, le=10**6), Expected("a whole number from 0 to 1,000,000")]
+AutoOrCountFromZero = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=0, le=10**6)],
+    _number,
+    Expected("auto or a whole number from 0 to 1,000,000"),
+]
 AllOrCount = Annotated[
     Literal["all"] | Annotated[int, Field(ge=1, le=10**12)],
     _number,

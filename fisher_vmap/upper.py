@@ -30,12 +30,14 @@ class Upper(ABC):
         dtype: of what is pulled and pushed.
         head: what reads them.
         residual_norm: for each layer, [B].
+        widths: D of each layer.
     """
 
     rows: Tensor
     dtype: torch.dtype
     head: Head
     residual_norm: dict[str, Tensor]
+    widths: dict[str, int]
     _at_once = False  # whether all of the model's weights are needed at a time
 
     def __init__(
@@ -99,7 +101,9 @@ class Upper(ABC):
         with self._prepared():
             moved_KBX = self._push(layer, self.layout.everywhere(unit_BKD.to(self.dtype), self._mask_N))
         wide = torch.promote_types(moved_KBX.dtype, torch.float32)
-        return moved_KBX.transpose(0, 1).to(length_BK.device, wide) * length_BK[..., None].to(wide)
+        moved_BKX: Tensor = moved_KBX.transpose(0, 1).to(length_BK.device, wide)
+        scaled: Tensor = moved_BKX * length_BK[..., None].to(wide)
+        return scaled
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -114,9 +118,13 @@ class Upper(ABC):
             stack.enter_context(prompts_packed(self.layout))
             yield
 
+    def _describe(self, outputs: dict[str, Tensor]) -> None:
+        self.residual_norm = {layer: residual_norm(hidden, self.layout) for layer, hidden in outputs.items()}
+        self.widths = {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
+
     @abstractmethod
     def _open(self) -> None:
-        """Run the model; set rows, head and residual_norm."""
+        """Run the model; set rows, dtype and head, and describe the layers' outputs."""
 
     @abstractmethod
     def _pull(self, unit_KBX: Tensor) -> Generator[Arrived, None, None]:
@@ -140,7 +148,7 @@ class Blockwise(Upper):
         outputs = [*(call.hidden for call in calls), self._recording.top]
         names = [self._recording.below, *(call.name for call in calls)]
         last_outputs = dict(zip(names, outputs, strict=True))
-        self.residual_norm = {layer: residual_norm(last_outputs[layer], layout) for layer in self.layers}
+        self._describe({layer: last_outputs[layer] for layer in self.layers})
 
     def _pull(self, unit_KBX: Tensor) -> Generator[Arrived, None, None]:
         recording = self._recording.copy()
@@ -158,8 +166,8 @@ class Whole(Upper):
     def _open(self) -> None:
         if self._precision != "model":
             raise ValueError(
-                f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; use dtype "
-                "float32"
+                f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; "
+                "use dtype float32"
             )
         modules = {layer: self._model.get_submodule(layer) for layer in self.layers}
         run, self.head = upper(self._model, self._known.parts, self.layout, modules)
@@ -168,7 +176,7 @@ class Whole(Upper):
         self._function = with_biases(run, modules)
         rows, self._pullback = pullback_whole(self._function, self._zeros)
         self.rows, self.dtype = rows.detach(), rows.dtype
-        self.residual_norm = {layer: residual_norm(hidden, self.layout) for layer, hidden in self._outputs.items()}
+        self._describe(self._outputs)
 
     def _pull(self, unit_KBX: Tensor) -> Generator[Arrived, None, None]:
         arrived = self._pullback(unit_KBX.to(self.rows.dtype), self._chunk_size)
@@ -181,7 +189,8 @@ class Whole(Upper):
             moved[layer] = tangent
             return jvp(self._function, (self._zeros,), (moved,))[1]  # type: ignore[no-any-return]
 
-        return vmap(push, in_dims=2, chunk_size=self._chunk_size)(tangents.to(self._zeros[layer]))  # type: ignore[no-any-return]
+        moved: Tensor = vmap(push, in_dims=2, chunk_size=self._chunk_size)(tangents.to(self._zeros[layer]))
+        return moved
 
 
 def open_upper(

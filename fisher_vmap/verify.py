@@ -2,6 +2,8 @@
 
 One line a check: "ok", or "BAD" with what is wrong. Exit code 0 when all is well, 1 when something is damaged or the
 run is unfinished, 2 when DIR is no results folder.
+
+With `--kl` the model is loaded, and what the matrices predict is set beside what it does: see `kl_verify`.
 """
 
 import argparse
@@ -33,11 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fisher_vmap.verify",
         description="Check a results folder: checksums, shapes, finite numbers, orthonormal directions, and that the "
-        "npz, the table and the index agree with the shards.",
-        epilog="example: python -m fisher_vmap.verify fisher_results",
+        "npz, the table and the index agree with the shards. With --kl, also run the model: do the matrices predict "
+        "how far a step of the residual stream moves the next-token distribution?",
+        epilog="examples:\n  python -m fisher_vmap.verify fisher_results\n"
+        "  python -m fisher_vmap.verify fisher_results --kl --prompts 16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
-    folder: Path = parser.parse_args(argv).folder
+    parser.add_argument("--kl", action="store_true", help="compare predicted with measured KL divergences")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="with --kl: how many prompts (8)")
+    parser.add_argument("--layer", metavar="NAME", help="with --kl: which hooked layer (the first)")
+    parser.add_argument("--model_path", "--model-path", metavar="PATH", help="with --kl: where the model is now")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --kl: where the plot goes (DIR/kl.png)")
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder
     if not (folder / INDEX_NAME).exists():
         print(f"{folder} is not a results folder: it has no {INDEX_NAME}", file=sys.stderr)
         return 2
@@ -48,8 +59,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"BAD  {name}: {error}", flush=True)
             bad += 1
+    if arguments.kl and not bad:
+        try:
+            bad += _check_kl(arguments)
+        except UserError as error:
+            print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
     print(f"{folder} is sound" if not bad else f"{folder}: {bad} checks failed")
     return 1 if bad else 0
+
+
+def _check_kl(arguments: argparse.Namespace) -> int:
+    """Print how well the matrices predict, and draw it; returns the number of layers where they do not."""
+    from fisher_vmap.kl_verify import check_kl, plot_kl
+    from fisher_vmap.results import open_results
+    from fisher_vmap.run import start_logging
+
+    start_logging()
+    if arguments.prompts < 1:
+        raise UserError(f"--prompts is {arguments.prompts}; expected at least 1")
+    found = check_kl(
+        open_results(arguments.folder),
+        prompts=arguments.prompts,
+        layer=arguments.layer,
+        model_path=arguments.model_path,
+    )
+    print("\n".join(found.lines()), flush=True)
+    plot = arguments.plot or arguments.folder / "kl.png"
+    try:
+        plot_kl(found, plot)
+        print(f"     drawn in {plot}")
+    except UserError as error:
+        if arguments.plot is not None:
+            raise
+        print(f"     not drawn: {error}")
+    return 0 if found.ok else 1
 
 
 def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -96,8 +140,9 @@ def _check_shard(shard: ShardReader) -> str:
         token_ids, log_probs = shard.tokens(index)
         if not ok[row]:
             continue
-        covered = covered_mass(log_probs)
-        if not np.isfinite(log_probs).all() or (token_ids < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
+        covered = covered_mass(log_probs, token_ids)
+        known = token_ids[: shard.layout.top_k]
+        if not np.isfinite(log_probs).all() or (known < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
             raise damaged(shard.path, f"the tokens of prompt {index} are not the table's")
     for layer in shard.layout.layers:
         stack = shard.stack(layer)

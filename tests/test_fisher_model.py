@@ -236,3 +236,15 @@ def test_what_is_wrong_with_vectors_is_said_and_the_model_left_as_it_was():
     assert model.training and all(module.training for module in model.modules())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert model.config._attn_implementation == tiny("llama").config._attn_implementation
+
+
+def test_records_of_every_estimator_say_how_good_they_are(tokenizer):
+    model = tiny("gpt2", torch.float32)
+    for estimator, samples in (("full", None), ("topk", 3), ("topk", None)):
+        opened = FisherModel(model, tokenizer, layers=1, top_k=5, estimator=estimator, trace_samples=samples)
+        for record in opened.fisher([*texts(3), ""], rank=4):
+            assert record.Q.shape == (5, 4)
+            known = record.status == "ok" and (estimator, samples) != ("topk", None)
+            for value in (record.trace_full, record.trace_full_error, record.share_full, record.relative_error):
+                assert (value > 0) == known and np.isnan(value) != known
+            assert np.isnan(record.share_kept) == (record.status != "ok")

@@ -10,7 +10,13 @@ import pytest
 import fisher_vmap
 
 PACKAGE = Path(fisher_vmap.__file__).parent
-CORE = ("kernel", "decomposition", "linearized")  # these and all that they import are the maths
+CORE = (
+    "kernel",
+    "decomposition",
+    "linearized",
+    "estimators",
+    "quality",
+)  # these and all that they import are the maths
 BRIDGE = "attention_interface"  # the only one of them that may know transformers, and only when it is used
 
 

@@ -25,13 +25,13 @@ class PromptRecord:
     V: Float32
     """[R, D] orthonormal directions, zero beyond the rank; float32 also when stored as float16."""
     Q: Float32
-    """[K, R] how much of which token each direction carries."""
+    """[K, R] how much of which token each direction carries: Q diag(sqrt S) V has the rows sqrt(p_t) g_t."""
     residual_norm: float
     """Mean norm of the residual stream over the prompt's positions."""
     position_energy: Float32
     """[T] sum over tokens of p_t |g_t at that position|^2."""
     token_ids: NDArray[np.int64]
-    """[K] the tokens, likeliest first; -1 without numbers."""
+    """[K] the tokens, likeliest first; with `include_rest` one more, -1: any other token. All -1 without numbers."""
     log_probs: Float32
     """[K] their log-probabilities in nats."""
     row: dict[str, Any]
@@ -68,6 +68,35 @@ class PromptRecord:
         trace = self.row[f"{self.layer}/trace"]
         return float("nan") if trace is None else float(trace)
 
+    @property
+    def share_kept(self) -> float:
+        """The share of the trace that the R stored directions hold."""
+        return self._estimate("share_kept")
+
+    @property
+    def share_full(self) -> float:
+        """The same of `trace_full`, the whole vocabulary's; NaN where that was not asked for."""
+        return self._estimate("share_full")
+
+    @property
+    def trace_full(self) -> float:
+        """Estimate of the trace of the whole vocabulary's Fisher matrix; NaN where none was asked for."""
+        return self._estimate("trace_full")
+
+    @property
+    def trace_full_error(self) -> float:
+        """The standard error of `trace_full`; NaN without it."""
+        return self._estimate("trace_full_error")
+
+    @property
+    def relative_error(self) -> float:
+        """Estimate of |F - matrix()| / |F|, F of the whole vocabulary, in the Frobenius norm; NaN where none was."""
+        return self._estimate("relative_error")
+
+    def _estimate(self, name: str) -> float:
+        value = self.row.get(f"{self.layer}/{name}")
+        return float("nan") if value is None else float(value)
+
     def matrix(self) -> Float32:
         """F = V^T diag(S) V, [D, D] float32."""
         return np.asarray((self.U * self.S) @ self.V, np.float32)
@@ -88,8 +117,9 @@ class PromptRecord:
     def scores(self) -> Float32:
         """The gradients of log p_t with respect to the bias, [K, D] float32: A / sqrt(p), A = Q diag(sqrt S) V.
 
-        With R >= K, or a rank below R, to rounding, except for tokens with p_t below about K times float32's eps (1e-6
-        for K = 10): what they add to F is below its numerical rank. Else the best approximation of A by rank R.
+        Of estimator topk, with R >= K or a rank below R, to rounding, except for tokens with p_t below about K times
+        float32's eps (1e-6 for K = 10): what they add to F is below its numerical rank. Else the best approximation of
+        A by rank R. Of estimator full: what the stored directions hold of the scores.
         """
         root_p = np.exp(0.5 * self.log_probs.astype(np.float64))
         A = (self.Q * np.sqrt(self.S.astype(np.float64))) @ self.V.astype(np.float64)

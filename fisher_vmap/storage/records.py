@@ -1,6 +1,7 @@
 """What the pipeline hands to the results folder: one record a prompt, and the shape all records of a run share."""
 
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +31,13 @@ class LayerResult(NamedTuple):
     position_energy: FloatArray
     """[T] sum over tokens of p_t |g_t at that position|^2, for the prompt's T real positions."""
     trace: float
-    """Trace of F over all K tokens; at least the sum of the kept S."""
+    """Trace of F before it was cut to rank R; at least the sum of the kept S."""
+    trace_full: float = nan
+    """Estimate of the trace of the whole vocabulary's Fisher matrix; NaN where it was not asked for."""
+    trace_full_error: float = nan
+    """Its standard error."""
+    relative_error: float = nan
+    """Estimate of |F - V^T diag(S) V| / |F|, F of the whole vocabulary, in the Frobenius norm."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +56,7 @@ class PromptResult:
     num_tokens: int = 0
     truncated: bool = False
     token_ids: NDArray[np.integer[Any]] | None = None
-    """[K] int64."""
+    """[K] int64; with `include_rest` one more, -1, for any other token."""
     log_probs: FloatArray | None = None
     """[K] float32 nats, highest first."""
     layers: dict[str, LayerResult] = field(default_factory=dict)
@@ -66,9 +73,16 @@ class ShardLayout(BaseModel):
     """K."""
     rank: PositiveInt
     """R; what a prompt lacks of it is zero."""
+    include_rest: bool = False
+    """Whether any other token is one more outcome, the last, with token id -1."""
     vectors_dtype: Literal["float32", "float16"] = "float32"
     store_text: bool = True
     keep_columns: tuple[str, ...] = ()
+
+    @property
+    def outcomes(self) -> int:
+        """How many token ids, log-probabilities and rows of Q a prompt has: K, or K + 1 with `include_rest`."""
+        return self.top_k + self.include_rest
 
     @property
     def layers(self) -> tuple[str, ...]:

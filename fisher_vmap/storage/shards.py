@@ -39,7 +39,7 @@ class StagedShard(NamedTuple):
 
 def tensor_specs(layout: ShardLayout, n: int, positions: int) -> dict[str, TensorSpec]:
     """Names, dtypes and shapes of a shard of n prompts with `positions` real positions in all."""
-    K, R = layout.top_k, layout.rank
+    K, R = layout.outcomes, layout.rank
     specs = {
         "prompt_index": TensorSpec("int64", (n,)),
         "position_offsets": TensorSpec("int64", (n + 1,)),

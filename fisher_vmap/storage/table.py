@@ -2,8 +2,13 @@
 
 Columns: prompt_index, source_row, text, the kept columns, status, reason, tokens, truncated, mass (the probability that
 the K tokens cover), and for each layer "<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable
-between layers) and "<layer>/effective_rank". A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for
-the tokens, "<layer>/crc32"), so that a single row can be read and checked without the rest of its shard.
+between layers), "<layer>/effective_rank", "<layer>/share_kept" (sum of S / trace); and, where random vectors were drawn
+for it, estimates: "<layer>/trace_full" of the whole vocabulary's matrix with its standard error,
+"<layer>/trace_full_error", "<layer>/share_full" (sum of S / trace_full) and "<layer>/relative_error" (of the stored
+matrix against the whole vocabulary's, in the Frobenius norm).
+
+A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for the tokens, "<layer>/crc32"), so that a
+single row can be read and checked without the rest of its shard.
 """
 
 import json
@@ -13,8 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from fisher_vmap.storage.records import FloatArray, PromptResult, ShardLayout
+from fisher_vmap.storage.records import FloatArray, LayerResult, PromptResult, ShardLayout
+
+QUALITY = ("share_kept", "trace_full", "trace_full_error", "share_full", "relative_error")
 
 
 def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: dict[str, list[int]]) -> pa.Table:
@@ -31,7 +39,9 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         "reason": pa.array([_encodable(r.reason) for r in results], pa.string()),
         "tokens": pa.array([r.num_tokens for r in results], pa.int64()),
         "truncated": pa.array([r.truncated for r in results], pa.bool_()),
-        "mass": pa.array([covered_mass(r.log_probs) if r.status == "ok" else None for r in results], pa.float64()),
+        "mass": pa.array(
+            [covered_mass(r.log_probs, r.token_ids) if r.status == "ok" else None for r in results], pa.float64()
+        ),
     }
     for layer in layout.layers:
         per_layer = [r.layers[layer] if r.status == "ok" else None for r in results]
@@ -40,13 +50,32 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
             [x and float(x.trace) * float(x.residual_norm) ** 2 for x in per_layer], pa.float64()
         )
         columns[f"{layer}/effective_rank"] = pa.array([x and effective_rank(x.S) for x in per_layer], pa.float64())
+        for name in QUALITY:
+            values = [None if x is None else how_good(x)[name] for x in per_layer]
+            columns[f"{layer}/{name}"] = pa.array(values, pa.float64())
     columns |= {name: pa.array(values, pa.int64()) for name, values in checksums.items()}
     return pa.table(columns)
 
 
-def covered_mass(log_probs: FloatArray | None) -> float | None:
-    """Probability of the K tokens together: sum exp(log p). None without numbers."""
-    return None if log_probs is None else float(np.exp(np.asarray(log_probs, np.float64)).sum())
+def covered_mass(log_probs: FloatArray | None, token_ids: NDArray[np.integer[Any]] | None) -> float | None:
+    """Probability of the K tokens together: sum exp(log p), "any other token" left out. None without numbers."""
+    if log_probs is None or token_ids is None:
+        return None
+    rest = (np.asarray(token_ids) < 0) & np.isfinite(log_probs)
+    return float(np.exp(np.asarray(log_probs, np.float64))[~rest].sum())
+
+
+def how_good(result: LayerResult) -> dict[str, float | None]:
+    """How good a layer's matrix is; None for what was not estimated."""
+    kept = float(np.asarray(result.S, np.float64).sum())
+    values = {
+        "share_kept": kept / result.trace if result.trace > 0 else np.nan,
+        "trace_full": result.trace_full,
+        "trace_full_error": result.trace_full_error,
+        "share_full": kept / result.trace_full if result.trace_full > 0 else np.nan,
+        "relative_error": result.relative_error,
+    }
+    return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
 
 
 def effective_rank(S: FloatArray) -> float:
