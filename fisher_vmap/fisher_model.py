@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.batches import batch_tokens_for, pack
-from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.decomposition import compress
 from fisher_vmap.kernel import check_kernel, fisher_scores
+from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.placement import input_device

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.blocks import resolve_layers
+from fisher_vmap.layers import hooked, resolve_layers
 from fisher_vmap.layout import lay_out
 from fisher_vmap.probe import undisturbed
 from fisher_vmap.whole import rows_from_logits, with_biases
@@ -26,7 +26,7 @@ def measured_kl(model: nn.Module, input_ids: Tensor, layer: str | int, steps: Te
     """
     (name,) = resolve_layers(model, layer)
     layout = lay_out(input_ids[None], None)
-    function = with_biases(rows_from_logits(model, layout, gather=True), {name: model.get_submodule(name)})
+    function = with_biases(rows_from_logits(model, layout, gather=True), hooked(model, [name]))
     with torch.no_grad(), undisturbed(model):
 
         def log_p(step_D: Tensor) -> Tensor:
