@@ -112,7 +112,9 @@ def _take_apart(
         return None, "what follows the last block cannot be run on one position alone"
     budget = 16 * torch.finfo(top.dtype).eps * expected.norm()
     expected = expected.to(alone.device)
-    if alone.shape != expected.shape or bool((alone - expected).norm() > budget.to(alone.device)):  # NaN decides nothing
+    if alone.shape != expected.shape or bool(
+        (alone - expected).norm() > budget.to(alone.device)
+    ):  # NaN decides nothing
         return None, "what follows the last block needs more than one position of it"
     if calls[0].left.shape != logits.shape:
         return None, "the model reshapes its logits"
