@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all architectures bench lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fisher_vmap.demo
@@ -13,6 +13,10 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(RUN) -m pytest
+
+# docs/architectures.md, from a run over every class of transformers' causal-LM mapping
+architectures: $(VENV)/installed
+	$(RUN) tests/architecture_table.py
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest benchmarks

@@ -50,9 +50,11 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers' attention modules call: [B, H, T, E] each, out comes [B, T, H, E]."""
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux", "sinks", "position_bias", "indices", "sparse_indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"{type(module).__name__} uses {name}")
+    if attention_mask is not None and attention_mask.requires_grad:
+        raise UnsupportedAttention(f"{type(module).__name__} computes its mask from the residual stream")
     if _CAPTURING.get():
         raise KeysCaptured(key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -60,12 +62,12 @@ def _attention_forward(
     packed, keys = _PACKED.get(), _KEYS.get()
     if packed is not None and keys is not None:
         kind = AttentionKind(float(scale), False, packed.groups_on(query.device), one_query=True)
-        return attention(query, *keys, None, kind).transpose(1, 2), None
+        return attention(query, *keys, None, kind).transpose(1, 2).contiguous(), None
     groups = packed.groups_on(query.device) if packed else None
     kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, groups)
     if kind.groups is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
         raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
-    return attention(query, key, value, attention_mask, kind).transpose(1, 2), None
+    return attention(query, key, value, attention_mask, kind).transpose(1, 2).contiguous(), None
 
 
 def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:

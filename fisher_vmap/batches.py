@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fisher_vmap.blocks import decoder_blocks
+from fisher_vmap.layers import decoder_blocks
 from fisher_vmap.placement import model_dtype
 
 # On a CPU larger batches gain nothing and leave its caches; on a GPU memory is the limit.

@@ -7,18 +7,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
+from fisher_vmap.attention_interface import NAME, UnsupportedAttention, attention_set_to, prompts_packed
 from fisher_vmap.forms import Parts, layerwise, whole
+from fisher_vmap.layers import hooked, layers_of
 from fisher_vmap.layout import Layout, lay_out, pack_rows, select
 from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.old_functions import modernised
 from fisher_vmap.outcomes import Wanted
 from fisher_vmap.placement import model_dtype, saved_aside, weights_at_hand
-from fisher_vmap.probe import Probe, excerpt
+from fisher_vmap.probe import Probe, excerpt, look_again_under_eager
 from fisher_vmap.proof import chain_is_whole
 from fisher_vmap.quantized import quantized_linears
-from fisher_vmap.recording import StructureChanged
+from fisher_vmap.recording import StructureChanged, run_blocks
 from fisher_vmap.rotary import batches_apart, forget_lengths, join_prompts
 from fisher_vmap.scores import Scores
+from fisher_vmap.streams import Place
 from fisher_vmap.whole import hooked_outputs, rows_from_logits, with_biases
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,9 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
         ValueError: the kernel asked for by name cannot be trusted with one of the layers, or no form agrees with
             plain autograd.
     """
-    found = {layer: _by_structure(known, layer, kernel) for layer in layers if (layer, kernel) not in known.forms}
+    places = layers_of(model).places
+    new = [layer for layer in layers if (layer, kernel) not in known.forms]
+    found = {layer: _by_structure(known, places, layer, kernel) for layer in new}
     unchecked = set(found)
     while unchecked:
         form = min((found[layer][0] for layer in unchecked), key=FORMS.index)
@@ -48,6 +53,14 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
         if wrong is None:
             unchecked -= set(group)
             continue
+        if form != "packed" and known.attention == NAME:
+            log.info(
+                "attention: eager, because under ours the %s kernel disagrees with plain autograd (%s)", form, wrong
+            )
+            look_again_under_eager(
+                model, known, layout, f"under our attention {form} disagreed with plain autograd: {wrong}"
+            )
+            return choose_forms(model, known, layout, layers, kernel)
         if form == FORMS[-1] or (kernel != "auto" and form != "packed"):
             raise ValueError(
                 f"the {form} kernel disagrees with plain autograd: {wrong}; try another `kernel`, or float32"
@@ -61,11 +74,13 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
     return {layer: known.forms[layer, kernel][0] for layer in layers}
 
 
-def _by_structure(known: Probe, layer: str, kernel: str) -> tuple[str, str]:
+def _by_structure(known: Probe, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
     """The best form that the structure allows for a layer, and the reason."""
     why_not = ""
     if layer not in known.parts.call_order:
         why_not = "the hooked module is not a decoder block"
+    elif not places[layer].plain:
+        why_not = "what the hooked block returns is not [B, T, D]"
     elif known.parts.head is None:
         why_not = known.why_no_head
     elif not chain_is_whole(known.reach, known.parts.call_order.index(layer)):
@@ -92,7 +107,9 @@ def run_form(
     parts_of = []
     for group in groups:
         forget_lengths(model)
-        parts_of.append(_run_together(form, model, parts, select(layout, group), layers, _of_prompts(wanted, group)))
+        together = select(layout, group)
+        with modernised(() if form == "loop" else parts.old_functions):
+            parts_of.append(_run_together(form, model, parts, together, layers, _of_prompts(wanted, group)))
     return join_prompts(parts_of, groups)
 
 
@@ -129,15 +146,24 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
     few = excerpt(layout, CHECK_TOKENS)
     try:
         with attention_set_to(model, known.attention):
+            if form == "packed":
+                few = _packable(model, known.parts, layout)
             found = run_form(form, model, known.parts, few, layers, Wanted(2, None, "all", None))
-    except (StructureChanged, RuntimeError, NotImplementedError, TypeError) as error:
+    except (StructureChanged, RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if form == FORMS[-1] and known.attention != NAME:
+            raise _not_differentiable(model, layers, error) from error
+        return _first_line(error)
     for b, length in enumerate(few.lengths):
         forget_lengths(model)
         one = lay_out(few.input_ids[b : b + 1, :length], None)
-        expected = plain_autograd(model, one, layers, found.token_ids[b])
+        try:
+            expected = plain_autograd(model, one, layers, found.token_ids[b])
+        except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _not_differentiable(model, layers, error) from error
         for layer in layers:
             got, want = found.gradients[layer][b].double(), expected[layer].double().to(found.token_ids.device)
             if not bool(want.isfinite().all()):
@@ -151,13 +177,45 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
     return None
 
 
+def _not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} cannot be differentiated with respect to the output of {', '.join(layers)}, not even "
+        f"by plain autograd ({_first_line(error)}); hook another module, or give another model"
+    )
+
+
+def _packable(model: nn.Module, parts: Parts, layout: Layout) -> Layout:
+    """An excerpt of the batch that can be packed: what were padded instead (a window is short) would prove nothing.
+
+    Raises:
+        StructureChanged: none can, however short.
+    """
+    tokens = CHECK_TOKENS
+    while tokens >= 2:
+        few = excerpt(layout, tokens)
+        packed = pack_rows(few)
+        try:
+            with prompts_packed(packed):
+                run_blocks(model, parts.blocks, parts.call_order, packed)
+        except UnsupportedAttention as reason:
+            log.debug("prompts of %d tokens cannot be packed: %s", tokens, reason)
+            tokens //= 2
+        else:
+            return few
+    raise StructureChanged("no two prompts can be packed, however short")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def plain_autograd(model: nn.Module, layout: Layout, layers: Sequence[str], token_ids: Tensor) -> Mapping[str, Tensor]:
     """Scores [K, D] of one unpadded prompt by the plainest means: the model's own attention, logits and backward."""
-    modules = {layer: model.get_submodule(layer) for layer in layers}
+    modules = hooked(model, layers)
     run = rows_from_logits(model, layout, gather=False)
     with torch.enable_grad(), saved_aside(model):
         outputs = hooked_outputs(run, modules, layout)
-        biases = {layer: torch.zeros_like(x[:, :1]).requires_grad_() for layer, x in outputs.items()}
+        biases = {layer: x.new_zeros(1, 1, x.shape[-1]).requires_grad_() for layer, x in outputs.items()}
         rows = with_biases(run, modules)(biases)
         log_p_V = rows[0].to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(0)
         grads = [

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.decomposition import float64_device
 from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fall_back, prompt_seeds
+from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import Layout, lay_out, select
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows

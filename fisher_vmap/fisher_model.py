@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.batches import batch_tokens_for, pack
-from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.decomposition import compress
 from fisher_vmap.estimators import Estimate, fisher_full, topk
 from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
+from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.placement import input_device

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.blocks import output_embedding
 from fisher_vmap.fused import Forward, fused_pullbacks
 from fisher_vmap.fused_block import Rules, keeping
 from fisher_vmap.head import Head, LogitsHead, UnembeddingHead
+from fisher_vmap.layers import hooked
 from fisher_vmap.layout import Layout
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.mixed import float32_forward
@@ -20,11 +22,13 @@ from fisher_vmap.network import (
     pushforward_block,
     pushforward_blocks,
 )
+from fisher_vmap.old_functions import OldFunction
 from fisher_vmap.outcomes import Outcomes, Wanted, read_outcomes
 from fisher_vmap.placement import model_dtype, put_aside
 from fisher_vmap.positions import energy_of_one, position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
+from fisher_vmap.streams import Hooked
 from fisher_vmap.top_block import NotPositionwise, pullback_top, pushforward_top
 from fisher_vmap.whole import (
     hooked_outputs,
@@ -33,6 +37,7 @@ from fisher_vmap.whole import (
     rows_from_blocks,
     rows_from_logits,
     with_biases,
+    zero_biases,
 )
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,7 @@ class Parts:
         above: the ids of the modules that return after the last block has: the final norm, the model itself.
         fused: modules inside the blocks that have a fused pullback, with the forward that has it.
         rules: blocks that are pulled back as a whole by hand, where prompts are packed.
+        old_functions: the model's autograd functions that torch.func cannot transform as they are.
     """
 
     blocks: Mapping[str, nn.Module]
@@ -63,6 +69,7 @@ class Parts:
     above: frozenset[int]
     fused: Sequence[tuple[nn.Module, Forward]]
     rules: Rules
+    old_functions: Sequence[OldFunction]
 
 
 def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted) -> Scores:
@@ -167,10 +174,10 @@ def whole(
     model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted, *, loop: bool = False
 ) -> Scores:
     """One batched call of the pullback of the whole upper network; with `loop`, K backward passes of plain autograd."""
-    modules = {layer: model.get_submodule(layer) for layer in layers}
+    modules = hooked(model, layers)
     run, head = upper(model, parts, layout, modules)
     outputs = hooked_outputs(run, modules, layout)
-    zeros = {layer: torch.zeros_like(hidden) for layer, hidden in outputs.items()}
+    zeros = zero_biases(outputs)
     rows, pullback = (pullback_loop if loop else pullback_whole)(with_biases(run, modules), zeros)
     if wanted.precision != "model":
         raise ValueError(
@@ -186,11 +193,13 @@ def whole(
 
 
 def upper(
-    model: nn.Module, parts: Parts, layout: Layout, modules: Mapping[str, nn.Module]
+    model: nn.Module, parts: Parts, layout: Layout, modules: Mapping[str, Hooked]
 ) -> tuple[Callable[[], Tensor], Head]:
     """The upper network and the head that reads its rows: up to the blocks' end, or to the logits if need be."""
-    if parts.head is None or any(id(module) in parts.above for module in modules.values()):
-        return rows_from_logits(model, layout, gather=parts.gather), LogitsHead()
+    if parts.head is None or any(id(hook.module) in parts.above for hook in modules.values()):
+        unembedding = output_embedding(model)  # where that is hooked, it must see all positions
+        gather = parts.gather and all(hook.module is not unembedding for hook in modules.values())
+        return rows_from_logits(model, layout, gather=gather), LogitsHead()
     return rows_from_blocks(model, parts.blocks, parts.call_order, layout), parts.head
 
 
@@ -204,6 +213,7 @@ def residual_norm(hidden: Tensor, layout: Layout) -> Tensor:
     """The mean norm of a residual stream, [b, T, D], over each prompt's tokens, [B]."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
+    length_N = length_N.view(len(length_N), -1).mean(1)  # of several streams their mean
     return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)
 
 

@@ -16,6 +16,7 @@ The forward of each is the model's own, to the bit. A module is taken for one of
 input is what the formula says.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -267,6 +268,8 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 def fused_forward(module: nn.Module) -> Forward | None:
     """The module's forward with a fused pullback, or None where there is no rule for it."""
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, say, that it may be given as well
+        return None
     if is_gated_mlp(module):
         gate, up, down, act = (getattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
         return lambda x: _GatedMlp.apply(x, gate, up, down, act)[0]  # type: ignore[no-any-return]

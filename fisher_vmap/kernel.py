@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.attention_interface import attention_set_to
-from fisher_vmap.blocks import resolve_layers
 from fisher_vmap.choice import KERNELS, choose_forms, run_form
+from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import Layout, lay_out
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted

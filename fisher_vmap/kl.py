@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.blocks import resolve_layers
+from fisher_vmap.layers import hooked, resolve_layers
 from fisher_vmap.layout import lay_out
 from fisher_vmap.positions import position_mask
 from fisher_vmap.probe import undisturbed
@@ -34,7 +34,7 @@ def measured_kl(
     T = len(input_ids)
     mask_T = position_mask(positions, lay_out(input_ids[None], None))
     where_1T1 = (torch.ones(T) if mask_T is None else mask_T).to(input_ids.device)[None, :, None]
-    modules = {name: model.get_submodule(name)}
+    modules = hooked(model, [name])
 
     def log_p(steps_nD: Tensor) -> Tensor:
         layout = lay_out(input_ids.expand(len(steps_nD), T), None)

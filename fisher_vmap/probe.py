@@ -17,12 +17,14 @@ from fisher_vmap.attention_interface import (
     prompts_packed,
     supports_ours,
 )
-from fisher_vmap.blocks import decoder_blocks
 from fisher_vmap.forms import Parts
 from fisher_vmap.fused import Forward, fused_forward
 from fisher_vmap.fused_attention import fused_attention_forward, proven
 from fisher_vmap.fused_block import Rules, block_rule, proven_blocks
+from fisher_vmap.layers import decoder_blocks, hooked
 from fisher_vmap.layout import Layout, lay_out, pack_rows
+from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.old_functions import old_functions
 from fisher_vmap.placement import input_device, placed
 from fisher_vmap.proof import Reach, block_reach
 from fisher_vmap.quantized import quantized_pullbacks
@@ -91,21 +93,32 @@ def signature(model: nn.Module) -> int:
     return hash(tuple(parts))
 
 
+def look_again_under_eager(model: nn.Module, known: Probe, layout: Layout, why: str) -> None:
+    """Our attention is not what this model's is: find everything out again under transformers' plain one."""
+    again = _look_under("eager", model, excerpt(layout, tokens=8).input_ids, known.made_of, why)
+    known.parts, known.reach, known.attention = again.parts, again.reach, again.attention
+    known.why_no_head, known.forms = again.why_no_head, {}
+
+
 def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
-    blocks = decoder_blocks(model)
-    attention = _attention_for(model)
-    why_not_packed = "the model does not run under our attention"
-    if attention == attention_interface.NAME:
+    why = "the model has no attention that ours could stand in for"
+    if supports_ours(model):
         try:
-            with attention_set_to(model, attention), noting_odd_masks() as odd:
-                watched = watch(model, blocks, input_ids)
-            why_not_packed = odd[0] if odd else ""
-        except UnsupportedAttention as reason:
+            return _look_under(attention_interface.NAME, model, input_ids, made_of, "")
+        except (UnsupportedAttention, StructureChanged, RuntimeError, TypeError, ValueError, AssertionError) as reason:
+            if is_out_of_memory(reason):
+                raise
             log.info("attention: eager, because %s", reason)
-            attention = "eager"
-    if attention != attention_interface.NAME:
-        with attention_set_to(model, attention):
-            watched = watch(model, blocks, input_ids)
+            why = " ".join(str(reason).split())[:120] or type(reason).__name__
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return _look_under("eager" if current is not None else None, model, input_ids, made_of, why)
+
+
+def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made_of: int, why_not_ours: str) -> Probe:
+    blocks = decoder_blocks(model)
+    with attention_set_to(model, attention), noting_odd_masks() as odd:
+        watched = watch(model, blocks, input_ids)
+    why_not_packed = why_not_ours or (odd[0] if odd else "")
     parts = Parts(
         blocks=blocks,
         call_order=tuple(watched.call_order),
@@ -116,14 +129,23 @@ def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
         above=watched.above,
         fused=_fused(blocks),
         rules={},
+        old_functions=old_functions(model),
     )
     if not why_not_packed:
         with attention_set_to(model, attention):
             attentions, rules = _proven_packed(model, parts, input_ids)
         parts = replace(parts, fused=[*parts.fused, *attentions], rules=rules)
-    with attention_set_to(model, attention):
-        reach = block_reach(model, blocks, input_ids)
-    return Probe(parts, reach, attention, watched.why_not, made_of)
+    reach: Reach = []
+    why_no_head = watched.why_not
+    try:
+        with attention_set_to(model, attention):
+            reach = block_reach(model, blocks, input_ids)
+    except (RuntimeError, TypeError, AssertionError) as reason:
+        if is_out_of_memory(reason) or attention == attention_interface.NAME:
+            raise
+        why_no_head = f"the chain of blocks cannot be proven whole ({type(reason).__name__}: {str(reason)[:80]})"
+        parts = replace(parts, head=None)
+    return Probe(parts, reach, attention, why_no_head, made_of)
 
 
 def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
@@ -157,17 +179,9 @@ def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
         ValueError: a module's output is not [B, T, D], or it is not called.
     """
     layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), None)
-    modules = {layer: model.get_submodule(layer) for layer in layers}
     with torch.no_grad(), undisturbed(model):
-        outputs = hooked_outputs(rows_from_logits(model, layout, gather=False), modules, layout)
+        outputs = hooked_outputs(rows_from_logits(model, layout, gather=False), hooked(model, layers), layout)
     return {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
-
-
-def _attention_for(model: nn.Module) -> str | None:
-    if supports_ours(model):
-        return attention_interface.NAME
-    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return "eager" if current is not None else None
 
 
 def excerpt(layout: Layout, tokens: int) -> Layout:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.blocks import output_of, with_output
+from fisher_vmap.blocks import forward_inputs, output_of, with_output
 from fisher_vmap.placement import saved_aside
 from fisher_vmap.recording import hooks
 
@@ -44,7 +44,7 @@ def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Te
         saved_aside(model),
         hooks(*(block.register_forward_hook(cut) for block in blocks.values())),
     ):
-        outputs.append(model(input_ids=input_ids, use_cache=False).logits)
+        outputs.append(model(**forward_inputs(model, input_ids)).logits)
         return [_reached(output, leaves) for output in outputs]
 
 

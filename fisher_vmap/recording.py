@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.blocks import hidden_of, output_of, with_hidden
+from fisher_vmap.blocks import forward_inputs, hidden_of, output_of, with_hidden
 from fisher_vmap.layout import Layout
 
 
@@ -90,10 +90,9 @@ def hooks(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def inputs_of(layout: Layout) -> dict[str, Any]:
+def inputs_of(model: nn.Module, layout: Layout) -> dict[str, Any]:
     """What a forward of the model is called with: tokens, position ids where prompts are packed, and no cache."""
-    inputs: dict[str, Any] = {"input_ids": layout.input_ids, "use_cache": False}
-    return inputs if layout.position_ids is None else inputs | {"position_ids": layout.position_ids}
+    return forward_inputs(model, layout.input_ids, layout.position_ids)
 
 
 def run_blocks(model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], layout: Layout) -> Tensor:
@@ -118,7 +117,7 @@ def run_blocks(model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Se
 
     with hooks(*(b.register_forward_hook(count(name), with_kwargs=True) for name, b in blocks.items())):
         try:
-            model(**inputs_of(layout))
+            model(**inputs_of(model, layout))
         except _BlocksEnded:
             return ended[0]
     raise StructureChanged(f"the model's forward made {seen} block calls where the probe saw {len(call_order)}")
@@ -162,7 +161,7 @@ def record(
                 if hidden is None:
                     raise StructureChanged(f"{name} was called without a residual stream")
                 # A copy: a block may write into its input, and the replay must see what the forward saw.
-                args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0))  # replays bring their own
+                args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0, 0))  # replays bring their own
                 copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
                 calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs), []))
             seen += 1

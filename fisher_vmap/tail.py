@@ -1,10 +1,12 @@
 """What lies between a model's last block and its logits, found by watching one forward pass.
 
 The head is taken apart only where the values prove it: the modules chain from the last block's output to the
-unembedding's input, and planted logits of every size come out of the model as a known function of themselves.
+unembedding's input, or the model's own code between them, run again on single tokens, gives what it gave; and planted
+logits of every size come out of the model as a known function of themselves.
 """
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fisher_vmap.blocks import output_embedding, output_of
+from fisher_vmap.attention_interface import prompts_packed
+from fisher_vmap.blocks import forward_inputs, output_embedding, output_of, with_output
 from fisher_vmap.head import Phi, UnembeddingHead
 from fisher_vmap.layout import lay_out
-from fisher_vmap.placement import can_be_fetched, placed, weights_at_hand
+from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.placement import can_be_fetched, placed, put_aside, weights_at_hand
 from fisher_vmap.quantized import has_matrix
-from fisher_vmap.recording import hooks
+from fisher_vmap.recording import StructureChanged, hooks
 from fisher_vmap.whole import rows_from_logits
 
 
@@ -68,48 +72,124 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
             events.append(_Event(module, args[0], left))
 
     with torch.no_grad(), hooks(*(module.register_forward_hook(after) for module in model.modules())):
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = model(**forward_inputs(model, input_ids)).logits
     with torch.no_grad():
         alone = rows_from_logits(model, lay_out(input_ids, None), gather=True)()
     gap = (alone.double() - logits[:, -1].double()).norm()
     gather = bool(gap <= 16 * torch.finfo(logits.dtype).eps * logits[:, -1].double().norm())
     if not top:
         return Watched(call_order, None, "the blocks return no tensor", logits.shape[-1], frozenset(above), gather)
-    head, why_not = _take_apart(model, top[0], events, logits, input_ids)
+    replay = _Replay(weakref.ref(model), blocks, call_order, above)
+    head, why_not = _take_apart(model, top[0], events, logits, input_ids, replay)
     return Watched(call_order, head, why_not, logits.shape[-1], frozenset(above), gather)
 
 
 def _take_apart(
-    model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor
+    model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor, replay: "_Replay"
 ) -> tuple[UnembeddingHead | None, str]:
     unembedding = output_embedding(model)
+    if top.dim() != 3:
+        return None, "what the blocks return is not [B, T, D]"
     if unembedding is None or not has_matrix(unembedding) or not can_be_fetched(unembedding):
         return None, f"the output embedding is {_make_of(unembedding)}, not a plain Linear"
     assert isinstance(unembedding, nn.Linear)
     calls = [event for event in events if event.module is unembedding]
     if len(calls) != 1:
         return None, f"the output embedding was called {len(calls)} times after the last block"
-    chain, at = [], top
-    while not _same(at, calls[0].entered):
-        # The outermost module that takes what we hold; what encloses the unembedding does not count.
-        steps = [e for e in events if _same(e.entered, at) and unembedding not in e.module.modules()]
-        steps = [e for e in steps if not _same(e.left, at)]
-        if not steps:
-            return None, "no chain of modules leads from the last block to the output embedding"
-        chain.append(steps[-1].module)
-        at = steps[-1].left
-    norm = Chain(tuple(chain))
+    chain = _chain(top, calls[0].entered, events, unembedding)
+    if chain is None and put_aside(model):
+        return None, "no chain of modules leads from the last block to the output embedding"
+    norm: Callable[[Tensor], Tensor] = replay if chain is None else Chain(tuple(chain))
     expected = calls[0].entered[:, -1].double()
-    with weights_at_hand(*chain):
-        alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
-    if (alone - expected.to(alone.device)).norm() > 16 * torch.finfo(top.dtype).eps * expected.norm():
-        return None, "what follows the last block mixes positions"
+    if bool((expected.norm(dim=-1) == 0).any()):
+        return None, "nothing reached the output embedding for some prompt, so that no head could be told"
+    try:
+        with torch.no_grad(), weights_at_hand(*(chain or ())):
+            alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
+    except (RuntimeError, TypeError, ValueError, IndexError, StructureChanged) as reason:
+        if is_out_of_memory(reason):
+            raise
+        return None, "what follows the last block cannot be run on one position alone"
+    budget = 16 * torch.finfo(top.dtype).eps * expected.norm()
+    expected = expected.to(alone.device)
+    if alone.shape != expected.shape or bool(
+        (alone - expected).norm() > budget.to(alone.device)
+    ):  # NaN decides nothing
+        return None, "what follows the last block needs more than one position of it"
     if calls[0].left.shape != logits.shape:
         return None, "the model reshapes its logits"
     phi = _phi(model, unembedding, input_ids)
     if phi is None:
         return None, "the model changes its logits in a way that is not a scale or a soft-cap"
     return UnembeddingHead(norm, unembedding, phi), ""
+
+
+def _chain(top: Tensor, entered: Tensor, events: list[_Event], unembedding: nn.Module) -> list[nn.Module] | None:
+    """The modules that lead from the last block's output to the unembedding's input; None if there is code between."""
+    chain, at = [], top
+    while not _same(at, entered):
+        # The outermost module that takes what we hold; what encloses the unembedding does not count.
+        steps = [e for e in events if _same(e.entered, at) and unembedding not in e.module.modules()]
+        steps = [e for e in steps if not _same(e.left, at)]
+        if not steps:
+            return None
+        chain.append(steps[-1].module)
+        at = steps[-1].left
+    return chain
+
+
+class _Entered(Exception):
+    """Leaves the model's forward where it unembeds."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """What the model does between its last block and its unembedding, as a function of float32 (or float64) rows.
+
+    It is the model's own forward on prompts of one token, a row a prompt, whose last block returns the row instead of
+    what it computed. The few parameters above the blocks are upcast at each call. The model is held weakly: what is
+    remembered of it must not keep it alive.
+    """
+
+    model: "weakref.ref[nn.Module]"
+    blocks: Mapping[str, nn.Module]
+    call_order: Sequence[str]
+    above: Collection[int]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[N, D] to [N, D']."""
+        model = self.model()
+        assert model is not None
+        unembedding = output_embedding(model)
+        assert unembedding is not None
+        wide = {
+            name: p.detach().to(rows.dtype)
+            for name, p in model.named_parameters()
+            if id(model.get_submodule(name.rpartition(".")[0])) in self.above
+            and not any(p is own for own in unembedding.parameters())
+        }
+        seen = 0
+
+        def put(_module: nn.Module, _args: Any, output: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            return with_output(output, rows[:, None]) if seen == len(self.call_order) else None
+
+        def leave(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Entered(args[0])
+
+        one_each = lay_out(torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device), None)
+        handles = [block.register_forward_hook(put) for block in self.blocks.values()]
+        with hooks(*handles, unembedding.register_forward_pre_hook(leave)), prompts_packed(one_each):
+            try:
+                functional_call(model, wide, kwargs=forward_inputs(model, one_each.input_ids))
+            except _Entered as entered:
+                return entered.rows[:, 0]
+        raise StructureChanged("the model did not reach its output embedding")
 
 
 def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | None:
@@ -126,19 +206,25 @@ def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | N
         return planted[-1]
 
     with torch.no_grad(), hooks(unembedding.register_forward_hook(plant, prepend=True)):
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
-    config: Any = model.config
+        logits: Tensor = model(**forward_inputs(model, input_ids)).logits
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    caps = {None, getattr(config, "final_logit_softcapping", None)}
-    scales = {1.0}
-    if getattr(config, "logit_scale", None):
-        scales.add(float(config.logit_scale))
-    if getattr(config, "logits_scaling", None):
-        scales.add(1 / float(config.logits_scaling))
-    candidates = [Phi(scale, cap) for scale in sorted(scales) for cap in sorted(caps, key=str)]
+    numbers = _positive_numbers(vars(config) if hasattr(config, "__dict__") else {})
+    caps: list[float | None] = [None, *sorted({v for name, v in numbers.items() if "cap" in name})]
+    told = {v for name, v in numbers.items() if "logit" in name or "lm_head" in name}
+    scales = [1.0, *sorted({*told, *(1 / v for v in told)} - {1.0})]
+    candidates = [Phi(scale, cap) for scale in scales for cap in caps]
     x, z = planted[0].double(), logits.double().to(planted[0].device)
     eps = max(torch.finfo(planted[0].dtype).eps, torch.finfo(logits.dtype).eps)
     return next((phi for phi in candidates if bool(((phi(x) - z).abs() <= 8 * eps * z.abs()).all())), None)
+
+
+def _positive_numbers(config: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in config.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    }
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from torch.func import jvp, vmap
 from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
 from fisher_vmap.forms import pullback_layers, pushforward_layer, record_forward, residual_norm, unit_rows, upper
 from fisher_vmap.head import Head
+from fisher_vmap.layers import hooked
 from fisher_vmap.layout import Layout, pack_rows
 from fisher_vmap.network import Arrived
+from fisher_vmap.old_functions import modernised
 from fisher_vmap.placement import weights_at_hand
 from fisher_vmap.positions import Summed, position_mask, sum_positions
 from fisher_vmap.probe import Probe, undisturbed
 from fisher_vmap.rotary import forget_lengths
-from fisher_vmap.whole import hooked_outputs, pullback_whole, with_biases
+from fisher_vmap.whole import hooked_outputs, pullback_whole, with_biases, zero_biases
 
 
 class Upper(ABC):
@@ -116,6 +118,7 @@ class Upper(ABC):
                 stack.enter_context(weights_at_hand(self._model))
             stack.enter_context(attention_set_to(self._model, self._known.attention))
             stack.enter_context(prompts_packed(self.layout))
+            stack.enter_context(modernised(self._known.parts.old_functions))
             yield
 
     def _describe(self, outputs: dict[str, Tensor]) -> None:
@@ -169,10 +172,10 @@ class Whole(Upper):
                 f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; "
                 "use dtype float32"
             )
-        modules = {layer: self._model.get_submodule(layer) for layer in self.layers}
+        modules = hooked(self._model, self.layers)
         run, self.head = upper(self._model, self._known.parts, self.layout, modules)
         self._outputs = hooked_outputs(run, modules, self.layout)
-        self._zeros = {layer: torch.zeros_like(hidden) for layer, hidden in self._outputs.items()}
+        self._zeros = zero_biases(self._outputs)
         self._function = with_biases(run, modules)
         rows, self._pullback = pullback_whole(self._function, self._zeros)
         self.rows, self.dtype = rows.detach(), rows.dtype

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from fisher_vmap.blocks import output_embedding, output_of, with_output
+from fisher_vmap.blocks import forward_inputs, output_embedding, output_of, with_output
 from fisher_vmap.layout import Layout
 from fisher_vmap.recording import StructureChanged, hooks, run_blocks
+from fisher_vmap.streams import Hooked
 
 Biases = dict[str, Tensor]  # [B, T, D] for each hooked module
 
@@ -46,13 +47,13 @@ def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Calla
     def run() -> Tensor:
         handles = [] if unembedding is None else [unembedding.register_forward_pre_hook(gather_last)]
         with hooks(*handles):
-            logits: Tensor = model(input_ids=layout.input_ids, use_cache=False).logits
+            logits: Tensor = model(**forward_inputs(model, layout.input_ids)).logits
         return logits[:, 0] if logits.shape[1] == 1 else layout.last(logits)
 
     return run
 
 
-def with_biases(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> Callable[[Biases], Tensor]:
+def with_biases(run: Callable[[], Tensor], modules: Mapping[str, Hooked]) -> Callable[[Biases], Tensor]:
     """The same function with a bias added to the output of each hooked module."""
 
     def biased(biases: Biases) -> Tensor:
@@ -63,11 +64,12 @@ def with_biases(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> 
                 hidden = output_of(output)
                 assert hidden is not None  # hooked_outputs has looked
                 used.add(name)
-                return with_output(output, hidden + biases[name].to(hidden.dtype))
+                bias = modules[name].place.spread(biases[name]).to(hidden.dtype)
+                return with_output(output, hidden + bias)
 
             return after
 
-        with hooks(*(module.register_forward_hook(add(name)) for name, module in modules.items())):
+        with hooks(*(hook.module.register_forward_hook(add(name)) for name, hook in modules.items())):
             rows = run()
         if missing := set(modules) - used:
             raise StructureChanged(f"{sorted(missing)[0]} was not called in the forward pass")
@@ -76,8 +78,8 @@ def with_biases(run: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> 
     return biased
 
 
-def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, nn.Module], layout: Layout) -> Biases:
-    """The output, [B, T, D], of each hooked module in one run of the model without gradients.
+def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, Hooked], layout: Layout) -> Biases:
+    """The output, [B, T, D] or [B, T, S, D], of each hooked module in one run of the model without gradients.
 
     Raises:
         ValueError: a module was not called, or its output is not a tensor [B, T, D] nor a tuple that starts with one.
@@ -88,21 +90,27 @@ def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, nn.Module], 
     def look(name: str) -> Callable[..., None]:
         def after(module: nn.Module, _args: Any, output: Any) -> None:
             hidden = output_of(output)
-            if hidden is None or hidden.shape[:-1] != (B, T) or not hidden.is_floating_point():
+            place = modules[name].place
+            if hidden is None or not place.fits(hidden.shape, B, T):
                 shape = type(output).__name__ if hidden is None else tuple(hidden.shape)
                 raise ValueError(
                     f"{name} ({type(module).__name__}) returns {shape} for {B} prompts of {T} tokens; "
                     "expected a tensor [B, T, D]: hook a decoder block or a module inside one"
                 )
-            outputs[name] = hidden
+            outputs[name] = place.gathered(hidden)
 
         return after
 
-    with torch.no_grad(), hooks(*(module.register_forward_hook(look(n)) for n, module in modules.items())):
+    with torch.no_grad(), hooks(*(hook.module.register_forward_hook(look(n)) for n, hook in modules.items())):
         run()
     if missing := [name for name in modules if name not in outputs]:
         raise ValueError(f"{missing[0]} is never called in the forward pass; expected a module that the model uses")
     return outputs
+
+
+def zero_biases(outputs: Biases) -> Biases:
+    """A zero bias, [B, T, D], for each hooked module."""
+    return {name: hidden.new_zeros(*hidden.shape[:2], hidden.shape[-1]) for name, hidden in outputs.items()}
 
 
 def pullback_whole(

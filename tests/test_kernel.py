@@ -187,6 +187,7 @@ def test_the_number_of_cotangents_at_a_time_does_not_matter(kernel):
         ("llama", "model.layers.3.self_attn"),  # returns a tuple
         ("llama", "model.embed_tokens"),
         ("llama", "model.norm"),
+        ("llama", "lm_head"),
         ("gpt2", "transformer.h.2.ln_2"),
         ("gpt2", "transformer.wte"),
         ("gpt2", "transformer.ln_f"),
