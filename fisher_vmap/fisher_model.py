@@ -17,6 +17,7 @@ from fisher_vmap.decomposition import compress
 from fisher_vmap.kernel import check_kernel, fisher_scores
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
+from fisher_vmap.pieces import Pieces
 from fisher_vmap.probe import layer_widths, probe, undisturbed
 from fisher_vmap.scores import Scores
 from fisher_vmap.storage.prompt_record import PromptRecord
@@ -60,6 +61,7 @@ class FisherModel:
         layers: the names of the hooked modules.
         widths: D of each.
         vocabulary: V.
+        pieces: tokens as text; None without a tokenizer.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class FisherModel:
         if positions not in ("all", "last"):
             raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
         self.model, self.tokenizer = model, tokenizer
+        self.pieces = None if tokenizer is None else Pieces(tokenizer)
         self.layers = resolve_layers(model, layers)
         self.widths = layer_widths(model, self.layers)
         self.device: torch.device = next(model.parameters()).device
@@ -204,7 +207,7 @@ class FisherModel:
                 if i in skipped:
                     yield self._empty_record(index + i, skipped[i], rank)
                 else:
-                    yield _record(index + i, rendered[i], numbers[i])
+                    yield _record(index + i, rendered[i], numbers[i], self.pieces)
             index += len(window)
 
     def _empty_record(self, index: int, reason: str, rank: int) -> FisherRecord:
@@ -219,7 +222,7 @@ class FisherModel:
             for layer, D in self.widths.items()
         }
         numbers = PromptNumbers(np.full(K, -1), nan(K), layers, reason)
-        return _record(index, TokenizedPrompt([], "", False), numbers, status="skipped")
+        return _record(index, TokenizedPrompt([], "", False), numbers, None, status="skipped")
 
     @contextmanager
     def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
@@ -258,7 +261,9 @@ def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | 
     return None
 
 
-def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status: str = "failed") -> FisherRecord:
+def _record(
+    index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, pieces: Pieces | None, status: str = "failed"
+) -> FisherRecord:
     row: dict[str, Any] = {
         "text": prompt.text,
         "status": "ok" if numbers.reason is None else status,
@@ -266,6 +271,8 @@ def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status:
         "tokens": len(prompt.ids),
         "truncated": prompt.truncated,
         "mass": covered_mass(numbers.log_probs),
+        "top_tokens": None if pieces is None else [pieces.single(int(token)) for token in numbers.token_ids],
+        "prompt_tokens": None if pieces is None else pieces.each(prompt.ids),
         **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
     }
     records = {

@@ -27,7 +27,7 @@ PROOF_TOKENS = 64  # of each of the two prompts that the forms of the kernel are
 NOT_IN_FINGERPRINT = {
     *("model_path", "model_revision", "trust_remote_code", "device", "dataset_name", "dataset_revision"),
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
-    *("vectors_dtype", "store_text", "keep_columns"),  # in the layout, which is compared as well
+    *("vectors_dtype", "store_text", "keep_columns", "save"),  # in the layout, which is compared as well
     "prompt_column",  # the column that it led to is there
 }
 
@@ -55,6 +55,8 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
     Raises:
         UserError: settings do not fit the model, the data or the folder.
     """
+    if settings.save == "mean" and settings.export_npz is True:
+        raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
     fisher = _open_model(settings, loaded)
     marks = fingerprint(settings, loaded, source, fisher)
     found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
@@ -77,6 +79,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
             vectors_dtype=settings.vectors_dtype,
             store_text=settings.store_text,
             keep_columns=tuple(settings.keep_columns or ()),
+            means_only=settings.save == "mean",
         ),
         shard_size=settings.shard_size,
         fingerprint=marks,
