@@ -1,7 +1,7 @@
 """Algebra of low-rank Fisher matrices, F = V^T diag(S) V, without forming them. Numpy only, in float64.
 
-A matrix is given as anything with S [R] and V [R, D] (a record of a results folder, a `Spectrum`), as a `LowRank`, or as
-a pair (S, V). Functions that take many at once want S [n, R] and V [n, R, D]: `results.stack()` or a batch's `LowRank`.
+A matrix is given as anything with S [R] and V [R, D] (a record of a results folder, a `Spectrum`), as a `LowRank`, or
+as a pair (S, V). Functions that take many at once want S [n, R] and V [n, R, D]: `results.stack()` or a batch's `LowRank`.
 Units: F is in nats^2 per squared unit of the residual stream.
 """
 
@@ -94,7 +94,7 @@ def quadratic(matrix: Any, v: ArrayLike) -> Any:
 
 
 def trace(matrix: Any) -> Any:
-    """Tr F = sum_r S_r: a number, or [n] for many. It is of the kept rank; a record's own `trace` is of all K tokens."""
+    """The trace, sum_r S_r: a number, or [n] for many. Of the kept rank; a record's own `trace` is of all K tokens."""
     return factors(matrix)[0].sum(-1)
 
 
@@ -110,7 +110,7 @@ def norm(matrix: Any) -> Any:
 
 
 def cosine(one: Any, other: Any) -> float:
-    """tr(F G) / (|F| |G|): 1 for multiples of one another, 0 for matrices with orthogonal ranges; NaN if one is zero."""
+    """tr(F G) / (|F| |G|): 1 for multiples of one another, 0 for orthogonal ranges; NaN if one of them is zero."""
     with np.errstate(invalid="ignore"):
         return float(np.float64(inner(one, other)) / (norm(one) * norm(other)))
 
@@ -160,7 +160,7 @@ def principal_angles(one: Any, other: Any, rank: int | None = None) -> Float64:
     V, W = _leading(one, other, rank)
     cos = np.linalg.svd(V @ W.T, compute_uv=False)
     sin = np.linalg.svd(W - (W @ V.T) @ V, compute_uv=False)[::-1]  # the smallest sine belongs to the largest cosine
-    return np.where(cos**2 > 0.5, np.arcsin(np.clip(sin, 0, 1)), np.arccos(np.clip(cos, 0, 1)))
+    return np.asarray(np.where(cos**2 > 0.5, np.arcsin(np.clip(sin, 0, 1)), np.arccos(np.clip(cos, 0, 1))))
 
 
 def overlap(one: Any, other: Any, rank: int | None = None) -> float:

@@ -107,7 +107,7 @@ def _check_sum(folder: Path, index: Index, layer: str) -> str:
     found = running_sum(folder, index, layer)
     if found is None or not np.isfinite(found.total).all() or not np.allclose(found.total, found.total.T, rtol=1e-9):
         raise damaged(path, f"the sum of {layer} is not finite or not symmetric")
-    return f"SHA-256 as recorded, {found.count} prompts of {index.folded} shards, trace {np.trace(found.total):.4g}"
+    return f"SHA-256 as recorded, {found.prompts} prompts of {index.folded} shards, trace {np.trace(found.total):.4g}"
 
 
 def _check_shard(shard: ShardReader) -> str:

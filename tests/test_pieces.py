@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fisher_vmap.pieces import Pieces
 
-TEXTS = ("Hello there,  two spaces", "naïve café – 世界 🙂!", "🙂", " leading", "\n\ttabs\n", "<|user|>hi<|end|>")
+TEXTS = ("Hello there,  two spaces", "naïve café, 世界 🙂!", "🙂", " leading", "\n\ttabs\n", "<|user|>hi<|end|>")
 
 
 def bytes_tokenizer():

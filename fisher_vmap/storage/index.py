@@ -107,9 +107,7 @@ class Index(_Stored):
             first = shard.number * self.shard_size
             if shard.start != first or shard.stop > first + self.shard_size:
                 raise ValueError(f"shard {shard.number} has the prompts [{shard.start}, {shard.stop})")
-        if any(
-            shard.folded != (n < self.folded) or shard.number != n for n, shard in enumerate(self.shards[: self.folded])
-        ):
+        if any(not shard.folded or shard.number != n for n, shard in enumerate(self.shards[: self.folded])):
             raise ValueError("its folded shards are not its first ones")
         if (self.sum is not None) != (self.folded > 0) or (self.folded and not self.layout.means_only):
             raise ValueError("its folded shards and its sum do not belong together")

@@ -23,11 +23,11 @@ class RunningSum(NamedTuple):
     """A sum of Fisher matrices: total [D, D] float64, and the number of prompts in it."""
 
     total: NDArray[np.float64]
-    count: int
+    prompts: int
 
     def mean(self) -> NDArray[np.float64]:
         """The mean; NaN of no prompts."""
-        return self.total / self.count if self.count else np.full_like(self.total, np.nan)
+        return self.total / self.prompts if self.prompts else np.full_like(self.total, np.nan)
 
 
 def add_shards(

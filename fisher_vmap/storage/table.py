@@ -1,9 +1,10 @@
 """The prompts table: one row a prompt, stored beside each shard and joined into prompts.parquet at the end.
 
 Columns: prompt_index, source_row, text, the kept columns, status, reason, tokens, truncated, mass (the probability that
-the K tokens cover), top_tokens and prompt_tokens (the K tokens and the prompt's, as text), and for each layer "<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable
-between layers) and "<layer>/effective_rank". A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for
-the tokens, "<layer>/crc32"), so that a single row can be read and checked without the rest of its shard.
+the K tokens cover), top_tokens and prompt_tokens (the K tokens and the prompt's own, as text), and for each layer
+"<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable between layers) and
+"<layer>/effective_rank". A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for the tokens,
+"<layer>/crc32"), so that a single row can be read and checked without the rest of its shard.
 """
 
 import json
