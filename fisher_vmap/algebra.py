@@ -1,7 +1,7 @@
 """Algebra of low-rank Fisher matrices, F = V^T diag(S) V, without forming them. Numpy only, in float64.
 
 A matrix is given as anything with S [R] and V [R, D] (a record of a results folder, a `Spectrum`), as a `LowRank`, or
-as a pair (S, V). Functions that take many at once want S [n, R] and V [n, R, D]: `results.stack()` or a batch's `LowRank`.
+as a pair (S, V). Functions of many at once want S [n, R] and V [n, R, D]: `results.stack()`, or a batch's `LowRank`.
 Units: F is in nats^2 per squared unit of the residual stream.
 """
 
