@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fisher_vmap.kernel import fisher_scores
     from fisher_vmap.results import Results, open_results
     from fisher_vmap.scores import Scores
+    from fisher_vmap.steering import steer
 
 _HOMES = {
     "FisherModel": "fisher_vmap.fisher_model",
@@ -30,6 +31,7 @@ _HOMES = {
     "compress": "fisher_vmap.decomposition",
     "fisher_scores": "fisher_vmap.kernel",
     "open_results": "fisher_vmap.results",
+    "steer": "fisher_vmap.steering",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "compress",
     "fisher_scores",
     "open_results",
+    "steer",
 ]
 
 

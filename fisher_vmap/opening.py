@@ -87,6 +87,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
             "max_batch_tokens": fisher.max_batch_tokens,
             "template_date": renderer.template_date,
             "device": str(fisher.device),
+            "model_type": getattr(loaded.model.config, "model_type", None),
             "threads": threads,
             "forms": forms,
         },

@@ -37,7 +37,7 @@ def open_results(
     """Open a results folder for reading.
 
     Args:
-        folder: what `--output_dir` was.
+        folder: what `--output_dir` was, or "hf://datasets/OWNER/NAME@REVISION": fetched from the hub into its cache.
         check: "sizes" looks at the size of every shard now, and at the checksum of everything that is read later,
             single prompts too; "full" compares the SHA-256 of every file now; "none" trusts the folder.
         allow_incomplete: open what there is of an unfinished run.
@@ -47,6 +47,10 @@ def open_results(
     """
     if check not in ("sizes", "full", "none"):
         raise UserError(f"check is {check!r}, expected 'sizes', 'full' or 'none'")
+    if str(folder).startswith("hf://"):
+        from fisher_vmap.hub import download
+
+        folder = download(str(folder), everything=check == "full")
     folder = Path(folder)
     index = read_index(folder)
     if not index.complete and not allow_incomplete:
@@ -224,6 +228,32 @@ class Results:
         if not stacks:
             return Stack(*(whole[:0] for whole in next(self.shards()).stack(layer)))
         return Stack(*(np.concatenate(pieces) for pieces in zip(*stacks, strict=True)))
+
+    def residual_norm(self, layer: str | None = None, where: Where = None) -> float:
+        """The mean over prompts of the residual stream's mean norm at a layer; NaN without prompts.
+
+        Args:
+            layer: its name; by default this view's layer.
+            where: which prompts, as for `mean`.
+        """
+        layer, chosen, norms = self._layer(layer), chooser(where, self.shards), list[float]()
+        for reader in self.shards():
+            columns = (reader.table.column(f"{layer}/{name}").to_pylist() for name in ("trace", "trace_norm2"))
+            for trace, trace_norm2, wanted in zip(*columns, chosen(reader), strict=True):
+                if wanted and trace:
+                    norms.append((trace_norm2 / trace) ** 0.5)
+        return float(np.mean(norms)) if norms else float("nan")
+
+    def push_to_hub(
+        self, repo: str, *, private: bool = True, share_text: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the folder to the hub as a data set, with a data card: `fisher_vmap.hub.push_to_hub`, its arguments.
+
+        Text of a gated data set goes along only with share_text=True.
+        """
+        from fisher_vmap.hub import push_to_hub
+
+        return push_to_hub(self, repo, private=private, share_text=share_text, token=token)
 
     def to_pandas(self) -> "pd.DataFrame":
         """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.storage.table` names the columns."""
