@@ -72,9 +72,8 @@ def measure():
     (HERE / "steering.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def render():
-    """The page and its figure, from the measured numbers."""
-    found = json.loads((HERE / "steering.json").read_text("utf-8"))
+def draw(found):
+    """The figure."""
     figure = matplotlib.figure.Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
     ax = figure.add_subplot()
     for name, colour in zip(NAMES, ("#0072b2", "#009e73", "#d55e00"), strict=True):
@@ -86,6 +85,10 @@ def render():
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     figure.savefig(HERE / "images" / "steering.png", metadata={"Software": None})
+
+
+def page(found):
+    """The page's text, from the measured numbers."""
 
     def share(length):
         return f"{length / found['residual_norm']:.2%}"
@@ -110,13 +113,10 @@ def render():
         np.mean(found["measured"][name], axis=0)[2] / np.mean(found["measured"]["random"], axis=0)[2]
         for name in ("prompt", "mean")
     ]
-    (HERE / "steering.md").write_text(
-        PAGE.format(
-            table="\n".join(lines), tokens="\n".join(tokens), texts="\n".join(texts), ratio=ratio, **found,
-            off=[found["predicted"][n][2] / np.mean(found["measured"][n], axis=0)[2] for n in NAMES],
-            large=found["predicted"]["prompt"][-1] / np.mean(found["measured"]["prompt"], axis=0)[-1],
-        ),
-        "utf-8",
+    return PAGE.format(
+        table="\n".join(lines), tokens="\n".join(tokens), texts="\n".join(texts), ratio=ratio, **found,
+        off=[found["predicted"][n][2] / np.mean(found["measured"][n], axis=0)[2] for n in NAMES],
+        large=found["predicted"]["prompt"][-1] / np.mean(found["measured"]["prompt"], axis=0)[-1],
     )  # fmt: skip
 
 
@@ -148,22 +148,22 @@ prompt's Fisher matrix, that of the mean over the demo's 64 prompts, and a rando
 
 ## Predicted and measured
 
-Predicted is 1/2 eps^2 v^T F v with the prompt's own F, computed in bfloat16 by the demo; measured is KL(p || p_steered) of
-the next token in float32, the mean of both signs.
+Predicted is 1/2 eps^2 v^T F v with the prompt's own F, computed in bfloat16 by the demo; measured is
+KL(p || p_steered) of the next token in float32, the mean of both signs.
 
 ![KL against the length of the step](images/steering.png)
 
 {table}
 
 At a length of 0.4 the prompt's own direction does {ratio[0]:,.0f} times what the random one does, and the mean's
-{ratio[1]:,.0f} times. Predicted over measured is there {off[0]:.2f}, {off[1]:.2f} and {off[2]:.2f}: F holds the top 10
-tokens, {mass:.0%} of the probability, and a random direction acts on the rest of the vocabulary as much as on them. At
-the largest step the quadratic form overstates the prompt's own direction {large:.1f}-fold: KL divergence grows no
-further once the distribution has tipped over.
+{ratio[1]:,.0f} times. Predicted over measured is {off[0]:.2f}, {off[1]:.2f} and {off[2]:.2f} there: F holds the top 10
+tokens, {mass:.0%} of the probability, so what a step does to the others is missing, most of all for the random one. At
+the largest step the quadratic form overstates the prompt's own direction {large:.1f}-fold: once the distribution has
+tipped over, KL divergence grows more slowly than the square of the length.
 
 A word on lengths: the mean norm of the residual stream over this prompt's positions is {residual_norm:.0f}, but its
-median is {median_norm:.0f}: the first position alone has {first_norm:,.0f}. Where a few positions are that large, take
-lengths from the KL divergence that F predicts (a step of sqrt(2 KL / S)) rather than from the norm.
+median is {median_norm:.0f}: the first position alone has {first_norm:,.0f}. Where one position is that large, take
+lengths from the KL divergence that F predicts, a step of sqrt(2 KL / S), rather than from the norm.
 
 ## Next tokens
 
@@ -188,4 +188,6 @@ other prompts; the matrix is about the next token of this prompt. [The study](st
 if __name__ == "__main__":
     if "--render" not in sys.argv:
         measure()
-    render()
+    numbers = json.loads((HERE / "steering.json").read_text("utf-8"))
+    draw(numbers)
+    (HERE / "steering.md").write_text(page(numbers), "utf-8")

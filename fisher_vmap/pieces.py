@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"  # what decoding gives for a part of a letter
+ANY_OTHER = "(any other token)"
 _MOST_BYTES = 8  # tokens that one letter is spread over, at most
 
 
@@ -22,7 +23,9 @@ class Pieces:
         self._anchor_text = self._decode(self._anchor)
 
     def single(self, token: int) -> str:
-        """One token's text, as it stands after another word."""
+        """One token's text, as it stands after another word; a negative id stands for all tokens that are not listed."""
+        if token < 0:
+            return ANY_OTHER
         if token not in self._known:
             text = self._decode([*self._anchor, token])
             self._known[token] = text.removeprefix(self._anchor_text) if self._anchor else text

@@ -50,6 +50,10 @@ def test_the_space_before_a_word_is_kept():
     assert Pieces(tokenizer).single(ids[1]) == " more"
 
 
+def test_no_token_in_particular():
+    assert Pieces(bytes_tokenizer()).single(-1) == "(any other token)"
+
+
 def test_bytes_that_are_no_letter_are_shown_as_such():
     tokenizer = bytes_tokenizer()
     ids = tokenizer.encode("é", add_special_tokens=False)[:1]

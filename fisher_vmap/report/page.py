@@ -38,14 +38,14 @@ def render_page(survey: Survey) -> str:
     settings = survey.results.metadata["settings"]
     model, data = (_last_part(settings.get(name)) for name in ("model_path", "dataset_name"))
     title = f"{len(survey.rows.index):,} prompts of {data} in {model}" if model else survey.results.folder.name
-    layers = ", ".join(layer.name for layer in survey.layers[:3]) + (", …" if len(survey.layers) > 3 else "")
+    layers = survey.layers[0].name if len(survey.layers) == 1 else f"{len(survey.layers)} layers"
     versions = survey.results.index.versions
     made_by = f"fisher_vmap {__version__}; the results by " + ", ".join(
         f"{name} {versions[name]}" for name in ("fisher_vmap", "torch", "transformers") if name in versions
     )
     return environment.from_string(template).render(
         title=title,
-        subtitle=f"{survey.results.folder} · {layers}",
+        subtitle=f"{survey.results.folder.resolve().name} · {layers}",
         single=not survey.means_only,
         several=len(survey.layers) > 1,
         top_k=survey.results.index.layout.top_k,
