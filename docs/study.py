@@ -21,6 +21,7 @@ from fisher_vmap.run import run, start_logging
 from fisher_vmap.tokens import Renderer
 
 HERE = Path(__file__).parent
+WORK = Path(tempfile.gettempdir(), "fisher_vmap-study")  # the results stay here: a run that was stopped carries on
 PHRASE, LAYER, RIDGE, KEPT = "Answer in French. ", 15, 0.01, 3
 LENGTHS = (2.5, 10.0)
 EVERY = {2.5: 4, 10.0: 2}  # of the held-out pairs, so many are steered by a step of that length
@@ -32,19 +33,17 @@ def measure():
     rows = [json.loads(line) for line in PROMPTS.read_text("utf-8").splitlines()]
     texts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
     start_logging()
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "pairs.jsonl")
-        pairs = [(PHRASE * (group == "with") + text, group, i) for i, text in enumerate(texts) for group in GROUPS]
-        keys = ("prompt", "phrase", "pair")
-        data.write_text("\n".join(json.dumps(dict(zip(keys, pair, strict=True))) for pair in pairs), "utf-8")
-        settings = Settings(
-            model_path=str(demo_model()), dataset_name=str(data), hook_layer_name=LAYER, num_prompts="all",
-            keep_columns=("phrase", "pair"), dtype="float32", output_dir=str(Path(folder, "out")),
-        )  # fmt: skip
-        run(settings)
-        results = open_results(settings.output_dir)
-        loaded = load_model(str(demo_model()), dtype="float32")
-        found = analyse(results, loaded, texts)
+    WORK.mkdir(exist_ok=True)
+    data = WORK / "pairs.jsonl"
+    pairs = [(PHRASE * (group == "with") + text, group, i) for i, text in enumerate(texts) for group in GROUPS]
+    keys = ("prompt", "phrase", "pair")
+    data.write_text("\n".join(json.dumps(dict(zip(keys, pair, strict=True))) for pair in pairs), "utf-8")
+    settings = Settings(
+        model_path=str(demo_model()), dataset_name=str(data), hook_layer_name=LAYER, num_prompts="all",
+        keep_columns=("phrase", "pair"), dtype="float32", output_dir=str(WORK / "results"),
+    )  # fmt: skip
+    run(settings)
+    found = analyse(open_results(settings.output_dir), load_model(str(demo_model()), dtype="float32"), texts)
     (HERE / "study.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 

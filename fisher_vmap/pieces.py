@@ -23,7 +23,7 @@ class Pieces:
         self._anchor_text = self._decode(self._anchor)
 
     def single(self, token: int) -> str:
-        """One token's text, as it stands after another word; a negative id stands for all tokens that are not listed."""
+        """One token's text, as it stands after another word; a negative id stands for all tokens not listed."""
         if token < 0:
             return ANY_OTHER
         if token not in self._known:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.checking import check_sha256, read_checked
+from fisher_vmap.storage.groups import chosen_stack, mean_residual_norm
 from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, Index, read_index, sum_name
 from fisher_vmap.storage.mean import add_shards, read_mean
 from fisher_vmap.storage.metadata import describe_run, read_metadata
@@ -141,7 +142,7 @@ class Results:
             where: which prompts, as for `mean`; None takes all.
         """
         if where is not None:
-            return self._chosen_stack(self._layer(layer), chooser(where, self.shards))
+            return chosen_stack(self.shards(), self._layer(layer), chooser(where, self.shards))
         layer, layout, n = self._layer(layer), self.index.layout, len(self)
         K, R, D = layout.top_k, layout.rank, layout.widths[layer]
         stack = Stack(*(np.empty((n, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
@@ -222,13 +223,6 @@ class Results:
     def _mean(self, layer: str, chosen: Chooser) -> algebra.Float64:
         return add_shards(None, self.shards(), layer, chosen).mean()
 
-    def _chosen_stack(self, layer: str, chosen: Chooser) -> Stack:
-        parts = [(reader, chosen(reader)) for reader in self.shards()]
-        stacks = [[piece[mask] for piece in reader.stack(layer)] for reader, mask in parts if mask.any()]
-        if not stacks:
-            return Stack(*(whole[:0] for whole in next(self.shards()).stack(layer)))
-        return Stack(*(np.concatenate(pieces) for pieces in zip(*stacks, strict=True)))
-
     def residual_norm(self, layer: str | None = None, where: Where = None) -> float:
         """The mean over prompts of the residual stream's mean norm at a layer; NaN without prompts.
 
@@ -236,13 +230,7 @@ class Results:
             layer: its name; by default this view's layer.
             where: which prompts, as for `mean`.
         """
-        layer, chosen, norms = self._layer(layer), chooser(where, self.shards), list[float]()
-        for reader in self.shards():
-            columns = (reader.table.column(f"{layer}/{name}").to_pylist() for name in ("trace", "trace_norm2"))
-            for trace, trace_norm2, wanted in zip(*columns, chosen(reader), strict=True):
-                if wanted and trace:
-                    norms.append((trace_norm2 / trace) ** 0.5)
-        return float(np.mean(norms)) if norms else float("nan")
+        return mean_residual_norm(self.shards(), self._layer(layer), chooser(where, self.shards))
 
     def push_to_hub(
         self, repo: str, *, private: bool = True, share_text: bool | None = None, token: str | None = None

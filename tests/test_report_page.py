@@ -19,8 +19,9 @@ from results_cases import (
 )
 
 from fisher_vmap.report.command import main
-from fisher_vmap.report.figures import log_axis, short_names, typed
+from fisher_vmap.report.figures import short_names
 from fisher_vmap.report.page import render_page, sampling_notes
+from fisher_vmap.report.parts import log_axis, typed
 from fisher_vmap.report.similarity import compare_prompts
 from fisher_vmap.report.survey import Sampling, survey
 from fisher_vmap.results import open_results

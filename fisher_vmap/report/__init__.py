@@ -4,7 +4,7 @@ Imports inside this folder point one way, each line on those before it:
 
     outliers, similarity, rows              what is found in the numbers; nothing of it draws
     survey                                  all of it for the layers of a folder, with what was sampled
-    figures, images                         plotly's figures, matplotlib's images
+    parts, figures, images                  plotly's figures and what they are made of; matplotlib's images
     page
     command
 """

@@ -4,21 +4,18 @@ Figures are plain dictionaries: the page turns "@name" into the theme's colour, 
 opacity, whenever the theme changes. Points carry the prompt's index, from which the page makes its tooltip.
 """
 
-import base64
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from fisher_vmap.report.parts import Figure, colour_bar, fill, layout_of, line, log_axis, typed
 from fisher_vmap.report.rows import OTHERS
 from fisher_vmap.report.survey import LayerSurvey, Survey
-
-Figure = dict[str, Any]
 
 LINES = 150  # single prompts drawn in the spectra
 GROUP_COLOURS = ("@blue", "@orange", "@green", "@pink", "@amber", "@sky", "@wine", "@olive", "@ink", "@grey")
 UNIT = "nats² / unit²"  # unit: of the residual stream
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def layer_figures(survey: Survey, number: int) -> dict[str, Figure]:
@@ -51,24 +48,24 @@ def spectra(survey: Survey, layer: LayerSurvey) -> Figure:
         "x": typed(np.hstack([np.tile(rank.astype(float), (len(some), 1)), gap]).ravel()),
         "y": typed(np.hstack([S[some], gap]).ravel()),
         "customdata": typed(np.repeat(prompts[some], len(rank) + 1)),
-        **_line("@grey/0.28", 1, "single prompts"),
+        **line("@grey/0.28", 1, "single prompts"),
         "hoverinfo": "none",
     }
     x = rank[alive]
     data = [
         lines,
-        {"x": typed(x), "y": typed(low), **_line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(high), **_line("@blue/0", 0, "5% to 95%"), **_fill("@blue/0.14")},
-        {"x": typed(x), "y": typed(quarter), **_line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(three), **_line("@blue/0", 0, "25% to 75%"), **_fill("@blue/0.26")},
+        {"x": typed(x), "y": typed(low), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(high), **line("@blue/0", 0, "5% to 95%"), **fill("@blue/0.14")},
+        {"x": typed(x), "y": typed(quarter), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(three), **line("@blue/0", 0, "25% to 75%"), **fill("@blue/0.26")},
         {
             "x": typed(x),
             "y": typed(median),
-            **_line("@blue", 2.5, "median"),
+            **line("@blue", 2.5, "median"),
             "hovertemplate": "rank %{x}: median %{y:.3g}<extra></extra>",
         },
     ]
-    layout = _layout("rank of the singular value", f"singular value ({UNIT})")
+    layout = layout_of("rank of the singular value", f"singular value ({UNIT})")
     layout["yaxis"] |= log_axis(S)
     layout["xaxis"]["dtick"] = 1 if len(rank) <= 16 else None
     return {"data": data, "layout": layout}
@@ -87,7 +84,7 @@ def mean_spectrum(layer: LayerSurvey) -> Figure:
             "hovertemplate": "the %{x} leading directions hold %{y:.0%}<extra></extra>",
         }
     ]
-    layout = _layout("number of leading directions of the mean", "share of the mean's trace")
+    layout = layout_of("number of leading directions of the mean", "share of the mean's trace")
     layout["yaxis"] |= {"tickformat": ".0%", "range": [0, 1]}
     layout["showlegend"] = False
     return {"data": data, "layout": layout}
@@ -111,14 +108,14 @@ def scatter(survey: Survey, layer: LayerSurvey, group: str | None = None) -> Fig
     x, y = rows.effective_rank[layer.name][where], rows.trace_norm2[layer.name][where]
     unlike = {outlier.index for outlier in layer.outliers}
     ring = np.array([index in unlike for index in rows.index[where]], bool)
-    layout = _layout("effective rank", "trace × residual norm² (nats²)")
+    layout = layout_of("effective rank", "trace × residual norm² (nats²)")
     layout["yaxis"] |= log_axis(y)
     data: list[Figure] = []
     if group is None:
         marker = {
             "color": typed(np.nan_to_num(rows.mass[where])),
             "colorscale": "@points",
-            "colorbar": _colour_bar("covered<br>mass", ".0%"),
+            "colorbar": colour_bar("covered<br>mass", ".0%"),
         }
         data.append(_points(x, y, rows.index[where], marker, "prompts") | {"showlegend": False})
     else:
@@ -148,10 +145,10 @@ def similarity(survey: Survey, layer: LayerSurvey, group: str | None = None) -> 
         "zmin": 0,
         "zmax": most,
         "colorscale": "@scale",
-        "colorbar": _colour_bar("cosine") | {"tickvals": ticks.tolist(), "ticktext": names},
+        "colorbar": colour_bar("cosine") | {"tickvals": ticks.tolist(), "ticktext": names},
         "hoverinfo": "none",
     }
-    layout = _layout("prompts, in the order of the clustering", "")
+    layout = layout_of("prompts, in the order of the clustering", "")
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"showgrid": False, "showticklabels": False, "zeroline": False, "ticks": "", "showline": False}
     layout["yaxis"] |= {"range": [size - 0.5, -0.5], "scaleanchor": "x", "constrain": "domain"}
@@ -192,21 +189,21 @@ def layers_figure(survey: Survey, column: str) -> Figure:
     low, quarter, median, three, high = np.nanquantile(values[some], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
     x = np.flatnonzero(some)
     data = [
-        {"x": typed(x), "y": typed(low), **_line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(high), **_line("@blue/0", 0, "5% to 95%"), **_fill("@blue/0.14")},
-        {"x": typed(x), "y": typed(quarter), **_line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(three), **_line("@blue/0", 0, "25% to 75%"), **_fill("@blue/0.26")},
+        {"x": typed(x), "y": typed(low), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(high), **line("@blue/0", 0, "5% to 95%"), **fill("@blue/0.14")},
+        {"x": typed(x), "y": typed(quarter), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(three), **line("@blue/0", 0, "25% to 75%"), **fill("@blue/0.26")},
         {
             "x": typed(x),
             "y": typed(median),
-            **_line("@blue", 2.5, "median"),
+            **line("@blue", 2.5, "median"),
             "mode": "lines+markers",
             "marker": {"size": 6},
             "text": [survey.layers[i].name for i in x],
             "hovertemplate": "%{text}: median %{y:.3g}<extra></extra>",
         },
     ]
-    layout = _layout("layer", titles[column])
+    layout = layout_of("layer", titles[column])
     layout["yaxis"] |= {} if column == "effective_rank" else log_axis(np.concatenate([low, high]))
     names = short_names([layer.name for layer in survey.layers])
     layout["showlegend"] = False  # the page says what line and bands are
@@ -228,42 +225,6 @@ def short_names(names: list[str]) -> list[str]:
     return [".".join(part[i] for i in different) for part in parts]
 
 
-def log_axis(values: ArrayLike, most: int = 6) -> Figure:
-    """A logarithmic axis for these values with ticks at 1, 2 and 5, or at powers of ten where there are too many."""
-    array = np.asarray(values, np.float64)
-    array = array[np.isfinite(array) & (array > 0)]
-    if not len(array):
-        return {"type": "log"}
-    low, high = np.floor(np.log10(array.min())), np.ceil(np.log10(array.max()))
-    powers = np.arange(low, high + 1)
-    for steps, stride in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 4)):
-        ticks = [(step, int(power)) for power in powers[::stride] for step in steps]
-        shown = [t for t in ticks if 0.7 * array.min() <= t[0] * 10.0 ** t[1] <= 1.4 * array.max()]
-        if len(shown) <= most:
-            break
-    return {
-        "type": "log",
-        "tickvals": [step * 10.0**power for step, power in shown],
-        "ticktext": [_tick(step, power) for step, power in shown],
-    }
-
-
-def _tick(step: int, power: int) -> str:
-    if -3 <= power <= 3:
-        return f"{step * 10.0**power:,.10g}"
-    tens = f"10{str(power).translate(_SUPERSCRIPT)}"
-    return tens if step == 1 else f"{step}·{tens}"
-
-
-def typed(values: ArrayLike) -> Figure:
-    """An array as plotly.js reads it fastest and shortest: its bytes in base 64."""
-    array = np.ascontiguousarray(values)
-    wire = {"i": np.int32, "u": np.uint8, "f": np.float32, "b": np.uint8}[array.dtype.kind]
-    code = {np.int32: "i4", np.uint8: "u1", np.float32: "f4"}[wire]
-    spec = {"dtype": code, "bdata": base64.b64encode(array.astype(wire).tobytes()).decode()}
-    return spec | ({"shape": ", ".join(map(str, array.shape))} if array.ndim > 1 else {})
-
-
 def _histogram(values: NDArray[np.float64], title: str, *, log: bool = False, tickformat: str | None = None) -> Figure:
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     bins = int(np.clip(2 * np.sqrt(len(values)), 8, 50))
@@ -283,9 +244,9 @@ def _histogram(values: NDArray[np.float64], title: str, *, log: bool = False, ti
     ]
     if len(values):
         median = float(np.median(values))
-        line = {"x": [median, median], "y": [0, int(counts.max())], **_line("@orange", 2), "mode": "lines"}
-        data.append(line | {"hovertemplate": f"median {median:.3g}<extra></extra>"})
-    layout = _layout(title, "prompts")
+        mark = {"x": [median, median], "y": [0, int(counts.max())], **line("@orange", 2)}
+        data.append(mark | {"hovertemplate": f"median {median:.3g}<extra></extra>"})
+    layout = layout_of(title, "prompts")
     layout["showlegend"] = False
     layout["bargap"] = 0.06
     layout["xaxis"] |= log_axis(edges, most=4) if log and len(values) else {"nticks": 6, "tickformat": tickformat or ""}
@@ -302,38 +263,4 @@ def _points(x: Any, y: Any, prompts: NDArray[np.int64], marker: Figure, name: st
         "marker": {"size": 7, "opacity": 0.85, "line": {"width": 0.5, "color": "@paper"}} | marker,
         "name": name,
         "hoverinfo": "none",
-    }
-
-
-def _line(colour: str, width: float, name: str | None = None) -> Figure:
-    common = {"type": "scatter", "mode": "lines", "line": {"color": colour, "width": width}}
-    return common | ({"name": name} if name else {})
-
-
-def _fill(colour: str) -> Figure:
-    return {"fill": "tonexty", "fillcolor": colour, "hoverinfo": "skip"}
-
-
-def _colour_bar(title: str, tickformat: str | None = None) -> Figure:
-    bar: Figure = {"title": {"text": title, "side": "top"}, "thickness": 12, "outlinewidth": 0, "len": 0.9}
-    return bar | ({"tickformat": tickformat} if tickformat else {})
-
-
-def _layout(x: str, y: str) -> Figure:
-    axis = {
-        "gridcolor": "@grid",
-        "zerolinecolor": "@grid",
-        "linecolor": "@grid",
-        "ticks": "outside",
-        "tickcolor": "@grid",
-    }
-    return {
-        "xaxis": axis | {"title": {"text": x}},
-        "yaxis": axis | {"title": {"text": y}},
-        "font": {"color": "@ink", "size": 13, "family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"},
-        "paper_bgcolor": "@paper/0",
-        "plot_bgcolor": "@paper/0",
-        "margin": {"l": 70, "r": 20, "t": 16, "b": 56},
-        "legend": {"orientation": "h", "y": 1.12, "x": 0},
-        "hoverlabel": {"bgcolor": "@panel", "bordercolor": "@grid", "font": {"color": "@ink"}},
     }
