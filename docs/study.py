@@ -40,7 +40,7 @@ def measure():
     data.write_text("\n".join(json.dumps(dict(zip(keys, pair, strict=True))) for pair in pairs), "utf-8")
     settings = Settings(
         model_path=str(demo_model()), dataset_name=str(data), hook_layer_name=LAYER, num_prompts="all",
-        keep_columns=("phrase", "pair"), dtype="float32", output_dir=str(WORK / "results"),
+        keep_columns=("phrase", "pair"), output_dir=str(WORK / "results"),
     )  # fmt: skip
     run(settings)
     found = analyse(open_results(settings.output_dir), load_model(str(demo_model()), dtype="float32"), texts)

@@ -121,7 +121,9 @@ def test_there_and_back(hub, results, monkeypatch, tmp_path):
     assert back.table().equals(results.table()) and (back[3].V == results[3].V).all()
     open_results("hf://datasets/me/fisher", check="full")
     assert hub.calls[-1] == ("snapshot_download", "me/fisher", "dataset", None, None)
-    assert report([str(back.folder), "--no-images"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert report(["hf://datasets/me/fisher", "--no-images"]) == 0
+    assert (tmp_path / "report.html").exists() and not (back.folder / "report.html").exists()
 
 
 def test_text_of_a_gated_data_set_needs_a_decision(hub, results, caplog):

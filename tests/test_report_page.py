@@ -136,6 +136,13 @@ def test_clustering_puts_a_group_side_by_side(tmp_path):
     assert (np.diff(kinds) != 0).sum() == 2
 
 
+def test_the_planted_five_are_the_first_on_the_page(tmp_path):
+    factors, who, _ = planted("common", 0)
+    data = Page(render_page(survey(write_factors(tmp_path, {"m": factors}), Sampling()))).data
+    assert sorted(found["index"] for found in data["layers"][0]["outliers"][:5]) == who.tolist()
+    assert data["layers"][0]["outliers"][0]["company"] == who.tolist()
+
+
 def test_what_is_sampled_is_said(results, tmp_path):
     looked = survey(results, Sampling(similarity=20, details=10, points=30, rows=40, always=(33,)))
     notes = " ".join(sampling_notes(looked))

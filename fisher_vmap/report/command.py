@@ -49,7 +49,8 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
         similarity=arguments.similarity, details=arguments.details, always=tuple(arguments.prompts), seed=arguments.seed
     )
     found = survey(results, sampling)
-    page = arguments.output or arguments.folder / "report.html"
+    # What came from the hub lies in its cache, which is no place to write to.
+    page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
     size = write_page(page, found)
     lines = [f"{page}: {size / 1e6:.1f} MB, {len(found.rows.index):,} prompts, {len(found.layers)} layers"]
     if arguments.images:
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m fisher_vmap.report fisher_results\n"
         "  python -m fisher_vmap.report fisher_results --prompts 12,40 --output look.html --no-images",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    parser.add_argument("folder", metavar="DIR", help="the results folder, such as fisher_results or hf://datasets/A/B")
     parser.add_argument("--output", type=Path, help="the page's file; by default DIR/report.html, images in DIR/report")
     parser.add_argument("--prompts", type=_indices, default=(), metavar="I,J", help="prompts to show in full, by index")
     parser.add_argument("--details", type=_count, default=300, help="most prompts shown in full (300)")

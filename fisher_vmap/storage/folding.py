@@ -54,12 +54,14 @@ def fold(folder: Path, index: Index, least: int = FOLD_SHARDS) -> Index:
     Raises:
         UserError: a shard or the sum is damaged, or the folder cannot be written.
     """
+    if not index.layout.means_only:
+        return index
     done, ready = index.folded, 0
     for number, shard in enumerate(index.shards[done:], done):
         if shard.number != number or shard.stop - shard.start != index.shard_size:
             break
         ready += 1
-    if not index.layout.means_only or not ready or ready < least:
+    if not ready or ready < least:
         return index
     added = [ShardReader(folder, entry, index.layout) for entry in index.shards[done : done + ready]]
     checksums: dict[str, int] = {}

@@ -6,6 +6,7 @@ It is replaced as a whole and carries a checksum of itself, so that what is read
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -107,7 +108,8 @@ class Index(_Stored):
             first = shard.number * self.shard_size
             if shard.start != first or shard.stop > first + self.shard_size:
                 raise ValueError(f"shard {shard.number} has the prompts [{shard.start}, {shard.stop})")
-        if any(not shard.folded or shard.number != n for n, shard in enumerate(self.shards[: self.folded])):
+        folded = [shard.number for shard in self.shards if shard.folded]
+        if len(folded) != self.folded or folded != list(range(self.folded)):
             raise ValueError("its folded shards are not its first ones")
         if (self.sum is not None) != (self.folded > 0) or (self.folded and not self.layout.means_only):
             raise ValueError("its folded shards and its sum do not belong together")
@@ -126,7 +128,7 @@ class Index(_Stored):
     @property
     def folded(self) -> int:
         """Number of shards that are in the running sum: the first ones, and full."""
-        return sum(shard.folded for shard in self.shards)
+        return bisect_left(self.shards, True, key=lambda shard: not shard.folded)
 
     @property
     def stop(self) -> int:

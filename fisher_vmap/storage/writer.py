@@ -223,8 +223,9 @@ class ResultsWriter:
     def _fold(self) -> None:
         """Fold what is ready, in the lock. What was folded was read, and compared with its checksums."""
         index = fold(self.folder, self.index)
-        self._verified.update(entry for entry in index.shards if entry.folded)
-        self.index = index
+        if index is not self.index:
+            self._verified.update(entry for entry in index.shards if entry.folded)
+            self.index = index
 
     def _change(self, change: Callable[[Index], Index]) -> Index:
         """Apply a change to what index.json holds now, and write it if it differs."""
