@@ -23,8 +23,9 @@ from fisher_vmap.tokens import Renderer
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir(), "fisher_vmap-study")  # the results stay here: a run that was stopped carries on
 PHRASE, LAYER, RIDGE, KEPT = "Answer in French. ", 15, 0.01, 3
-LENGTHS = (2.5, 10.0)
-EVERY = {2.5: 4, 10.0: 2}  # of the held-out pairs, so many are steered by a step of that length
+LENGTHS = (10.0, 40.0)
+RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
+EVERY = {10.0: 4, 40.0: 2}  # of the held-out pairs, so many are steered by a step of that length
 GROUPS = ("with", "without")
 
 
@@ -72,6 +73,11 @@ def analyse(results, loaded, texts):
         for token, value in zip(record.top_tokens, change, strict=True):
             trades.setdefault(token, []).append(float(value))
 
+    ridges = []
+    for ridge in RIDGES:
+        tried = results.contrast(chosen["with"], chosen["without"], rank=1, ridge=ridge)
+        on = [np.mean([records[i, g].quadratic(tried.directions[0]) for i in held]) for g in GROUPS]
+        ridges.append([ridge, float(tried.inside[0] / tried.outside[0]), float(on[0] / on[1]), float(on[0])])
     steering: dict[str, dict[str, dict[str, list[float]]]] = {}
     for name, v in directions.items():
         gain = {
@@ -86,7 +92,7 @@ def analyse(results, loaded, texts):
     example = held[4]
     said = {"plain": runner.text(example, None, 0.0), "with the phrase": runner.text(example, "with", 0.0)}
     for name in ("contrast 1", "difference of streams", "random 1"):
-        for length in (LENGTHS[-1], 4 * LENGTHS[-1]):
+        for length in (LENGTHS[-1], 2 * LENGTHS[-1]):
             said[f"{name}, {length:g}"] = runner.text(example, directions[name], steering[name]["sign"] * length)
     return {
         "phrase": PHRASE, "layer": results.layer, "pairs": len(texts), "fit": len(fit), "held": len(held),
@@ -95,7 +101,7 @@ def analyse(results, loaded, texts):
         "example": texts[example], "distance": [runner.apart(i) for i in held],
         "trades": sorted(((t, float(np.sum(v)), len(v)) for t, v in trades.items()), key=lambda found: found[1]),
         "cosines": {name: float(abs(directions["contrast 1"] @ v)) for name, v in directions.items()},
-        "median_norm": runner.median_norm,
+        "median_norm": runner.median_norm, "shift_norm": float(np.linalg.norm(shift)), "ridges": ridges,
     }  # fmt: skip
 
 
@@ -145,7 +151,7 @@ class Runner:
             with torch.no_grad():
                 self.model(input_ids=self.ids[i, group][None], logits_to_keep=1)
         handle.remove()
-        return seen[0].double().numpy()
+        return seen[-1].double().numpy()
 
     def text(self, i, v, scale):
         """24 tokens, the likeliest each time."""
@@ -191,17 +197,20 @@ def page(found):
         "table": "\n".join(table), "steps": "\n".join(steps),
         "up": ", ".join(f"{code(token)} {value:+.2f}" for token, value, _ in highest),
         "down": ", ".join(f"{code(token)} {value:+.2f}" for token, value, _ in lowest),
+        "ridge_table": "\n".join(
+            f"| {ridge:g} | {seen:,.0f} | {held:.1f} | {size:.1e} |" for ridge, seen, held, size in found["ridges"]
+        ),
         "said": "\n".join(f"| {name} | {code(text)} |" for name, text in found["said"].items()),
         "apart": float(np.median(found["distance"])),
         "contrast_ratio": ratio(reacts["contrast 1"]), "random_ratio": ratio(reacts["random 1"]),
         "auc": auc(*(np.array(reacts["contrast 1"][group]) for group in GROUPS)),
-        "closed": {name: np.median([c for _, c in of["effects"]["10.0"]["without"]]) for name, of in steering.items()},
+        "closed": {name: np.median([c for _, c in of["effects"]["40.0"]["without"]]) for name, of in steering.items()},
         "moved": {
-            name: [np.median([m for m, _ in of["effects"]["10.0"][group]]) for group in GROUPS]
+            name: [np.median([m for m, _ in of["effects"]["40.0"][group]]) for group in GROUPS]
             for name, of in steering.items()
         },
     }  # fmt: skip
-    return (HERE / "study.template.md").read_text("utf-8").format(**found, **values)
+    return (HERE / "study.template.md").read_text("utf-8").format(**(found | values))
 
 
 def draw(found):
@@ -222,7 +231,7 @@ def draw(found):
     axes = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
     names = list(found["steering"])
     for place, name in enumerate(names):
-        effects = found["steering"][name]["effects"]["10.0"]
+        effects = found["steering"][name]["effects"]["40.0"]
         for shift, group, colour in ((-0.17, "with", "#d55e00"), (0.17, "without", "#0072b2")):
             moved, closed = np.array(effects[group]).T
             for ax, values in ((axes[0], moved), (axes[1], closed)):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.blocks import output_of, resolve_layers, with_output
-from fisher_vmap.probe import layer_widths
 
 
 @contextmanager
@@ -32,16 +31,15 @@ def steer(
             None: each position's own norm, so that all are turned by the same angle.
 
     Raises:
-        ValueError: no such layer, a direction of another width, zero or not finite, or a scale that is not finite.
+        ValueError: no such layer, a direction that is zero or not finite, or a scale that is not finite; in the first
+            forward pass, a direction of another width than the layer's.
     """
     (name,) = resolve_layers(model, layer)
-    width = layer_widths(model, [name])[name]
-    unit_D = torch.as_tensor(np.asarray(direction.cpu() if isinstance(direction, Tensor) else direction, np.float64))
+    unit_D = torch.tensor(np.asarray(direction.cpu() if isinstance(direction, Tensor) else direction, np.float64))
     length = float(unit_D.norm()) if unit_D.numel() else 0.0
-    if unit_D.shape != (width,) or not 0 < length < float("inf"):
+    if unit_D.dim() != 1 or not 0 < length < float("inf"):
         raise ValueError(
-            f"the direction has shape {tuple(unit_D.shape)} and length {length:.3g}; expected [{width}], the width of "
-            f"{name}, and a length above zero"
+            f"the direction has shape {tuple(unit_D.shape)} and length {length:.3g}; expected [D] and a length above 0"
         )
     factor = scale * (1.0 if residual_norm is None else residual_norm)
     if not np.isfinite(factor):
@@ -49,8 +47,11 @@ def steer(
     step_D = factor * unit_D / length
 
     def add_step(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        # Checked here, since running the model beforehand would set off the user's own hooks.
         stream = output_of(output)
-        assert stream is not None  # layer_widths has seen it
+        if stream is None or stream.shape[-1] != len(unit_D):
+            shape = None if stream is None else tuple(stream.shape)
+            raise ValueError(f"the direction has {len(unit_D)} entries, but {name} gives {shape}; expected as many")
         step = step_D.to(stream.device, stream.dtype)
         if residual_norm is None:
             step = step * stream.norm(dim=-1, keepdim=True)

@@ -99,11 +99,27 @@ def test_what_it_does_is_what_the_fisher_matrix_predicts():
     np.testing.assert_allclose(measured_kl(model, ids, 1, torch.tensor(1e-3 * v)[None]), steered(1), rtol=1e-4)
 
 
+def test_a_direction_of_another_width_is_told_when_the_model_runs():
+    model, ids = fresh("llama"), prompts([5])[0][None]
+    told = pytest.raises(ValueError, match=r"has 35 entries, but model.layers.1 gives \(1, 5, 36\)")
+    with told, steer(model, 1, V[1:], 1.0):
+        model(input_ids=ids)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_entering_the_context_runs_nothing():
+    model = fresh("llama")
+    called = []
+    model.get_submodule("model.layers.1").register_forward_hook(lambda *_: called.append(1))
+    with steer(model, 1, V, 1.0):
+        assert not called
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((9, V, 1.0), "layer 9 was asked for; this model has layers 0 to 3"),
-        ((1, V[:-1], 1.0), r"shape \(35,\).*expected \[36\], the width of model.layers.1"),
+        ((1, np.outer(V, V), 1.0), r"shape \(36, 36\).*expected \[D\]"),
         ((1, 0 * V, 1.0), "length 0; expected"),
         ((1, np.full(WIDTH, np.nan), 1.0), "length nan; expected"),
         ((1, V, float("inf")), "scale is inf"),
