@@ -217,11 +217,12 @@ def draw(found):
     """The two figures."""
     figure = matplotlib.figure.Figure(figsize=(9.6, 4.2), dpi=130, layout="constrained")
     axes = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
-    for ax, name in zip(axes, ("contrast 1", "random 1"), strict=True):
+    names = ("contrast 1", "random 1")
+    both = np.concatenate([found["reacts"][name][group] for name in names for group in GROUPS])
+    ends = [both.min() / 1.5, both.max() * 1.5]
+    for ax, name in zip(axes, names, strict=True):
         of = found["reacts"][name]
         ax.scatter(of["without"], of["with"], s=26, color="#0072b2", alpha=0.85)
-        both = np.array([*of["with"], *of["without"]])
-        ends = [both.min() / 1.5, both.max() * 1.5]
         ax.plot(ends, ends, color="#7a8490", linewidth=1, linestyle="--")
         ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=name)
         ax.set(xlabel="vᵀF v without the phrase", ylabel="vᵀF v with the phrase")
@@ -245,7 +246,7 @@ def draw(found):
                     label=f"prompts {group} the phrase" if not place else None,
                 )
     axes[0].set(xscale="log", xlabel="KL divergence that the step causes (nats)")
-    axes[1].set(xlabel="part of the way to the other group (1: all of it)", xlim=(-1, 1))
+    axes[1].set(xlabel="part of the way to the other group (1: all of it)")
     axes[1].axvline(0, color="#7a8490", linewidth=1)
     for ax in axes:
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
