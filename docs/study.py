@@ -23,6 +23,7 @@ from fisher_vmap.tokens import Renderer
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir(), "fisher_vmap-study")  # the results stay here: a run that was stopped carries on
 PHRASE, LAYER, RIDGE, KEPT = "Answer in French. ", 15, 0.01, 3
+WIDTH = 576  # of the demo's model
 LENGTHS = (10.0, 40.0)
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 EVERY = {10.0: 4, 40.0: 2}  # of the held-out pairs, so many are steered by a step of that length
@@ -202,7 +203,8 @@ def page(found):
         ),
         "said": "\n".join(f"| {name} | {code(text)} |" for name, text in found["said"].items()),
         "apart": float(np.median(found["distance"])),
-        "contrast_ratio": ratio(reacts["contrast 1"]), "random_ratio": ratio(reacts["random 1"]),
+        "width": WIDTH, "stream_ratio": ratio(reacts["difference of streams"]),
+        "contrast_ratio": ratio(reacts["contrast 1"]),
         "auc": auc(*(np.array(reacts["contrast 1"][group]) for group in GROUPS)),
         "closed": {name: np.median([c for _, c in of["effects"]["40.0"]["without"]]) for name, of in steering.items()},
         "moved": {
