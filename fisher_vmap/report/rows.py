@@ -24,7 +24,7 @@ class Rows:
     status: list[str]
     text: list[str]
     top: list[str]
-    """The likeliest next tokens with their probabilities, as one line."""
+    """The five likeliest next tokens, as one line."""
     tokens: NDArray[np.int64]
     mass: NDArray[np.float64]
     trace: dict[str, NDArray[np.float64]]
