@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fisher_vmap.linearized import LinearizedNetwork
     from fisher_vmap.results import Results, open_results
     from fisher_vmap.scores import Scores
+    from fisher_vmap.steering import steer
 
 _HOMES = {
     "Estimate": "fisher_vmap.estimators",
@@ -35,6 +36,7 @@ _HOMES = {
     "fisher_scores": "fisher_vmap.kernel",
     "LinearizedNetwork": "fisher_vmap.linearized",
     "open_results": "fisher_vmap.results",
+    "steer": "fisher_vmap.steering",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "fisher_full",
     "fisher_scores",
     "open_results",
+    "steer",
 ]
 
 

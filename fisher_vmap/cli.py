@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "run": ("fisher_vmap.run", "compute the Fisher matrices of a data set's prompts"),
-    "info": ("fisher_vmap.info", "show what a results folder holds"),
+    "report": ("fisher_vmap.report.command", "write a page and images to look at a results folder"),
     "verify": ("fisher_vmap.verify", "check a results folder"),
+    "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),
+    "info": ("fisher_vmap.info", "show what a results folder holds"),
     "demo": ("fisher_vmap.demo", "run the main job on a small model and the prompts shipped with the package"),
 }
 

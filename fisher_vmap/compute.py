@@ -12,6 +12,7 @@ from fisher_vmap.batches import pack
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.fisher_model import FisherModel, PromptNumbers
 from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.pieces import Pieces
 from fisher_vmap.sources import SourcePrompt
 from fisher_vmap.storage.records import PromptResult
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
@@ -86,7 +87,7 @@ def compute_shard(
         ids = {places[j]: shard.rendered[places[j]].ids for j in batch}
         numbers.update(compute_batch(fisher, ids, rank, splits))
         report(Progress(len(ids), sum(map(len, ids.values()))))
-    return [_result(shard, prompt, numbers.get(prompt.index)) for prompt in shard.prompts]
+    return [_result(shard, prompt, numbers.get(prompt.index), fisher.pieces) for prompt in shard.prompts]
 
 
 def compute_batch(
@@ -120,16 +121,22 @@ def _not_in_vocabulary(fisher: FisherModel, ids: Sequence[int]) -> str | None:
     return f"the tokenizer gives token {max(ids)}, but the model knows {size}: is the tokenizer another model's?"
 
 
-def _result(shard: PreparedShard, prompt: SourcePrompt, numbers: PromptNumbers | str | None) -> PromptResult:
+def _result(
+    shard: PreparedShard, prompt: SourcePrompt, numbers: PromptNumbers | str | None, pieces: Pieces | None
+) -> PromptResult:
     common: dict[str, Any] = {"index": prompt.index, "source_row": prompt.source_row, "kept": prompt.kept}
     if numbers is None:
         return PromptResult(**common, status="skipped", reason=shard.skipped[prompt.index])
     rendered = shard.rendered[prompt.index]
     common |= {"text": rendered.text, "num_tokens": len(rendered.ids), "truncated": rendered.truncated}
+    if pieces is not None:
+        common["prompt_tokens"] = pieces.each(rendered.ids)
     if isinstance(numbers, str):
         return PromptResult(**common, status="failed", reason=numbers)
     if reason := numbers.reason or _not_finite(numbers):
         return PromptResult(**common, status="failed", reason=reason)
+    if pieces is not None:
+        common["top_tokens"] = [pieces.single(int(token)) for token in numbers.token_ids]
     return PromptResult(**common, token_ids=numbers.token_ids, log_probs=numbers.log_probs, layers=numbers.layers)
 
 

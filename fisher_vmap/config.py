@@ -160,6 +160,9 @@ class Settings(BaseSettings):
     export_npz: AutoOrTruth = _setting(
         "auto", "Also write fisher_matrices_compressed.npz; auto: for up to 10,000 prompts."
     )
+    save: Literal["both", "prompts", "mean"] = _setting(
+        "both", "Keep each prompt's matrix and their mean (both), the prompts' alone, or the mean alone."
+    )
     strict: TrueOrFalse = _setting(False, "End with exit code 3 when a prompt failed.")
 
     @classmethod

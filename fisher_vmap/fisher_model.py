@@ -18,6 +18,7 @@ from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
 from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
+from fisher_vmap.pieces import Pieces
 from fisher_vmap.placement import input_device
 from fisher_vmap.probe import layer_widths, probe, undisturbed
 from fisher_vmap.quality import quality
@@ -65,6 +66,7 @@ class FisherModel:
         layers: the names of the hooked modules.
         widths: D of each.
         vocabulary: V.
+        pieces: tokens as text; None without a tokenizer.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class FisherModel:
         if positions not in ("all", "last"):
             raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
         self.tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+        self.pieces = None if self.tokenizer is None else Pieces(self.tokenizer)
         given, model = model, unwrapped(model)
         self.model = model
         self.device: torch.device = input_device(model)
@@ -251,7 +254,7 @@ class FisherModel:
                 if i in skipped:
                     yield self._empty_record(index + i, skipped[i], rank)
                 else:
-                    yield _record(index + i, rendered[i], numbers[i])
+                    yield _record(index + i, rendered[i], numbers[i], self.pieces)
             index += len(window)
 
     def _empty_record(self, index: int, reason: str, rank: int) -> FisherRecord:
@@ -266,7 +269,7 @@ class FisherModel:
             for layer, D in self.widths.items()
         }
         numbers = PromptNumbers(np.full(K, -1), nan(K), layers, reason)
-        return _record(index, TokenizedPrompt([], "", False), numbers, status="skipped")
+        return _record(index, TokenizedPrompt([], "", False), numbers, None, status="skipped")
 
     @contextmanager
     def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
@@ -327,7 +330,9 @@ def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | 
     return None
 
 
-def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status: str = "failed") -> FisherRecord:
+def _record(
+    index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, pieces: Pieces | None, status: str = "failed"
+) -> FisherRecord:
     row: dict[str, Any] = {
         "text": prompt.text,
         "status": "ok" if numbers.reason is None else status,
@@ -335,6 +340,8 @@ def _record(index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, status:
         "tokens": len(prompt.ids),
         "truncated": prompt.truncated,
         "mass": covered_mass(numbers.log_probs, numbers.token_ids),
+        "top_tokens": None if pieces is None else [pieces.single(int(token)) for token in numbers.token_ids],
+        "prompt_tokens": None if pieces is None else pieces.each(prompt.ids),
         **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
         **{
             f"{layer}/{name}": value

@@ -8,6 +8,7 @@ from pathlib import Path
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import Results, open_results
+from fisher_vmap.storage.index import sum_name
 
 SHOWN = 5  # failed and skipped prompts, of each
 
@@ -46,8 +47,10 @@ def describe(results: Results) -> Iterator[str]:
         form = forms.get(layer, {}).get("form", "not known")
         yield f"layer     {layer}: width {width:,}, kernel form {form}"
     yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
-    shards = sum(shard.bytes + shard.table_bytes for shard in index.shards)
+    shards = sum(shard.table_bytes + (0 if shard.folded else shard.bytes) for shard in index.shards)
     sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}
+    if index.sum is not None:
+        sizes[f"{sum_name(index.folded)}: the sum over {index.sum.prompts:,} prompts, kept alone"] = index.sum.bytes
     sizes |= {name: entry.bytes for name, entry in index.files.items()}
     for number, (name, size) in enumerate(sizes.items()):
         yield f"{'' if number else 'on disk':9} {_readable(size):>8}  {name}"

@@ -29,7 +29,7 @@ NOT_IN_FINGERPRINT = {
     *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
     *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
-    *("vectors_dtype", "store_text", "keep_columns"),  # in the layout, which is compared as well
+    *("vectors_dtype", "store_text", "keep_columns", "save"),  # in the layout, which is compared as well
     "prompt_column",  # the column that it led to is there
 }
 
@@ -57,6 +57,8 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
     Raises:
         UserError: settings do not fit the model, the data or the folder.
     """
+    if settings.save == "mean" and settings.export_npz is True:
+        raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
     fisher = _open_model(settings, loaded)
     marks = fingerprint(settings, loaded, source, fisher)
     found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
@@ -80,6 +82,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
             vectors_dtype=settings.vectors_dtype,
             store_text=settings.store_text,
             keep_columns=tuple(settings.keep_columns or ()),
+            means_only=settings.save == "mean",
         ),
         shard_size=settings.shard_size,
         fingerprint=marks,
@@ -87,6 +90,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
             "max_batch_tokens": fisher.max_batch_tokens,
             "template_date": renderer.template_date,
             "device": str(fisher.device),
+            "model_type": getattr(loaded.model.config, "model_type", None),
             "threads": threads,
             "forms": forms,
         },

@@ -56,8 +56,9 @@ def run_prompts(run: Run, report: Callable[[Progress], None]) -> Summary:
     summary.seconds = time.perf_counter() - began
     if run.total is None:
         writer.missing_shards(summary.prompts)
-    npz = settings.export_npz is True or (settings.export_npz == "auto" and summary.prompts <= NPZ_PROMPTS)
-    writer.finish(summary.prompts, settings=settings.model_dump(), export_npz=npz)
+    wanted = settings.save != "mean" and summary.prompts <= NPZ_PROMPTS
+    npz = wanted if settings.export_npz == "auto" else settings.export_npz
+    writer.finish(summary.prompts, settings=settings.model_dump(), save=settings.save, export_npz=npz)
     _count_problems(summary, writer.folder)
     return summary
 

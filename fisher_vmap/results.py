@@ -12,14 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.checking import check_sha256, read_checked
-from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, Index, read_index
-from fisher_vmap.storage.mean import mean_matrix, read_mean
+from fisher_vmap.storage.groups import chosen_stack, mean_residual_norm
+from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, Index, read_index, sum_name
+from fisher_vmap.storage.mean import add_shards, read_mean
 from fisher_vmap.storage.metadata import describe_run, read_metadata
+from fisher_vmap.storage.products import sum_over_all
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.reading import Float32, ShardReader, Stack
-from fisher_vmap.storage.selection import Where, chooser
+from fisher_vmap.storage.selection import Chooser, Where, chooser, others
 from fisher_vmap.storage.table import common_schema, in_schema
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ def open_results(
     """Open a results folder for reading.
 
     Args:
-        folder: what `--output_dir` was.
+        folder: what `--output_dir` was, or "hf://datasets/OWNER/NAME@REVISION": fetched from the hub into its cache.
         check: "sizes" looks at the size of every shard now, and at the checksum of everything that is read later,
             single prompts too; "full" compares the SHA-256 of every file now; "none" trusts the folder.
         allow_incomplete: open what there is of an unfinished run.
@@ -45,6 +48,10 @@ def open_results(
     """
     if check not in ("sizes", "full", "none"):
         raise UserError(f"check is {check!r}, expected 'sizes', 'full' or 'none'")
+    if str(folder).startswith("hf://"):
+        from fisher_vmap.hub import download
+
+        folder = download(str(folder), everything=check == "full")
     folder = Path(folder)
     index = read_index(folder)
     if not index.complete and not allow_incomplete:
@@ -56,7 +63,8 @@ def open_results(
     results = Results(folder, index, verify=check != "none")
     for reader in results.shards() if check != "none" else ():
         reader.check_sha256() if check == "full" else reader.check_sizes()
-    for name, entry in index.files.items() if check == "full" else ():
+    made = dict(index.files) | ({sum_name(index.folded): index.sum} if index.sum else {})
+    for name, entry in made.items() if check == "full" else ():
         check_sha256(folder / name, entry.bytes, entry.sha256)
     return results
 
@@ -126,8 +134,15 @@ class Results:
             index=number, layer=self.layer, token_ids=token_ids, log_probs=log_probs, row=row, **found._asdict()
         )
 
-    def stack(self, layer: str | None = None) -> Stack:
-        """All prompts at one layer, in memory: S [n, R], V [n, R, D], Q [n, K, R] float32, NaN without numbers."""
+    def stack(self, layer: str | None = None, where: Where = None) -> Stack:
+        """Prompts at one layer, in memory: S [n, R], V [n, R, D], Q [n, K, R] float32, NaN without numbers.
+
+        Args:
+            layer: its name; by default this view's layer.
+            where: which prompts, as for `mean`; None takes all.
+        """
+        if where is not None:
+            return chosen_stack(self.shards(), self._layer(layer), chooser(where, self.shards))
         layer, layout, n = self._layer(layer), self.index.layout, len(self)
         K, R, D = layout.outcomes, layout.rank, layout.widths[layer]
         stack = Stack(*(np.empty((n, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
@@ -146,7 +161,7 @@ class Results:
             layer: its name; by default this view's layer.
             where: which prompts: a function of the table's row (a dict), a dict of column == value, or a mask, [n]
                 booleans. None takes all, from mean.safetensors where there is one. Prompts without numbers are left
-                out.
+                out. A run with `save: mean` has the mean over all alone.
 
         Returns:
             The mean; NaN if no prompt is chosen.
@@ -160,7 +175,73 @@ class Results:
             return np.full((width, width), np.nan, np.float32)
         if where is None and (entry := self.index.files.get(MEAN_NAME)):
             return read_mean(self.folder / MEAN_NAME, entry, layer, width, self._verify)
-        return mean_matrix(self.shards(), layer, chooser(where, self.shards)).astype(np.float32)
+        if where is None:
+            return sum_over_all(self.folder, self.index, layer, self._verify).mean().astype(np.float32)
+        return self._mean(layer, chooser(where, self.shards)).astype(np.float32)
+
+    def directions(self, rank: int = 10, *, layer: str | None = None, where: Where = None) -> algebra.Spectrum:
+        """The leading eigenvalues and eigenvectors of the mean Fisher matrix: what a group of prompts shares.
+
+        An eigenvalue is the mean over the prompts of v^T F v, in nats^2 per squared unit of the residual stream.
+
+        Args:
+            rank: how many.
+            layer: its name; by default this view's layer.
+            where: which prompts, as for `mean`.
+
+        Returns:
+            S [rank], V [rank, D], float64.
+
+        Raises:
+            ValueError: no prompt is chosen, or rank is above D; else as `mean`.
+        """
+        return algebra.eigenvectors(self.mean(layer, where), rank)
+
+    def contrast(
+        self, where: Where, against: Where = None, *, layer: str | None = None, rank: int = 5, ridge: float = 0.01
+    ) -> algebra.Contrast:
+        """Directions to which one group's outputs are sensitive and another's are not.
+
+        The v with the largest (v^T A v) / (v^T (B + r I) v), A and B the groups' mean Fisher matrices; see
+        `fisher_vmap.algebra.contrast` for r, the ridge.
+
+        Args:
+            where: the one group, as for `mean`.
+            against: the other group; None: all prompts that `where` leaves out.
+            layer: its name; by default this view's layer.
+            rank: how many directions.
+            ridge: r as a fraction of B's mean eigenvalue.
+
+        Raises:
+            ValueError: a group is empty; else as `mean`.
+        """
+        layer = self._layer(layer)
+        chosen = chooser(where, self.shards)
+        other = others(chosen) if against is None else chooser(against, self.shards)
+        return algebra.contrast(self._mean(layer, chosen), self._mean(layer, other), rank, ridge)
+
+    def _mean(self, layer: str, chosen: Chooser) -> algebra.Float64:
+        return add_shards(None, self.shards(), layer, chosen).mean()
+
+    def residual_norm(self, layer: str | None = None, where: Where = None) -> float:
+        """The mean over prompts of the residual stream's mean norm at a layer; NaN without prompts.
+
+        Args:
+            layer: its name; by default this view's layer.
+            where: which prompts, as for `mean`.
+        """
+        return mean_residual_norm(self.shards(), self._layer(layer), chooser(where, self.shards))
+
+    def push_to_hub(
+        self, repo: str, *, private: bool = True, share_text: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the folder to the hub as a data set, with a data card: `fisher_vmap.hub.push_to_hub`, its arguments.
+
+        Text of a gated data set goes along only with share_text=True.
+        """
+        from fisher_vmap.hub import push_to_hub
+
+        return push_to_hub(self, repo, private=private, share_text=share_text, token=token)
 
     def to_pandas(self) -> "pd.DataFrame":
         """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.storage.table` names the columns."""

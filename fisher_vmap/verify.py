@@ -19,7 +19,17 @@ import pyarrow.parquet as pq
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.checking import check_sha256, damaged
-from fisher_vmap.storage.index import INDEX_NAME, MEAN_NAME, TABLE_NAME, FileEntry, Index, npz_name, read_index
+from fisher_vmap.storage.folding import running_sum, sum_is_sound
+from fisher_vmap.storage.index import (
+    INDEX_NAME,
+    MEAN_NAME,
+    TABLE_NAME,
+    FileEntry,
+    Index,
+    npz_name,
+    read_index,
+    sum_name,
+)
 from fisher_vmap.storage.mean import is_ok, read_mean
 from fisher_vmap.storage.npz import npz_arrays
 from fisher_vmap.storage.products import readers
@@ -105,6 +115,8 @@ def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     yield INDEX_NAME, partial(_check_index, folder, index)
     for shard in readers(folder, index):
         yield shard.entry.file, partial(_check_shard, shard)
+    for layer in index.layers if index.sum else ():
+        yield f"{sum_name(index.folded)}, {layer}", partial(_check_sum, folder, index, layer)
     for name, entry in index.files.items():
         yield name, partial(_check_file, folder / name, entry)
     if TABLE_NAME in index.files:
@@ -132,8 +144,21 @@ def _check_file(path: Path, entry: FileEntry) -> str:
     return f"SHA-256 as recorded, {entry.bytes:,} bytes"
 
 
+def _check_sum(folder: Path, index: Index, layer: str) -> str:
+    path = folder / sum_name(index.folded)
+    if not sum_is_sound(folder, index):
+        raise damaged(path, "its SHA-256 differs from the index")
+    found = running_sum(folder, index, layer)
+    if found is None or not np.isfinite(found.total).all() or not np.allclose(found.total, found.total.T, rtol=1e-9):
+        raise damaged(path, f"the sum of {layer} is not finite or not symmetric")
+    return f"SHA-256 as recorded, {found.prompts} prompts of {index.folded} shards, trace {np.trace(found.total):.4g}"
+
+
 def _check_shard(shard: ShardReader) -> str:
     shard.check_sha256()
+    prompts = f"prompts {shard.entry.start}..{shard.entry.stop - 1}"
+    if shard.entry.folded:
+        return f"SHA-256 of its table; {prompts}, in the sum alone"
     ok = is_ok(shard)
     mass = shard.table.column("mass").to_pylist()
     for row, index in enumerate(range(shard.entry.start, shard.entry.stop)):
@@ -150,7 +175,7 @@ def _check_shard(shard: ShardReader) -> str:
         if not all(np.isnan(part[~ok]).all() for part in stack):
             raise damaged(shard.path, f"{layer}: a prompt without a result has numbers")
     without = f", {(~ok).sum()} without numbers" if not ok.all() else ""
-    return f"SHA-256, shapes, order of S, orthonormal V; prompts {shard.entry.start}..{shard.entry.stop - 1}{without}"
+    return f"SHA-256, shapes, order of S, orthonormal V; {prompts}{without}"
 
 
 def _check_numbers(

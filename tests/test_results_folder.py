@@ -186,7 +186,8 @@ def test_names_that_cannot_be_stored(tmp_path, options, message):
 
 
 def test_a_way_of_saving_that_does_not_exist(tmp_path):
-    assert "save is 'mean', expected 'both'" in refusal(write_folder, tmp_path, save="mean")
+    assert "save is 'all', expected 'both'" in refusal(write_folder, tmp_path, save="all")
+    assert "but the run was begun without 'mean'" in refusal(write_folder, tmp_path, save="mean")
 
 
 def test_other_versions_are_told(tmp_path, monkeypatch, caplog):

@@ -6,7 +6,8 @@ Reading back is `fisher_vmap.results`. Imports inside this folder point one way,
     lock, checking, index, table            one writer at a time; is a file as written; index.json; the prompts table
     shards, folder                          writing a shard; which files are ours
     reading                                 one shard, lazily
-    prompt_record, selection, mean, npz, metadata
-    products, finishing                     the files made from all shards
+    prompt_record, selection, mean, groups, npz, metadata
+    folding                                 shards into a running sum, where the mean alone is kept
+    products, finishing, sharing            the files made from all shards; a copy without text
     writer
 """

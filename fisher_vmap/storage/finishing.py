@@ -5,6 +5,7 @@ from typing import Any
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.folder import remove_leftovers
+from fisher_vmap.storage.folding import fold
 from fisher_vmap.storage.index import Index, compare_fingerprints, read_index, write_index
 from fisher_vmap.storage.lock import folder_lock
 from fisher_vmap.storage.products import Save, is_whole, product_names, write_product
@@ -29,7 +30,7 @@ def finish_folder(
         fingerprint: that of the run that finishes it.
         num_prompts: by default the number that `ResultsWriter.missing_shards` was asked for.
         settings: the settings used, for metadata.yaml.
-        save: "both", or "prompts" to leave the mean out.
+        save: "both", "prompts" to leave the mean out, or "mean" to leave the prompts' matrices out.
         export_npz: write the npz, about twice as large as the shards.
 
     Returns:
@@ -49,6 +50,7 @@ def finish_folder(
                 f"with num_prompts {total} or more"
             )
         names = product_names(index, save, export_npz)
+        index = fold(folder, index, least=1)
         whole = {name: index.files[name] for name in names if is_whole(folder, name, index.files.get(name))}
         if not (index.complete and set(whole) == set(names) == set(index.files)):
             # metadata.yaml, the last, is written anew with any other file: the settings may have changed with it.

@@ -15,12 +15,13 @@ from fisher_vmap.storage.index import (
     compare_fingerprints,
     is_index,
     read_index,
+    sum_name,
 )
 from fisher_vmap.storage.lock import LOCK_NAME
 
 _TOP_NAMES = re.compile(
     "|".join(map(re.escape, (INDEX_NAME, MEAN_NAME, METADATA_NAME, TABLE_NAME, LOCK_NAME)))
-    + r"|fisher_matrices_compressed(\..+)?\.npz"
+    + r"|fisher_matrices_compressed(\..+)?\.npz|sum-\d{5,}\.safetensors"
 )
 _SHARD_NAMES = re.compile(r"shard-\d{5,}\.(safetensors|parquet)")
 
@@ -72,7 +73,9 @@ def remove_leftovers(folder: Path, index: Index) -> None:
     """
     listed = {INDEX_NAME, LOCK_NAME, *index.files}
     for shard in index.shards:
-        listed |= {f"{SHARD_FOLDER}/{shard.file}", f"{SHARD_FOLDER}/{shard.table}"}
+        listed |= {f"{SHARD_FOLDER}/{name}" for name in ((shard.table,) if shard.folded else (shard.file, shard.table))}
+    if index.sum is not None:
+        listed.add(sum_name(index.folded))
     with readable_write_errors(folder):
         for name in _contents(folder)[0]:
             if name not in listed:

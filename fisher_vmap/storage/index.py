@@ -6,6 +6,7 @@ It is replaced as a whole and carries a checksum of itself, so that what is read
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -48,6 +49,8 @@ class ShardEntry(_Stored):
     table: str
     table_sha256: str
     table_bytes: NonNegativeInt
+    folded: bool = False
+    """Its arrays are in the running sum, and their file is gone; its rows of the table are there."""
 
     @model_validator(mode="after")
     def _plain_names(self) -> Self:
@@ -65,6 +68,12 @@ class FileEntry(_Stored):
     sha256: str
     bytes: NonNegativeInt
     tensors: dict[str, int] = {}
+
+
+class SumEntry(FileEntry):
+    """The running sum over the prompts of the folded shards: `prompts` counts those with numbers."""
+
+    prompts: NonNegativeInt
 
 
 class Index(_Stored):
@@ -85,6 +94,8 @@ class Index(_Stored):
     """What was chosen automatically, such as the kernel's form for each layer and why; None until it is known."""
     versions: dict[str, str] = {}
     shards: tuple[ShardEntry, ...] = ()
+    sum: SumEntry | None = None
+    """Of the file `sum_name(folded)`, where shards have been folded into it."""
     files: dict[str, FileEntry] = {}
 
     @model_validator(mode="after")
@@ -97,6 +108,11 @@ class Index(_Stored):
             first = shard.number * self.shard_size
             if shard.start != first or shard.stop > first + self.shard_size:
                 raise ValueError(f"shard {shard.number} has the prompts [{shard.start}, {shard.stop})")
+        folded = [shard.number for shard in self.shards if shard.folded]
+        if len(folded) != self.folded or folded != list(range(self.folded)):
+            raise ValueError("its folded shards are not its first ones")
+        if (self.sum is not None) != (self.folded > 0) or (self.folded and not self.layout.means_only):
+            raise ValueError("its folded shards and its sum do not belong together")
         if self.complete and (self.num_prompts != self.stop or self.missing(self.stop)):
             raise ValueError("it says complete, but shards are missing")
         allowed = {TABLE_NAME, MEAN_NAME, METADATA_NAME, *(npz_name(name, self.layout.widths) for name in self.layers)}
@@ -108,6 +124,11 @@ class Index(_Stored):
     def layers(self) -> tuple[str, ...]:
         """The layer names, in order."""
         return self.layout.layers
+
+    @property
+    def folded(self) -> int:
+        """Number of shards that are in the running sum: the first ones, and full."""
+        return bisect_left(self.shards, True, key=lambda shard: not shard.folded)
 
     @property
     def stop(self) -> int:
@@ -135,6 +156,16 @@ class Index(_Stored):
         kept.update((shard.number, shard) for shard in added)
         shards = tuple(kept[number] for number in sorted(kept))
         return self.model_copy(update={"shards": shards, "complete": False, "files": {}})
+
+    def unfolded(self) -> "Index":
+        """The index without its folded shards and their sum: all of them are to be computed again."""
+        shards = tuple(shard for shard in self.shards if not shard.folded)
+        return self.model_copy(update={"shards": shards, "sum": None, "complete": False, "files": {}})
+
+
+def sum_name(folded: int) -> str:
+    """File name of the running sum over the first `folded` shards: a new name each time, so that no old one is lost."""
+    return f"sum-{folded:05d}.safetensors"
 
 
 def shard_names(number: int) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,33 +13,43 @@ from fisher_vmap.storage.atomic import replacing
 from fisher_vmap.storage.checking import check_size, damaged
 from fisher_vmap.storage.index import FileEntry
 from fisher_vmap.storage.reading import Float32, ShardReader
+from fisher_vmap.storage.selection import Chooser
 from fisher_vmap.storage.tensors import TensorSpec, write_tensors
 
 _GEMM_ROWS = 4096
 
 
-def mean_matrix(
-    readers: Iterable[ShardReader], layer: str, chosen: Callable[[ShardReader], NDArray[np.bool_]]
-) -> NDArray[np.float64]:
-    """Mean over the chosen prompts of F = V^T diag(S) V.
+class RunningSum(NamedTuple):
+    """A sum of Fisher matrices: total [D, D] float64, and the number of prompts in it."""
+
+    total: NDArray[np.float64]
+    prompts: int
+
+    def mean(self) -> NDArray[np.float64]:
+        """The mean; NaN of no prompts."""
+        return self.total / self.prompts if self.prompts else np.full_like(self.total, np.nan)
+
+
+def add_shards(
+    before: RunningSum | None, readers: Iterable[ShardReader], layer: str, chosen: Chooser | None = None
+) -> RunningSum:
+    """The sum over the chosen prompts of F = V^T diag(S) V, added to the sum `before`.
 
     With W = diag(sqrt S) V, the rows of all prompts of a shard below one another, the sum over them is W^T W: one
     matrix product a shard, in float64, in memory that does not grow with the number of prompts.
 
     Args:
-        readers: the shards.
+        before: what is to be added to, or None.
+        readers: the shards; at least one if there is nothing before.
         layer: the layer's name.
-        chosen: for a shard, a mask [n] of the prompts to take; prompts without numbers are always left out.
-
-    Returns:
-        [D, D] float64, symmetric; NaN where no prompt is chosen.
+        chosen: for a shard, a mask [n] of the prompts to take; None takes all. Prompts without numbers are always left
+            out.
     """
-    total: NDArray[np.float64] | None = None
-    count = 0
+    total, count = (None, 0) if before is None else before
     for reader in readers:
         width = reader.layout.widths[layer]
         total = np.zeros((width, width)) if total is None else total
-        mask = chosen(reader) & is_ok(reader)
+        mask = is_ok(reader) if chosen is None else chosen(reader) & is_ok(reader)
         if not mask.any():
             continue
         S, V, _ = reader.stack(layer)
@@ -50,7 +60,7 @@ def mean_matrix(
             total += part.T @ part
     if total is None:
         raise ValueError("a mean needs at least one shard")
-    return total / count if count else np.full_like(total, np.nan)
+    return RunningSum(total, count)
 
 
 def is_ok(reader: ShardReader) -> NDArray[np.bool_]:
@@ -58,7 +68,7 @@ def is_ok(reader: ShardReader) -> NDArray[np.bool_]:
     return np.array([status == "ok" for status in reader.table.column("status").to_pylist()], bool)
 
 
-def write_mean(path: Path, readers: Callable[[], Iterable[ShardReader]], widths: dict[str, int]) -> dict[str, int]:
+def write_mean(path: Path, widths: dict[str, int], sum_of: Callable[[str], RunningSum]) -> dict[str, int]:
     """Write "<layer>": [D, D] float32, the mean over all prompts with numbers, one layer in memory at a time.
 
     Returns:
@@ -67,8 +77,7 @@ def write_mean(path: Path, readers: Callable[[], Iterable[ShardReader]], widths:
     checksums: dict[str, int] = {}
 
     def tensor(layer: str) -> NDArray[Any]:
-        matrix = mean_matrix(readers(), layer, lambda reader: np.ones(reader.entry.stop - reader.entry.start, bool))
-        stored = matrix.astype(np.float32)
+        stored = sum_of(layer).mean().astype(np.float32)
         checksums[layer] = zlib.crc32(stored.data)
         return stored
 
@@ -83,14 +92,25 @@ def read_mean(path: Path, entry: FileEntry, layer: str, width: int, verify: bool
     Raises:
         UserError: the file is missing or damaged.
     """
+    return read_matrix(path, entry, layer, width, np.float32, verify)
+
+
+def read_matrix(
+    path: Path, entry: FileEntry, layer: str, width: int, dtype: type[Any], verify: bool = True
+) -> NDArray[Any]:
+    """Read one layer's [D, D] of a file that has a matrix a layer.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     check_size(path, entry.bytes)
     try:
         with safe_open(path, framework="np") as file:
-            matrix: Float32 = file.get_tensor(layer)
+            matrix: NDArray[Any] = file.get_tensor(layer)
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from error
-    if matrix.shape != (width, width) or matrix.dtype != np.float32:
+    if matrix.shape != (width, width) or matrix.dtype != dtype:
         raise damaged(path, f"{layer} is {matrix.dtype} {matrix.shape}")
     if verify and zlib.crc32(np.ascontiguousarray(matrix).data) != entry.tensors.get(layer):
-        raise damaged(path, f"the mean of {layer} differs from its checksum")
+        raise damaged(path, f"the matrix of {layer} differs from its checksum")
     return matrix

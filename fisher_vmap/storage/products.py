@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import replacing, sha256_of
 from fisher_vmap.storage.checking import check_sha256
+from fisher_vmap.storage.folding import running_sum
 from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, FileEntry, Index, npz_name
-from fisher_vmap.storage.mean import write_mean
+from fisher_vmap.storage.mean import RunningSum, add_shards, write_mean
 from fisher_vmap.storage.metadata import describe_run, write_metadata
 from fisher_vmap.storage.npz import write_npz
 from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.table import common_schema, in_schema
 
-Save = Literal["both", "prompts"]
+Save = Literal["both", "prompts", "mean"]
 GROUP_SHARDS, GROUP_BYTES = 100, 8 * 2**20
 
 
@@ -30,12 +31,16 @@ def product_names(index: Index, save: Save, export_npz: bool) -> list[str]:
     """Names of the files that a finished run has beside its shards.
 
     Raises:
-        UserError: `save` is not "both" or "prompts".
+        UserError: `save` is not one of the three, or is not how the run was begun.
     """
-    if save not in ("both", "prompts"):
-        raise UserError(f"save is {save!r}, expected 'both' (each prompt and the mean) or 'prompts'")
+    if save not in ("both", "prompts", "mean"):
+        raise UserError(f"save is {save!r}, expected 'both' (each prompt and the mean), 'prompts' or 'mean'")
+    if (save == "mean") != index.layout.means_only:
+        raise UserError(f"save is {save!r}, but the run was begun {'with' if save != 'mean' else 'without'} 'mean'")
+    if export_npz and save == "mean":
+        raise UserError("export_npz needs each prompt's matrix, and save: mean keeps none; leave one of the two out")
     names = [TABLE_NAME]
-    if save == "both" and index.shards:
+    if save != "prompts" and index.shards:
         names.append(MEAN_NAME)
     if export_npz:
         names += [npz_name(layer, index.layers) for layer in index.layers]
@@ -64,13 +69,19 @@ def write_product(folder: Path, name: str, index: Index, settings: dict[str, Any
     if name == TABLE_NAME:
         write_table(path, lambda: readers(folder, index), index)
     elif name == MEAN_NAME:
-        tensors = write_mean(path, lambda: readers(folder, index), index.layout.widths)
+        tensors = write_mean(path, index.layout.widths, lambda layer: sum_over_all(folder, index, layer))
     elif name == METADATA_NAME:
         write_metadata(path, describe_run(index, readers(folder, index), settings))
     else:
         layer = next(layer for layer in index.layers if npz_name(layer, index.layers) == name)
         write_npz(path, readers(folder, index), layer)
     return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size, tensors=tensors)
+
+
+def sum_over_all(folder: Path, index: Index, layer: str, verify: bool = True) -> RunningSum:
+    """The sum over all prompts with numbers at one layer: what has been folded, and the other shards."""
+    single = (reader for reader in readers(folder, index, verify) if not reader.entry.folded)
+    return add_shards(running_sum(folder, index, layer, verify), single, layer)
 
 
 def write_table(path: Path, shards: Callable[[], Iterator[ShardReader]], index: Index) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisher_vmap import algebra
 from fisher_vmap.storage.reading import Float32
 
 
@@ -56,6 +57,18 @@ class PromptRecord:
     def reason(self) -> str | None:
         """Why there are no numbers, or None."""
         return None if self.row["reason"] is None else str(self.row["reason"])
+
+    @property
+    def top_tokens(self) -> tuple[str, ...] | None:
+        """The K tokens as text, as far as the run stored them."""
+        texts = self.row.get("top_tokens")
+        return None if texts is None else tuple(texts)
+
+    @property
+    def prompt_tokens(self) -> tuple[str, ...] | None:
+        """The prompt's T tokens as text, template and all, as far as the run stored them."""
+        texts = self.row.get("prompt_tokens")
+        return None if texts is None else tuple(texts)
 
     @property
     def mass(self) -> float:
@@ -110,9 +123,27 @@ class PromptRecord:
         Returns:
             Of x's shape, float32.
         """
-        V = self.V.astype(np.float64)
-        along = V @ np.asarray(x, np.float64)
-        return np.asarray(V.T @ (along.T * self.S).T, np.float32)
+        return algebra.matvec(self, x).astype(np.float32)
+
+    def quadratic(self, v: ArrayLike) -> float:
+        """v^T F v: 1/2 eps^2 of it is the KL divergence, in nats, that a small step eps v of the bias causes.
+
+        Args:
+            v: [D].
+        """
+        return float(algebra.quadratic(self, v))
+
+    def cosine(self, other: Any) -> float:
+        """How alike two prompts' matrices are, tr(F G) / (|F| |G|), from 0 to 1; `fisher_vmap.algebra` has more."""
+        return algebra.cosine(self, other)
+
+    def trades(self) -> Float32:
+        """What a unit step along each direction does to each token: d log p_t = g_t . V_r, [K, R] float32, in nats.
+
+        It is Q_tr sqrt(S_r / p_t), without the vectors.
+        """
+        root_p = np.exp(0.5 * self.log_probs.astype(np.float64))
+        return np.asarray(self.Q * np.sqrt(self.S.astype(np.float64)) / root_p[:, None], np.float32)
 
     def scores(self) -> Float32:
         """The gradients of log p_t with respect to the bias, [K, D] float32: A / sqrt(p), A = Q diag(sqrt S) V.

@@ -60,13 +60,15 @@ class ShardReader:
         self.table_path = folder / SHARD_FOLDER / entry.table
 
     def check_sizes(self) -> None:
-        """Both files are there, with the sizes that the index has."""
-        check_size(self.path, self.entry.bytes)
+        """Both files (of a folded shard the table) are there, with the sizes that the index has."""
+        if not self.entry.folded:
+            check_size(self.path, self.entry.bytes)
         check_size(self.table_path, self.entry.table_bytes)
 
     def check_sha256(self) -> None:
-        """Both files are what was written, to the bit."""
-        check_sha256(self.path, self.entry.bytes, self.entry.sha256)
+        """Both files (of a folded shard the table) are what was written, to the bit."""
+        if not self.entry.folded:
+            check_sha256(self.path, self.entry.bytes, self.entry.sha256)
         check_sha256(self.table_path, self.entry.table_bytes, self.entry.table_sha256)
 
     def is_there(self) -> bool:
@@ -124,6 +126,11 @@ class ShardReader:
 
     @cached_property
     def _file(self) -> Any:
+        if self.entry.folded:
+            raise UserError(
+                f"{self.folder} keeps the mean alone (save: mean): single prompts have their row of the table, but no "
+                "matrix; run with save: both in another --output_dir to have them"
+            )
         # The size first: a file cut short under a memory map would end the process, not raise.
         check_size(self.path, self.entry.bytes)
         try:

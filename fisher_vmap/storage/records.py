@@ -14,7 +14,10 @@ Status = Literal["ok", "failed", "skipped"]
 FloatArray = NDArray[np.floating[Any]]
 
 # Columns that every prompts table has; a kept column may not take their names.
-TABLE_COLUMNS = ("prompt_index", "source_row", "text", "status", "reason", "tokens", "truncated", "mass", "crc32")
+TABLE_COLUMNS = (
+    *("prompt_index", "source_row", "text", "status", "reason", "tokens", "truncated", "mass", "crc32"),
+    *("top_tokens", "prompt_tokens"),
+)
 
 
 class LayerResult(NamedTuple):
@@ -60,6 +63,10 @@ class PromptResult:
     log_probs: FloatArray | None = None
     """[K] float32 nats, highest first."""
     layers: dict[str, LayerResult] = field(default_factory=dict)
+    top_tokens: list[str] | None = None
+    """The K tokens as text."""
+    prompt_tokens: list[str] | None = None
+    """The prompt's tokens as text, template and all; they are stored where the text is."""
 
 
 class ShardLayout(BaseModel):
@@ -78,6 +85,8 @@ class ShardLayout(BaseModel):
     vectors_dtype: Literal["float32", "float16"] = "float32"
     store_text: bool = True
     keep_columns: tuple[str, ...] = ()
+    means_only: bool = False
+    """Shards lose their arrays once they are in the running sum: a million prompts leave their table and the mean."""
 
     @property
     def outcomes(self) -> int:

@@ -44,6 +44,11 @@ def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Choose
     return equal
 
 
+def others(chosen: Chooser) -> Chooser:
+    """All prompts that another choice leaves out."""
+    return lambda reader: ~chosen(reader)
+
+
 def _by_mask(mask: NDArray[Any], sizes: dict[int, int]) -> Chooser:
     n = sum(sizes.values())
     if mask.shape != (n,) or mask.dtype != np.bool_:

@@ -1,9 +1,9 @@
 """The prompts table: one row a prompt, stored beside each shard and joined into prompts.parquet at the end.
 
 Columns: prompt_index, source_row, text, the kept columns, status, reason, tokens, truncated, mass (the probability that
-the K tokens cover), and for each layer "<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable
-between layers), "<layer>/effective_rank", "<layer>/share_kept" (sum of S / trace); and, where random vectors were drawn
-for it, estimates: "<layer>/trace_full" of the whole vocabulary's matrix with its standard error,
+the K tokens cover), top_tokens and prompt_tokens (the K tokens and the prompt's own, as text), and for each layer
+"<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable between layers), "<layer>/effective_rank",
+"<layer>/share_kept" (sum of S / trace); and, where random vectors were drawn for it, estimates: "<layer>/trace_full" of the whole vocabulary's matrix with its standard error,
 "<layer>/trace_full_error", "<layer>/share_full" (sum of S / trace_full) and "<layer>/relative_error" (of the stored
 matrix against the whole vocabulary's, in the Frobenius norm).
 
@@ -43,6 +43,8 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
             [covered_mass(r.log_probs, r.token_ids) if r.status == "ok" else None for r in results], pa.float64()
         ),
     }
+    columns["top_tokens"] = _texts([r.top_tokens if r.status == "ok" else None for r in results])
+    columns["prompt_tokens"] = _texts([r.prompt_tokens if layout.store_text else None for r in results])
     for layer in layout.layers:
         per_layer = [r.layers[layer] if r.status == "ok" else None for r in results]
         columns[f"{layer}/trace"] = pa.array([x and float(x.trace) for x in per_layer], pa.float64())
@@ -131,6 +133,10 @@ def _kept_column(values: list[Any]) -> pa.Array:
         return pa.array([_encodable(value) if isinstance(value, str) else value for value in values])
     except (pa.ArrowException, OverflowError):  # text among numbers, or an integer beyond 64 bits
         return pa.array([_json_text(value) for value in values], pa.string())
+
+
+def _texts(values: list[list[str] | None]) -> pa.Array:
+    return pa.array([v if v is None else [_encodable(text) for text in v] for v in values], pa.list_(pa.string()))
 
 
 def _json_text(value: Any) -> str | None:

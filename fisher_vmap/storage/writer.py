@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
 from fisher_vmap.storage.finishing import finish_folder
 from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
+from fisher_vmap.storage.folding import fold, sum_is_sound
 from fisher_vmap.storage.index import (
     SHARD_FOLDER,
     Index,
@@ -93,8 +94,7 @@ class ResultsWriter:
                 )
                 write_index(folder, index)
             else:
-                shape = {"shard_size": shard_size, **layout.model_dump()}
-                compare_fingerprints(folder, {"shard_size": index.shard_size, **index.layout.model_dump()}, shape)
+                compare_fingerprints(folder, _shape(index.shard_size, index.layout), _shape(shard_size, layout))
             if overwrite:
                 remove_leftovers(folder, index)
             else:  # shards without an entry stay: a worker may have stored them a moment ago
@@ -141,8 +141,14 @@ class ResultsWriter:
         broken = {entry.number: entry for entry in self.index.shards if not self._is_sound(entry)}
         for entry in broken.values():
             logger.warning("%s in %s is damaged or missing, and is computed again", entry.file, self.folder)
+        sum_is_lost = not sum_is_sound(self.folder, self.index) or any(entry.folded for entry in broken.values())
+        if sum_is_lost:
+            logger.warning("the sum over the first %d shards in %s cannot be used: they are computed again",
+                           self.index.folded, self.folder)  # fmt: skip
+        folded = self.index.folded
 
         def change(index: Index) -> Index:
+            index = index.unfolded() if sum_is_lost and index.folded == folded else index
             gone = [number for number, entry in broken.items() if index.find(number) == entry]
             index = index.with_shards(removed=gone) if gone else index
             total = max(num_prompts, index.stop)
@@ -184,6 +190,7 @@ class ResultsWriter:
             shard.commit()
             self._save(index.with_shards([shard.entry]))
             self._verified.add(shard.entry)
+            self._fold()
             return shard.entry
 
     def record(self, entries: Iterable[ShardEntry]) -> None:
@@ -196,6 +203,9 @@ class ResultsWriter:
         for entry in added:
             self._reader(entry).check_sizes()
         self._change(lambda index: index.with_shards(added))
+        with folder_lock(self.folder):
+            self.index = self._current()
+            self._fold()
 
     def finish(
         self,
@@ -209,6 +219,13 @@ class ResultsWriter:
         self.index = finish_folder(
             self.folder, self.index.fingerprint, num_prompts, settings=settings, save=save, export_npz=export_npz
         )
+
+    def _fold(self) -> None:
+        """Fold what is ready, in the lock. What was folded was read, and compared with its checksums."""
+        index = fold(self.folder, self.index)
+        if index is not self.index:
+            self._verified.update(entry for entry in index.shards if entry.folded)
+            self.index = index
 
     def _change(self, change: Callable[[Index], Index]) -> Index:
         """Apply a change to what index.json holds now, and write it if it differs."""
@@ -240,6 +257,11 @@ class ResultsWriter:
 
     def _reader(self, entry: ShardEntry) -> ShardReader:
         return ShardReader(self.folder, entry, self.index.layout)
+
+
+def _shape(shard_size: int, layout: ShardLayout) -> dict[str, Any]:
+    shape = layout.model_dump()
+    return {"shard_size": shard_size, "save": "mean" if shape.pop("means_only") else "both or prompts", **shape}
 
 
 def _tell_versions(folder: Path, stored: dict[str, str]) -> None:

@@ -1,0 +1,165 @@
+"""`python -m fisher_vmap.export DIR OUT`: directions, the npz or the whole folder, in the forms that others read."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisher_vmap.control_vectors import save_control_vector, save_directions
+from fisher_vmap.errors import UserError
+from fisher_vmap.hub import HUB, push_to_hub
+from fisher_vmap.results import Results, open_results
+from fisher_vmap.storage.npz import write_npz
+from fisher_vmap.storage.selection import Where
+
+Float64 = NDArray[np.float64]
+
+EXAMPLES = """what OUT says:
+  NAME.safetensors     directions, a tensor [N, D] for each layer
+  NAME.gguf            a control vector for llama.cpp and repeng: one direction a layer
+  NAME.npz             U_{i}, S_{i}, V_{i} of every prompt at one layer
+  hf://datasets/A/B    the whole folder, to the hub
+
+examples:
+  python -m fisher_vmap.export fisher_results mean.safetensors --directions 5
+  python -m fisher_vmap.export fisher_results prompt3.gguf --prompt 3 --scale 0.05
+  python -m fisher_vmap.export fisher_results code.gguf --where kind=code --against rest --scale -0.05
+  python -m fisher_vmap.export fisher_results all.npz --layer model.layers.15
+  python -m fisher_vmap.export fisher_results hf://datasets/me/fisher --no-text"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export what the command line asks for; returns the exit code: 0 done, 2 a mistake of the user's."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(export(arguments))
+    except UserError as error:
+        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> str:
+    """Write what is asked for; returns the line that says what was written.
+
+    Raises:
+        UserError: arguments that do not fit the folder or one another, a damaged folder, or a file that cannot be
+            written.
+    """
+    results, out = open_results(arguments.folder), str(arguments.out)
+    if out.startswith(HUB):
+        url = push_to_hub(results, out, private=not arguments.public, share_text=arguments.text)
+        return f"{results.folder} is at {url}"
+    layers = [results.at(name).layer for name in arguments.layer] if arguments.layer else list(results.layers)
+    suffix = Path(out).suffix
+    if suffix == ".npz":
+        if len(layers) > 1:
+            raise UserError(f"an npz is of one layer; name it with --layer: {', '.join(layers)}")
+        write_npz(Path(out), results.shards(), layers[0])
+        return f"{out}: U, S and V of {len(results):,} prompts at {layers[0]}"
+    if suffix not in (".safetensors", ".gguf"):
+        raise UserError(f"{out} ends in {suffix or 'nothing'}; expected .safetensors, .gguf, .npz or {HUB}OWNER/NAME")
+    count = arguments.directions if suffix == ".safetensors" else 1
+    found = {layer: _directions(results.at(layer), arguments, count) for layer in layers}
+    where = arguments.where or (f"prompt {arguments.prompt}" if arguments.prompt is not None else "all prompts")
+    what = f"{where}{f' against {arguments.against}' if arguments.against else ''}"
+    if suffix == ".safetensors":
+        save_directions(out, found, source=what, scale=str(arguments.scale), model=_model(results))
+    else:
+        model_type = arguments.model_type or (results.index.resolved or {}).get("model_type")
+        if model_type is None:
+            raise UserError("the folder does not say what kind of model it is of; add --model-type, such as llama")
+        save_control_vector(out, {layer: rows[0] for layer, rows in found.items()}, model_type)
+    return f"{out}: {count} direction{'s' * (count > 1)} of {what} at {', '.join(layers)}"
+
+
+def _directions(view: Results, arguments: argparse.Namespace, count: int) -> Float64:
+    """[count, D], of length 1, or of --scale residual norms."""
+    first, last = arguments.first, arguments.first + count
+    if arguments.prompt is not None:
+        if not 0 <= arguments.prompt < view.index.stop:
+            raise UserError(f"there is no prompt {arguments.prompt}; there are 0 to {view.index.stop - 1}")
+        record = view[arguments.prompt]
+        if record.status != "ok":
+            raise UserError(f"prompt {arguments.prompt} has no directions: it {record.status} ({record.reason})")
+        have = int((record.S > 0).sum())
+        rows, norm = record.V[first:last].astype(np.float64), record.residual_norm
+    else:
+        where = condition(view, arguments.where)
+        have = view.index.layout.widths[view.layer]
+        norm = view.residual_norm(where=where)
+        try:
+            if arguments.against is None:
+                rows = view.directions(min(last, have), where=where).V[first:]
+            else:
+                against = None if arguments.against == "rest" else condition(view, arguments.against)
+                rows = view.contrast(where, against, rank=min(last, have), ridge=arguments.ridge).directions[first:]
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    if last > have:
+        raise UserError(f"directions {first} to {last - 1} were asked for at {view.layer}; there are 0 to {have - 1}")
+    return np.asarray(rows if arguments.scale is None else rows * arguments.scale * norm)
+
+
+def condition(results: Results, text: str | None) -> Where:
+    """COLUMN=VALUE as a choice of prompts, compared as text; None chooses all.
+
+    Raises:
+        UserError: no such column, no such value, or no "=".
+    """
+    if text is None:
+        return None
+    column, equals, value = text.partition("=")
+    table = results.table()
+    if not equals or column not in table.schema.names:
+        raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {', '.join(table.schema.names)}")
+    values = {str(found) for found in table.column(column).unique().to_pylist()}
+    if value not in values:
+        some = ", ".join(sorted(values)[:8]) + (", ..." if len(values) > 8 else "")
+        raise UserError(f"no prompt has {column} {value!r}; there is {some}")
+    chosen: Callable[[dict[str, Any]], bool] = lambda row: str(row[column]) == value  # noqa: E731
+    return chosen
+
+
+def _model(results: Results) -> str:
+    return str(results.metadata["settings"].get("model_path", ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fisher_vmap.export",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write directions of a results folder, its npz, or all of it, in the forms that others read.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    parser.add_argument("out", metavar="OUT", help="where to; its ending says what")
+    parser.add_argument("--layer", action="append", help="a layer's name; may be repeated; by default all")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--prompt", type=int, metavar="I", help="the directions of this prompt")
+    which.add_argument("--where", metavar="COLUMN=VALUE", help="of the mean over these prompts; by default over all")
+    parser.add_argument(
+        "--against", metavar="COLUMN=VALUE", help="directions that matter for --where and not for these; or 'rest'"
+    )
+    parser.add_argument(
+        "--ridge", type=float, default=0.01, help="of --against, a fraction of the mean eigenvalue (0.01)"
+    )
+    parser.add_argument("--directions", type=int, default=1, metavar="N", help="how many, in a .safetensors (1)")
+    parser.add_argument("--first", type=int, default=0, metavar="R", help="the first of them, 0 the leading one")
+    parser.add_argument("--scale", type=float, help="length in residual norms, either sign; by default length 1")
+    parser.add_argument(
+        "--model-type", help="kind of model in a .gguf, such as llama; by default as the run recorded it"
+    )
+    parser.add_argument("--public", action="store_true", help="to the hub: visible to everybody; by default private")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", action="store_true", default=None, help="to the hub: share the prompts' text")
+    text.add_argument("--no-text", dest="text", action="store_false", help="to the hub: leave the prompts' text out")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

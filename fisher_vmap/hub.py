@@ -1,0 +1,176 @@
+"""Results folders on the Hugging Face hub, as data set repositories: "hf://datasets/OWNER/NAME@REVISION"."""
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fisher_vmap.data_card import data_card
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.index import INDEX_NAME, SHARD_FOLDER, Index, sum_name
+from fisher_vmap.storage.sharing import copy_without_text
+
+if TYPE_CHECKING:
+    from fisher_vmap.results import Results
+
+log = logging.getLogger(__name__)
+
+HUB = "hf://datasets/"
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
+
+
+class Address(NamedTuple):
+    """A repository on the hub; revision None is its main branch."""
+
+    repo_id: str
+    revision: str | None
+
+
+def address(text: str) -> Address:
+    """Read "hf://datasets/OWNER/NAME", with "@REVISION" if wanted, or "OWNER/NAME".
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = _NAME.fullmatch(text.removeprefix(HUB))
+    if found is None:
+        raise UserError(f"{text!r} is no data set on the hub; expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
+    return Address(found[1], found[2])
+
+
+def download(text: str, *, everything: bool = False, token: str | None = None) -> Path:
+    """Fetch a results folder from the hub into its cache; what is there already is not fetched again.
+
+    Args:
+        text: its address.
+        everything: the npz as well, which says nothing that the shards do not.
+        token: of the hub; None: as `hf auth login` left it.
+
+    Raises:
+        UserError: no such address, no access, or no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    place = address(text)
+    with _readable_errors(place.repo_id):
+        folder = snapshot_download(
+            place.repo_id,
+            repo_type="dataset",
+            revision=place.revision,
+            token=token,
+            ignore_patterns=None if everything else ["*.npz"],
+        )
+    return Path(folder)
+
+
+def push_to_hub(
+    results: "Results", repo: str, *, private: bool = True, share_text: bool | None = None, token: str | None = None
+) -> str:
+    """Upload a finished results folder, with a data card that says what it is.
+
+    Args:
+        results: the folder.
+        repo: "OWNER/NAME" or "hf://datasets/OWNER/NAME"; made if it is not there.
+        private: whether a new repository is private.
+        share_text: whether the prompts' text goes along, with their tokens and the kept columns that hold text. None:
+            yes, unless the data set is gated or cannot be looked up, which is an error that asks.
+        token: of the hub, one that may write; None: as `hf auth login` left it.
+
+    Returns:
+        The repository's address on the web.
+
+    Raises:
+        UserError: an unfinished folder, text of a gated data set that nobody has decided about, no access, no network.
+    """
+    from huggingface_hub import HfApi
+
+    place = address(repo)
+    if not results.index.complete:
+        raise UserError(f"{results.folder} is unfinished; run the same command again to finish it, then push it")
+    api = HfApi(token=token)
+    texts = has_text(results)
+    if texts and share_text is not False:
+        gate = gated(api, results)
+        if gate and share_text is None:
+            raise UserError(
+                f"{gate}, and its text would be shared with the results; pass share_text=True (--text) if its terms "
+                "allow that, or share_text=False (--no-text) to leave the text out"
+            )
+        if gate:
+            log.warning("%s: the text of %d prompts is shared in %s", gate, len(results), place.repo_id)
+    with _readable_errors(place.repo_id), tempfile.TemporaryDirectory(prefix="fisher_vmap-") as temporary:
+        folder, index = results.folder, results.index
+        if texts and share_text is False:
+            folder = Path(temporary, "results")
+            index = copy_without_text(results.folder, results.index, folder)
+        url = api.create_repo(place.repo_id, repo_type="dataset", private=private, exist_ok=True)
+        where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
+        card = data_card(results, place.repo_id, with_text=texts and share_text is not False)
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message="Data card", **where)
+        # Files that the repository has from an earlier run would not fit the index.
+        api.upload_folder(
+            folder_path=folder,
+            allow_patterns=file_names(index),
+            delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
+            commit_message="Fisher matrices",
+            **where,
+        )
+    return str(url)
+
+
+def file_names(index: Index) -> list[str]:
+    """The files of a finished folder, and no others that may lie in it."""
+    names = [INDEX_NAME, *index.files, *([sum_name(index.folded)] if index.sum else [])]
+    for shard in index.shards:
+        names += [f"{SHARD_FOLDER}/{name}" for name in ([] if shard.folded else [shard.file]) + [shard.table]]
+    return names
+
+
+def has_text(results: "Results") -> bool:
+    """Does the folder hold any prompt's text?"""
+    return any(
+        reader.table.column(name).null_count < reader.table.num_rows
+        for reader in results.shards()
+        for name in ("text", "prompt_tokens", *results.index.layout.keep_columns)
+        if name in reader.table.schema.names
+    )
+
+
+def gated(api: Any, results: "Results") -> str | None:
+    """Why a data set's text needs a decision before it is shared; None for a local file, or a data set open to all."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    read_from = re.match(r"hub (\S+) ", str(results.index.fingerprint.get("data")))
+    if read_from is None:
+        return None
+    source = read_from[1]
+    try:
+        gate = api.dataset_info(source).gated
+    except (*HfHubHTTPError.__bases__,) as error:  # type: ignore[misc]  # the HTTP client's, and the system's own
+        return f"whether {source} is gated cannot be looked up ({type(error).__name__})"
+    return f"{source} is a gated data set" if gate else None
+
+
+@contextmanager
+def _readable_errors(repo_id: str) -> Iterator[None]:
+    """What the hub and the network say, as one line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UserError(f"{repo_id} is gated: accept its terms on its page, then `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no data set {repo_id}, or hides it: check the name and `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo_id} has no such revision; check what follows the @") from error
+    except (*errors.HfHubHTTPError.__bases__,) as error:  # type: ignore[misc]  # also the HTTP client's, the system's
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"no access to {repo_id} on the hub ({reason}); see to the network and `hf auth login`"
+        ) from error

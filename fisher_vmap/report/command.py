@@ -1,0 +1,90 @@
+"""`python -m fisher_vmap.report DIR`: one page to look at a results folder, and images of its figures."""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.results import open_results
+
+EXTRA = ("plotly", "matplotlib", "scipy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report; returns the exit code: 0 done, 2 a mistake of the user's."""
+    arguments = _parser().parse_args(argv)
+    try:
+        for line in write_report(arguments):
+            print(line)
+    except UserError as error:
+        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_report(arguments: argparse.Namespace) -> list[str]:
+    """Look through the folder, write the page and the images; returns what to tell.
+
+    Raises:
+        UserError: a package is missing, the folder is none of results or damaged, or the page cannot be written.
+    """
+    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+        raise UserError(f"the report needs {', '.join(missing)}: pip install 'fisher_vmap[report]'")
+    from fisher_vmap.report.images import write_images
+    from fisher_vmap.report.page import write_page
+    from fisher_vmap.report.survey import Sampling, survey
+
+    began = time.perf_counter()
+    results = open_results(arguments.folder, allow_incomplete=True)
+    if not len(results):
+        raise UserError(f"{arguments.folder} holds no prompts yet; there is nothing to report")
+    if outside := [index for index in arguments.prompts if not 0 <= index < results.index.stop]:
+        raise UserError(
+            f"there is no prompt {outside[0]} in {arguments.folder}, which has 0 to {results.index.stop - 1}"
+        )
+    sampling = Sampling(
+        similarity=arguments.similarity, details=arguments.details, always=tuple(arguments.prompts), seed=arguments.seed
+    )
+    found = survey(results, sampling)
+    # What came from the hub lies in its cache, which is no place to write to.
+    page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
+    size = write_page(page, found)
+    lines = [f"{page}: {size / 1e6:.1f} MB, {len(found.rows.index):,} prompts, {len(found.layers)} layers"]
+    if arguments.images:
+        images = write_images(page.with_suffix(""), found)
+        lines.append(f"{images[0].parent}: {', '.join(image.name for image in images)}")
+    return [*lines, f"written in {time.perf_counter() - began:.1f} s"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fisher_vmap.report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write one self-contained page (no network needed) to look at a results folder, and PNGs of its\n"
+        "figures: spectra, traces, similar prompts, layers, outliers, and single prompts in full.",
+        epilog="examples:\n"
+        "  python -m fisher_vmap.report fisher_results\n"
+        "  python -m fisher_vmap.report fisher_results --prompts 12,40 --output look.html --no-images",
+    )
+    parser.add_argument("folder", metavar="DIR", help="the results folder, such as fisher_results or hf://datasets/A/B")
+    parser.add_argument("--output", type=Path, help="the page's file; by default DIR/report.html, images in DIR/report")
+    parser.add_argument("--prompts", type=_indices, default=(), metavar="I,J", help="prompts to show in full, by index")
+    parser.add_argument("--details", type=_count, default=300, help="most prompts shown in full (300)")
+    parser.add_argument("--similarity", type=_count, default=400, help="most prompts in the similarity map (400)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--no-images", dest="images", action="store_false", help="leave the PNGs out")
+    return parser
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 2 <= number <= 2000:
+        raise argparse.ArgumentTypeError(f"{number} is not from 2 to 2000")
+    return number

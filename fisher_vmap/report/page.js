@@ -1,0 +1,320 @@
+"use strict";
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const PAGE = 25;
+const $ = (id) => document.getElementById(id);
+const rowOf = new Map(DATA.rows.index.map((index, i) => [index, i]));
+const state = { layer: 0, chosen: {}, prompt: null, direction: 0, page: 0, sort: "index", down: false, search: "" };
+
+/* ---- small helpers ---- */
+function make(tag, properties = {}, ...children) {
+  const { class: name, on = {}, style = {}, ...rest } = properties;
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  for (const [event, call] of Object.entries(on)) element.addEventListener(event, call);
+  Object.assign(element.style, style);
+  for (const [key, value] of Object.entries(rest)) element.setAttribute(key, value);
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+const visible = (token) => token.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
+const percent = (x) => (x === null ? "–" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + "%");
+function number(x) {
+  if (x === null || x === undefined || Number.isNaN(x)) return "–";
+  const size = Math.abs(x);
+  return size !== 0 && (size < 0.001 || size >= 10000) ? x.toExponential(2) : String(Number(x.toPrecision(3)));
+}
+function percentile(values, x) {
+  const known = values.filter((value) => value !== null);
+  return Math.round((100 * known.filter((value) => value < x).length) / Math.max(1, known.length - 1));
+}
+
+/* ---- colours: "@blue/0.2" becomes the theme's blue with that opacity ---- */
+const SCALES = {
+  light: [[0, "#f7f9fc"], [0.25, "#c9dcee"], [0.5, "#7fb0d8"], [0.75, "#2f78b5"], [1, "#08305e"]],
+  points: [[0, "#a9c9e6"], [0.5, "#2f78b5"], [1, "#06203f"]],
+  points_dark: [[0, "#24618f"], [0.5, "#6db5e8"], [1, "#f4f9fe"]],
+  dark: [[0, "#1a1f26"], [0.25, "#173f66"], [0.5, "#2472ad"], [0.75, "#6db5e8"], [1, "#eef6fd"]],
+};
+const theme = () => document.documentElement.dataset.theme;
+function colour(text) {
+  const [name, opacity] = text.slice(1).split("/");
+  if (name === "scale") return SCALES[theme()];
+  if (name === "points") return SCALES[theme() === "dark" ? "points_dark" : "points"];
+  const hex = getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  if (opacity === undefined) return hex;
+  return `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${opacity})`;
+}
+function coloured(value) {
+  if (typeof value === "string") return value.startsWith("@") ? colour(value) : value;
+  if (Array.isArray(value)) return value.map(coloured);
+  if (value && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, key === "bdata" ? inner : coloured(inner)]));
+  }
+  return value;
+}
+
+/* ---- the tooltip of a prompt ---- */
+const tip = $("tip");
+function promptLines(index) {
+  const row = rowOf.get(index);
+  if (row === undefined) return [make("div", {}, `prompt ${index}`)];
+  const { rows, layers } = DATA, layer = layers[state.layer];
+  const groups = Object.entries(rows.groups).map(([name, values]) => ` · ${name} ${values[row]}`).join("");
+  return [
+    make("div", {}, make("b", {}, `${index}`), ` · ${rows.tokens[row]} tokens${groups}`),
+    make("div", {}, rows.text[row]),
+    make("div", { class: "tokens" }, "next: " + rows.top[row]),
+    make("div", { class: "muted" }, `trace ${number(layer.trace[row])} · effective rank ${number(layer.effective_rank[row])} · covered ${percent(rows.mass[row])}`),
+  ];
+}
+function showTip(event, parts) {
+  tip.replaceChildren(...parts);
+  tip.hidden = false;
+  const { clientX: x, clientY: y } = event, box = tip.getBoundingClientRect();
+  tip.style.left = Math.max(8, Math.min(x + 16, innerWidth - box.width - 12)) + "px";
+  tip.style.top = (y + box.height + 24 > innerHeight ? Math.max(8, y - box.height - 14) : y + 16) + "px";
+}
+const hideTip = () => { tip.hidden = true; };
+
+/* ---- figures ---- */
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+function draw(element, figure) {
+  const spec = coloured(figure);
+  Plotly.react(element, spec.data, spec.layout, CONFIG);
+  if (element.dataset.ready) return;
+  element.dataset.ready = "1";
+  const promptsOf = (point) => {
+    if (point.data.type !== "heatmap") return point.customdata === undefined || point.data.mode === undefined ? [] : [point.customdata];
+    const order = DATA.layers[state.layer].similarity;
+    return [order[Math.round(point.y)], order[Math.round(point.x)]];
+  };
+  element.on("plotly_hover", (hover) => {
+    const point = hover.points[0], prompts = promptsOf(point);
+    if (!prompts.length) return;
+    if (point.data.type !== "heatmap") return showTip(hover.event, promptLines(prompts[0]));
+    const same = prompts[0] === prompts[1];
+    const between = [make("div", {}, make("b", {}, "cosine " + (point.z / 100).toFixed(2))), make("hr")];
+    showTip(hover.event, same ? promptLines(prompts[0]) : [...between, ...promptLines(prompts[0]), make("hr"), ...promptLines(prompts[1])]);
+  });
+  element.on("plotly_unhover", hideTip);
+  element.on("plotly_click", (click) => {
+    const prompts = promptsOf(click.points[0]);
+    if (prompts.length) openPrompt(prompts[0]);
+  });
+}
+function drawAll() {
+  const figures = DATA.layers[state.layer].figures;
+  for (const element of document.querySelectorAll("[data-figure]")) {
+    const kind = element.dataset.figure, by = state.chosen[kind];
+    const name = by === undefined ? kind : by === "" ? kind : `${kind} by ${by}`;
+    if (figures[name]) draw(element, figures[name]);
+  }
+  for (const element of document.querySelectorAll("[data-layers]")) draw(element, DATA.layer_figures[element.dataset.layers]);
+}
+function offerChoices() {
+  const groups = Object.keys(DATA.rows.groups);
+  const choices = { scatter: ["covered mass", ...groups], similarity: groups.length ? ["", ...groups] : [] };
+  for (const place of document.querySelectorAll("[data-choose]")) {
+    const kind = place.dataset.choose;
+    state.chosen[kind] = kind === "scatter" ? "covered mass" : groups[0] ?? "";
+    if (choices[kind].length < 2) continue;
+    place.append("colour by");
+    for (const value of choices[kind]) {
+      place.append(make("button", {
+        type: "button", "aria-pressed": String(value === state.chosen[kind]),
+        on: { click: (event) => {
+          state.chosen[kind] = value;
+          for (const button of place.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button === event.target));
+          drawAll();
+        } },
+      }, value || "nothing"));
+    }
+  }
+}
+
+/* ---- overview and outliers ---- */
+function showGlance() {
+  const layer = DATA.layers[state.layer];
+  $("tiles").replaceChildren(...[...DATA.tiles, ...layer.tiles].map(([value, label]) => make("div", { class: "tile" }, make("b", {}, value), make("span", {}, label))));
+  $("findings").replaceChildren(...layer.findings.map((text) => make("li", {}, text)));
+}
+function promptRow(index, ...cells) {
+  const open = () => openPrompt(index);
+  return make("tr", { tabindex: "0", on: { click: open, keydown: (event) => event.key === "Enter" && open() } }, ...cells);
+}
+const cell = (text, name = "") => make("td", { class: name }, text);
+function showOutliers() {
+  if (!$("unlike")) return;
+  const unlike = DATA.layers[state.layer].outliers;
+  $("nobody").hidden = unlike.length > 0;
+  const head = make("thead", {}, make("tr", {}, ...["score", "prompt", "", "why", "next tokens"].map((title, i) => make("th", { class: i < 2 ? "number" : "" }, title))));
+  const body = make("tbody", {}, ...unlike.map((found) => {
+    const row = rowOf.get(found.index);
+    const why = make("td", { class: "reasons" }, ...found.reasons.map((reason) => make("div", {}, reason)));
+    return promptRow(found.index, cell(found.score.toFixed(1), "number"), cell(String(found.index), "number"), cell(DATA.rows.text[row], "text"), why, cell(DATA.rows.top[row], "tokens"));
+  }));
+  $("unlike").replaceChildren(...(unlike.length ? [head, body] : []));
+  const company = unlike.find((found) => found.company.length)?.company;
+  $("snippet").replaceChildren(...(company ? ["What the first of these groups shares, in Python: ", make("code", {},
+    `results.contrast(lambda row: row["prompt_index"] in {${company.join(", ")}}).directions[0]`)] : []));
+}
+
+/* ---- one prompt ---- */
+function openPrompt(index, scroll = true) {
+  if (!$("prompt") || !rowOf.has(index)) return;
+  state.prompt = index;
+  state.direction = 0;
+  showPrompt();
+  hideTip();
+  if (scroll) { history.replaceState(null, "", "#prompt-" + index); $("prompt").scrollIntoView(); }
+}
+function showPrompt() {
+  if (!$("prompt") || state.prompt === null) return;
+  const index = state.prompt, row = rowOf.get(index), detail = DATA.details[index], { rows } = DATA;
+  const layer = DATA.layers[state.layer];
+  $("which").textContent = `Prompt ${index}`;
+  $("goto").value = index;
+  const fact = (label, value, all) => make("span", {}, make("span", { class: "muted" }, label + " "), make("b", {}, value),
+    make("span", { class: "muted" }, all ? ` (${all}% of prompts have less)` : ""));
+  const groups = Object.entries(rows.groups).map(([name, values]) => fact(name, values[row]));
+  const facts = make("div", { class: "facts" },
+    fact("tokens", String(rows.tokens[row])), fact("covered", percent(rows.mass[row])),
+    fact("trace", number(layer.trace[row]), percentile(layer.trace, layer.trace[row])),
+    fact("trace × norm²", number(layer.trace_norm2[row]), percentile(layer.trace_norm2, layer.trace_norm2[row])),
+    fact("effective rank", number(layer.effective_rank[row]), percentile(layer.effective_rank, layer.effective_rank[row])), ...groups);
+  if (!detail) {
+    const why = rows.status[row] === "ok" ? `Not one of the prompts shown in full; add it with: fisher-vmap report DIR --prompts ${index}` : rows.status[row];
+    return $("one").replaceChildren(facts, make("div", { class: "coloured" }, rows.text[row]), make("p", { class: "note" }, why));
+  }
+  const own = detail.layers[layer.name];
+  $("one").replaceChildren(facts, make("h3", {}, "Which tokens the output hangs on"), ...energyText(detail, own),
+    make("h3", {}, "What each direction trades"), ...directionParts(detail, own), ...neighbours(index));
+}
+function energyText(detail, own) {
+  const total = own.energy.reduce((sum, x) => sum + x, 0), most = Math.max(...own.energy);
+  const opacity = (x) => (x > 0 ? Math.max(0, 0.85 * (1 + Math.log10(x / most) / 3)) : 0);
+  const share = (x) => `${(100 * x / total).toPrecision(2)}% of the energy`;
+  if (!detail.pieces) {
+    const text = make("div", { class: "coloured" }, detail.text ?? "(no text stored)");
+    return [text, make("p", { class: "note" }, "The prompt's tokens are not stored in this run, so its text is not coloured.")];
+  }
+  const spans = detail.pieces.map((piece, i) => make("span", {
+    style: { background: `rgba(var(--heat), ${opacity(own.energy[i]).toFixed(3)})` },
+    on: { mousemove: (event) => showTip(event, [make("div", {}, make("b", {}, visible(piece)), ` · position ${i}`), make("div", {}, share(own.energy[i]))]), mouseleave: hideTip },
+  }, piece.replace(/\n/g, "↵\n")));
+  const order = own.energy.map((x, i) => [x, i]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+  const last = detail.pieces.length - 1;
+  const lead = order.map(([x, i]) => `${visible(detail.pieces[i])}${i === last ? " (the last)" : ""} ${(100 * x / total).toFixed(0)}%`).join(", ");
+  return [make("div", { class: "coloured" }, ...spans), make("div", { class: "key" }, "a thousandth of the strongest", make("i"), "the strongest · position energy Σ pₜ |gₜ|² of each token, on a logarithmic scale"),
+    make("div", { class: "key" }, `most of it: ${lead}`)];
+}
+function directionParts(detail, own) {
+  const r = Math.min(state.direction, own.S.length - 1);
+  if (r < 0) return [make("p", {}, "The matrix is zero.")];
+  const buttons = own.S.map((value, i) => make("button", { type: "button", "aria-pressed": String(i === r), on: { click: () => { state.direction = i; showPrompt(); } } },
+    `${i + 1} · ${percent(value / own.trace)}`));
+  const trades = own.trades[r], order = trades.map((x, t) => [x, t]).sort((a, b) => b[0] - a[0]);
+  const most = Math.max(...trades.map(Math.abs)) || 1;
+  const bars = order.flatMap(([x, t]) => {
+    const width = (50 * Math.abs(x)) / most;
+    const bar = make("i", { style: { background: x > 0 ? "var(--blue)" : "var(--orange)", width: width + "%", left: (x > 0 ? 50 : 50 - width) + "%" } });
+    return [make("span", { class: "token", title: detail.top[t] }, visible(detail.top[t])), make("span", { class: "muted value" }, percent(detail.p[t])),
+      make("span", { class: "track" }, bar), make("span", { class: "value" }, (x > 0 ? "+" : "−") + number(Math.abs(x)))];
+  });
+  const step = Math.sqrt(0.02 / own.S[r]);
+  return [make("div", { class: "directions" }, ...buttons), make("p", { class: "say" },
+    `Direction ${r + 1} holds ${percent(own.S[r] / own.trace)} of the trace. A step of length ${number(step)}, ${number(100 * step / own.norm)}% of the residual stream's mean norm, `
+    + "costs a KL divergence of 0.01 nats by F. Bars: change of log p, in nats, for a step of length 1; the sign of a direction is arbitrary."),
+    make("div", { class: "trade" }, ...bars)];
+}
+function neighbours(index) {
+  const order = DATA.layers[state.layer].similarity, at = order ? order.indexOf(index) : -1;
+  if (at < 0) return [];
+  const size = order.length, bytes = cosinesOf(state.layer);
+  const near = order.map((other, j) => [bytes[at * size + j] / 100, other]).filter(([, other]) => other !== index).sort((a, b) => b[0] - a[0]).slice(0, 5);
+  const body = make("tbody", {}, ...near.map(([cosine, other]) => promptRow(other, cell(cosine.toFixed(2), "number"), cell(String(other), "number"), cell(DATA.rows.text[rowOf.get(other)], "text"), cell(DATA.rows.top[rowOf.get(other)], "tokens"))));
+  return [make("h3", {}, "Most alike, by the cosine of their matrices"), make("div", { class: "scroll" }, make("table", { class: "list" }, body))];
+}
+const decoded = [];
+function cosinesOf(layer) {
+  decoded[layer] ??= Uint8Array.from(atob(DATA.layers[layer].figures.similarity.data[0].z.bdata), (letter) => letter.charCodeAt(0));
+  return decoded[layer];
+}
+
+/* ---- the table ---- */
+const COLUMNS = [
+  ["index", "#", (row) => DATA.rows.index[row]],
+  ["text", "prompt", (row) => DATA.rows.text[row]],
+  ["top", "next tokens", (row) => DATA.rows.top[row]],
+  ...Object.keys(DATA.rows.groups).map((name) => ["group " + name, name, (row) => DATA.rows.groups[name][row]]),
+  ["tokens", "tokens", (row) => DATA.rows.tokens[row]],
+  ["mass", "covered", (row) => DATA.rows.mass[row]],
+  ["trace", "trace", (row) => DATA.layers[state.layer].trace[row]],
+  ["trace_norm2", "trace × norm²", (row) => DATA.layers[state.layer].trace_norm2[row]],
+  ["rank", "eff. rank", (row) => DATA.layers[state.layer].effective_rank[row]],
+  ...(DATA.single ? [["score", "unlike", (row) => DATA.layers[state.layer].score[row]]] : []),
+];
+const words = (key) => key === "text" || key === "top" || key.startsWith("group ");
+const haystack = DATA.rows.index.map((index, i) => [index, DATA.rows.text[i], DATA.rows.top[i], DATA.rows.status[i], ...Object.values(DATA.rows.groups).map((values) => values[i])].join(" ").toLowerCase());
+function showTable() {
+  const asked = state.search.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = haystack.map((_, i) => i).filter((i) => asked.every((word) => haystack[i].includes(word)));
+  const value = COLUMNS.find(([key]) => key === state.sort)[2], way = state.down ? -1 : 1;
+  const missing = (x) => x === null || x === undefined;
+  found.sort((a, b) => {
+    const [x, y] = [value(a), value(b)];
+    if (missing(x) || missing(y)) return missing(x) - missing(y) || a - b;
+    return way * (typeof x === "string" ? x.localeCompare(y) : x - y) || a - b;
+  });
+  const pages = Math.max(1, Math.ceil(found.length / PAGE));
+  state.page = Math.min(state.page, pages - 1);
+  const head = make("thead", {}, make("tr", {}, ...COLUMNS.map(([key, title]) => make("th", {
+    class: words(key) ? "" : "number", "aria-sort": key === state.sort ? (state.down ? "descending" : "ascending") : "none",
+  }, make("button", { type: "button", on: { click: () => { state.down = key === state.sort ? !state.down : !words(key) && key !== "index"; state.sort = key; state.page = 0; showTable(); } } }, title)))));
+  const body = make("tbody", {}, ...found.slice(state.page * PAGE, (state.page + 1) * PAGE).map((row) => promptRow(DATA.rows.index[row], ...COLUMNS.map(([key, , of]) => {
+    const x = of(row);
+    if (words(key)) return cell(x, key === "text" ? "text" : key === "top" ? "tokens" : "");
+    return cell(key === "mass" ? percent(x) : key === "index" ? String(x) : number(x), "number");
+  }))));
+  $("rows").replaceChildren(head, body);
+  $("count").textContent = `${found.length.toLocaleString("en")} of ${DATA.total.toLocaleString("en")} prompts${DATA.rows.index.length < DATA.total ? ` (${DATA.rows.index.length.toLocaleString("en")} are in this table)` : ""}. A click on a heading sorts, on a row opens the prompt.`;
+  $("page").textContent = `${state.page + 1} / ${pages}`;
+  $("back").disabled = state.page === 0;
+  $("next").disabled = state.page >= pages - 1;
+}
+
+/* ---- start ---- */
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+  drawAll();
+}
+function setLayer(number) {
+  state.layer = number;
+  showGlance(); showOutliers(); drawAll(); showPrompt(); showTable();
+}
+const prefers = matchMedia("(prefers-color-scheme: dark)");
+document.documentElement.dataset.theme = prefers.matches ? "dark" : "light";
+offerChoices();
+setLayer(0);
+prefers.addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
+$("theme").addEventListener("click", () => setTheme(theme() === "dark" ? "light" : "dark"));
+$("search").addEventListener("input", (event) => { state.search = event.target.value; state.page = 0; showTable(); });
+$("back").addEventListener("click", () => { state.page -= 1; showTable(); });
+$("next").addEventListener("click", () => { state.page += 1; showTable(); });
+if ($("layer")) {
+  $("layer").append(...DATA.layers.map((layer, i) => make("option", { value: String(i) }, layer.name)));
+  $("layer").addEventListener("change", (event) => setLayer(Number(event.target.value)));
+}
+if ($("prompt")) {
+  const shown = Object.keys(DATA.details).map(Number).sort((a, b) => a - b);
+  const walk = (by) => {
+    const at = shown.findIndex((index) => index >= state.prompt);
+    openPrompt(shown[(Math.max(at, 0) + by + shown.length) % shown.length]);
+  };
+  $("before").addEventListener("click", () => walk(-1));
+  $("after").addEventListener("click", () => walk(1));
+  $("goto").addEventListener("change", (event) => openPrompt(Number(event.target.value)));
+  const wanted = Number(location.hash.replace("#prompt-", ""));
+  if (location.hash.startsWith("#prompt-") && rowOf.has(wanted)) openPrompt(wanted);
+  else openPrompt(DATA.layers[0].outliers[0]?.index ?? shown[0], false);
+}

@@ -1,0 +1,196 @@
+"""The page: figures, tables and single prompts in one HTML file with plotly.js, which asks the network for nothing."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from fisher_vmap._version import __version__
+from fisher_vmap.report.figures import layer_figures, layers_figure
+from fisher_vmap.report.outliers import FEW, WORTH_A_LOOK
+from fisher_vmap.report.rows import describe_prompt, rounded
+from fisher_vmap.report.survey import LayerSurvey, Survey
+from fisher_vmap.storage.atomic import replacing
+
+
+def write_page(path: Path, survey: Survey) -> int:
+    """Write the page; returns its size in bytes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = render_page(survey).encode()
+    with replacing(path) as file:
+        file.write(text)
+    return len(text)
+
+
+def render_page(survey: Survey) -> str:
+    """The page's HTML."""
+    asset = {name: (files("fisher_vmap.report") / name).read_text("utf-8") for name in ("page.css", "page.js")}
+    template = (files("fisher_vmap.report") / "page.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    settings = survey.results.metadata["settings"]
+    model, data = (_last_part(settings.get(name)) for name in ("model_path", "dataset_name"))
+    title = f"{len(survey.rows.index):,} prompts of {data} in {model}" if model else survey.results.folder.name
+    layers = survey.layers[0].name if len(survey.layers) == 1 else f"{len(survey.layers)} layers"
+    versions = survey.results.index.versions
+    made_by = f"fisher_vmap {__version__}; the results by " + ", ".join(
+        f"{name} {versions[name]}" for name in ("fisher_vmap", "torch", "transformers") if name in versions
+    )
+    return environment.from_string(template).render(
+        title=title,
+        subtitle=f"{survey.results.folder.resolve().name} · {layers}",
+        single=not survey.means_only,
+        several=len(survey.layers) > 1,
+        top_k=survey.results.index.layout.top_k,
+        notes=sampling_notes(survey),
+        footer=f"Made by {made_by}. Units: F is in nats² per squared unit of the residual stream.",
+        css=_raw(asset["page.css"]),
+        plotly=_raw(get_plotlyjs()),
+        js=_raw(asset["page.js"]),
+        data=_raw(_json(page_data(survey))),
+    )
+
+
+def page_data(survey: Survey) -> dict[str, Any]:
+    """What the page's script works on."""
+    rows = survey.rows
+    listed = np.flatnonzero(np.isin(rows.index, survey.listed))
+    ok = int(rows.ok.sum())
+    status = {word: rows.status.count(word) for word in ("failed", "skipped")}
+    without = ", ".join(f"{count} {word}" for word, count in status.items() if count) or "all with results"
+    widths = sorted({layer.width for layer in survey.layers})
+    layout = survey.results.index.layout
+    views = {name: survey.results.at(name) for name in survey.results.layers}
+    return {
+        "single": not survey.means_only,
+        "total": len(rows.index),
+        "tiles": [
+            (f"{len(rows.index):,}", f"prompts, {without}"),
+            (f"{len(survey.layers)}", f"layer{'s' * (len(survey.layers) > 1)} of width {', '.join(map(str, widths))}"),
+            (f"{layout.rank} of {layout.top_k}", "singular values kept, of the top tokens'"),
+            (_percent(np.nanmedian(rows.mass)) if ok else "–", "of the probability covered (median)"),
+        ],
+        "rows": {
+            "index": rows.index[listed].tolist(),
+            "status": [rows.status[i] for i in listed],
+            "text": [rows.text[i] for i in listed],
+            "top": [rows.top[i] for i in listed],
+            "tokens": rows.tokens[listed].tolist(),
+            "mass": rounded(rows.mass[listed]),
+            "groups": {name: [values[i] for i in listed] for name, values in rows.groups.items()},
+        },
+        "layers": [_layer_data(survey, number, listed) for number in range(len(survey.layers))],
+        "layer_figures": {name: layers_figure(survey, name) for name in ("trace", "trace_norm2", "effective_rank")}
+        if len(survey.layers) > 1 and ok
+        else {},
+        "details": {
+            int(index): describe_prompt({name: view[int(index)] for name, view in views.items()})
+            for index in survey.shown
+        },
+    }
+
+
+def sampling_notes(survey: Survey) -> list[str]:
+    """What of a large run is not on the page, a sentence each; empty if all of it is."""
+    ok, total = int(survey.rows.ok.sum()), len(survey.rows.index)
+    if survey.means_only:
+        return []
+    notes = []
+    compared = min((len(layer.similarity.prompts) for layer in survey.layers if layer.similarity), default=ok)
+    if compared < ok:
+        notes.append(f"The similarity map compares {compared:,} prompts drawn at random of {ok:,}.")
+    if len(survey.points) < ok:
+        notes.append(f"The scatter plot shows {len(survey.points):,} of {ok:,} prompts, all outliers among them.")
+    if len(survey.shown) < ok:
+        notes.append(f"{len(survey.shown):,} prompts can be opened in full: outliers first, others at random.")
+    if len(survey.listed) < total:
+        notes.append(f"The table has {len(survey.listed):,} of {total:,} prompts.")
+    if notes:
+        notes.append("Spectra, histograms, means and outliers are of all prompts.")
+    return notes
+
+
+def findings(survey: Survey, layer: LayerSurvey) -> list[str]:
+    """The layer in a few sentences."""
+    found = []
+    if layer.S is not None and len(layer.S):
+        S = layer.S.astype(np.float64)
+        share = S[:, 0] / np.maximum(S.sum(1), 1e-300)
+        low, middle, high = np.quantile(share, [0.05, 0.5, 0.95])
+        found.append(
+            f"The leading direction holds {_percent(middle)} of the kept trace in the median prompt, and "
+            f"{_percent(low)} to {_percent(high)} in nine of ten."
+        )
+    if len(layer.mean_values):
+        shares = np.cumsum(layer.mean_values) / layer.mean_trace
+        found.append(
+            f"Of the mean over prompts, the leading direction holds {_percent(shares[0])} of the trace and the leading "
+            f"{len(shares)} hold {_percent(shares[-1])}, of {layer.width} directions."
+        )
+    trace = survey.rows.trace[layer.name]
+    trace = trace[np.isfinite(trace) & (trace > 0)]
+    if len(trace):
+        ratio = np.quantile(trace, 0.95) / np.quantile(trace, 0.05)
+        found.append(f"Between the 5% and the 95% quantile of the prompts the trace grows {ratio:.2g}-fold.")
+    if layer.scores is not None:
+        count = int((layer.scores.total >= WORTH_A_LOOK).sum())
+        some = f"{count:,} prompts stand" if count != 1 else "1 prompt stands"
+        few = int((layer.scores.z["shared with few"] >= WORTH_A_LOOK).sum())
+        found.append(
+            f"{some} out from the rest (robust z of {WORTH_A_LOOK} or more)"
+            + (f"; {few} along a direction shared with at most {FEW:.0%} of the prompts." if few else ".")
+        )
+    return found
+
+
+def _layer_data(survey: Survey, number: int, listed: Any) -> dict[str, Any]:
+    layer, rows = survey.layers[number], survey.rows
+    score: list[float | None] = [None] * len(rows.index)
+    if layer.scores is not None:
+        place = {int(index): i for i, index in enumerate(rows.index)}
+        for index, value in zip(layer.scores.prompts, layer.scores.total, strict=True):
+            score[place[int(index)]] = rounded(value, 3)
+    rank = rows.effective_rank[layer.name]
+    return {
+        "name": layer.name,
+        "figures": layer_figures(survey, number),
+        "similarity": None if layer.similarity is None else layer.similarity.prompts.tolist(),
+        "trace": rounded(rows.trace[layer.name][listed]),
+        "trace_norm2": rounded(rows.trace_norm2[layer.name][listed]),
+        "effective_rank": rounded(rank[listed]),
+        "score": [score[i] for i in listed],
+        "outliers": [
+            {"index": o.index, "score": rounded(o.score, 3), "reasons": list(o.reasons), "company": list(o.company)}
+            for o in layer.outliers
+        ],
+        "tiles": [
+            (f"{np.nanmedian(rank):.2g}" if np.isfinite(rank).any() else "–", f"effective rank (median), {layer.name}"),
+            *([(f"{len(layer.outliers)}", "prompts unlike the rest")] if layer.scores is not None else []),
+        ],
+        "findings": findings(survey, layer),
+    }
+
+
+def _percent(x: float) -> str:
+    return f"{x:.0%}" if x >= 0.0995 else f"{x:.1%}"
+
+
+def _last_part(path: Any) -> str:
+    text = str(path or "")
+    return text if text.count("/") == 1 and not text.startswith(("/", ".")) else text.rstrip("/").rpartition("/")[2]
+
+
+def _json(data: dict[str, Any]) -> str:
+    # Inside a script element nothing is escaped, so no text of a prompt may look like the element's end.
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _raw(text: str) -> Markup:
+    return Markup(text)

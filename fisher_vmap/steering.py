@@ -1,0 +1,64 @@
+"""Steering: a vector added to the residual stream at a layer, while a context lasts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.blocks import output_of, resolve_layers, with_output
+
+
+@contextmanager
+def steer(
+    model: nn.Module, layer: str | int, direction: Any, scale: float, *, residual_norm: float | None = None
+) -> Iterator[None]:
+    """Add a step along a direction to the output of a layer, at every position of every forward pass inside the block.
+
+    step = scale * residual_norm * v, with v = direction / |direction|. It is the bias theta of the Fisher matrix F, so
+    a small step moves the next-token distribution by a KL divergence of 1/2 step^T F step, in nats. `model.generate`
+    works inside, with its cache: later tokens are steered too.
+
+    Args:
+        model: a causal LM; it is as it was when the block ends, whatever happened.
+        layer: a module's name, or a block's number (negative from the top).
+        direction: [D], a numpy array, tensor or list; only its direction counts. Its sign is arbitrary in a Fisher
+            matrix: try both.
+        scale: the step's length in units of `residual_norm`; a negative one steers the other way.
+        residual_norm: the length that counts as 1, such as `record.residual_norm`; 1.0 for a step of length `scale`.
+            None: each position's own norm, so that all are turned by the same angle.
+
+    Raises:
+        ValueError: no such layer, a direction that is zero or not finite, or a scale that is not finite; in the first
+            forward pass, a direction of another width than the layer's.
+    """
+    (name,) = resolve_layers(model, layer)
+    unit_D = torch.tensor(np.asarray(direction.cpu() if isinstance(direction, Tensor) else direction, np.float64))
+    length = float(unit_D.norm()) if unit_D.numel() else 0.0
+    if unit_D.dim() != 1 or not 0 < length < float("inf"):
+        raise ValueError(
+            f"the direction has shape {tuple(unit_D.shape)} and length {length:.3g}; expected [D] and a length above 0"
+        )
+    factor = scale * (1.0 if residual_norm is None else residual_norm)
+    if not np.isfinite(factor):
+        raise ValueError(f"scale is {scale} and residual_norm {residual_norm}; expected finite numbers")
+    step_D = factor * unit_D / length
+
+    def add_step(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        # Checked here, since running the model beforehand would set off the user's own hooks.
+        stream = output_of(output)
+        if stream is None or stream.shape[-1] != len(unit_D):
+            shape = None if stream is None else tuple(stream.shape)
+            raise ValueError(f"the direction has {len(unit_D)} entries, but {name} gives {shape}; expected as many")
+        step = step_D.to(stream.device, stream.dtype)
+        if residual_norm is None:
+            step = step * stream.norm(dim=-1, keepdim=True)
+        return with_output(output, stream + step)
+
+    handle = model.get_submodule(name).register_forward_hook(add_step)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,152 @@
+"""Exports, read back with the libraries that they are for."""
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from report_cases import planted, write_factors
+from results_cases import (
+    make_layout,
+    no_power_cuts,  # noqa: F401 (a fixture)
+    write_folder,
+)
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from fisher_vmap.control_vectors import save_control_vector, save_directions
+from fisher_vmap.errors import UserError
+from fisher_vmap.export import main
+from fisher_vmap.results import open_results
+
+LAYERS = ("model.layers.2", "model.layers.5")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    factors = {layer: planted("common", i, count=40, width=20 + i)[0] for i, layer in enumerate(LAYERS)}
+    return write_factors(tmp_path_factory.mktemp("results") / "out", factors, keep_columns=("kind",))
+
+
+def control_vector(path):
+    reader = GGUFReader(path)
+    fields = {name: reader.get_field(name).contents() for name in
+              ("general.architecture", "controlvector.model_hint", "controlvector.layer_count")}  # fmt: skip
+    return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+
+
+def run(results, out, *arguments):
+    assert main([str(results.folder), str(out), *map(str, arguments)]) == 0
+
+
+def test_a_control_vector_is_what_llama_cpp_and_repeng_read(tmp_path):
+    vectors = {"model.layers.3": np.arange(8.0), "model.layers.12": np.ones(8, np.float64)}
+    save_control_vector(tmp_path / "v.gguf", vectors, "llama")
+    fields, tensors = control_vector(tmp_path / "v.gguf")
+    assert fields == {
+        "general.architecture": "controlvector", "controlvector.model_hint": "llama", "controlvector.layer_count": 2,
+    }  # fmt: skip
+    assert set(tensors) == {"direction.3", "direction.12"}
+    assert tensors["direction.3"].dtype == np.float32 and tensors["direction.3"].shape == (8,)
+    np.testing.assert_array_equal(tensors["direction.3"], np.arange(8.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({"model.layers.0": np.ones(4)}, "block 0, which llama.cpp cannot steer"),
+        ({"model.layers.3.mlp": np.ones(4)}, "is no block of the model"),
+        ({"model.layers.3": np.ones((2, 4))}, "one direction a layer"),
+        ({"model.layers.3": np.full(4, np.nan)}, "not finite"),
+    ],
+)
+def test_what_is_no_control_vector(tmp_path, vectors, message):
+    with pytest.raises(UserError, match=message):
+        save_control_vector(tmp_path / "v.gguf", vectors, "llama")
+    with pytest.raises(UserError, match="cannot write"):
+        save_directions(tmp_path / "none" / "v.safetensors", {"a": np.ones(3)})
+
+
+def test_directions_of_the_mean(results, tmp_path):
+    run(results, tmp_path / "m.safetensors", "--directions", 3)
+    found = load_file(tmp_path / "m.safetensors")
+    for layer in LAYERS:
+        np.testing.assert_allclose(found[layer], results.directions(3, layer=layer).V, atol=1e-6)
+    with safe_open(tmp_path / "m.safetensors", "np") as file:
+        assert file.metadata()["source"] == "all prompts" and file.metadata()["model"] == "/models/tiny"
+
+
+def test_directions_of_a_prompt_at_one_layer_in_residual_norms(results, tmp_path):
+    run(results, tmp_path / "p.safetensors", "--prompt", 4, "--layer", LAYERS[1], "--first", 1, "--directions", 2,
+        "--scale", -0.5)  # fmt: skip
+    found = load_file(tmp_path / "p.safetensors")
+    assert list(found) == [LAYERS[1]]
+    np.testing.assert_allclose(found[LAYERS[1]], -0.5 * 5.0 * results.at(LAYERS[1])[4].V[1:3], rtol=1e-5)
+
+
+def test_a_group_against_the_rest_as_a_control_vector(results, tmp_path):
+    run(
+        results,
+        tmp_path / "c.gguf",
+        "--where",
+        "kind=kind 1",
+        "--against",
+        "rest",
+        "--scale",
+        0.1,
+        "--model-type",
+        "llama",
+    )
+    _, tensors = control_vector(tmp_path / "c.gguf")
+    assert set(tensors) == {"direction.2", "direction.5"}
+    expected = results.contrast({"kind": "kind 1"}, layer=LAYERS[0]).directions[0]
+    np.testing.assert_allclose(tensors["direction.2"], 0.1 * 5.0 * expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_group_against_another(results, tmp_path):
+    run(results, tmp_path / "c.safetensors", "--where", "kind=kind 1", "--against", "kind=kind 0", "--ridge", 0.1)
+    expected = results.contrast({"kind": "kind 1"}, {"kind": "kind 0"}, ridge=0.1).directions[:1]
+    np.testing.assert_allclose(load_file(tmp_path / "c.safetensors")[LAYERS[0]], expected, atol=1e-6)
+
+
+def test_the_npz_of_a_folder_that_has_none(results, tmp_path):
+    run(results, tmp_path / "all.npz", "--layer", LAYERS[0])
+    with np.load(tmp_path / "all.npz") as archive:
+        assert len(archive.files) == 3 * 40
+        np.testing.assert_array_equal(archive["V_7"], results[7].V)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.gguf"], "does not say what kind of model"),
+        (["x.npz"], "an npz is of one layer; name it with --layer"),
+        (["x.txt"], "ends in .txt; expected .safetensors"),
+        (["x.safetensors", "--layer", "model.layers.9"], "'model.layers.9' was not hooked"),
+        (["x.safetensors", "--prompt", "40"], "there is no prompt 40; there are 0 to 39"),
+        (["x.safetensors", "--prompt", "4", "--first", "7", "--directions", "2"], "directions 7 to 8 were asked for"),
+        (["x.safetensors", "--where", "kind"], "expected COLUMN=VALUE"),
+        (["x.safetensors", "--where", "kind=9"], "no prompt has kind '9'; there is kind 0, kind 1, kind 2"),
+    ],
+)
+def test_mistakes_are_one_line(results, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(results.folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_failed(tmp_path, capsys):
+    write_folder(tmp_path / "out", 10, make_layout())
+    assert main([str(tmp_path / "out"), str(tmp_path / "x.safetensors"), "--prompt", "2"]) == 2
+    assert "prompt 2 has no directions: it failed (not finite)" in capsys.readouterr().err
+
+
+def test_a_folder_that_kept_the_mean_alone(tmp_path):
+    factors = planted("common", 0, count=40, width=20)[0]
+    keeping = write_factors(tmp_path / "all", {"model.layers.2": factors})
+    alone = write_factors(tmp_path / "mean", {"model.layers.2": factors}, means_only=True)
+    for folder in (keeping, alone):
+        run(folder, folder.folder.with_suffix(".safetensors"), "--scale", 1)
+    found = [load_file(tmp_path / f"{name}.safetensors")["model.layers.2"] for name in ("all", "mean")]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found[0]), open_results(tmp_path / "mean").residual_norm(), rtol=1e-6)
