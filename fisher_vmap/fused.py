@@ -100,12 +100,14 @@ class _Norm(Derived):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows = norm_rows(*ctx.saved_tensors, _kind(ctx), g.dtype)
+        x, weight = ctx.saved_tensors
+        rows = norm_rows(x, weight, _kind(ctx), g.dtype)
         return _NormPullback.apply(g, *rows), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
-        weight, n, r = _normalised(*ctx.saved_tensors, _kind(ctx))
+        x, weight = ctx.saved_tensors
+        weight, n, r = _normalised(x, weight, _kind(ctx))
         scale, along, back = weight * r, n / n.shape[-1], weight * n * r
         mean = torch.full_like(r, 1 / n.shape[-1]).expand_as(n) if ctx.centred else None
         rows = (x.to(t.dtype) if x is not None else None for x in (scale, along, back, mean, scale))
@@ -170,8 +172,8 @@ class _GatedMlp(Derived):
 
 def _mlp_parts(ctx: Any) -> tuple[Tensor, ...]:
     """What a gated MLP's derivatives share: act'(a) b, act(a), and the weights."""
-    factors = mlp_factors(*ctx.saved_tensors, ctx.act)
-    return *factors, *(part.weight.detach() for part in (ctx.gate, ctx.up, ctx.down))
+    a, b = ctx.saved_tensors
+    return *mlp_factors(a, b, ctx.act), *(part.weight.detach() for part in (ctx.gate, ctx.up, ctx.down))
 
 
 def mlp_factors(a: Tensor, b: Tensor, act: Forward) -> tuple[Tensor, Tensor]:

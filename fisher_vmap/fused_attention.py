@@ -79,7 +79,7 @@ def attend(
 
 
 def _rotate(x: Tensor, cos: Tensor, other_sin: Tensor, half: int) -> Tensor:
-    """x * cos + rotate_half(x) * sin, to the bit; each half of `other_sin` is the other half of sin."""
+    """X * cos + rotate_half(x) * sin, to the bit; each half of `other_sin` is the other half of sin."""
     out, crossed = x * cos, x * other_sin
     out[..., :half] -= crossed[..., half:]
     out[..., half:] += crossed[..., :half]

@@ -6,8 +6,8 @@ A block is taken for one of these only if it is a chain of two residual steps,
 
 whose norms, rotary attention and gated MLP are of the kinds that have a pullback of their own, and only if, on the
 run's own tokens, it returns what this formula does. Then nothing needs autograd: the cotangents stand in one piece of
-memory, [N, K, D], and each step adds its share to them in place; what the forward of the block had computed serves as it
-is, so that no block runs twice; and everything in between passes through memory that stays in cache.
+memory, [N, K, D], and each step adds its share to them in place; what the forward of the block had computed serves as
+it is, so that no block runs twice; and everything in between passes through memory that stays in cache.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -93,8 +93,8 @@ class BlockRule:
         step, a, b = mlp_forward(self._norm("pre_mlp", y), *self._mlp_parts())
         moved = step if "post_mlp" in self.norms else None
         z = y + self._norm("post_mlp", step)
-        flat = (t if t is None else t[0] for t in (x, attended, y, moved))
-        return z, Kept(*flat, q, k, v, a[0], b[0], cos, sin)  # type: ignore[arg-type]
+        before = None if attended is None else attended[0], None if moved is None else moved[0]
+        return z, Kept(x[0], before[0], y[0], before[1], q, k, v, a[0], b[0], cos, sin)
 
     def pullback(self, kept: Kept, cotangents_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         """Turn K cotangents of the block's output into those of its input, in place, [N, K, D]."""
@@ -151,7 +151,8 @@ def block_rule(block: nn.Module) -> Iterator[BlockRule]:
     norms = [NormRule(module, kind) for module in children if (kind := norm_kind(module)) is not None]
     if len(attentions) != 1 or len(mlps) != 1 or len(children) != 2 + len(norms) or "forward" in vars(block):
         return
-    (attention, parts), scale = attentions[0], attention_scale(attentions[0][0])
+    (attention, parts) = attentions[0]
+    scale = attention_scale(attention)
     inside = [module for module in block.modules() if module is not block]
     if scale is None or any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inside):
         return
@@ -183,7 +184,9 @@ def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable
     return right
 
 
-def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], head: int) -> tuple[Tensor, Tensor, Tensor, Packed] | None:
+def _inputs(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], head: int
+) -> tuple[Tensor, Tensor, Tensor, Packed] | None:
     """x, cos, sin and the prompts of a call of a block; None where it is given anything else that could matter."""
     packed, rotary = packed_now(), kwargs.get("position_embeddings")
     x = args[0] if args else kwargs.get("hidden_states")

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.blocks import output_of, resolve_layers, with_output
+from fisher_vmap.blocks import output_of, with_output
+from fisher_vmap.layers import resolve_layers
 
 
 @contextmanager
