@@ -73,11 +73,14 @@ def check(family, places, kernel):
         numbers = opened.numbers([row.tolist() for row in rows], rank=2)
         assert all(n.reason is None for n in numbers)
         # Forward derivatives do not work on a device that is made up: torch decomposes them on one of its own.
-        probe.adjoint |= {(layer, form) for layer in layers for form in ("packed", "layerwise")}
+        reference = FisherModel(plain, layers=layers)
+        reference.scores(ids.cpu(), mask.cpu())
+        for known in (probe, _PROBES[plain]):
+            known.adjoint |= {(layer, form) for layer in layers for form in ("packed", "layerwise")}
         few = torch.eye(tiny(family, torch.float32).config.hidden_size)[:2].expand(len(rows), -1, -1)
         with (
             opened.linearize(ids, mask) as net,
-            FisherModel(plain, layers=layers).linearize(ids.cpu(), mask.cpu()) as one,
+            reference.linearize(ids.cpu(), mask.cpu()) as one,
         ):
             pulled, expected = net.pullback(few.to(net.output.device), layers[0]), one.pullback(few, layers[0])
         worst = max(worst, relative(pulled.cpu(), expected))
