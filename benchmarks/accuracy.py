@@ -194,7 +194,7 @@ def page(kept: dict[str, Any]) -> str:
         f"tokens), every matrix cut to rank {RANK}. The error is |F - F_stored| / |F| in the Frobenius norm, F the "
         "Fisher matrix of the whole vocabulary in float32; the mean over the prompts, and the worst in brackets. No "
         f'matrix of rank {RANK} is nearer than "best possible". "Estimated" is the mean of the `relative_error` that '
-        "a record carries of itself.",
+        "a record carries of itself; it compares with F in the run's own precision, so that rounding is not in it.",
         "",
     ]
     for where, number in LAYERS.items():

@@ -103,7 +103,10 @@ class PromptRecord:
 
     @property
     def relative_error(self) -> float:
-        """Estimate of |F - matrix()| / |F|, F of the whole vocabulary, in the Frobenius norm; NaN where none was."""
+        """Estimate of |F - matrix()| / |F| in the Frobenius norm, F of the whole vocabulary in the run's own precision.
+
+        What rounding to that precision adds it does not see. NaN where none was asked for.
+        """
         return self._estimate("relative_error")
 
     def _estimate(self, name: str) -> float:
