@@ -3,9 +3,9 @@
 Columns: prompt_index, source_row, text, the kept columns, status, reason, tokens, truncated, mass (the probability that
 the K tokens cover), top_tokens and prompt_tokens (the K tokens and the prompt's own, as text), and for each layer
 "<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable between layers), "<layer>/effective_rank",
-"<layer>/share_kept" (sum of S / trace); and, where random vectors were drawn for it, estimates: "<layer>/trace_full" of the whole vocabulary's matrix with its standard error,
-"<layer>/trace_full_error", "<layer>/share_full" (sum of S / trace_full) and "<layer>/relative_error" (of the stored
-matrix against the whole vocabulary's, in the Frobenius norm).
+"<layer>/share_kept" (sum of S / trace); and, where random vectors were drawn for it, estimates: "<layer>/trace_full" of
+the whole vocabulary's matrix with its standard error, "<layer>/trace_full_error", "<layer>/share_full" (sum of S /
+trace_full) and "<layer>/relative_error" (of the stored matrix against the whole vocabulary's, in the Frobenius norm).
 
 A shard's own table has a CRC-32 of each row's arrays besides ("crc32" for the tokens, "<layer>/crc32"), so that a
 single row can be read and checked without the rest of its shard.
