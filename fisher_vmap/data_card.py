@@ -43,6 +43,8 @@ def data_card(results: "Results", repo_id: str, *, with_text: bool) -> str:
         if with_text
         else "The prompts' text is left out; `source_row` is their row in the data set."
     )
+    whole = index.fingerprint.get("estimator") == "full"
+    of_what = "of the whole vocabulary" if whole else f"summed over the {layout.top_k} likeliest tokens"
     kept = "" if layout.means_only else "results[0].S, results[0].V      # singular values [R], directions [R, D]\n"
     versions = ", ".join(f"{name} {number}" for name, number in index.versions.items())
     asked = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if _shown(value))
@@ -54,8 +56,8 @@ def data_card(results: "Results", repo_id: str, *, with_text: bool) -> str:
 
 For each of {len(results):,} prompts ({len(ok):,} with results, {len(metadata["failed_prompts"]):,} failed,
 {len(metadata["skipped_prompts"]):,} skipped), the Fisher information matrix of the next-token distribution with respect
-to a bias on the residual stream, summed over the {layout.top_k} likeliest tokens, as its {layout.rank} leading singular
-values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the residual stream. The tokens cover
+to a bias on the residual stream, {of_what}, as its {layout.rank} leading singular
+values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the residual stream. The likeliest tokens cover
 {_median(ok, "mass"):.0%} of the probability in the median prompt.
 
 | layer | width | median trace | median effective rank |

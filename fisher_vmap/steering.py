@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.blocks import output_of, with_output
 from fisher_vmap.layers import resolve_layers
+from fisher_vmap.wrappers import names_inside, unwrapped
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def steer(
     works inside, with its cache: later tokens are steered too.
 
     Args:
-        model: a causal LM; it is as it was when the block ends, whatever happened.
+        model: a causal LM, in a wrapper or not; it is as it was when the block ends, whatever happened.
         layer: a module's name, or a block's number (negative from the top).
         direction: [D], a numpy array, tensor or list; only its direction counts. Its sign is arbitrary in a Fisher
             matrix: try both.
@@ -35,7 +36,12 @@ def steer(
         ValueError: no such layer, a direction that is zero or not finite, or a scale that is not finite; in the first
             forward pass, a direction of another width than the layer's.
     """
-    (name,) = resolve_layers(model, layer)
+    inner = unwrapped(model)
+    given = names_inside(model, inner, layer)
+    if isinstance(given, str) and given in dict(inner.named_modules()):
+        name = given
+    else:  # a number, or a name that is wrong: the model is looked at
+        (name,) = resolve_layers(inner, given)
     unit_D = torch.tensor(np.asarray(direction.cpu() if isinstance(direction, Tensor) else direction, np.float64))
     length = float(unit_D.norm()) if unit_D.numel() else 0.0
     if unit_D.dim() != 1 or not 0 < length < float("inf"):
@@ -58,7 +64,7 @@ def steer(
             step = step * stream.norm(dim=-1, keepdim=True)
         return with_output(output, stream + step)
 
-    handle = model.get_submodule(name).register_forward_hook(add_step)
+    handle = inner.get_submodule(name).register_forward_hook(add_step)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The pages in docs/ are what their scripts write from the numbers that were measured, and their links lead somewhere."""
+"""The pages in docs/ are what their scripts write from the measured numbers, and their links lead somewhere."""
 
 import importlib.util
 import json

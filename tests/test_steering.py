@@ -108,12 +108,23 @@ def test_a_direction_of_another_width_is_told_when_the_model_runs():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_entering_the_context_runs_nothing():
+def test_entering_the_context_runs_nothing_where_the_layer_is_named():
     model = fresh("llama")
     called = []
     model.get_submodule("model.layers.1").register_forward_hook(lambda *_: called.append(1))
-    with steer(model, 1, V, 1.0):
+    with steer(model, "model.layers.1", V, 1.0):
         assert not called
+
+
+def test_a_wrapper_is_steered_by_either_name():
+    peft = pytest.importorskip("peft")
+    model, ids = fresh("llama", torch.float32), prompts([5])[0][None]
+    with steer(model, "model.layers.1", V, 1.0), torch.no_grad():
+        expected = model(input_ids=ids).logits
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))  # B is zero
+    for name in ("model.layers.1", "base_model.model.model.layers.1", 1):
+        with steer(wrapped, name, V, 1.0), torch.no_grad():
+            torch.testing.assert_close(wrapped(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize(

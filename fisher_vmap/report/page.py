@@ -48,7 +48,7 @@ def render_page(survey: Survey) -> str:
         subtitle=f"{survey.results.folder.resolve().name} · {layers}",
         single=not survey.means_only,
         several=len(survey.layers) > 1,
-        top_k=survey.results.index.layout.top_k,
+        covers=_covers(survey),
         notes=sampling_notes(survey),
         footer=f"Made by {made_by}. Units: F is in nats² per squared unit of the residual stream.",
         css=_raw(asset["page.css"]),
@@ -74,7 +74,7 @@ def page_data(survey: Survey) -> dict[str, Any]:
         "tiles": [
             (f"{len(rows.index):,}", f"prompts, {without}"),
             (f"{len(survey.layers)}", f"layer{'s' * (len(survey.layers) > 1)} of width {', '.join(map(str, widths))}"),
-            (f"{layout.rank} of {layout.top_k}", "singular values kept, of the top tokens'"),
+            (f"{layout.rank}", "singular values kept, " + ("of the whole vocabulary's" if _whole(survey) else "of F")),
             (_percent(np.nanmedian(rows.mass)) if ok else "–", "of the probability covered (median)"),
         ],
         "rows": {
@@ -176,6 +176,18 @@ def _layer_data(survey: Survey, number: int, listed: Any) -> dict[str, Any]:
         ],
         "findings": findings(survey, layer),
     }
+
+
+def _whole(survey: Survey) -> bool:
+    return survey.results.index.fingerprint.get("estimator") == "full"
+
+
+def _covers(survey: Survey) -> str:
+    """Of what the matrix tells."""
+    layout = survey.results.index.layout
+    if _whole(survey):
+        return f"as far as the {layout.rank} leading directions of the whole vocabulary's matrix show it"
+    return f"as far as the top {layout.top_k} tokens show it"
 
 
 def _percent(x: float) -> str:
