@@ -140,7 +140,9 @@ class Settings(BaseSettings):
     bias_positions: Literal["all", "last"] = _setting("all", "Add the bias at all positions, or at the last one only.")
 
     # The computation
-    batch_size: PositiveCount = _setting(8, "Most prompts computed at once.")
+    batch_size: AutoOrCount = _setting(
+        8, "Most prompts computed at once; auto: as many as max_batch_tokens has room for."
+    )
     max_batch_tokens: AutoOrCount = _setting("auto", "Most tokens computed at once, padding included; auto: by memory.")
     kernel: Literal["auto", "layerwise", "whole", "loop"] = _setting(
         "auto", "Form of the gradient computation; auto: the fastest that proves exact on this model."

@@ -4,6 +4,7 @@ F is D x D but has rank at most K, and K is small. Its nonzero singular values a
 A A^T, so the whole batch is decomposed by one small batched SVD on the device.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,27 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
         rank=torch.where(finite_on_B, rank_B, 0).to(device),
         trace=trace_B.to(device, out_dtype),
     )
+
+
+def compress_layers(factors: Mapping[str, Tensor], rank: int) -> dict[str, LowRank]:
+    """`compress` of several layers' factors, [B, K, D] each: those of one shape are decomposed in one batch.
+
+    Args:
+        factors: by layer.
+        rank: R.
+
+    Raises:
+        ValueError: as `compress`.
+    """
+    together: dict[tuple[object, ...], list[str]] = {}
+    for layer, factor in factors.items():
+        together.setdefault((factor.shape, factor.dtype, factor.device), []).append(layer)
+    found: dict[str, LowRank] = {}
+    for layers in together.values():
+        low_rank = compress(torch.cat([factors[layer] for layer in layers]), rank)
+        pieces = (field.chunk(len(layers)) for field in low_rank)
+        found |= {layer: LowRank(*piece) for layer, piece in zip(layers, zip(*pieces, strict=True), strict=True)}
+    return {layer: found[layer] for layer in factors}
 
 
 def _gram_svd(A_BKD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.batches import batch_tokens_for, pack
 from fisher_vmap.conversations import SkippedPrompt
-from fisher_vmap.decomposition import compress
+from fisher_vmap.decomposition import LowRank, compress_layers
 from fisher_vmap.estimators import Estimate, fisher_full, topk
 from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
 from fisher_vmap.layers import resolve_layers
@@ -79,7 +80,7 @@ class FisherModel:
         positions: str = "all",
         kernel: str = "auto",
         chunk_size: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = 8,
         max_batch_tokens: int | None = None,
         renderer: Renderer | None = None,
         estimator: str = "topk",
@@ -99,7 +100,7 @@ class FisherModel:
             positions: "all" or "last".
             kernel: the form.
             chunk_size: cotangents at a time.
-            batch_size: most prompts computed at once by `fisher`.
+            batch_size: most prompts computed at once by `fisher`; None: as many as max_batch_tokens has room for.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
             estimator: "topk", the matrix of the K likeliest tokens, or "full", near the best one of the rank asked for
@@ -132,7 +133,7 @@ class FisherModel:
         if trace_samples is None:
             trace_samples = TRACE_SAMPLES if estimator == "full" else 0
         self.trace_samples = trace_samples
-        self.batch_size = batch_size
+        self.batch_size = batch_size or sys.maxsize
         vectors = top_k + trace_samples + (oversampling if estimator == "full" else 0)
         self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
         self._renderer = renderer
@@ -209,7 +210,8 @@ class FisherModel:
             input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids), 1
         found_ = self.estimate(input_ids.to(self.device), mask.to(self.device), rank)
         token_ids, log_probs = found_.token_ids.cpu().numpy(), _numpy(found_.log_probs)
-        arrays = {layer: _layer_arrays(found_, layer, rank) for layer in self.layers}
+        low_ranks = compress_layers(found_.factors, rank)
+        arrays = {layer: _layer_arrays(found_, layer, low_ranks[layer]) for layer in self.layers}
         found = []
         for b, length in enumerate(lengths):
             layers = {
@@ -306,9 +308,8 @@ def check_estimator(estimator: str, kernel: str, include_rest: bool) -> None:
         raise ValueError("estimator full has every token in it: include_rest is for estimator topk; leave it false")
 
 
-def _layer_arrays(found: Estimate, layer: str, rank: int) -> tuple[np.ndarray, ...]:
+def _layer_arrays(found: Estimate, layer: str, low: LowRank) -> tuple[np.ndarray, ...]:
     """S, V, Q, residual norm, position energy, and then the numbers of a `LayerResult` in their order."""
-    low = compress(found.factors[layer], rank)
     how_good = quality(found.factors[layer], low, found.remainder[layer])
     Q_BKR = low.left_vectors
     if layer in found.loadings:

@@ -131,7 +131,7 @@ def _open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             positions=settings.bias_positions,
             kernel=settings.kernel,
             chunk_size=None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk,
-            batch_size=settings.batch_size,
+            batch_size=None if settings.batch_size == "auto" else settings.batch_size,
             max_batch_tokens=_batch_tokens(settings, loaded),
             estimator=settings.estimator,
             include_rest=settings.include_rest,

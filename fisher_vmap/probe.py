@@ -17,6 +17,7 @@ from fisher_vmap.attention_interface import (
     prompts_packed,
     supports_ours,
 )
+from fisher_vmap.experts import experts_apart
 from fisher_vmap.forms import Parts
 from fisher_vmap.fused import Forward, fused_forward
 from fisher_vmap.fused_attention import fused_attention_forward, proven
@@ -67,7 +68,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with placed(model), quantized_pullbacks(model):
+        with placed(model), quantized_pullbacks(model), experts_apart(model):
             yield
     finally:
         for module in training:

@@ -6,6 +6,7 @@ from oracles import dense_svd, relative
 from torch import Tensor
 
 from fisher_vmap import compress
+from fisher_vmap.decomposition import compress_layers
 
 
 def random_factor(B: int, K: int, D: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -199,3 +200,15 @@ def test_what_is_wrong_with_an_argument_is_said(factor, rank, message):
 
 def test_an_empty_batch_gives_an_empty_result():
     assert compress(torch.zeros(0, 4, 9), 3).vectors.shape == (0, 3, 9)
+
+
+def test_layers_of_one_shape_together_are_the_layers_alone():
+    generator = torch.Generator().manual_seed(3)
+    factors = {
+        name: torch.randn(3, 4, width, generator=generator) for name, width in (("a", 9), ("b", 7), ("c", 9), ("d", 9))
+    }
+    found = compress_layers(factors, 3)
+    assert list(found) == list(factors)
+    for name, factor in factors.items():
+        for together, alone in zip(found[name], compress(factor, 3), strict=True):
+            torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
