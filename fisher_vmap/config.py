@@ -141,7 +141,7 @@ class Settings(BaseSettings):
 
     # The computation
     batch_size: AutoOrCount = _setting(
-        8, "Most prompts computed at once; auto: as many as max_batch_tokens has room for."
+        8, "Most prompts computed at once; auto: as many of a shard as max_batch_tokens has room for."
     )
     max_batch_tokens: AutoOrCount = _setting("auto", "Most tokens computed at once, padding included; auto: by memory.")
     kernel: Literal["auto", "layerwise", "whole", "loop"] = _setting(

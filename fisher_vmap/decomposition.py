@@ -4,11 +4,13 @@ F is D x D but has rank at most K, and K is small. Its nonzero singular values a
 A A^T, so the whole batch is decomposed by one small batched SVD on the device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+TOGETHER = 2**25  # elements of all factors that are decomposed in one batch
 
 
 class LowRank(NamedTuple):
@@ -98,7 +100,7 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
 
 
 def compress_layers(factors: Mapping[str, Tensor], rank: int) -> dict[str, LowRank]:
-    """`compress` of several layers' factors, [B, K, D] each: those of one shape are decomposed in one batch.
+    """`compress` of several layers' factors, [B, K, D] each: those of one shape together, as memory allows.
 
     Args:
         factors: by layer.
@@ -111,11 +113,17 @@ def compress_layers(factors: Mapping[str, Tensor], rank: int) -> dict[str, LowRa
     for layer, factor in factors.items():
         together.setdefault((factor.shape, factor.dtype, factor.device), []).append(layer)
     found: dict[str, LowRank] = {}
-    for layers in together.values():
+    for layers in (some for alike in together.values() for some in _few(alike, factors)):
         low_rank = compress(torch.cat([factors[layer] for layer in layers]), rank)
         pieces = (field.chunk(len(layers)) for field in low_rank)
         found |= {layer: LowRank(*piece) for layer, piece in zip(layers, zip(*pieces, strict=True), strict=True)}
     return {layer: found[layer] for layer in factors}
+
+
+def _few(layers: list[str], factors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Layers of one shape, as many at a time as stay below TOGETHER elements."""
+    count = max(1, TOGETHER // max(1, factors[layers[0]].numel()))
+    return (layers[i : i + count] for i in range(0, len(layers), count))
 
 
 def _gram_svd(A_BKD: Tensor) -> tuple[Tensor, Tensor]:

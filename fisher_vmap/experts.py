@@ -16,13 +16,15 @@ ONE_AT_A_TIME = "eager"
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
     """Within the context the model's experts run one after another, whatever the model was told before."""
+    # The attribute behind the property, which would change nested configurations as well.
+    name = "_experts_implementation_internal"
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if getattr(config, "_experts_implementation", None) is not None}
-    before = [(config, config._experts_implementation) for config in configs.values()]
+    configs = {id(config): config for config in found if getattr(config, name, None) is not None}
+    before = [(config, getattr(config, name)) for config in configs.values()]
     try:
         for config, _ in before:
-            config._experts_implementation = ONE_AT_A_TIME
+            setattr(config, name, ONE_AT_A_TIME)
         yield
     finally:
-        for config, name in before:  # in the order of model.modules(): an inner config's own value comes last
-            config._experts_implementation = name
+        for config, value in before:
+            setattr(config, name, value)

@@ -100,7 +100,8 @@ class FisherModel:
             positions: "all" or "last".
             kernel: the form.
             chunk_size: cotangents at a time.
-            batch_size: most prompts computed at once by `fisher`; None: as many as max_batch_tokens has room for.
+            batch_size: most prompts computed at once by `fisher`; None: as many as max_batch_tokens has
+                room for, of those that are sorted together.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
             estimator: "topk", the matrix of the K likeliest tokens, or "full", near the best one of the rank asked for
@@ -118,6 +119,8 @@ class FisherModel:
         check_kernel(kernel)
         check_precision(precision)
         check_estimator(estimator, kernel, include_rest)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1, or None")
         if positions not in ("all", "last"):
             raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
         self.tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
@@ -133,7 +136,7 @@ class FisherModel:
         if trace_samples is None:
             trace_samples = TRACE_SAMPLES if estimator == "full" else 0
         self.trace_samples = trace_samples
-        self.batch_size = batch_size or sys.maxsize
+        self.batch_size = sys.maxsize if batch_size is None else batch_size
         vectors = top_k + trace_samples + (oversampling if estimator == "full" else 0)
         self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
         self._renderer = renderer

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +82,9 @@ def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[s
     unit_KBD, norm_KB = unit_rows(outcomes.cotangents)
     often = {name for name in layers if parts.call_order.count(name) > 1}
     collected = Collected(layout, outcomes, norm_KB, wanted.positions, often)
-    for layer, hidden, arrived in pullback_layers(parts, recording, layout, layers, unit_KBD, wanted.chunk_size):
-        collected.add(layer, hidden, arrived)
+    with closing(pullback_layers(parts, recording, layout, layers, unit_KBD, wanted.chunk_size)) as arrivals:
+        for layer, hidden, arrived in arrivals:
+            collected.add(layer, hidden, arrived)
     return collected.scores(layers)
 
 
@@ -94,7 +96,12 @@ def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, p
     """
     if precision == "model":
         return record(
-            model, parts.blocks, parts.call_order, first, layout, around=lambda calls: keeping(parts.rules, calls)
+            model,
+            parts.blocks,
+            parts.call_order,
+            first,
+            layout,
+            around=lambda calls: keeping(parts.rules, calls, most=len(parts.call_order) - first - 1),
         )
     if put_aside(model):
         raise ValueError("precision mixed needs all weights in memory, and some are put aside; use precision model")
@@ -174,15 +181,15 @@ def whole(
     model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted, *, loop: bool = False
 ) -> Scores:
     """One batched call of the pullback of the whole upper network; with `loop`, K backward passes of plain autograd."""
+    if wanted.precision != "model":
+        raise ValueError(
+            f"precision {wanted.precision} needs the layerwise kernel, which {layers[0]} cannot have; use dtype float32"
+        )
     modules = hooked(model, layers)
     run, head = upper(model, parts, layout, modules)
     outputs = hooked_outputs(run, modules, layout)
     zeros = zero_biases(outputs)
     rows, pullback = (pullback_loop if loop else pullback_whole)(with_biases(run, modules), zeros)
-    if wanted.precision != "model":
-        raise ValueError(
-            f"precision {wanted.precision} needs the layerwise kernel, which {layers[0]} cannot have; use dtype float32"
-        )
     outcomes = read_outcomes(head, rows.detach(), wanted)
     unit_KBX, norm_KB = unit_rows(outcomes.cotangents)
     arrived = pullback(unit_KBX.to(rows.dtype), wanted.chunk_size)

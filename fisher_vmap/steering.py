@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fisher_vmap.blocks import output_of, with_output
 from fisher_vmap.layers import resolve_layers
@@ -42,7 +42,7 @@ def steer(
         name = given
     else:  # a number, or a name that is wrong: the model is looked at
         (name,) = resolve_layers(inner, given)
-    unit_D = torch.tensor(np.asarray(direction.cpu() if isinstance(direction, Tensor) else direction, np.float64))
+    unit_D = torch.as_tensor(direction).detach().to("cpu", torch.float64)
     length = float(unit_D.norm()) if unit_D.numel() else 0.0
     if unit_D.dim() != 1 or not 0 < length < float("inf"):
         raise ValueError(

@@ -75,6 +75,15 @@ def hooked(model) -> None:
     model.get_submodule(block("llama", 1) + ".mlp").register_forward_hook(lambda _m, _a, output: 1.1 * output)
 
 
+def hooked_below(model) -> None:
+    target = model.get_submodule(block("llama", 1))
+    target.register_forward_pre_hook(lambda _m, args: (0.9 * args[0], *args[1:]))
+
+
+def hooked_above(model) -> None:
+    model.get_submodule(block("llama", 1)).register_forward_hook(lambda _m, _a, output: 1.1 * output)
+
+
 def scaled_residual(model) -> None:
     target = model.get_submodule(block("llama", 1))
     own = type(target).forward
@@ -95,7 +104,7 @@ def swapped_norms(model) -> None:
     target.post_attention_layernorm, target.input_layernorm = second, first
 
 
-@pytest.mark.parametrize("change", [hooked, scaled_residual, other_norm, swapped_norms])
+@pytest.mark.parametrize("change", [hooked, hooked_below, hooked_above, scaled_residual, other_norm, swapped_norms])
 def test_a_block_that_does_something_else_is_left_to_autograd(change):
     model, exact = fresh("llama", torch.float32), fresh("llama")
     change(model), change(exact)
@@ -114,3 +123,46 @@ def test_the_blocks_are_as_before_afterwards():
     model = fresh("llama", torch.float32)
     fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_wrong_rule_is_seen_next_to_a_large_stream():
+    """A factor on the residual step, in bfloat16, where the stream is so large that the step hardly shows in it."""
+    model = fresh("granite", torch.bfloat16, residual_multiplier=0.9)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1000)
+    fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
+    assert rules_of(model) == 0
+
+
+def test_bfloat16_blocks_follow_their_rules_to_the_bit():
+    model = tiny("llama", torch.bfloat16)
+    fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
+    assert rules_of(model) == 4
+
+
+def test_what_a_block_computed_must_be_what_went_on(monkeypatch):
+    model, exact = fresh("llama", torch.float32), fresh("llama")
+    worst(model, exact, [0], prompts(LENGTHS), top_k=3, kernel="layerwise")
+    own = fused_block.BlockRule.forward
+
+    def other(rule, *inputs):
+        z, kept = own(rule, *inputs)
+        return 1.01 * z, kept
+
+    monkeypatch.setattr(fused_block.BlockRule, "forward", other)
+    with pytest.raises(ValueError, match=r"broke off: what model\.layers"):
+        fisher_scores(model, *padded(prompts(LENGTHS), "left"), layers=[0], top_k=3, kernel="layerwise")
+
+
+def test_an_error_on_the_way_leaves_no_module_changed(monkeypatch):
+    model = fresh("llama", torch.float32)
+    fisher_scores(model, torch.arange(12).view(2, 6), layers=[0], top_k=2)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fisher_vmap.forms.Collected.add", fail)
+    with pytest.raises(KeyboardInterrupt) as held:
+        fisher_scores(model, torch.arange(12).view(2, 6), layers=[0], top_k=2)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert held.value is not None  # and its traceback, whose frames are alive

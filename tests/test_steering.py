@@ -140,3 +140,13 @@ def test_a_wrapper_is_steered_by_either_name():
 def test_what_cannot_steer_is_said_before_anything_runs(arguments, message):
     with pytest.raises(ValueError, match=message), steer(tiny("llama"), *arguments):
         raise AssertionError
+
+
+@pytest.mark.parametrize("change", [lambda v: v.bfloat16(), lambda v: v.clone().requires_grad_()])
+def test_directions_of_any_dtype_and_with_gradients(change):
+    model, ids = fresh("llama"), torch.arange(5)[None]
+    vector = torch.ones(36)
+    with torch.no_grad(), steer(model, 1, vector, 0.5):
+        expected = model(input_ids=ids).logits
+    with torch.no_grad(), steer(model, 1, change(vector), 0.5):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
