@@ -126,7 +126,7 @@ class BlockRule:
         gate, up, down = (linear.weight.detach() for linear in linears)
         to_gate, to_up = (factor[:, None] for factor in mlp_factors(kept.a, kept.b, act))
         pre, post = self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved)
-        for a, z in stretches(range(1, N + 1), K, G_NKD.device):
+        for a, z in stretches(range(1, N + 1), K, down.shape[1], G_NKD.device):
             g, rows = G_NKD[a:z], (z - a) * K
             step = g if post is None else post.at(a, z).pull(g, scratch, "step")
             h = torch.mm(step.reshape(rows, D), down, out=scratch("h", (rows, down.shape[1]), g)).view(z - a, K, -1)
@@ -140,7 +140,7 @@ class BlockRule:
         pre, post = self._rows("pre_attention", x), self._rows("post_attention", kept.attended)
         kind, parts = AttentionKind(self.scale, True), self.attention
         weights = torch.cat([p.weight.detach() for p in (parts.q, parts.k, parts.v)]), parts.o.weight.detach()
-        for a, z in stretches([stop for _, stop in packed.ranges], K, G_NKD.device):
+        for a, z in stretches([stop for _, stop in packed.ranges], K, weights[0].shape[0], G_NKD.device):
             g = G_NKD[a:z]
             step = g if post is None else post.at(a, z).pull(g, scratch, "step")
             prompts = [(start, stop) for start, stop in packed.ranges if a <= start < z]

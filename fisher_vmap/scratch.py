@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Rows of all cotangents together that go through a chain of products before the next ones do. On a CPU the chain's
-# passing results then stay in its caches, and the products are still at full speed; on a GPU larger is better.
-ROWS_IN_CACHE = {"cpu": 1280}
+# Elements of a passing result, for all cotangents together, that go through a chain of products before the next ones do.
+# On a CPU the chain then stays in its caches; fewer rows than LEAST_ROWS would slow the products down. On a GPU larger is
+# better, and nothing is taken apart.
+ELEMENTS_IN_CACHE = {"cpu": 2**23}
+LEAST_ROWS = 1024
 
 
 class Scratch:
@@ -29,15 +31,17 @@ class Scratch:
         return self._stretches[key][:size].view(*shape)
 
 
-def stretches(ends: Sequence[int], cotangents: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def stretches(ends: Sequence[int], cotangents: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Neighbouring ranges [start, stop) of positions, each about as much as stays in cache.
 
     Args:
         ends: where a range may end, in increasing order; the last is the number of positions.
         cotangents: K, rows for each position.
+        width: of a row, where the chain is widest.
         device: where they are.
     """
-    most = ROWS_IN_CACHE.get(device.type)
+    elements = ELEMENTS_IN_CACHE.get(device.type)
+    most = None if elements is None else max(LEAST_ROWS, elements // width)
     start = 0
     for end, following in zip(ends, [*ends[1:], None], strict=True):
         if following is None or (most is not None and (following - start) * cotangents > most):

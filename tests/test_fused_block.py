@@ -44,7 +44,8 @@ def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room):
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_stretches_of_any_size(monkeypatch, rows):
-    monkeypatch.setitem(scratch.ROWS_IN_CACHE, "cpu", rows)
+    monkeypatch.setitem(scratch.ELEMENTS_IN_CACHE, "cpu", 1)
+    monkeypatch.setattr(scratch, "LEAST_ROWS", rows)
     assert worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=3) < 5e-6
 
 
@@ -55,11 +56,12 @@ def test_chunks_of_cotangents(chunk_size):
 
 
 def test_stretches_end_where_they_may_and_leave_nothing_out(monkeypatch):
-    monkeypatch.setitem(scratch.ROWS_IN_CACHE, "cpu", 20)
+    monkeypatch.setitem(scratch.ELEMENTS_IN_CACHE, "cpu", 20 * 8)
+    monkeypatch.setattr(scratch, "LEAST_ROWS", 3)
     cpu = torch.device("cpu")
-    assert list(scratch.stretches([3, 4, 10, 11], 4, cpu)) == [(0, 4), (4, 10), (10, 11)]
-    assert list(scratch.stretches([9], 4, cpu)) == [(0, 9)]
-    assert list(scratch.stretches(range(1, 12), 4, cpu)) == [(0, 5), (5, 10), (10, 11)]
+    assert list(scratch.stretches([3, 4, 10, 11], 4, 8, cpu)) == [(0, 4), (4, 10), (10, 11)]
+    assert list(scratch.stretches([9], 4, 8, cpu)) == [(0, 9)]
+    assert list(scratch.stretches(range(1, 12), 4, 8, cpu)) == [(0, 5), (5, 10), (10, 11)]
 
 
 def test_scratch_is_used_again_and_grows():
