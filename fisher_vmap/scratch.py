@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Elements of a passing result, for all cotangents together, that go through a chain of products before the next do. On a
-# CPU the chain then stays in its caches; fewer rows than LEAST_ROWS would slow the products down. On a GPU larger is
-# better, and nothing is taken apart.
+# Elements of a passing result, for all cotangents together, that go through a chain of products before the next do.
+# On a CPU the chain then stays in its caches; fewer rows than LEAST_ROWS would slow the products down. On a GPU larger
+# is better, and nothing is taken apart.
 ELEMENTS_IN_CACHE = {"cpu": 2**23}
 LEAST_ROWS = 1024
 
