@@ -184,7 +184,8 @@ def fisher_full(
     """
     check_kernel(kernel)
     check_precision(precision)
-    for name, value, least in (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1)):
+    bounds = (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1), ("top_k", top_k, 1))
+    for name, value, least in (*bounds, ("trace_samples", trace_samples, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
     if kernel == "loop":

@@ -230,6 +230,8 @@ def test_a_prompt_that_is_not_finite_leaves_its_neighbours_alone():
         ({"rank": 0}, "rank is 0; expected at least 1"),
         ({"oversampling": -1}, "oversampling is -1"),
         ({"passes": 0}, "passes is 0"),
+        ({"trace_samples": -1}, "trace_samples is -1; expected at least 0"),
+        ({"top_k": 0}, "top_k is 0; expected at least 1"),
         ({"kernel": "loop"}, "kernel loop has no forward derivatives"),
         ({"kernel": "fast"}, "kernel is 'fast'"),
         ({"precision": "high"}, "precision is 'high'"),
