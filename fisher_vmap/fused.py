@@ -195,10 +195,19 @@ class _GatedMlpPullback(Pullback):
         return _pull_mlp(g, to_gate.unsqueeze(-2), to_up.unsqueeze(-2), *weights), g.dim() - 2
 
 
-def _pull_mlp(g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    h = (g.flatten(0, -2) @ w_down).view(*g.shape[:-1], -1)
-    through_gate = (h * to_gate).flatten(0, -2) @ w_gate
-    return through_gate.addmm_(h.mul_(to_up).flatten(0, -2), w_up).view_as(g)
+def _pull_mlp(g: Tensor, *shared: Tensor) -> Tensor:
+    return pull_mlp(g, *shared, Scratch())  # type: ignore[arg-type, call-arg]
+
+
+def pull_mlp(
+    g: Tensor, to_gate: Tensor, to_up: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, scratch: Scratch
+) -> Tensor:
+    """The pullback of g, [..., D], through a gated MLP; the result stays in scratch memory until it is used again."""
+    rows = g.flatten(0, -2)
+    h = torch.mm(rows, w_down, out=scratch("h", (len(rows), w_down.shape[1]), g)).view(*g.shape[:-1], -1)
+    gated = torch.mul(h, to_gate, out=scratch("h2", h.shape, g)).flatten(0, -2)
+    dn = torch.mm(gated, w_gate, out=scratch("dn", (len(rows), w_gate.shape[1]), g))
+    return dn.addmm_(h.mul_(to_up).flatten(0, -2), w_up).view(*g.shape[:-1], -1)
 
 
 class _GatedMlpPushforward(Pushforward):

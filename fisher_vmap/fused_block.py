@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fisher_vmap.attention import AttentionKind
 from fisher_vmap.attention_interface import Packed, packed_now
 from fisher_vmap.blocks import output_of, with_hidden
-from fisher_vmap.fused import NormKind, NormRows, is_gated_mlp, mlp_factors, mlp_forward, norm_kind, norm_rows
+from fisher_vmap.fused import NormKind, NormRows, is_gated_mlp, mlp_factors, mlp_forward, norm_kind, norm_rows, pull_mlp
 from fisher_vmap.fused_attention import (
     AttentionParts,
     attend,
@@ -121,19 +121,16 @@ class BlockRule:
         return tuple(getattr(self.mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
 
     def _pull_mlp(self, kept: Kept, G_NKD: Tensor, scratch: Scratch) -> None:
-        N, K, D = G_NKD.shape
+        N, K, _ = G_NKD.shape
         *linears, act = self._mlp_parts()
         gate, up, down = (linear.weight.detach() for linear in linears)
         to_gate, to_up = (factor[:, None] for factor in mlp_factors(kept.a, kept.b, act))
         pre, post = self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved)
         for a, z in stretches(range(1, N + 1), K, down.shape[1], G_NKD.device):
-            g, rows = G_NKD[a:z], (z - a) * K
+            g = G_NKD[a:z]
             step = g if post is None else post.at(a, z).pull(g, scratch, "step")
-            h = torch.mm(step.reshape(rows, D), down, out=scratch("h", (rows, down.shape[1]), g)).view(z - a, K, -1)
-            through = torch.mul(h, to_gate[a:z], out=scratch("h2", h.shape, g)).view(rows, -1)
-            dn = torch.mm(through, gate, out=scratch("dn", (rows, D), g))
-            dn.addmm_(h.mul_(to_up[a:z]).view(rows, -1), up)
-            _add_through(g, dn.view(g.shape), pre, a, z, scratch)
+            dn = pull_mlp(step, to_gate[a:z], to_up[a:z], gate, up, down, scratch)
+            _add_through(g, dn, pre, a, z, scratch)
 
     def _pull_attention(self, x: Tensor, kept: Kept, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         K = G_NKD.shape[1]
