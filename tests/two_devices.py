@@ -33,16 +33,23 @@ def spread(model, places, put_aside=False):
     return model
 
 
+AROUND_THE_BLOCKS = {
+    "gpt2": (["transformer.wte", "transformer.wpe"], ["transformer.ln_f", "lm_head"]),
+    "opt": (
+        ["model.decoder.embed_tokens", "model.decoder.embed_positions"],
+        ["model.decoder.final_layer_norm", "lm_head"],
+    ),
+}
+
+
 def parts_of(family):
-    if family == "gpt2":
-        return [
-            "transformer.wte",
-            "transformer.wpe",
-            *(block("gpt2", i) for i in range(4)),
-            "transformer.ln_f",
-            "lm_head",
-        ]
-    return ["model.embed_tokens", "model.rotary_emb", *(block(family, i) for i in range(4)), "model.norm", "lm_head"]
+    """Names of all modules that hold parameters or buffers, from the bottom up, as a device map has to list them."""
+    below, above = AROUND_THE_BLOCKS.get(family, (["model.embed_tokens", "model.rotary_emb"], ["model.norm", "lm_head"]))
+    parts = [*below, *(block(family, i) for i in range(4)), *above]
+    model = tiny(family, torch.float32)
+    missing = [name for name, _ in model.named_parameters() if not name.startswith(tuple(f"{part}." for part in parts))]
+    assert not missing, f"the device map leaves out {missing}"
+    return parts
 
 
 def check(family, places, kernel):
