@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fisher_vmap.pointwise import softmax_pullback
 from fisher_vmap.pullback import Derived, Pullback, cotangent_dim
 from fisher_vmap.ragged import Group
 
@@ -144,9 +145,7 @@ def pullback_attention(
     B, H, T, K, Ev = grad_out.shape
     G, S, E = k.shape[1:]
     M = H // G
-    dq = torch.empty(B, H, T, K, E, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(B, G, S, K, E, dtype=q.dtype, device=q.device)
-    dv = torch.zeros(B, G, S, K, Ev, dtype=q.dtype, device=q.device)
+    total: tuple[Tensor, Tensor, Tensor] | None = None
     for start, stop in query_blocks(T, B * H * K * S, q.device):
         keys = min(S, stop + S - T) if kind.causal and mask is None else S
         n = stop - start
@@ -155,16 +154,25 @@ def pullback_attention(
         P_BHtS = probabilities(q, k_BGSE, mask, kind, start, stop, keys)
         dO = grad_out[:, :, start:stop].reshape(B, G, M * n, K, Ev)
         dP = dO.reshape(B, G, M * n * K, Ev) @ v_BGSE.mT
-        dS = dP.view(B, H, n, K, keys)
-        P_BHt1S = P_BHtS.unsqueeze(3)
-        delta = dS.mul_(P_BHt1S).sum(-1, keepdim=True)
-        dS.addcmul_(P_BHt1S, delta, value=-1)
-        dq[:, :, start:stop] = (dS.view(B, G, M * n * K, keys) @ k_BGSE).view(B, H, n, K, E)
-        dk_block = dS.view(B, G, M * n, K * keys).mT @ q_BGtE
-        dk[:, :, :keys] += dk_block.view(B, G, K, keys, E).transpose(2, 3)
-        dv_block = P_BHtS.reshape(B, G, M * n, keys).mT @ dO.reshape(B, G, M * n, K * Ev)
-        dv[:, :, :keys] += dv_block.view(B, G, keys, K, Ev)
-    return dq.mul_(kind.scale), dk.mul_(kind.scale), dv
+        dS = softmax_pullback(dP.view(B, H, n, K, keys), P_BHtS.unsqueeze(3))
+        dq = _product(dS.view(B, G, M * n * K, keys), k_BGSE, kind.scale).view(B, H, n, K, E)
+        dk = _product(dS.view(B, G, M * n, K * keys).mT, q_BGtE, kind.scale).view(B, G, K, keys, E).transpose(2, 3)
+        dv = (P_BHtS.reshape(B, G, M * n, keys).mT @ dO.reshape(B, G, M * n, K * Ev)).view(B, G, keys, K, Ev)
+        if n == T and keys == S:
+            return dq, dk, dv
+        if total is None:
+            total = dq.new_empty(B, H, T, K, E), dk.new_zeros(B, G, S, K, E), dv.new_zeros(B, G, S, K, Ev)
+        total[0][:, :, start:stop] = dq
+        total[1][:, :, :keys] += dk
+        total[2][:, :, :keys] += dv
+    assert total is not None
+    return total
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale a @ b over [B, G, m, n] and [B, G, n, l], without a pass of its own for the scale."""
+    c = torch.baddbmm(a.new_empty(()), a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale)
+    return c.view(*a.shape[:3], b.shape[3])
 
 
 def _pullback_groups(

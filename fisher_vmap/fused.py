@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
+from fisher_vmap.pointwise import add_norm_pullback, norm_pullback
 from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim
 from fisher_vmap.quantized import has_matrix, runs_as_made
 from fisher_vmap.scratch import Scratch
@@ -62,12 +63,11 @@ class NormRows(NamedTuple):
 
     def pull(self, g: Tensor, scratch: Scratch, name: str) -> Tensor:
         """The pullback of g, in memory of that name; a dimension of every row broadcasts against the cotangents."""
-        product = torch.mul(g, self.along, out=scratch("product", g.shape, g))
-        dx = torch.mul(g, self.scale, out=scratch(name, g.shape, g))
-        dx.addcmul_(product.sum(-1, keepdim=True), self.back, value=-1)
-        if self.mean is not None:
-            dx.addcmul_(torch.mul(g, self.mean, out=product).sum(-1, keepdim=True), self.r, value=-1)
-        return dx
+        return norm_pullback(g, *self, scratch, name)
+
+    def add_pull(self, total: Tensor, g: Tensor, scratch: Scratch) -> None:
+        """Add the pullback of g to `total`, in place."""
+        add_norm_pullback(total, g, *self, scratch)
 
 
 def norm_rows(x: Tensor, weight: Tensor, kind: NormKind, dtype: torch.dtype) -> NormRows:

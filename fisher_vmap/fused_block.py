@@ -150,7 +150,10 @@ class BlockRule:
 
 def _add_through(g: Tensor, dn: Tensor, pre: NormRows | None, a: int, z: int, scratch: Scratch) -> None:
     """Add to g what arrives below the norm at the beginning of a residual step."""
-    g += dn if pre is None else pre.at(a, z).pull(dn, scratch, "through")
+    if pre is None:
+        g += dn
+    else:
+        pre.at(a, z).add_pull(g, dn, scratch)
 
 
 def block_rule(block: nn.Module) -> Iterator[BlockRule]:

@@ -20,6 +20,7 @@ from fisher_vmap.layout import Layout, lay_out
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted
 from fisher_vmap.placement import input_device
+from fisher_vmap.pointwise import compiled
 from fisher_vmap.positions import position_mask
 from fisher_vmap.probe import Probe, probe, undisturbed
 from fisher_vmap.recording import StructureChanged
@@ -43,6 +44,7 @@ def fisher_scores(
     include_rest: bool = False,
     trace_samples: int = 0,
     precision: str = "model",
+    compile: bool = False,
 ) -> Scores:
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
@@ -64,21 +66,23 @@ def fisher_scores(
         include_rest: take "any other token" for one more outcome, the last, with token id -1.
         trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
         precision: "model", or "mixed": the forward in float32, from the same weights.
+        compile: compile the elementwise work of the pullbacks with torch.compile, once a process.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
         position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one more.
 
     Raises:
-        ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
+        ValueError: an argument is not as described, the kernel asked for cannot be trusted with this model, or
+            torch cannot compile here.
     """
     check_kernel(kernel)
     check_precision(precision)
     if trace_samples < 0:
         raise ValueError(f"trace_samples is {trace_samples}; expected 0 or more")
     given, model = model, unwrapped(model)
-    input_device(model)  # raises where no weights are loaded
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
+    device = input_device(model)  # raises where no weights are loaded
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model), compiled(compile, device):
         names = resolve_layers(model, names_inside(given, model, layers))
         layout = lay_out(input_ids, attention_mask)
         check_inputs(model, layout, positions, chunk_size)

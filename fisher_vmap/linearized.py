@@ -17,7 +17,7 @@ from fisher_vmap.metric import Metric, metric
 from fisher_vmap.probe import Probe, excerpt
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.rotary import batches_apart
-from fisher_vmap.upper import Upper, open_upper
+from fisher_vmap.upper import Choices, Upper, open_upper
 
 PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
 
@@ -130,6 +130,7 @@ def linearize(
     chunk_size: int | None = None,
     kernel: str = "auto",
     precision: str = "model",
+    compile: bool = False,
 ) -> LinearizedNetwork:
     """Open the upper network of a batch, in the form that each layer is trusted with.
 
@@ -142,6 +143,7 @@ def linearize(
         chunk_size: vectors at a time.
         kernel: the form asked for.
         precision: "model", or "mixed": the forward in float32.
+        compile: whether the elementwise work of the pullbacks is compiled.
 
     Raises:
         ValueError: no form of the model has both products, or they are not adjoint to each other.
@@ -153,7 +155,7 @@ def linearize(
         )
     forms = choose_forms(model, known, layout, layers, kernel)
     _prove(model, known, layout, layers, forms)
-    return _opened(model, known, layout, layers, forms, positions, chunk_size, precision)
+    return _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision, compile))
 
 
 def _opened(
@@ -162,14 +164,12 @@ def _opened(
     layout: Layout,
     layers: Sequence[str],
     forms: Mapping[str, str],
-    positions: str | Tensor,
-    chunk_size: int | None,
-    precision: str,
+    choices: Choices,
 ) -> LinearizedNetwork:
     uppers: dict[str, Upper] = {}
     for form in dict.fromkeys(forms[layer] for layer in layers):
         group = [layer for layer in layers if forms[layer] == form]
-        uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, positions, chunk_size, precision))
+        uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, choices))
     return LinearizedNetwork({layer: uppers[layer] for layer in layers})
 
 
@@ -181,7 +181,7 @@ def _prove(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str]
     few = excerpt(layout, PROOF_TOKENS)
     generator = torch.Generator().manual_seed(0)
     try:
-        net = _opened(model, known, few, new, forms, "all", None, "model")
+        net = _opened(model, known, few, new, forms, Choices())
         for layer in new:
             upper = net._uppers[layer]
             rows = upper.rows

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fisher_vmap.batches import batch_tokens_for
+from fisher_vmap.compiling import worth_compiling
 from fisher_vmap.compute import PreparedShard, Splits, prepare
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
@@ -70,8 +71,15 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
 
     groups = _groups(source, settings.shard_size)
     first = next(groups)
-    forms = _prove(fisher, prepare(renderer, *first), renderer)
+    first_shard = prepare(renderer, *first)
+    few = _excerpt(fisher, first_shard, renderer)
+    fisher.compile = settings.compile is True
+    forms = _prove(fisher, few)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    if "compile" in stored:
+        fisher.compile = stored["compile"]
+    else:
+        fisher.compile = _compiling(settings, fisher, few, first_shard, source.total)
     writer = ResultsWriter.open(
         settings.output_dir,
         layout=ShardLayout(
@@ -93,6 +101,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
             "model_type": getattr(loaded.model.config, "model_type", None),
             "threads": threads,
             "forms": forms,
+            "compile": fisher.compile,
         },
         overwrite=settings.overwrite,
     )
@@ -179,12 +188,15 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
     )
 
 
-def _prove(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> dict[str, dict[str, str]]:
-    """Choose the kernel's form for each layer: on the first prompts of the run, wherever a resumed run carries on.
+class Excerpt(NamedTuple):
+    """Two prompts of the run, cut short: input_ids [2, T] and attention_mask [2, T]."""
 
-    Raises:
-        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
-    """
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def _excerpt(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> Excerpt:
+    """The shortest and the longest of the run's first prompts, wherever a resumed run carries on."""
     known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     every = [prompt.ids[:PROOF_TOKENS] for prompt in shard.rendered.values() if max(prompt.ids) < known]
     every = sorted(every or [renderer.render("Hello").ids], key=len)
@@ -192,20 +204,44 @@ def _prove(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> dic
     mask = torch.zeros_like(few)
     for row, ids in enumerate((every[0], every[-1])):
         few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+    return Excerpt(few, mask)
+
+
+def _prove(fisher: FisherModel, few: Excerpt) -> dict[str, dict[str, str]]:
+    """Choose the kernel's form for each layer, by what it gives for the excerpt.
+
+    Raises:
+        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
+    """
     try:
-        fisher.scores(few, mask)
+        fisher.scores(*few)
         if fisher.estimator == "full":
-            fisher.estimate(few, mask, rank=1)
+            fisher.estimate(*few, rank=1)
     except ValueError as error:
         raise UserError(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory on two prompts of {few.shape[1]} tokens; try dtype bfloat16, fewer layers or top_k_tokens, "
-            "or another device"
+            f"out of memory on two prompts of {few.input_ids.shape[1]} tokens; try dtype bfloat16, fewer layers or "
+            "top_k_tokens, or another device"
         ) from error
     return fisher.forms
+
+
+def _compiling(settings: Settings, fisher: FisherModel, few: Excerpt, first: PreparedShard, total: int | None) -> bool:
+    """Whether to compile, by the setting, or by what the excerpt takes."""
+    if settings.compile != "auto":
+        return settings.compile
+
+    def job(compiled: bool) -> None:
+        fisher.compile = compiled
+        fisher.estimate(*few, rank=settings.num_singular_values)
+
+    tokens = [len(prompt.ids) for prompt in first.rendered.values()]
+    mean = sum(tokens) / max(1, len(first.prompts))
+    jobs = None if total is None else total * mean / int(few.attention_mask.sum())
+    return worth_compiling(job, jobs)
 
 
 def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,27 @@ from fisher_vmap.layout import Layout, pack_rows
 from fisher_vmap.network import Arrived
 from fisher_vmap.old_functions import modernised
 from fisher_vmap.placement import weights_at_hand
+from fisher_vmap.pointwise import compiled
 from fisher_vmap.positions import Summed, position_mask, sum_positions
 from fisher_vmap.probe import Probe, undisturbed
 from fisher_vmap.rotary import forget_lengths
 from fisher_vmap.whole import hooked_outputs, pullback_whole, with_biases, zero_biases
+
+
+class Choices(NamedTuple):
+    """What the caller may choose of an upper network.
+
+    Attributes:
+        positions: where the bias is added.
+        chunk_size: vectors at a time.
+        precision: "model", or "mixed": the forward in float32.
+        compile: whether the elementwise work of the pullbacks is compiled.
+    """
+
+    positions: str | Tensor = "all"
+    chunk_size: int | None = None
+    precision: str = "model"
+    compile: bool = False
 
 
 class Upper(ABC):
@@ -48,13 +66,12 @@ class Upper(ABC):
         known: Probe,
         layout: Layout,
         layers: Sequence[str],
-        positions: str | Tensor,
-        chunk_size: int | None,
-        precision: str,
+        choices: Choices,
     ) -> None:
         self.layout, self.layers = layout, list(layers)
-        self._model, self._known, self._chunk_size, self._precision = model, known, chunk_size, precision
-        self._mask_N = position_mask(positions, layout)
+        self._model, self._known = model, known
+        self._chunk_size, self._precision, self._compile = choices.chunk_size, choices.precision, choices.compile
+        self._mask_N = position_mask(choices.positions, layout)
         with self._prepared():
             forget_lengths(model)
             self._open()
@@ -114,6 +131,7 @@ class Upper(ABC):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(undisturbed(self._model))
+            stack.enter_context(compiled(self._compile, self.layout.device))
             if self._at_once:
                 stack.enter_context(weights_at_hand(self._model))
             stack.enter_context(attention_set_to(self._model, self._known.attention))
@@ -202,9 +220,7 @@ def open_upper(
     known: Probe,
     layout: Layout,
     layers: Sequence[str],
-    positions: str | Tensor,
-    chunk_size: int | None,
-    precision: str,
+    choices: Choices,
 ) -> Upper:
     """The upper network in the form of that name; a batch that cannot be packed is padded instead, to the same result.
 
@@ -218,8 +234,8 @@ def open_upper(
         )
     if form == "packed":
         try:
-            return Blockwise(model, known, pack_rows(layout), layers, positions, chunk_size, precision)
+            return Blockwise(model, known, pack_rows(layout), layers, choices)
         except UnsupportedAttention:
             form = "layerwise"
     kind = Blockwise if form == "layerwise" else Whole
-    return kind(model, known, layout, layers, positions, chunk_size, precision)
+    return kind(model, known, layout, layers, choices)

@@ -21,7 +21,7 @@ CANNOT = {
     "musicgen": "cannot be run on plain tokens",
     "musicgen_melody": "cannot be run on plain tokens",
     "reformer": "cannot be differentiated",
-    "gemma3n": "requires the PIL library",
+    "gemma3n": "requires the (PIL|timm) library",
     "gemma4_assistant": "layer types producing a cache",
     "gemma4_unified_assistant": "layer types producing a cache",
 }

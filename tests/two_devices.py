@@ -44,7 +44,8 @@ AROUND_THE_BLOCKS = {
 
 def parts_of(family):
     """Names of all modules that hold parameters or buffers, from the bottom up, as a device map has to list them."""
-    below, above = AROUND_THE_BLOCKS.get(family, (["model.embed_tokens", "model.rotary_emb"], ["model.norm", "lm_head"]))
+    usual = ["model.embed_tokens", "model.rotary_emb"], ["model.norm", "lm_head"]
+    below, above = AROUND_THE_BLOCKS.get(family, usual)
     parts = [*below, *(block(family, i) for i in range(4)), *above]
     model = tiny(family, torch.float32)
     missing = [name for name, _ in model.named_parameters() if not name.startswith(tuple(f"{part}." for part in parts))]
