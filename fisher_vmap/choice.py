@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.attention_interface import NAME, UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.forms import Parts, layerwise, whole
+from fisher_vmap.forms import Parts, layerwise, prove_top, whole
 from fisher_vmap.layers import hooked, layers_of
 from fisher_vmap.layout import Layout, lay_out, pack_rows, select
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.old_functions import modernised
 from fisher_vmap.outcomes import Wanted
-from fisher_vmap.placement import model_dtype, saved_aside, weights_at_hand
+from fisher_vmap.placement import model_dtype, put_aside, saved_aside, weights_at_hand
 from fisher_vmap.probe import Probe, excerpt, look_again_under_eager
 from fisher_vmap.proof import chain_is_whole
 from fisher_vmap.quantized import quantized_linears
@@ -52,6 +52,8 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
         wrong = _compare(model, known, layout, group, form)
         if wrong is None:
             unchecked -= set(group)
+            if form == "packed" and known.parts.top_places is None and not put_aside(model):
+                _prove_top(model, known, layout)
             continue
         if form != "packed" and known.attention == NAME:
             log.info(
@@ -175,6 +177,14 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
             if not distance <= budget:
                 return f"scores at {layer} are {distance:.1e} away, more than {budget:.0e}"
     return None
+
+
+def _prove_top(model: nn.Module, known: Probe, layout: Layout) -> None:
+    """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
+    with attention_set_to(model, known.attention):
+        few = pack_rows(_packable(model, known.parts, layout))
+        with prompts_packed(few):
+            known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
 
 
 def _not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception) -> ValueError:

@@ -30,7 +30,16 @@ from fisher_vmap.positions import energy_of_one, position_mask, sum_positions
 from fisher_vmap.recording import Recording, StructureChanged, record
 from fisher_vmap.scores import Scores
 from fisher_vmap.streams import Hooked
-from fisher_vmap.top_block import NotPositionwise, pullback_top, pushforward_top
+from fisher_vmap.top_block import (
+    NotPositionwise,
+    Places,
+    TopRows,
+    open_top,
+    places_of,
+    proven_places,
+    pullback_top,
+    pushforward_top,
+)
 from fisher_vmap.whole import (
     hooked_outputs,
     pullback_loop,
@@ -59,6 +68,8 @@ class Parts:
         fused: modules inside the blocks that have a fused pullback, with the forward that has it.
         rules: blocks that are pulled back as a whole by hand, where prompts are packed.
         old_functions: the model's autograd functions that torch.func cannot transform as they are.
+        top_places: where the last block's arguments have a row for each position; None: it is not known to be right
+            if its forward is cut at the last rows.
     """
 
     blocks: Mapping[str, nn.Module]
@@ -71,24 +82,52 @@ class Parts:
     fused: Sequence[tuple[nn.Module, Forward]]
     rules: Rules
     old_functions: Sequence[OldFunction]
+    top_places: Places | None = None
 
 
 def layerwise(model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted) -> Scores:
     """Record one forward, read the head, and pull its cotangents through one block at a time."""
     assert parts.head is not None
-    first = min(parts.call_order.index(layer) for layer in layers) + 1
-    recording = record_forward(model, parts, layout, first, wanted.precision)
-    outcomes = read_outcomes(parts.head, layout.last(recording.top), wanted)
+    recording, top = _recorded(model, parts, layout, layers, wanted.precision)
+    outcomes = read_outcomes(parts.head, layout.last(recording.top) if top is None else top.rows, wanted)
     unit_KBD, norm_KB = unit_rows(outcomes.cotangents)
     often = {name for name in layers if parts.call_order.count(name) > 1}
     collected = Collected(layout, outcomes, norm_KB, wanted.positions, often)
-    with closing(pullback_layers(parts, recording, layout, layers, unit_KBD, wanted.chunk_size)) as arrivals:
+    with closing(pullback_layers(parts, recording, layout, layers, unit_KBD, wanted.chunk_size, top)) as arrivals:
         for layer, hidden, arrived in arrivals:
             collected.add(layer, hidden, arrived)
     return collected.scores(layers)
 
 
-def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, precision: str) -> Recording:
+def _recorded(
+    model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], precision: str
+) -> tuple[Recording, TopRows | None]:
+    """The forward; where nobody needs more of the last block than its last rows, these, and it is off the recording."""
+    first = min(parts.call_order.index(layer) for layer in layers) + 1
+    needless = layout.packed and precision == "model" and parts.call_order[-1] not in layers and not put_aside(model)
+    if needless and parts.top_places is not None:
+        recording = record_forward(model, parts, layout, first, precision, stop_before_last=True)
+        call = recording.calls[-1]
+        try:
+            if places_of(call, layout) == parts.top_places:
+                with fused_pullbacks(parts.fused):
+                    top = open_top(call, layout)
+                recording.cut(call.hidden)
+                return recording, top
+        except NotPositionwise as reason:
+            log.debug("the last block is run whole: %s", reason)
+    return record_forward(model, parts, layout, first, precision), None
+
+
+def prove_top(model: nn.Module, parts: Parts, layout: Layout) -> Places | None:
+    """Whether the last block's forward may be cut at the last rows: on these packed prompts, from its whole forward."""
+    recording = record_forward(model, parts, layout, len(parts.call_order) - 1, "model")
+    return proven_places(recording.calls[-1], layout, recording.top)
+
+
+def record_forward(
+    model: nn.Module, parts: Parts, layout: Layout, first: int, precision: str, stop_before_last: bool = False
+) -> Recording:
     """Record the calls from number `first` on; with mixed precision the forward is in float32, but not the replays.
 
     Raises:
@@ -102,6 +141,7 @@ def record_forward(model: nn.Module, parts: Parts, layout: Layout, first: int, p
             first,
             layout,
             around=lambda calls: keeping(parts.rules, calls, most=len(parts.call_order) - first - 1),
+            stop_before_last=stop_before_last,
         )
     if put_aside(model):
         raise ValueError("precision mixed needs all weights in memory, and some are put aside; use precision model")
@@ -125,13 +165,19 @@ def pullback_layers(
     layers: Sequence[str],
     unit_KBD: Tensor,
     chunk_size: int | None,
+    cut: TopRows | None = None,
 ) -> Generator[Arrived, None, None]:
-    """Pull cotangents of the last rows back to every hooked block; the recording is used up on the way."""
+    """Pull cotangents of the last rows back to every hooked block; the recording is used up on the way.
+
+    The rows are those of `cut`, the last block, where that has been taken off the recording.
+    """
     rows_KBD = unit_KBD.to(recording.dtype)
     chunk_size = chunk_size or cotangents_at_a_time(len(rows_KBD), layout.input_ids.numel(), recording.top.device)
     with fused_pullbacks(parts.fused):
         top_layer, top, cotangents = parts.call_order[-1], recording.top, None
-        if layout.packed and recording.calls:
+        if cut is not None:
+            cotangents = cut.pull(rows_KBD, chunk_size)
+        elif layout.packed and recording.calls:
             cotangents = _through_top(recording, layout, rows_KBD, chunk_size)
             if cotangents is not None and top_layer in layers:
                 yield Arrived(top_layer, top, layout.at_last(rows_KBD))

@@ -95,10 +95,27 @@ def inputs_of(model: nn.Module, layout: Layout) -> dict[str, Any]:
     return forward_inputs(model, layout.input_ids, layout.position_ids)
 
 
-def run_blocks(model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], layout: Layout) -> Tensor:
-    """Run the model up to the end of its last block call; returns that call's output residual stream, [B, T, D]."""
+def run_blocks(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    call_order: Sequence[str],
+    layout: Layout,
+    stop_before_last: bool = False,
+) -> Tensor:
+    """Run the model up to the end of its last block call; returns that call's output residual stream, [B, T, D].
+
+    With `stop_before_last` it runs up to that call's beginning and returns its input.
+    """
     ended: list[Tensor] = []
     seen = 0
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if seen == len(call_order) - 1:
+            hidden = hidden_of(args, kwargs)
+            if hidden is None:
+                raise StructureChanged(f"{call_order[-1]} was called without a residual stream")
+            ended.append(hidden)
+            raise _BlocksEnded
 
     def count(name: str) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -115,7 +132,10 @@ def run_blocks(model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Se
 
         return after
 
-    with hooks(*(b.register_forward_hook(count(name), with_kwargs=True) for name, b in blocks.items())):
+    handles = [b.register_forward_hook(count(name), with_kwargs=True) for name, b in blocks.items()]
+    if stop_before_last:
+        handles.append(blocks[call_order[-1]].register_forward_pre_hook(stop, with_kwargs=True))
+    with hooks(*handles):
         try:
             model(**inputs_of(model, layout))
         except _BlocksEnded:
@@ -131,6 +151,7 @@ def record(
     layout: Layout,
     narrow_to: torch.dtype | None = None,
     around: Callable[[list[BlockCall]], AbstractContextManager[None]] = lambda calls: nullcontext(),
+    stop_before_last: bool = False,
 ) -> Recording:
     """Run the blocks and remember the calls from number `first` on.
 
@@ -142,6 +163,7 @@ def record(
         layout: the batch.
         narrow_to: the format in which calls are remembered, of a forward in float32; None: its own.
         around: a context for the forward, given the list that its calls go to.
+        stop_before_last: remember the last call without making it; its input stands for the top.
 
     Raises:
         StructureChanged: the calls were not those of `call_order`.
@@ -180,7 +202,7 @@ def record(
     ]
     handles += [b.register_forward_hook(keep_bottom) for b in blocks.values()]
     with around(calls), hooks(*handles):
-        top = run_blocks(model, blocks, call_order, layout)
+        top = run_blocks(model, blocks, call_order, layout, stop_before_last)
     return Recording(call_order[first - 1], bottom[0], calls, top, bottom[0].dtype)
 
 

@@ -921,26 +921,6 @@ def test_a_model_without_gradients_is_refused_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_a_last_block_cut_at_the_wrong_rows_is_noticed(monkeypatch, caplog):
-    """The last block is replayed on each prompt's last row; here with the position of another prompt's."""
-    from fisher_vmap import top_block
-
-    right = top_block.at_rows
-
-    def wrong(inputs, rows, count):
-        monkeypatch.setattr(top_block, "at_rows", right)  # it calls itself
-        found = right(inputs, rows.flip(0), count)
-        monkeypatch.setattr(top_block, "at_rows", wrong)
-        return found
-
-    monkeypatch.setattr(top_block, "at_rows", wrong)
-    model, layer, rows = fresh("llama"), "model.layers.1", prompts(LENGTHS)
-    with caplog.at_level(logging.DEBUG, logger="fisher_vmap"):
-        scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4)
-    assert "at the last positions" in caplog.text
-    assert_right(scores, model, rows, layer, 1e-6)
-
-
 def test_keys_and_values_shared_across_blocks_of_a_real_model():
     from models import draw
     from transformers import AutoModelForCausalLM, Gemma3nTextConfig
