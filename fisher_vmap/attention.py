@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fisher_vmap.pointwise import softmax_pullback
 from fisher_vmap.pullback import Derived, Pullback, cotangent_dim
 from fisher_vmap.ragged import Group
+from fisher_vmap.scratch import Scratch
 
 # Elements of dP in one block of queries: small enough for a CPU's cache, large enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
@@ -144,35 +145,39 @@ def pullback_attention(
         return _pullback_groups(grad_out, q, k, v, kind, kind.groups)
     B, H, T, K, Ev = grad_out.shape
     G, S, E = k.shape[1:]
-    M = H // G
-    total: tuple[Tensor, Tensor, Tensor] | None = None
-    for start, stop in query_blocks(T, B * H * K * S, q.device):
-        keys = min(S, stop + S - T) if kind.causal and mask is None else S
+    M, scratch = H // G, Scratch()
+    blocks = query_blocks(T, B * H * K * S, q.device)
+    dq = torch.empty(B, H, T, K, E, dtype=q.dtype, device=q.device)
+    dk_GKSE: Tensor | None = None
+    dv_GSKE: Tensor | None = None
+    # From the last queries on, which see all keys: what passes through only gets smaller, and fits where it was.
+    for start, stop in reversed(blocks):
+        keys = keys_seen(stop + S - T, S) if kind.causal and mask is None else S
         n = stop - start
-        q_BGtE = q[:, :, start:stop].reshape(B, G, M * n, E)
-        k_BGSE, v_BGSE = k[:, :, :keys], v[:, :, :keys]
-        P_BHtS = probabilities(q, k_BGSE, mask, kind, start, stop, keys)
-        dO = grad_out[:, :, start:stop].reshape(B, G, M * n, K, Ev)
-        dP = dO.reshape(B, G, M * n * K, Ev) @ v_BGSE.mT
-        dS = softmax_pullback(dP.view(B, H, n, K, keys), P_BHtS.unsqueeze(3))
-        dq = _product(dS.view(B, G, M * n * K, keys), k_BGSE, kind.scale).view(B, H, n, K, E)
-        dk = _product(dS.view(B, G, M * n, K * keys).mT, q_BGtE, kind.scale).view(B, G, K, keys, E).transpose(2, 3)
-        dv = (P_BHtS.reshape(B, G, M * n, keys).mT @ dO.reshape(B, G, M * n, K * Ev)).view(B, G, keys, K, Ev)
-        if n == T and keys == S:
-            return dq, dk, dv
-        if total is None:
-            total = dq.new_empty(B, H, T, K, E), dk.new_zeros(B, G, S, K, E), dv.new_zeros(B, G, S, K, Ev)
-        total[0][:, :, start:stop] = dq
-        total[1][:, :, :keys] += dk
-        total[2][:, :, :keys] += dv
-    assert total is not None
-    return total
+        q_GtE = q[:, :, start:stop].reshape(B * G, M * n, E)
+        k_GSE, v_GSE = k[:, :, :keys].flatten(0, 1), v[:, :, :keys].flatten(0, 1)
+        P_BHtS = probabilities(q, k[:, :, :keys], mask, kind, start, stop, S - T)
+        dO_GtE = grad_out[:, :, start:stop].reshape(B * G, M * n * K, Ev)
+        dP = _product(dO_GtE, v_GSE.mT, 1.0, scratch, "dP")
+        softmax_pullback(dP.view(B, H, n, K, keys), P_BHtS.unsqueeze(3))
+        dS_GtKS, dO_GtKE = dP.view(B * G, M * n, K * keys), dO_GtE.reshape(B * G, M * n, K * Ev)
+        dq[:, :, start:stop] = _product(dP, k_GSE, kind.scale, scratch, "dq").view(B, H, n, K, E)
+        dk = _product(dS_GtKS.mT, q_GtE, kind.scale, scratch, "dk").view(B, G, K, keys, E)
+        dv = _product(P_BHtS.reshape(B * G, M * n, keys).mT, dO_GtKE, 1.0, scratch, "dv").view(B, G, keys, K, Ev)
+        if dk_GKSE is None or dv_GSKE is None:
+            alone = len(blocks) == 1  # then nobody asks for that memory again
+            dk_GKSE, dv_GSKE = (dk, dv) if alone else (dk.clone(), dv.clone())
+        else:
+            dk_GKSE[:, :, :, :keys] += dk
+            dv_GSKE[:, :, :keys] += dv
+    assert dk_GKSE is not None and dv_GSKE is not None
+    return dq, dk_GKSE.transpose(2, 3), dv_GSKE
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale a @ b over [B, G, m, n] and [B, G, n, l], without a pass of its own for the scale."""
-    c = torch.baddbmm(a.new_empty(()), a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale)
-    return c.view(*a.shape[:3], b.shape[3])
+def _product(a: Tensor, b: Tensor, scale: float, scratch: Scratch, name: str) -> Tensor:
+    """Return scale a @ b over [G, m, n] and [G, n, l], in scratch memory, without a pass of its own for the scale."""
+    out = scratch(name, (len(a), a.shape[1], b.shape[2]), a)
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _pullback_groups(
@@ -197,9 +202,12 @@ def _pullback_groups(
 
 
 def probabilities(
-    q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, keys: int
+    q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, ahead: int
 ) -> Tensor:
-    """P of a block of queries, [B, H, t, S], in the dtype of q; the scores and the softmax in float32."""
+    """P of a block of queries, [B, H, t, S], in the dtype of q; the scores and the softmax in float32.
+
+    Without a mask query t of a causal attention sees the keys up to t + `ahead`.
+    """
     B, H, _, E = q.shape
     G, S = k_BGSE.shape[1], k_BGSE.shape[2]
     score_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -212,9 +220,19 @@ def probabilities(
         else:
             scores += block
     elif kind.causal:
-        last_key = torch.arange(start, stop, device=q.device) + (keys - stop)
+        last_key = torch.arange(start, stop, device=q.device) + ahead
         scores.masked_fill_(torch.arange(S, device=q.device) > last_key[:, None], -torch.inf)
     return scores.softmax(-1).to(q.dtype)
+
+
+def keys_seen(keys: int, all_keys: int) -> int:
+    """How many keys to take for a block of queries that sees so many.
+
+    A few more are taken, so that blocks share their sizes: for every new size of a product the CPU's library makes a
+    program, which it keeps, and a long prompt's would take more memory than its tensors.
+    """
+    step = max(32, all_keys // 16)
+    return min(all_keys, -(-keys // step) * step)
 
 
 def query_blocks(T: int, elements_a_query: int, device: torch.device) -> list[tuple[int, int]]:

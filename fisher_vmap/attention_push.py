@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_vmap.attention import AttentionKind, probabilities, query_blocks
+from fisher_vmap.attention import AttentionKind, keys_seen, probabilities, query_blocks
 from fisher_vmap.pullback import Pushforward
 from fisher_vmap.ragged import Group
 
@@ -72,11 +72,11 @@ def pushforward_attention(
     out = torch.empty(B, H, T, K, Ev, dtype=q.dtype, device=q.device)
     dk_BGEKS = dk.permute(0, 1, 4, 3, 2)
     for start, stop in query_blocks(T, B * H * K * S, q.device):
-        keys = min(S, stop + S - T) if kind.causal and mask is None else S
+        keys = keys_seen(stop + S - T, S) if kind.causal and mask is None else S
         n = stop - start
         q_BGtE = q[:, :, start:stop].reshape(B, G, M * n, E)
         k_BGSE, v_BGSE = k[:, :, :keys], v[:, :, :keys]
-        P_BHtS = probabilities(q, k_BGSE, mask, kind, start, stop, keys)
+        P_BHtS = probabilities(q, k_BGSE, mask, kind, start, stop, S - T)
         dq_rows = dq[:, :, start:stop].reshape(B, G, M * n * K, E)
         dS = (dq_rows @ k_BGSE.mT).view(B, G, M * n, K * keys)
         dS += q_BGtE @ dk_BGEKS[..., :keys].reshape(B, G, E, K * keys)

@@ -94,6 +94,19 @@ def test_as_many_keys_as_there_are(T, S, block_elements):
     assert_matches(q, k, v, None, AttentionKind(SCALE, False), None)
 
 
+@pytest.mark.parametrize(("T", "S"), [(97, 97), (33, 33), (50, 110)])
+def test_causal_blocks_that_see_a_part_of_the_keys(T, S, block_elements):
+    """Long enough that early blocks of queries leave keys out, some of which they are given and must not see."""
+    assert_matches(*tensors(4, 2, T, S), None, AttentionKind(SCALE, True), causal(T, S))
+
+
+def test_blocks_take_at_least_the_keys_that_they_see_and_in_few_sizes():
+    for S in (1, 31, 33, 100, 2048):
+        taken = [attention_module.keys_seen(keys, S) for keys in range(1, S + 1)]
+        assert all(keys <= n <= S for keys, n in zip(range(1, S + 1), taken, strict=True))
+        assert len(set(taken)) <= 17 and taken[0] <= max(32, S // 16)
+
+
 def test_causal_with_more_keys_than_queries():
     T, S = 20, 33
     q, k, v = tensors(6, 2, T, S)
