@@ -37,6 +37,9 @@ from fisher_vmap.scratch import Scratch, stretches
 # Of what forwards compute, how much is kept for the pullback; the blocks that find no room run again.
 KEPT_BYTES = {"cpu": 3 * 2**25}
 KEPT_SHARE_OF_GPU = 1 / 8  # of the memory that is free
+# Where all that the blocks compute is more than so many times as much, nothing is kept: the time saved would be small
+# beside the memory, which is what long prompts are short of.
+WORTH_KEEPING = 2
 
 # The places of a block's norms, in the order in which the block holds them.
 PLACES = {
@@ -238,9 +241,13 @@ def keeping(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
             if inputs is None:
                 return own(*args, **kwargs)
             z, kept = rule.forward(*inputs)
-            if calls and calls[-1].block is block and len(calls) <= most and kept.bytes() <= room.get(z.device.type, 0):
-                room[z.device.type] -= kept.bytes()
-                calls[-1].kept.append(kept)
+            if calls and calls[-1].block is block and len(calls) <= most:
+                device, size = z.device.type, kept.bytes()
+                if len(calls) == 1 and size * most > WORTH_KEEPING * room.get(device, 0):
+                    room.clear()
+                if size <= room.get(device, 0):
+                    room[device] -= size
+                    calls[-1].kept.append(kept)
             return z
 
         return forward

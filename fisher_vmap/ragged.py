@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 PADDING = 1.25  # a group's padded rows may be this many times its real ones
+# Prompts of so many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
+ALONE_FROM = {"cpu": 24}
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tu
     """Groups of the prompts [start, stop): similar lengths together, each prompt in one group."""
     lengths = [stop - start for start, stop in ranges]
     groups: list[list[int]] = []
+    alone_from = ALONE_FROM.get(device.type)
     for prompt in sorted(range(len(ranges)), key=lambda b: (-lengths[b], b)):
-        if groups:
+        if groups and (alone_from is None or lengths[groups[-1][0]] < alone_from):
             joined = [*groups[-1], prompt]
             if lengths[joined[0]] * len(joined) <= PADDING * sum(lengths[b] for b in joined):
                 groups[-1] = joined
