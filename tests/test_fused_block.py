@@ -42,6 +42,27 @@ def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room):
     assert worst(tiny("llama", torch.float32), tiny("llama"), [0, 2], prompts(LENGTHS), top_k=4) < 5e-6
 
 
+def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monkeypatch):
+    """Hooked at block 0, blocks 0 to 2 run forward, and 1 and 2 once more where what they computed was not kept."""
+    ran, sizes = [], []
+    forward = fused_block.BlockRule.forward
+
+    def counted(self, *inputs):
+        z, kept = forward(self, *inputs)
+        ran.append(self)
+        sizes.append(kept.bytes())
+        return z, kept
+
+    model, batch = tiny("llama", torch.float32), padded(prompts(LENGTHS), "right")
+    fisher_scores(model, *batch, layers=0, top_k=4)
+    monkeypatch.setattr(fused_block.BlockRule, "forward", counted)
+    for of_one, runs in ((2, 3), (1, 4), (0.9, 5), (0, 5)):
+        monkeypatch.setitem(fused_block.KEPT_BYTES, "cpu", int(of_one * (sizes[0] if sizes else 10**9)))
+        ran.clear()
+        fisher_scores(model, *batch, layers=0, top_k=4)
+        assert len(ran) == runs
+
+
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_stretches_of_any_size(monkeypatch, rows):
     monkeypatch.setitem(scratch.ELEMENTS_IN_CACHE, "cpu", 1)
