@@ -147,9 +147,7 @@ def pullback_attention(
     G, S, E = k.shape[1:]
     M, scratch = H // G, Scratch()
     blocks = query_blocks(T, B * H * K * S, q.device)
-    dq = torch.empty(B, H, T, K, E, dtype=q.dtype, device=q.device)
-    dk_GKSE: Tensor | None = None
-    dv_GSKE: Tensor | None = None
+    total: tuple[Tensor, Tensor, Tensor] | None = None
     # From the last queries on, which see all keys: what passes through only gets smaller, and fits where it was.
     for start, stop in reversed(blocks):
         keys = keys_seen(stop + S - T, S) if kind.causal and mask is None else S
@@ -161,17 +159,19 @@ def pullback_attention(
         dP = _product(dO_GtE, v_GSE.mT, 1.0, scratch, "dP")
         softmax_pullback(dP.view(B, H, n, K, keys), P_BHtS.unsqueeze(3))
         dS_GtKS, dO_GtKE = dP.view(B * G, M * n, K * keys), dO_GtE.reshape(B * G, M * n, K * Ev)
-        dq[:, :, start:stop] = _product(dP, k_GSE, kind.scale, scratch, "dq").view(B, H, n, K, E)
+        dq = _product(dP, k_GSE, kind.scale, scratch, "dq").view(B, H, n, K, E)
         dk = _product(dS_GtKS.mT, q_GtE, kind.scale, scratch, "dk").view(B, G, K, keys, E)
         dv = _product(P_BHtS.reshape(B * G, M * n, keys).mT, dO_GtKE, 1.0, scratch, "dv").view(B, G, keys, K, Ev)
-        if dk_GKSE is None or dv_GSKE is None:
-            alone = len(blocks) == 1  # then nobody asks for that memory again
-            dk_GKSE, dv_GSKE = (dk, dv) if alone else (dk.clone(), dv.clone())
+        if len(blocks) == 1:  # nobody asks for that memory again
+            return dq, dk.transpose(2, 3), dv
+        if total is None:
+            total = dq.new_empty(B, H, T, K, E), dk.clone(), dv.clone()
         else:
-            dk_GKSE[:, :, :, :keys] += dk
-            dv_GSKE[:, :, :keys] += dv
-    assert dk_GKSE is not None and dv_GSKE is not None
-    return dq, dk_GKSE.transpose(2, 3), dv_GSKE
+            total[1][:, :, :, :keys] += dk
+            total[2][:, :, :keys] += dv
+        total[0][:, :, start:stop] = dq
+    assert total is not None
+    return total[0], total[1].transpose(2, 3), total[2]
 
 
 def _product(a: Tensor, b: Tensor, scale: float, scratch: Scratch, name: str) -> Tensor:
