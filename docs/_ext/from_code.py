@@ -1,0 +1,72 @@
+"""Pages made from the code: {settings} from config.py, {commands} from what --help says."""
+
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+from unittest import mock
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from fisher_vmap.cli import COMMANDS
+from fisher_vmap.config import Settings
+from fisher_vmap.settings_input import written
+
+GROUP_OR_NAME = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): \w)", re.MULTILINE)
+LINE = "90"  # columns of the help texts
+
+
+def settings_text() -> str:
+    """A table for each group of settings; the groups are the comments between them in config.py."""
+    lines, seen = [], set()
+    for found in GROUP_OR_NAME.finditer(inspect.getsource(Settings)):
+        if found["group"]:
+            lines += ["", f"## {found['group']}", "", "| setting | default | meaning |", "| --- | --- | --- |"]
+        elif found["name"] in Settings.model_fields:
+            field = Settings.model_fields[found["name"]]
+            lines.append(f"| `{found['name']}` | `{written(field.default)}` | {field.description} |")
+            seen.add(found["name"])
+    missing = set(Settings.model_fields) - seen
+    assert not missing, f"config.py has settings that this page does not find: {missing}"
+    return "\n".join(lines)
+
+
+def commands_text() -> str:
+    """What each command's --help says; of `run`, whose flags are the settings, the frame around them."""
+    lines = []
+    for name, (module, what) in COMMANDS.items():
+        text = help_of(module)
+        if name == "run":
+            text = re.sub(r"(?s)\noptions:.*?\n\n(?=examples:)", "\n", text)
+        text = text.replace(f"python -m {module.removesuffix('.command')}", f"fisher-vmap {name}")
+        lines += [f"## fisher-vmap {name}", "", f"{what[0].upper()}{what[1:]}.", "", "```text", text.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def help_of(module: str) -> str:
+    """What a command prints for --help."""
+    said = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS=LINE), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    return said.getvalue()
+
+
+class FromCode(SphinxDirective):
+    """A directive that stands for a text in markdown."""
+
+    TEXTS = {"settings": settings_text, "commands": commands_text}
+
+    def run(self) -> list[nodes.Node]:
+        """The nodes of the text."""
+        return self.parse_text_to_nodes(self.TEXTS[self.name](), allow_section_headings=True)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Make both known."""
+    for name in FromCode.TEXTS:
+        app.add_directive(name, FromCode)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
