@@ -24,8 +24,6 @@ extensions = [
     "mathml",
 ]
 exclude_patterns = ["_build", "*.template.md"]
-suppress_warnings = ["toc.empty_glob"]  # a page that another branch of the table of contents may bring
-nitpick_ignore_regex = [("py:.*", ".*")]
 
 # Pages are plain markdown, as GitHub shows it; MyST's own syntax is only used where a page is generated from code.
 myst_enable_extensions = ["dollarmath"]
@@ -34,6 +32,7 @@ html_math_renderer = "mathml"
 
 # Reference from docstrings, whose `names` are Python's.
 default_role = "py:obj"
+autoclass_content = "both"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -59,3 +58,13 @@ html_theme_options = {
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def setup(app):
+    """The table of contents has a place for cluster.md, where there is one."""
+
+    def read(_app, _name, source):
+        if not (HERE / "cluster.md").exists():
+            source[0] = source[0].replace("\ncluster\n", "\n")
+
+    app.connect("source-read", read)

@@ -2,7 +2,7 @@
 
     ```python    runs; a page's blocks share their names
     ```sh        our commands run in this process; pip's and make's words are looked up
-    ```output    what the blocks since the last such block printed, numbers to 10%, `...` for any lines
+    ```output    what the block above printed, numbers to 10%, `...` for any lines
 
 A comment in the line above a block, which readers do not see, says more of it:
 
@@ -37,7 +37,7 @@ FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE
 COMMENT_ABOVE = re.compile(r"<!-- (?P<note>.+?) -->\n\Z")
 UNSEEN = re.compile(r"<!-- (?P<kind>run|python): (?P<source>.+?) -->", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
-NEVER_RUN = ("text", "tree", "bibtex")
+NEVER_RUN = ("text",)
 
 
 def blocks(document: Document) -> Iterator[Region]:
@@ -66,12 +66,14 @@ PAGES = Sybil([blocks], filenames=[])
 def python(example: Example) -> None:
     """Run it; what it prints is kept for the output block."""
     code = compile("\n" * example.line + example.parsed, example.path, "exec")
+    example.namespace["_printed"] = ""
     with kept(example):
         exec(code, example.namespace)
 
 
 def shell(example: Example) -> None:
     """Run its lines, one after another."""
+    example.namespace["_printed"] = ""
     for words in commands(example.parsed):
         expected = int(example.region.lexemes["note"].removeprefix("ends with ") or 0)
         with kept(example):
@@ -93,19 +95,19 @@ def check_flags(example: Example) -> None:
 
 
 def output(example: Example) -> None:
-    """Compare it with what was printed since the last output block."""
-    printed = example.namespace.pop("_printed", "")
+    """Compare it with what the block above printed."""
+    printed = example.namespace["_printed"]
     differences = unlike(example.parsed, printed)
     assert not differences, f"{differences}\nThe page shows:\n{example.parsed}\nIt printed:\n{printed}"
 
 
 @contextlib.contextmanager
 def kept(example: Example) -> Iterator[None]:
-    """Keep what is printed."""
+    """Keep what is printed; what goes to standard error, such as progress bars, is none of the page's."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with contextlib.redirect_stdout(said):
         yield
-    example.namespace["_printed"] = example.namespace.get("_printed", "") + said.getvalue()
+    example.namespace["_printed"] += said.getvalue()
 
 
 def commands(source: str) -> Iterator[list[str]]:
@@ -187,10 +189,10 @@ def unlike(shown: str, printed: str) -> str:
 
 
 def near(one: str, other: str) -> bool:
-    """Within a tenth, or two units of the last digit that is shown; whole numbers are exact, for they count something."""
+    """Within a tenth, or two units of the last digit shown; whole numbers are exact, for they count something."""
     a, b = (float(text.replace(",", "")) for text in (one, other))
     mantissa, _, exponent = one.partition("e")
     digits = len(mantissa.partition(".")[2])
-    if not digits and not exponent:
+    if "." not in mantissa and not exponent:
         return a == b
     return abs(a - b) <= max(0.1 * abs(a), 2 * 10.0 ** (int(exponent or 0) - digits))

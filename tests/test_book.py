@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from book_blocks import COMMENT_ABOVE, FENCES, PAGES, ROOT, check, unlike
-from command_cases import VOCABULARY, save_model
+from command_cases import VOCABULARY, save_model, tiny_tokenizer
 from models import tiny
 
 DOCS = ROOT / "docs"
@@ -26,7 +26,10 @@ def hub(tmp_path_factory):
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     small = {"vocab_size": VOCABULARY, "num_hidden_layers": 30, "max_position_embeddings": 512}
-    save_model(repository / "snapshots" / ("0" * 40), tiny("llama", torch.float32, **small))
+    folder = save_model(repository / "snapshots" / ("0" * 40), tiny("llama", torch.float32, **small), tokenizer=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<|end|>"
+    tokenizer.save_pretrained(folder)
     return cache
 
 

@@ -6,6 +6,8 @@ import inspect
 import io
 import os
 import re
+import textwrap
+from collections.abc import Iterator
 from unittest import mock
 
 from docutils import nodes
@@ -43,8 +45,18 @@ def commands_text() -> str:
         if name == "run":
             text = re.sub(r"(?s)\noptions:.*?\n\n(?=examples:)", "\n", text)
         text = text.replace(f"python -m {module.removesuffix('.command')}", f"fisher-vmap {name}")
+        text = "\n".join(wrapped(text))
         lines += [f"## fisher-vmap {name}", "", f"{what[0].upper()}{what[1:]}.", "", "```text", text.strip(), "```", ""]
     return "\n".join(lines)
+
+
+def wrapped(text: str) -> Iterator[str]:
+    """The lines of a help text, none of them too long; the usage laid anew, since its command's name is shorter here."""
+    usage, _, rest = text.partition("\n\n")
+    yield from textwrap.wrap(" ".join(usage.split()), int(LINE), subsequent_indent=" " * 7, break_on_hyphens=False)
+    yield ""
+    for line in rest.splitlines():
+        yield from textwrap.wrap(line, int(LINE)) if len(line) > int(LINE) else [line]
 
 
 def help_of(module: str) -> str:
