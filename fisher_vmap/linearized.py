@@ -25,7 +25,8 @@ PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
 class LinearizedNetwork:
     """J = dh / dtheta of one batch of prompts, for each hooked layer: `FisherModel.linearize` makes it.
 
-    theta is the bias at the hooked layer, h the last token's residual stream after the last block, before the final norm.
+    theta is the bias at the hooked layer, h the last token's residual stream after the last block, before the final
+    norm.
     """
 
     def __init__(self, uppers: Mapping[str, Upper]) -> None:

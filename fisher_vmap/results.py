@@ -254,7 +254,7 @@ class Results:
         return self.table().to_pandas()
 
     def table(self) -> pa.Table:
-        """The prompts table as an Arrow table, from prompts.parquet or what the shards of an unfinished run have of it."""
+        """The prompts table as an Arrow table, from prompts.parquet or what an unfinished run's shards have of it."""
         if entry := self.index.files.get(TABLE_NAME):
             data = read_checked(self.folder / TABLE_NAME, entry.bytes, entry.sha256, self._verify)
             return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)

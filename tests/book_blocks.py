@@ -35,7 +35,7 @@ from fisher_vmap.settings_input import read_flags
 ROOT = Path(__file__).parents[1]
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
 COMMENT_ABOVE = re.compile(r"<!-- (?P<note>.+?) -->\n\Z")
-UNSEEN = re.compile(r"<!-- (?P<kind>run|python): (?P<source>.+?) -->", re.DOTALL)
+UNSEEN = re.compile(r"<!-- (?P<kind>run|python):\s(?P<source>.+?)\s*-->", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 NEVER_RUN = ("text",)
 
@@ -75,7 +75,8 @@ def shell(example: Example) -> None:
     """Run its lines, one after another."""
     example.namespace["_printed"] = ""
     for words in commands(example.parsed):
-        expected = int(example.region.lexemes["note"].removeprefix("ends with ") or 0)
+        note = example.region.lexemes["note"]
+        expected = int(note.removeprefix("ends with ")) if note.startswith("ends with ") else 0
         with kept(example):
             code = carry_out(words)
         assert code == expected, f"{shlex.join(words)} ended with {code}"

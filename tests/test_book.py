@@ -14,7 +14,7 @@ from models import tiny
 
 DOCS = ROOT / "docs"
 ALL = [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts and ".template" not in path.name]
-REAL = {"tutorial.md", "steering.md", "study.md"}  # run on the demo's model
+REAL = {"tutorial.md"}  # run on the demo's model
 STAND_IN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the pages' model, tiny and random here, of as many layers
 
 

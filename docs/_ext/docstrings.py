@@ -1,4 +1,4 @@
-"""Docstrings are plain text with `names` in backticks; reStructuredText would read more into some of their characters."""
+"""Docstrings are plain text with `names` in backticks; reStructuredText would read more into some characters."""
 
 import re
 
@@ -10,7 +10,8 @@ from sphinx.locale import _
 
 QUOTED = re.compile(r"(``.*?``|`[^`]*`|\"[^\"]*\")")
 ARRAY = re.compile(r"ndarray\[tuple\[Any, \.\.\.\], dtype\[(\w+)\]\]")
-ARRAY_LIKE = re.compile(r"_Buffer \| .*? \| _NestedSequence\[complex \| bytes \| str\]")  # numpy's ArrayLike, spelled out
+# numpy's ArrayLike, spelled out
+ARRAY_LIKE = re.compile(r"_Buffer \| .*? \| _NestedSequence\[complex \| bytes \| str\]")
 SPECIAL = re.compile(r"([|*\\]|_(?=\W|$))")
 
 
@@ -35,7 +36,7 @@ def shorten(_app: Sphinx, doctree: nodes.document) -> None:
                 if kind is addnodes.desc_parameter:
                     node += [addnodes.desc_sig_name("", name), nodes.Text(colon + rest)]
                 else:
-                    node += nodes.Text(short)
+                    node += nodes.Text(short.removeprefix(" -> "))  # a return type's arrow is drawn anyway
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -51,7 +51,7 @@ def commands_text() -> str:
 
 
 def wrapped(text: str) -> Iterator[str]:
-    """The lines of a help text, none of them too long; the usage laid anew, since its command's name is shorter here."""
+    """The lines of a help text, none of them too long; the usage laid anew, for its command's name is shorter."""
     usage, _, rest = text.partition("\n\n")
     yield from textwrap.wrap(" ".join(usage.split()), int(LINE), subsequent_indent=" " * 7, break_on_hyphens=False)
     yield ""
@@ -67,18 +67,19 @@ def help_of(module: str) -> str:
     return said.getvalue()
 
 
+TEXTS = {"settings": settings_text, "commands": commands_text}
+
+
 class FromCode(SphinxDirective):
     """A directive that stands for a text in markdown."""
 
-    TEXTS = {"settings": settings_text, "commands": commands_text}
-
     def run(self) -> list[nodes.Node]:
         """The nodes of the text."""
-        return self.parse_text_to_nodes(self.TEXTS[self.name](), allow_section_headings=True)
+        return self.parse_text_to_nodes(TEXTS[self.name](), allow_section_headings=True)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Make both known."""
-    for name in FromCode.TEXTS:
+    for name in TEXTS:
         app.add_directive(name, FromCode)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -33,7 +33,7 @@ class PromptRecord:
     position_energy: Float32
     """[T] sum over tokens of p_t |g_t at that position|^2."""
     token_ids: NDArray[np.int64]
-    """[K] the tokens, likeliest first; with `include_rest` one more, -1, for any other token. All -1 without numbers."""
+    """[K] the tokens, likeliest first; with `include_rest` one more, -1, any other token. All -1 without numbers."""
     log_probs: Float32
     """[K] their log-probabilities in nats."""
     row: dict[str, Any]
