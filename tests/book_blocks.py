@@ -2,6 +2,7 @@
 
     ```python    runs; a page's blocks share their names
     ```sh        our commands run in this process; pip's and make's words are looked up
+    ```yaml      is YAML
     ```output    what the block above printed, numbers to 10%, `...` for any lines
 
 A comment in the line above a block, which readers do not see, says more of it:
@@ -12,6 +13,7 @@ A comment in the line above a block, which readers do not see, says more of it:
     <!-- illustration -->               nothing to run
 
 A comment `<!-- run: fisher-vmap ... -->` or `<!-- python: ... -->` anywhere is run, unseen by the reader.
+A block that is indented, not fenced, is not run either, but its flags are checked.
 """
 
 import argparse
@@ -20,22 +22,24 @@ import importlib
 import io
 import re
 import shlex
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import yaml
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from fisher_vmap.cli import COMMANDS
 from fisher_vmap.config import Settings
-from fisher_vmap.settings_input import read_flags
 
 ROOT = Path(__file__).parents[1]
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
 COMMENT_ABOVE = re.compile(r"<!-- (?P<note>.+?) -->\n\Z")
 UNSEEN = re.compile(r"<!-- (?P<kind>run|python):\s(?P<source>.+?)\s*-->", re.DOTALL)
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n+)+")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 NEVER_RUN = ("text",)
 
@@ -45,7 +49,11 @@ def blocks(document: Document) -> Iterator[Region]:
     for found in UNSEEN.finditer(document.text):
         evaluate = shell if found["kind"] == "run" else python
         yield Region(found.start(), found.end(), found["source"], evaluate, {"note": ""})
-    for region in FENCES(document):
+    fences = list(FENCES(document))
+    for found in INDENTED.finditer(document.text):
+        if not any(fence.start < found.start() < fence.end for fence in fences):
+            yield Region(found.start(), found.end(), textwrap.dedent(found[0]), check_flags, {"note": "indented"})
+    for region in fences:
         language, above = region.lexemes["language"], COMMENT_ABOVE.search(document.text[: region.start])
         note = above["note"] if above else ""
         if language.startswith("{") or language in NEVER_RUN or note == "illustration":
@@ -56,7 +64,7 @@ def blocks(document: Document) -> Iterator[Region]:
         elif note.startswith("not run: "):
             region.evaluator = check_flags
         else:
-            region.evaluator = {"python": python, "sh": shell, "output": output}[language]
+            region.evaluator = {"python": python, "sh": shell, "output": output, "yaml": check_yaml}[language]
         yield region
 
 
@@ -89,10 +97,17 @@ def write_file(example: Example) -> None:
 
 def check_flags(example: Example) -> None:
     """Check every use of our commands in it, wherever in a line it stands."""
-    found = [rest for words in commands(example.parsed) if (rest := ours(words))]
+    lines = list(commands(example.parsed))
+    lines += [shlex.split(word) for words in lines for word in words if "fisher-vmap " in word]  # sbatch --wrap "..."
+    found = [rest for words in lines if (rest := ours(words))]
     for words in found:
         check(*words)
-    assert found, "a block that is not run and has nothing to check"
+    assert found or example.region.lexemes["note"] == "indented", "a block that is not run and has nothing to check"
+
+
+def check_yaml(example: Example) -> None:
+    """Raise unless it is YAML."""
+    assert yaml.safe_load(example.parsed) is not None
 
 
 def output(example: Example) -> None:
@@ -151,20 +166,24 @@ class Parsed(Exception):
 def check(module: str, arguments: list[str]) -> None:
     """Raise unless the command takes these arguments; values from shell variables are not looked at."""
     end = next((i for i, word in enumerate(arguments) if word in ("|", "&&", ";", "&", ">", ">>")), len(arguments))
-    arguments = arguments[:end]
-    if module == "fisher_vmap.run":
-        flags = read_flags(arguments, Settings.model_fields)
-        Settings(**{name: value for name, value in flags.items() if name != "config" and "$" not in value})
-        return
+    parse = argparse.ArgumentParser.parse_known_args
 
     def parse_alone(parser, args=None, namespace=None):
-        parser.parse_known_args(args, namespace)
-        raise Parsed
+        found, left_over = parse(parser, args, namespace)
+        if left_over:
+            raise ValueError(f"unknown flag or argument {left_over[0]!r}")
+        raise Parsed(vars(found))
 
     main = importlib.import_module(module).main
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_alone), contextlib.suppress(Parsed):
-        main(arguments)
-        raise AssertionError(f"{module} did not parse {arguments}")
+    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_alone):
+        try:
+            main(arguments[:end])
+        except Parsed as parsed:
+            values = {name: x for name, x in parsed.args[0].items() if name in Settings.model_fields and "$" not in x}
+        else:
+            raise AssertionError(f"{module} did not parse {arguments[:end]}")
+    if module == "fisher_vmap.run":
+        Settings(**values)
 
 
 def unlike(shown: str, printed: str) -> str:
