@@ -5,11 +5,15 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from book_blocks import COMMENT_ABOVE, FENCES, PAGES, ROOT, check, unlike
 from command_cases import VOCABULARY, save_model, tiny_tokenizer
 from models import tiny
+from safetensors import safe_open
+
+from fisher_vmap.run import main as run_command
 
 DOCS = ROOT / "docs"
 ALL = [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts and ".template" not in path.name]
@@ -68,6 +72,27 @@ def test_notes_are_understood(page):
     for region in FENCES(document):
         above = COMMENT_ABOVE.search(document.text[: region.start])
         assert above is None or re.match(r"(file: |not run: |ends with \d|illustration|run: |python: )", above["note"])
+
+
+def test_the_results_folder_is_as_its_page_says(reader, tmp_path):
+    text = (DOCS / "reference" / "results-folder.md").read_text("utf-8")
+    flags = f"--model_path {STAND_IN} --dataset_name prompts.jsonl --hook_layer_name 15 --trace_samples 2 --save both"
+    assert run_command(flags.split()) == 0
+    with safe_open(tmp_path / "fisher_results/shards/shard-00000.safetensors", "np") as shard:
+        stored = {name.replace("model.layers.15", "LAYER") for name in shard.keys()}  # noqa: SIM118 (no mapping)
+    table = pq.read_schema(tmp_path / "fisher_results/prompts.parquet").names
+    columns = {name.replace("model.layers.15", "LAYER") for name in table}
+    of_shard, of_table = text.split("## A shard")[1].split("## prompts.parquet")
+
+    def named(part):
+        """What stands in backticks in the first column of the part's table."""
+        rows = [line.split(" | ")[0] for line in part.splitlines() if line.startswith("| ")]
+        return set(re.findall(r"`([\w/]+)`", " ".join(rows)))
+
+    assert named(of_shard) == stored
+    assert named(of_table) == columns
+    for name in re.findall(r"(?m)^  ([\w.-]+\.\w+) ", text):
+        assert name.startswith("sum-") or (tmp_path / "fisher_results" / name).is_file(), name
 
 
 def test_outputs_are_compared_by_their_numbers():
