@@ -179,11 +179,11 @@ def check(module: str, arguments: list[str]) -> None:
         try:
             main(arguments[:end])
         except Parsed as parsed:
-            values = {name: x for name, x in parsed.args[0].items() if name in Settings.model_fields and "$" not in x}
+            values = {name: value for name, value in parsed.args[0].items() if name in Settings.model_fields}
         else:
             raise AssertionError(f"{module} did not parse {arguments[:end]}")
     if module == "fisher_vmap.run":
-        Settings(**values)
+        Settings(**{name: value for name, value in values.items() if "$" not in value})
 
 
 def unlike(shown: str, printed: str) -> str:

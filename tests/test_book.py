@@ -8,7 +8,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
-from book_blocks import COMMENT_ABOVE, FENCES, PAGES, ROOT, check, unlike
+from book_blocks import COMMENT_ABOVE, FENCES, PAGES, ROOT, check, commands, ours, unlike
 from command_cases import VOCABULARY, save_model, tiny_tokenizer
 from models import tiny
 from safetensors import safe_open
@@ -108,6 +108,16 @@ def test_flags_are_checked():
     check("fisher_vmap.verify", ["folder", "--kl"])
     with pytest.raises(ValueError, match="unknown flag"):
         check("fisher_vmap.run", ["--num_promts", "5"])
+
+
+def test_the_commands_of_the_readme_are_understood():
+    lines = re.findall(
+        r"(?m)^    ((?:fisher-vmap|python -m fisher_vmap\.)\S* .+)$", (ROOT / "README.md").read_text("utf-8")
+    )
+    found = [ours(words) for line in lines for words in commands(line)]
+    assert found
+    for module, arguments in found:
+        check(module, arguments)
 
 
 @pytest.fixture(scope="module")
