@@ -38,16 +38,28 @@ def settings_text() -> str:
 
 
 def commands_text() -> str:
-    """What each command's --help says; of `run`, whose flags are the settings, the frame around them."""
+    """What each command's --help says, but for the settings among the flags of `run`."""
     lines = []
     for name, (module, what) in COMMANDS.items():
         text = help_of(module)
         if name == "run":
-            text = re.sub(r"(?s)\noptions:.*?\n\n(?=examples:)", "\n", text)
+            text = "\n".join(without_settings(text))
         text = text.replace(f"python -m {module.removesuffix('.command')}", f"fisher-vmap {name}")
         text = "\n".join(wrapped(text))
         lines += [f"## fisher-vmap {name}", "", f"{what[0].upper()}{what[1:]}.", "", "```text", text.strip(), "```", ""]
     return "\n".join(lines)
+
+
+def without_settings(text: str) -> Iterator[str]:
+    """The lines of a help text that are not of a flag that is a setting."""
+    shown = True
+    for line in text.splitlines():
+        if flag := re.match(r"  (?:-h, )?--(\w+)", line):
+            shown = flag[1] not in Settings.model_fields
+        elif not line.startswith("   "):
+            shown = True
+        if shown:
+            yield line
 
 
 def wrapped(text: str) -> Iterator[str]:
