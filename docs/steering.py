@@ -140,11 +140,25 @@ one that the demo picks, where the leading direction trades most probability:
 Three unit vectors are added to the residual stream at {layer}, at every position: the leading eigenvector of this
 prompt's Fisher matrix, that of the mean over the demo's 64 prompts, and a random one.
 
-    from fisher_vmap import open_results, steer
+<!-- python:
+# What a reader of this page has: the demo's folder and model. The test of this block takes a small model for it.
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from fisher_vmap.cli import main
+from fisher_vmap.demo import PROMPTS
+name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+command = f"run --model_path {{name}} --num_prompts 18 --hook_layer_name {layer} --output_dir demo_results"
+assert main([*command.split(), "--dataset_name", str(PROMPTS)]) == 0
+model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+inputs = tokenizer("Hello", return_tensors="pt")
+-->
 
-    record = results[17]
-    with steer(model, "{layer}", record.V[0], -0.01, residual_norm=record.residual_norm):
-        model.generate(...)
+```python
+from fisher_vmap import open_results, steer
+
+record = open_results("demo_results")[17]
+with steer(model, "{layer}", record.V[0], -5, residual_norm=1.0):
+    out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+```
 
 ## Predicted and measured
 

@@ -94,7 +94,7 @@ def quadratic(matrix: Any, v: ArrayLike) -> Any:
 
 
 def trace(matrix: Any) -> Any:
-    """The trace, sum_r S_r: a number, or [n] for many. Of the kept rank; a record's own `trace` is of all K tokens."""
+    """The trace, sum_r S_r: a number, or [n] for many. Of the kept rank; `record.trace` is of all K tokens."""
     return factors(matrix)[0].sum(-1)
 
 

@@ -61,12 +61,12 @@ class FisherRecord:
 
 
 class FisherModel:
-    """A causal LM with hooked layers.
+    """A causal LM with hooked layers: opened and checked once, then asked for the matrices of prompts or of batches.
 
     Attributes:
         layers: the names of the hooked modules.
-        widths: D of each.
-        vocabulary: V.
+        widths: the width D of each.
+        vocabulary: how many tokens the model has.
         pieces: tokens as text; None without a tokenizer.
     """
 
@@ -96,11 +96,11 @@ class FisherModel:
         Args:
             model: as for `fisher_scores`, on its device or devices.
             tokenizer: its tokenizer; only `fisher` needs one; None: that of nnsight or the TransformerBridge.
-            layers: as for `fisher_scores`, and so are the next four.
-            top_k: K.
-            positions: "all" or "last".
-            kernel: the form.
-            chunk_size: cotangents at a time.
+            layers: names of modules, numbers of decoder blocks (negative from the top), or "all" blocks.
+            top_k: K, how many of the likeliest tokens.
+            positions: where the bias is added: "all", or "last", the prompt's last token.
+            kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
+            chunk_size: how many cotangents to pull back at a time; None: as many as the device does well with.
             batch_size: most prompts computed at once by `fisher`; None: as many as max_batch_tokens has
                 room for, of those that are sorted together.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
@@ -153,7 +153,7 @@ class FisherModel:
 
     @property
     def forms(self) -> dict[str, dict[str, str]]:
-        """For each layer that has been computed: the kernel's form, and why it was chosen."""
+        """The kernel's form ("form") and why it was chosen ("why"), for each layer that has been computed."""
         chosen = self._probe().forms
         return {
             layer: dict(zip(("form", "why"), chosen[layer, self.kernel], strict=True))
@@ -162,7 +162,13 @@ class FisherModel:
         }
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None, **choices: Any) -> Scores:
-        """`fisher_scores` with this model's layers and settings; `choices` override them."""
+        """`fisher_scores` with this model's layers and settings.
+
+        Args:
+            input_ids: [B, T] int64, padded on either side.
+            attention_mask: [B, T], 1 for real tokens; None: no padding.
+            choices: arguments of `fisher_scores` that take the place of this model's.
+        """
         settings: dict[str, Any] = {
             "layers": self.layers,
             "top_k": self.top_k,
@@ -183,6 +189,9 @@ class FisherModel:
             input_ids: [B, T] int64, padded on either side.
             attention_mask: [B, T], 1 for real tokens.
             rank: R; the factors of estimator full have `oversampling` more rows, and `compress` cuts them to R.
+
+        Returns:
+            Estimate, whose factors A are [B, K, D] (of estimator full [B, R + oversampling, D]) for each layer.
         """
         if self.estimator == "topk":
             return topk(self.scores(input_ids, attention_mask))
@@ -209,6 +218,9 @@ class FisherModel:
         Args:
             prompts_ids: the token ids of each prompt of the batch, unequal lengths welcome.
             rank: R, singular values kept.
+
+        Returns:
+            For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
         """
         lengths = [len(ids) for ids in prompts_ids]
         input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)

@@ -23,7 +23,11 @@ PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
 
 
 class LinearizedNetwork:
-    """J of one batch of prompts, for each hooked layer. `FisherModel.linearize` makes it."""
+    """J = dh / dtheta of one batch of prompts, for each hooked layer: `FisherModel.linearize` makes it.
+
+    theta is the bias at the hooked layer, h the last token's residual stream after the last block, before the final
+    norm.
+    """
 
     def __init__(self, uppers: Mapping[str, Upper]) -> None:
         self._uppers = dict(uppers)
@@ -36,7 +40,7 @@ class LinearizedNetwork:
 
     @property
     def output(self) -> Tensor:
-        """H at bias zero, [B, D]; [B, V] where h is the logits."""
+        """The h of each prompt at bias zero, [B, D]; [B, V] where h is the logits."""
         return next(iter(self._uppers.values())).rows
 
     def pullback(

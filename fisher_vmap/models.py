@@ -59,6 +59,9 @@ def load_model(
         adapter_revision: of an adapter on the hub.
         dequantize: whether quantised weights are unpacked to `dtype`.
 
+    Returns:
+        A named tuple: the model in evaluation mode on its device, its tokenizer, and what identifies its weights.
+
     Raises:
         UserError: the model is missing, gated, damaged or not a causal LM; one line that says what to do.
     """

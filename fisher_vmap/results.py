@@ -79,7 +79,7 @@ class Results:
     def __init__(self, folder: Path, index: Index, *, verify: bool = True, layer: str | None = None) -> None:
         self.folder = folder
         self.index = index
-        """The contents of index.json: fingerprint, what was resolved, versions, shards."""
+        """The contents of index.json, among them the fingerprint, what was resolved, versions and shards."""
         self.layer = index.layers[0] if layer is None else layer
         """The layer that records, stacks and means are of, unless they name another."""
         self._verify = verify
@@ -135,11 +135,14 @@ class Results:
         )
 
     def stack(self, layer: str | None = None, where: Where = None) -> Stack:
-        """Prompts at one layer, in memory: S [n, R], V [n, R, D], Q [n, K, R] float32, NaN without numbers.
+        """Prompts at one layer, in memory; NaN where a prompt has no numbers.
 
         Args:
             layer: its name; by default this view's layer.
             where: which prompts, as for `mean`; None takes all.
+
+        Returns:
+            A named tuple: S [n, R], V [n, R, D], Q [n, K, R], float32.
         """
         if where is not None:
             return chosen_stack(self.shards(), self._layer(layer), chooser(where, self.shards))
@@ -212,6 +215,9 @@ class Results:
             rank: how many directions.
             ridge: r as a fraction of B's mean eigenvalue.
 
+        Returns:
+            A named tuple: ratios [R], directions [R, D], inside and outside [R], and r; float64.
+
         Raises:
             ValueError: a group is empty; else as `mean`.
         """
@@ -248,7 +254,7 @@ class Results:
         return self.table().to_pandas()
 
     def table(self) -> pa.Table:
-        """The prompts table as an Arrow table: prompts.parquet, or what the shards of an unfinished run have of it."""
+        """The prompts table as an Arrow table, from prompts.parquet or what an unfinished run's shards have of it."""
         if entry := self.index.files.get(TABLE_NAME):
             data = read_checked(self.folder / TABLE_NAME, entry.bytes, entry.sha256, self._verify)
             return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)

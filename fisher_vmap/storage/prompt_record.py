@@ -21,26 +21,27 @@ class PromptRecord:
     index: int
     """Its place in the run, from 0."""
     layer: str
+    """The hooked module's name."""
     S: Float32
     """[R] singular values of F, highest first, zero beyond the rank."""
     V: Float32
     """[R, D] orthonormal directions, zero beyond the rank; float32 also when stored as float16."""
     Q: Float32
-    """[K, R] how much of which token each direction carries: Q diag(sqrt S) V has the rows sqrt(p_t) g_t."""
+    """[K, R] how much of which token each direction carries. Q diag(sqrt S) V has the rows sqrt(p_t) g_t."""
     residual_norm: float
     """Mean norm of the residual stream over the prompt's positions."""
     position_energy: Float32
     """[T] sum over tokens of p_t |g_t at that position|^2."""
     token_ids: NDArray[np.int64]
-    """[K] the tokens, likeliest first; with `include_rest` one more, -1: any other token. All -1 without numbers."""
+    """[K] the tokens, likeliest first; with `include_rest` one more, -1, any other token. All -1 without numbers."""
     log_probs: Float32
     """[K] their log-probabilities in nats."""
     row: dict[str, Any]
-    """The prompt's row of prompts.parquet: text, status, reason, kept columns and the rest."""
+    """The prompt's row of prompts.parquet, with its text, status, reason, kept columns and the rest."""
 
     @property
     def U(self) -> Float32:
-        """[D, R]: F is symmetric, so the left vectors are V transposed, and F = U @ np.diag(S) @ V."""
+        """[D, R], V transposed, since F is symmetric. F = U @ np.diag(S) @ V."""
         return self.V.T
 
     @property

@@ -1,0 +1,97 @@
+"""Pages made from the code: {settings} from config.py, {commands} from what --help says."""
+
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+import textwrap
+from collections.abc import Iterator
+from unittest import mock
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from fisher_vmap.cli import COMMANDS
+from fisher_vmap.config import Settings
+from fisher_vmap.settings_input import written
+
+GROUP_OR_NAME = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): \w)", re.MULTILINE)
+LINE = "90"  # columns of the help texts
+
+
+def settings_text() -> str:
+    """A table for each group of settings; the groups are the comments between them in config.py."""
+    lines, seen = [], set()
+    for found in GROUP_OR_NAME.finditer(inspect.getsource(Settings)):
+        if found["group"]:
+            lines += ["", f"## {found['group']}", "", "| setting | default | meaning |", "| --- | --- | --- |"]
+        elif found["name"] in Settings.model_fields:
+            field = Settings.model_fields[found["name"]]
+            lines.append(f"| `{found['name']}` | `{written(field.default)}` | {field.description} |")
+            seen.add(found["name"])
+    missing = set(Settings.model_fields) - seen
+    assert not missing, f"config.py has settings that this page does not find: {missing}"
+    return "\n".join(lines)
+
+
+def commands_text() -> str:
+    """What each command's --help says, but for the settings among the flags of `run`."""
+    lines = []
+    for name, (module, what) in COMMANDS.items():
+        text = help_of(module)
+        if name == "run":
+            text = "\n".join(without_settings(text))
+        text = text.replace(f"python -m {module.removesuffix('.command')}", f"fisher-vmap {name}")
+        text = "\n".join(wrapped(text))
+        lines += [f"## fisher-vmap {name}", "", f"{what[0].upper()}{what[1:]}.", "", "```text", text.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def without_settings(text: str) -> Iterator[str]:
+    """The lines of a help text that are not of a flag that is a setting."""
+    shown = True
+    for line in text.splitlines():
+        if flag := re.match(r"  (?:-h, )?--(\w+)", line):
+            shown = flag[1] not in Settings.model_fields
+        elif not line.startswith("   "):
+            shown = True
+        if shown:
+            yield line
+
+
+def wrapped(text: str) -> Iterator[str]:
+    """The lines of a help text, none of them too long; the usage laid anew, for its command's name is shorter."""
+    usage, _, rest = text.partition("\n\n")
+    yield from textwrap.wrap(" ".join(usage.split()), int(LINE), subsequent_indent=" " * 7, break_on_hyphens=False)
+    yield ""
+    for line in rest.splitlines():
+        yield from textwrap.wrap(line, int(LINE)) if len(line) > int(LINE) else [line]
+
+
+def help_of(module: str) -> str:
+    """What a command prints for --help."""
+    said = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS=LINE), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    return said.getvalue()
+
+
+TEXTS = {"settings": settings_text, "commands": commands_text}
+
+
+class FromCode(SphinxDirective):
+    """A directive that stands for a text in markdown."""
+
+    def run(self) -> list[nodes.Node]:
+        """The nodes of the text."""
+        return self.parse_text_to_nodes(TEXTS[self.name](), allow_section_headings=True)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Make both known."""
+    for name in TEXTS:
+        app.add_directive(name, FromCode)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
