@@ -10,9 +10,10 @@ import torch
 
 from fisher_vmap.batches import pack
 from fisher_vmap.conversations import SkippedPrompt
-from fisher_vmap.fisher_model import FisherModel, PromptNumbers
+from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.pieces import Pieces
+from fisher_vmap.prompt_numbers import PromptNumbers
 from fisher_vmap.sources import SourcePrompt
 from fisher_vmap.storage.records import PromptResult
 from fisher_vmap.tokens import Renderer, TokenizedPrompt

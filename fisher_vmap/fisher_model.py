@@ -3,18 +3,16 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.batches import batch_tokens_for, pack
 from fisher_vmap.conversations import SkippedPrompt
-from fisher_vmap.decomposition import LowRank, compress_layers
 from fisher_vmap.estimators import Estimate, fisher_full, topk
+from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
 from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
 from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import lay_out
@@ -22,42 +20,13 @@ from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.pieces import Pieces
 from fisher_vmap.placement import input_device
 from fisher_vmap.probe import layer_widths, probe, undisturbed
-from fisher_vmap.quality import quality
+from fisher_vmap.prompt_numbers import PromptNumbers, numbers_of
 from fisher_vmap.scores import Scores
-from fisher_vmap.storage.prompt_record import PromptRecord
-from fisher_vmap.storage.records import LayerResult
-from fisher_vmap.storage.table import covered_mass, how_good
 from fisher_vmap.tokens import Renderer, TokenizedPrompt
 from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
 
 TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
 WINDOW = 32  # prompts that `fisher` sorts by length at a time
-
-
-class PromptNumbers(NamedTuple):
-    """One prompt's results as arrays on the CPU: token_ids [K], log_probs [K], and each layer's low-rank matrix.
-
-    `reason` says what is wrong with them, where they are not finite; else it is None.
-    """
-
-    token_ids: np.ndarray
-    log_probs: np.ndarray
-    layers: dict[str, LayerResult]
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class FisherRecord:
-    """One prompt's Fisher matrices: a `PromptRecord` (S, V, U, Q, matrix(), matvec(x), scores()) for each layer."""
-
-    index: int
-    layers: dict[str, PromptRecord]
-
-    def __getattr__(self, name: str) -> Any:
-        """The attributes of the only layer's record; with several layers, ask `record.layers[name]`."""
-        if name.startswith("_") or len(self.layers) != 1:
-            raise AttributeError(f"{name}: this record has {len(self.layers)} layers; use record.layers[layer].{name}")
-        return getattr(next(iter(self.layers.values())), name)
 
 
 class FisherModel:
@@ -227,18 +196,7 @@ class FisherModel:
         mask = torch.zeros_like(input_ids)
         for b, ids in enumerate(prompts_ids):
             input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids), 1
-        found_ = self.estimate(input_ids.to(self.device), mask.to(self.device), rank)
-        token_ids, log_probs = found_.token_ids.cpu().numpy(), _numpy(found_.log_probs)
-        low_ranks = compress_layers(found_.factors, rank)
-        arrays = {layer: _layer_arrays(found_, layer, low_ranks[layer]) for layer in self.layers}
-        found = []
-        for b, length in enumerate(lengths):
-            layers = {
-                layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], *(float(x[b]) for x in rest))
-                for layer, (S, V, Q, norm, energy, *rest) in arrays.items()
-            }
-            found.append(PromptNumbers(token_ids[b], log_probs[b], layers, _not_finite(log_probs[b], layers)))
-        return found
+        return numbers_of(self.estimate(input_ids.to(self.device), mask.to(self.device), rank), lengths, rank)
 
     def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
         """The Fisher matrix of each prompt, in order, as it comes.
@@ -273,24 +231,10 @@ class FisherModel:
                 numbers.update(zip(members, self.numbers([rendered[i].ids for i in members], rank), strict=True))
             for i in range(len(window)):
                 if i in skipped:
-                    yield self._empty_record(index + i, skipped[i], rank)
+                    yield empty_record(index + i, skipped[i], self.widths, self.top_k + self.include_rest, rank)
                 else:
-                    yield _record(index + i, rendered[i], numbers[i], self.pieces)
+                    yield record_of(index + i, rendered[i], numbers[i], self.pieces)
             index += len(window)
-
-    def _empty_record(self, index: int, reason: str, rank: int) -> FisherRecord:
-        """A prompt that could not be computed: NaN everywhere, and the reason."""
-
-        def nan(*shape: int) -> np.ndarray:
-            return np.full(shape, np.nan, np.float32)
-
-        K = self.top_k + self.include_rest
-        layers = {
-            layer: LayerResult(nan(rank), nan(rank, D), nan(K, rank), float("nan"), nan(0), float("nan"))
-            for layer, D in self.widths.items()
-        }
-        numbers = PromptNumbers(np.full(K, -1), nan(K), layers, reason)
-        return _record(index, TokenizedPrompt([], "", False), numbers, None, status="skipped")
 
     @contextmanager
     def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
@@ -326,63 +270,3 @@ def check_estimator(estimator: str, kernel: str, include_rest: bool) -> None:
         raise ValueError("estimator full needs forward derivatives, which kernel loop has not; use auto or whole")
     if estimator == "full" and include_rest:
         raise ValueError("estimator full has every token in it: include_rest is for estimator topk; leave it false")
-
-
-def _layer_arrays(found: Estimate, layer: str, low: LowRank) -> tuple[np.ndarray, ...]:
-    """S, V, Q, residual norm, position energy, and then the numbers of a `LayerResult` in their order."""
-    how_good = quality(found.factors[layer], low, found.remainder[layer])
-    Q_BKR = low.left_vectors
-    if layer in found.loadings:
-        Q_BKR = found.loadings[layer].to(Q_BKR) @ Q_BKR
-    parts = (low.singular_values, low.vectors, Q_BKR, found.residual_norm[layer], found.position_energy[layer])
-    return tuple(_numpy(x) for x in (*parts, low.trace, *how_good))
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.to("cpu", torch.float32).numpy()
-
-
-def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | None:
-    if not np.isfinite(log_probs).all():
-        return "the logits are not finite"
-    for layer, result in layers.items():
-        if not (np.isfinite(result.S).all() and np.isfinite(result.V).all()):
-            return f"the scores at {layer} are not finite"
-    return None
-
-
-def _record(
-    index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, pieces: Pieces | None, status: str = "failed"
-) -> FisherRecord:
-    row: dict[str, Any] = {
-        "text": prompt.text,
-        "status": "ok" if numbers.reason is None else status,
-        "reason": numbers.reason,
-        "tokens": len(prompt.ids),
-        "truncated": prompt.truncated,
-        "mass": covered_mass(numbers.log_probs, numbers.token_ids),
-        "top_tokens": None if pieces is None else [pieces.single(int(token)) for token in numbers.token_ids],
-        "prompt_tokens": None if pieces is None else pieces.each(prompt.ids),
-        **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
-        **{
-            f"{layer}/{name}": value
-            for layer, result in numbers.layers.items()
-            for name, value in how_good(result).items()
-        },
-    }
-    records = {
-        layer: PromptRecord(
-            index=index,
-            layer=layer,
-            S=result.S,
-            V=result.V,
-            Q=result.Q,
-            residual_norm=result.residual_norm,
-            position_energy=result.position_energy,
-            token_ids=numbers.token_ids,
-            log_probs=numbers.log_probs,
-            row=row,
-        )
-        for layer, result in numbers.layers.items()
-    }
-    return FisherRecord(index, records)

@@ -15,7 +15,8 @@ pytest.importorskip("resource", reason="needs the operating system's account of 
 RUN = """
 import resource, sys
 import numpy as np
-from fisher_vmap.fisher_model import FisherModel, PromptNumbers
+from fisher_vmap.fisher_model import FisherModel
+from fisher_vmap.prompt_numbers import PromptNumbers
 from fisher_vmap.run import main
 from fisher_vmap.storage.records import LayerResult
 
