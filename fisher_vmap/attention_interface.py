@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_vmap.attention import AttentionKind, attention
+from fisher_vmap.attention import attention
+from fisher_vmap.attention_blocks import AttentionKind
 from fisher_vmap.layout import Layout
 from fisher_vmap.ragged import Group, group_prompts
 

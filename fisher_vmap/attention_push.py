@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_vmap.attention import AttentionKind, keys_seen, probabilities, query_blocks
+from fisher_vmap.attention_blocks import AttentionKind, keys_seen, probabilities, query_blocks
 from fisher_vmap.pullback import Pushforward
 from fisher_vmap.ragged import Group
 

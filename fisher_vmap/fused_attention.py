@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.attention import AttentionKind, attention_forward, pullback_attention
+from fisher_vmap.attention import attention_forward, pullback_attention
+from fisher_vmap.attention_blocks import AttentionKind
 from fisher_vmap.attention_interface import Packed, packed_now
 from fisher_vmap.attention_push import pushforward_attention
 from fisher_vmap.pullback import Derived, Pullback, Pushforward, cotangent_dim

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.attention import AttentionKind
+from fisher_vmap.attention_blocks import AttentionKind
 from fisher_vmap.attention_interface import Packed, packed_now
 from fisher_vmap.blocks import output_of, with_hidden
 from fisher_vmap.fused import NormKind, NormRows, is_gated_mlp, mlp_factors, mlp_forward, norm_kind, norm_rows, pull_mlp

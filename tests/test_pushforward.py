@@ -8,7 +8,8 @@ from test_attention import SCALE, block_elements, causal, draw, no_vmap_fallback
 from test_fused_attention import packed_prompts
 from torch.func import jacrev, jvp, vjp, vmap
 
-from fisher_vmap.attention import AttentionKind, attention
+from fisher_vmap.attention import attention
+from fisher_vmap.attention_blocks import AttentionKind
 from fisher_vmap.attention_interface import NAME, _attention_forward, against_keys, attention_set_to, prompts_packed
 from fisher_vmap.fused import fused_forward
 from fisher_vmap.fused_attention import fused_attention_forward
