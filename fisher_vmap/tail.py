@@ -17,7 +17,7 @@ from torch.func import functional_call
 from fisher_vmap.attention_interface import prompts_packed
 from fisher_vmap.blocks import forward_inputs, output_embedding, output_of, with_output
 from fisher_vmap.head import Phi, UnembeddingHead
-from fisher_vmap.layout import lay_out
+from fisher_vmap.layout import Layout, lay_out
 from fisher_vmap.memory import is_out_of_memory
 from fisher_vmap.placement import can_be_fetched, placed, put_aside, weights_at_hand
 from fisher_vmap.quantized import has_matrix
@@ -182,7 +182,9 @@ class _Replay:
         def leave(_module: nn.Module, args: tuple[Any, ...]) -> None:
             raise _Entered(args[0])
 
-        one_each = lay_out(torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device), None)
+        # Written out, not laid out: in torch 2.9 numbers cannot be read off tensors inside a transform.
+        B, ids_B1 = len(rows), torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
+        one_each = Layout(ids_B1, None, (1,) * B, tuple(range(B)), (0,) * B, 1)
         handles = [block.register_forward_hook(put) for block in self.blocks.values()]
         with hooks(*handles, unembedding.register_forward_pre_hook(leave)), prompts_packed(one_each):
             try:
