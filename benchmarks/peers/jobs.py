@@ -73,13 +73,13 @@ def real_model(folder: Path | None = None) -> Workload:
     return Workload("SmolLM2-135M", loaded.model, loaded.tokenizer)
 
 
-def top_k_job(workload: Workload, prompts: int = 4) -> Job:
+def top_k_job(workload: Workload, prompts: int = 3) -> Job:
     """SmolLM2's matrix of the likeliest tokens at layer 15."""
     batch = chat(workload, prompts=prompts)
     return Job("top-k", workload, batch, workload.layer(15), {name: name for name in PEERS})
 
 
-def whole_job(vocabulary: int = 2048, width: int = 128, blocks: int = 4, prompts: int = 4) -> Job:
+def whole_job(vocabulary: int = 2048, width: int = 128, blocks: int = 4, prompts: int = 3) -> Job:
     """A small Llama's matrix of its whole vocabulary, at its second block."""
     from transformers import LlamaConfig
 
