@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fisher_vmap.data_card import data_card
 from fisher_vmap.errors import UserError
-from fisher_vmap.storage.index import INDEX_NAME, SHARD_FOLDER, Index, sum_name
+from fisher_vmap.storage.entries import SHARD_FOLDER
+from fisher_vmap.storage.index import INDEX_NAME, Index, sum_name
 from fisher_vmap.storage.sharing import copy_without_text
 
 if TYPE_CHECKING:

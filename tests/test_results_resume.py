@@ -141,7 +141,7 @@ def test_what_was_resolved_is_stored_and_reused(tmp_path):
     assert open_writer(tmp_path, resolved=None).settle({"max_batch_tokens": 64}) == {"max_batch_tokens": 64}
     resumed = open_writer(tmp_path, resolved={"max_batch_tokens": 128})
     assert resumed.resolved == {"max_batch_tokens": 64}
-    resumed.note({"split": [3]})
+    resumed.note("split", [3])
     assert open_writer(tmp_path, resolved=RESOLVED).resolved == {"max_batch_tokens": 64, "split": [3]}
 
 
@@ -262,7 +262,10 @@ def test_the_first_result_of_two_stays(tmp_path):
 
 def test_workers_store_shards_and_another_process_lists_them(tmp_path, undisturbed):
     writer = open_writer(tmp_path, LAYOUT)
-    entries = [write_shard(tmp_path, n, make_prompts(a, b, LAYOUT), LAYOUT) for n, a, b in writer.missing_shards(10)]
+    mark = writer.index.mark
+    entries = [
+        write_shard(tmp_path, n, make_prompts(a, b, LAYOUT), LAYOUT, mark) for n, a, b in writer.missing_shards(10)
+    ]
     open_writer(tmp_path, LAYOUT)  # a restarted driver leaves them where they are
     writer.record(entries)
     assert writer.missing_shards(10) == []

@@ -3,11 +3,11 @@
 Reading back is `fisher_vmap.results`. Imports inside this folder point one way, each line on those before it:
 
     atomic, records, tensors, versions      whole files; what a prompt's results are; the tensor format
-    lock, checking, index, table            one writer at a time; is a file as written; index.json; the prompts table
+    lock, checking, entries, index, table   one writer at a time; is a file as written; what is stored; the prompts table
     shards, folder                          writing a shard; which files are ours
     reading                                 one shard, lazily
     prompt_record, selection, mean, groups, npz, metadata
-    folding                                 shards into a running sum, where the mean alone is kept
+    folding, ledger                         shards into a running sum; index.json as one of several processes keeps it
     products, finishing, sharing            the files made from all shards; a copy without text
     writer
 """

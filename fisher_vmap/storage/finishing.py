@@ -16,7 +16,7 @@ def finish_folder(
     fingerprint: dict[str, Any],
     num_prompts: int | None = None,
     *,
-    settings: dict[str, Any],
+    settings: dict[str, Any] | None = None,
     save: Save = "both",
     export_npz: bool = True,
 ) -> Index:
@@ -29,7 +29,7 @@ def finish_folder(
         folder: a results folder with all its shards.
         fingerprint: that of the run that finishes it.
         num_prompts: by default the number that `ResultsWriter.missing_shards` was asked for.
-        settings: the settings used, for metadata.yaml.
+        settings: the settings used, for metadata.yaml; None: those that the index has.
         save: "both", "prompts" to leave the mean out, or "mean" to leave the prompts' matrices out.
         export_npz: write the npz, about twice as large as the shards.
 
@@ -49,6 +49,7 @@ def finish_folder(
                 f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; run the same command again, "
                 f"with num_prompts {total} or more"
             )
+        settings = (index.settings or {}) if settings is None else settings
         names = product_names(index, save, export_npz)
         index = fold(folder, index, least=1)
         whole = {name: index.files[name] for name in names if is_whole(folder, name, index.files.get(name))}

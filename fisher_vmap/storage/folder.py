@@ -5,11 +5,11 @@ from pathlib import Path
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import TEMPORARY_NAME, readable_write_errors, remove_stale_temporaries
+from fisher_vmap.storage.entries import SHARD_FOLDER
 from fisher_vmap.storage.index import (
     INDEX_NAME,
     MEAN_NAME,
     METADATA_NAME,
-    SHARD_FOLDER,
     TABLE_NAME,
     Index,
     compare_fingerprints,
@@ -23,7 +23,7 @@ _TOP_NAMES = re.compile(
     "|".join(map(re.escape, (INDEX_NAME, MEAN_NAME, METADATA_NAME, TABLE_NAME, LOCK_NAME)))
     + r"|fisher_matrices_compressed(\..+)?\.npz|sum-\d{5,}\.safetensors"
 )
-_SHARD_NAMES = re.compile(r"shard-\d{5,}\.(safetensors|parquet)")
+_SHARD_NAMES = re.compile(r"shard-\d{5,}\.(safetensors|parquet|json)")
 
 
 def inspect_folder(folder: Path, fingerprint: dict[str, object] | None = None, overwrite: bool = False) -> Index | None:

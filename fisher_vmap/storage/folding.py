@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import readable_write_errors, replacing, sha256_of
 from fisher_vmap.storage.checking import check_sha256
-from fisher_vmap.storage.index import SHARD_FOLDER, Index, SumEntry, sum_name, write_index
+from fisher_vmap.storage.entries import SHARD_FOLDER, remove_entries
+from fisher_vmap.storage.index import Index, SumEntry, sum_name, write_index
 from fisher_vmap.storage.mean import RunningSum, add_shards, is_ok, read_matrix
 from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.tensors import TensorSpec, write_tensors
@@ -82,6 +83,7 @@ def fold(folder: Path, index: Index, least: int = FOLD_SHARDS) -> Index:
     )
     changed = index.model_copy(update={"shards": shards, "sum": entry})
     write_index(folder, changed)
+    remove_entries(folder, [reader.entry.number for reader in added])
     with readable_write_errors(folder):
         if done:
             (folder / sum_name(done)).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """index.json: what a results folder holds, from which settings, and whether it is finished.
 
-It is replaced as a whole and carries a checksum of itself, so that what is read is what was written.
+While a run goes on, it lags behind the entries beside the shards (`entries.py`). It is replaced as a whole and carries
+a checksum of itself, so that what is read is what was written.
 """
 
 import hashlib
@@ -11,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import replacing
+from fisher_vmap.storage.entries import ShardEntry, Stored, read_entries
 from fisher_vmap.storage.records import ShardLayout
 
 INDEX_NAME = "index.json"
-SHARD_FOLDER = "shards"
 TABLE_NAME = "prompts.parquet"
 MEAN_NAME = "mean.safetensors"
 METADATA_NAME = "metadata.yaml"
@@ -33,36 +34,7 @@ def npz_name(layer: str, layers: Iterable[str]) -> str:
     return f"fisher_matrices_compressed{'' if len(list(layers)) == 1 else '.' + layer}.npz"
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ShardEntry(_Stored):
-    """One finished shard: its prompts [start, stop), and its two files with their SHA-256 and sizes in bytes."""
-
-    number: NonNegativeInt
-    start: NonNegativeInt
-    stop: PositiveInt
-    file: str
-    sha256: str
-    bytes: NonNegativeInt
-    table: str
-    table_sha256: str
-    table_bytes: NonNegativeInt
-    folded: bool = False
-    """Its arrays are in the running sum, and their file is gone; its rows of the table are there."""
-
-    @model_validator(mode="after")
-    def _plain_names(self) -> Self:
-        # The names follow from the number, so no index can point outside shards/.
-        if (self.file, self.table) != shard_names(self.number):
-            raise ValueError(f"shard {self.number} has file names {self.file!r} and {self.table!r}")
-        if self.start >= self.stop:
-            raise ValueError(f"shard {self.number} has the prompts [{self.start}, {self.stop})")
-        return self
-
-
-class FileEntry(_Stored):
+class FileEntry(Stored):
     """A file made from the shards at the end of a run; `tensors` holds the CRC-32 of each tensor in it."""
 
     sha256: str
@@ -76,7 +48,7 @@ class SumEntry(FileEntry):
     prompts: NonNegativeInt
 
 
-class Index(_Stored):
+class Index(Stored):
     """The contents of index.json."""
 
     checksum: str = _NO_CHECKSUM
@@ -93,6 +65,8 @@ class Index(_Stored):
     resolved: dict[str, Any] | None = None
     """What was chosen automatically, such as the kernel's form for each layer and why; None until it is known."""
     versions: dict[str, str] = {}
+    settings: dict[str, Any] | None = None
+    """The settings of the run that filled the folder last, for whoever finishes it."""
     shards: tuple[ShardEntry, ...] = ()
     sum: SumEntry | None = None
     """Of the file `sum_name(folded)`, where shards have been folded into it."""
@@ -126,6 +100,12 @@ class Index(_Stored):
         return self.layout.layers
 
     @property
+    def mark(self) -> str:
+        """What the entries of this run's shards are marked with: another for other settings or shapes."""
+        what = [self.shard_size, self.layout.model_dump(), self.fingerprint]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def folded(self) -> int:
         """Number of shards that are in the running sum: the first ones, and full."""
         return bisect_left(self.shards, True, key=lambda shard: not shard.folded)
@@ -137,10 +117,9 @@ class Index(_Stored):
 
     def find(self, number: int) -> ShardEntry | None:
         """The entry of a shard, or None."""
-        # Entries are in order and mostly without gaps: look where it would stand first.
-        if number < len(self.shards) and self.shards[number].number == number:
-            return self.shards[number]
-        return next((shard for shard in self.shards if shard.number == number), None)
+        place = bisect_left(self.shards, number, key=lambda shard: shard.number)
+        found = self.shards[place] if place < len(self.shards) else None
+        return found if found is not None and found.number == number else None
 
     def missing(self, num_prompts: int) -> list[int]:
         """Numbers of the shards that prompts [0, num_prompts) need and that are absent or too short."""
@@ -157,6 +136,18 @@ class Index(_Stored):
         shards = tuple(kept[number] for number in sorted(kept))
         return self.model_copy(update={"shards": shards, "complete": False, "files": {}})
 
+    def with_entries(self, entries: Iterable[ShardEntry]) -> "Index":
+        """The index with what stands beside the shards: the same one where it lists all of that already."""
+        known = {shard.number: shard for shard in self.shards}
+
+        def is_news(entry: ShardEntry) -> bool:
+            first, listed = entry.number * self.shard_size, known.get(entry.number)
+            fits = entry.start == first and entry.stop <= first + self.shard_size and not entry.folded
+            return fits and listed != entry and not (listed is not None and listed.folded)
+
+        news = [entry for entry in entries if is_news(entry)]
+        return self.with_shards(news) if news else self
+
     def unfolded(self) -> "Index":
         """The index without its folded shards and their sum: all of them are to be computed again."""
         shards = tuple(shard for shard in self.shards if not shard.folded)
@@ -166,11 +157,6 @@ class Index(_Stored):
 def sum_name(folded: int) -> str:
     """File name of the running sum over the first `folded` shards: a new name each time, so that no old one is lost."""
     return f"sum-{folded:05d}.safetensors"
-
-
-def shard_names(number: int) -> tuple[str, str]:
-    """File names of a shard's tensors and of its rows of the prompts table, inside shards/."""
-    return f"shard-{number:05d}.safetensors", f"shard-{number:05d}.parquet"
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -188,7 +174,17 @@ def is_index(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check index.json.
+    """Read and check index.json, and add what stands beside the shards of an unfinished run.
+
+    Raises:
+        UserError: as `read_index_file`.
+    """
+    index = read_index_file(folder)
+    return index if index.complete else index.with_entries(read_entries(folder, index.mark))
+
+
+def read_index_file(folder: Path) -> Index:
+    """Read and check index.json alone.
 
     Raises:
         UserError: it is missing, damaged, changed by hand, or of a version that this package does not read.

@@ -19,7 +19,13 @@ from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.table import common_schema, in_schema
 
 Save = Literal["both", "prompts", "mean"]
+NPZ_PROMPTS = 10_000  # up to here `export_npz: auto` writes the npz
 GROUP_SHARDS, GROUP_BYTES = 100, 8 * 2**20
+
+
+def wants_npz(export_npz: bool | Literal["auto"], save: Save, num_prompts: int) -> bool:
+    """Whether a run writes the npz: what its setting says; auto: unless the mean alone is kept or the prompts many."""
+    return (save != "mean" and num_prompts <= NPZ_PROMPTS) if export_npz == "auto" else export_npz
 
 
 def readers(folder: Path, index: Index, verify: bool = True) -> Iterator[ShardReader]:

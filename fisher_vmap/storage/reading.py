@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.checking import check_sha256, check_size, damaged, read_checked
-from fisher_vmap.storage.index import SHARD_FOLDER, ShardEntry
+from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry
 from fisher_vmap.storage.records import ShardLayout
 from fisher_vmap.storage.shards import LAYER_TENSORS, TOKEN_TENSORS, row_checksum, tensor_specs
 from fisher_vmap.storage.tensors import code_of

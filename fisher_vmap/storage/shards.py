@@ -14,8 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import Staged, staged
-from fisher_vmap.storage.index import SHARD_FOLDER, ShardEntry, shard_names
+from fisher_vmap.storage.checking import check_size
+from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry, read_entry, shard_names, write_entry
+from fisher_vmap.storage.lock import folder_lock
 from fisher_vmap.storage.records import PromptResult, ShardLayout
 from fisher_vmap.storage.table import rows_table
 from fisher_vmap.storage.tensors import TensorSpec, write_tensors
@@ -31,10 +34,18 @@ class StagedShard(NamedTuple):
     entry: ShardEntry
     files: tuple[Staged, Staged]
 
-    def commit(self) -> None:
-        """Give both files their names. Without an entry in the index they still count as missing."""
+    def commit(self, folder: Path, mark: str) -> ShardEntry:
+        """Give the files their names and then write their entry, unless a whole shard is there already: in the lock.
+
+        Returns the entry that counts.
+        """
+        there = read_entry(folder, self.entry.number, mark)
+        if there is not None and there.stop >= self.entry.stop and _sizes(folder, there):
+            return there
         for file in self.files:
             file.commit()
+        write_entry(folder, self.entry, mark)
+        return self.entry
 
 
 def tensor_specs(layout: ShardLayout, n: int, positions: int) -> dict[str, TensorSpec]:
@@ -126,14 +137,26 @@ def stage_shard(
         yield StagedShard(entry, (tensors, rows))
 
 
-def write_shard(folder: Path, number: int, results: Sequence[PromptResult], layout: ShardLayout) -> ShardEntry:
-    """Write a shard's files and return its entry for the index; arguments and errors as `stage_shard`.
+def write_shard(
+    folder: Path, number: int, results: Sequence[PromptResult], layout: ShardLayout, mark: str
+) -> ShardEntry:
+    """Write a shard's files and its entry, and return it; arguments and errors as `stage_shard`.
 
-    For workers that leave the index to another process; a single process calls `ResultsWriter.add`.
+    For workers of a run that others opened, whose `Index.mark` is given; index.json is left to another process. A shard
+    that is there already, whole, stays: of two workers at the same one the first counts.
     """
-    with stage_shard(folder, number, results, layout) as shard:
-        shard.commit()
-    return shard.entry
+    with stage_shard(folder, number, results, layout) as shard, folder_lock(folder):
+        return shard.commit(folder, mark)
+
+
+def _sizes(folder: Path, entry: ShardEntry) -> bool:
+    """Are the files of an entry there, with its sizes?"""
+    try:
+        check_size(folder / SHARD_FOLDER / entry.file, entry.bytes)
+        check_size(folder / SHARD_FOLDER / entry.table, entry.table_bytes)
+    except UserError:
+        return False
+    return True
 
 
 def _checksums(arrays: Arrays, layout: ShardLayout, n: int) -> dict[str, list[int]]:

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_vmap.storage.atomic import readable_write_errors, replacing, sha256_of
-from fisher_vmap.storage.index import SHARD_FOLDER, TABLE_NAME, FileEntry, Index, ShardEntry, sum_name, write_index
+from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry
+from fisher_vmap.storage.index import TABLE_NAME, FileEntry, Index, sum_name, write_index
 from fisher_vmap.storage.products import readers, write_table
 from fisher_vmap.storage.reading import ShardReader
 

@@ -1,7 +1,8 @@
 """Writing a results folder: opened new or resumed, filled shard by shard in any order, then finished.
 
-What is on the disk is a valid state at every moment. A shard counts only once index.json lists it; index.json is
-replaced as a whole, under a lock, from what it holds at that moment, so that several processes can fill one folder.
+What is on the disk is a valid state at every moment. A shard counts once its entry stands beside it, so that several
+processes can fill one folder. index.json takes the entries in now and then: written for every shard, its cost would
+grow with the square of their number.
 """
 
 import logging
@@ -12,16 +13,16 @@ from typing import Any, NamedTuple, Self
 from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
 from fisher_vmap.storage.finishing import finish_folder
 from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
-from fisher_vmap.storage.folding import fold, sum_is_sound
+from fisher_vmap.storage.folding import sum_is_sound
+from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry, remove_entries
 from fisher_vmap.storage.index import (
-    SHARD_FOLDER,
     Index,
-    ShardEntry,
     compare_fingerprints,
     plain_values,
     read_index,
     write_index,
 )
+from fisher_vmap.storage.ledger import Ledger
 from fisher_vmap.storage.lock import folder_lock
 from fisher_vmap.storage.products import Save
 from fisher_vmap.storage.reading import ShardReader
@@ -45,9 +46,22 @@ class ResultsWriter:
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder = folder
-        self.index = index
-        """index.json as this process saw it last."""
+        self._ledger = Ledger(folder, index)
         self._verified: set[ShardEntry] = set()  # compared with their SHA-256 by this process, or written by it
+
+    @property
+    def index(self) -> Index:
+        """What the folder holds, as this process saw it last."""
+        return self._ledger.index
+
+    @classmethod
+    def attach(cls, folder: str | Path) -> Self:
+        """The run that others have begun in `folder`, whatever its settings are.
+
+        Raises:
+            UserError: there is none, or its index is damaged.
+        """
+        return cls(Path(folder), read_index(Path(folder)))
 
     @classmethod
     def open(
@@ -58,6 +72,7 @@ class ResultsWriter:
         shard_size: int,
         fingerprint: dict[str, Any],
         resolved: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> Self:
         """Begin a run in `folder`, or carry on the one that is there.
@@ -68,6 +83,7 @@ class ResultsWriter:
             shard_size: prompts in a shard; the unit of work and of what a killed run loses.
             fingerprint: every setting that changes results, as JSON can hold them; not the number of prompts.
             resolved: what was chosen automatically; what a resumed folder has stored wins (see `settle`).
+            settings: the settings used, for whoever finishes the run.
             overwrite: start anew. Only files of ours are removed, and only once the new run is on the disk. Never for
                 one of several processes that fill a folder together.
 
@@ -91,10 +107,14 @@ class ResultsWriter:
                     fingerprint=fingerprint,
                     resolved=None if resolved is None else plain_values(resolved),
                     versions=installed_versions(),
+                    settings=None if settings is None else plain_values(settings),
                 )
                 write_index(folder, index)
             else:
                 compare_fingerprints(folder, _shape(index.shard_size, index.layout), _shape(shard_size, layout))
+                if settings is not None and plain_values(settings) != index.settings:
+                    index = index.model_copy(update={"settings": plain_values(settings)})
+                    write_index(folder, index)
             if overwrite:
                 remove_leftovers(folder, index)
             else:  # shards without an entry stay: a worker may have stored them a moment ago
@@ -110,25 +130,30 @@ class ResultsWriter:
     @property
     def resolved(self) -> dict[str, Any] | None:
         """What the run chose automatically when it began; None as long as nothing is stored."""
-        return self.index.resolved
+        return self._ledger.listed.resolved
 
     def settle(self, resolved: dict[str, Any]) -> dict[str, Any]:
         """Store what was chosen automatically, unless the folder has it already. Returns what is stored.
 
         A resumed run takes its choices from here, and so repeats the same batches to the same bits.
         """
-        stored = self._change(
+        stored = self._ledger.change(
             lambda index: (
                 index if index.resolved is not None else index.model_copy(update={"resolved": plain_values(resolved)})
             )
         ).resolved
         return stored or {}
 
-    def note(self, changes: dict[str, Any]) -> None:
-        """Add to `resolved` what the run learns on its way, such as a batch that had to be split."""
-        self._change(
-            lambda index: index.model_copy(update={"resolved": {**(index.resolved or {}), **plain_values(changes)}})
-        )
+    def note(self, name: str, items: Iterable[Any]) -> None:
+        """Add to a list of that name in `resolved` what the run learns on its way, such as batches that were split."""
+        plain = plain_values({name: list(items)})[name]
+
+        def change(index: Index) -> Index:
+            known = (index.resolved or {}).get(name, [])
+            news = [item for item in plain if item not in known]
+            return index.model_copy(update={"resolved": {**(index.resolved or {}), name: sorted([*known, *news])}})
+
+        self._ledger.change(change)
 
     def missing_shards(self, num_prompts: int) -> list[ShardRange]:
         """The shards that are still to be computed for the first `num_prompts` prompts, in order.
@@ -138,24 +163,30 @@ class ResultsWriter:
         again until they are there: its old shards stay, except a last one that was not full, which is computed again
         since a shard is one file.
         """
-        broken = {entry.number: entry for entry in self.index.shards if not self._is_sound(entry)}
+        self.refresh()
+        broken = {entry.number: entry for entry in self._ledger.listed.shards if not self._is_sound(entry)}
         for entry in broken.values():
             logger.warning("%s in %s is damaged or missing, and is computed again", entry.file, self.folder)
-        sum_is_lost = not sum_is_sound(self.folder, self.index) or any(entry.folded for entry in broken.values())
+        sum_is_lost = not sum_is_sound(self.folder, self._ledger.listed) or any(
+            entry.folded for entry in broken.values()
+        )
         if sum_is_lost:
             logger.warning("the sum over the first %d shards in %s cannot be used: they are computed again",
-                           self.index.folded, self.folder)  # fmt: skip
-        folded = self.index.folded
+                           self._ledger.listed.folded, self.folder)  # fmt: skip
+        folded = self._ledger.listed.folded
 
         def change(index: Index) -> Index:
-            index = index.unfolded() if sum_is_lost and index.folded == folded else index
+            if sum_is_lost and index.folded == folded:
+                remove_entries(self.folder, list(range(folded)))
+                index = index.unfolded()
             gone = [number for number, entry in broken.items() if index.find(number) == entry]
+            remove_entries(self.folder, gone)
             index = index.with_shards(removed=gone) if gone else index
             total = max(num_prompts, index.stop)
             unfinished = {"complete": False, "files": {}} if index.missing(total) else {}
             return index.model_copy(update={"num_prompts": total, **unfinished})
 
-        index = self._change(change)
+        index = self._ledger.change(change)
         total, size = index.num_prompts or 0, index.shard_size
         if total > num_prompts:
             logger.info("%s already holds %d prompts; they are kept", self.folder, total)
@@ -166,7 +197,7 @@ class ResultsWriter:
 
         For runs that do not know their number of prompts beforehand; others ask `missing_shards` once.
         """
-        entry = self.index.find(number)
+        entry = self._ledger.find(number)
         return entry is not None and entry.start == start and entry.stop >= stop and self._is_sound(entry)
 
     def add(self, number: int, results: Sequence[PromptResult]) -> ShardEntry:
@@ -178,20 +209,19 @@ class ResultsWriter:
             ValueError: the prompts are not those of shard `number`, or an array is not as the layout has it.
             UserError: the folder cannot be written, the disk is full, or another run has taken the folder over.
         """
-        size = self.index.shard_size
+        size = self._ledger.listed.shard_size
         if not 0 < len(results) <= size or results[0].index != number * size:
             raise ValueError(f"shard {number} begins with prompt {number * size} and holds at most {size}")
-        with stage_shard(self.folder, number, results, self.index.layout) as shard, folder_lock(self.folder):
-            index = self._current()
-            stored = index.find(number)
-            if stored is not None and stored.stop >= shard.entry.stop and self._reader(stored).is_there():
-                self.index = index
-                return stored
-            shard.commit()
-            self._save(index.with_shards([shard.entry]))
-            self._verified.add(shard.entry)
-            self._fold()
-            return shard.entry
+        with stage_shard(self.folder, number, results, self._ledger.listed.layout) as shard, folder_lock(self.folder):
+            self._ledger.follow()
+            listed = self._ledger.listed.find(number)
+            if listed is not None and listed.stop >= shard.entry.stop and self._reader(listed).is_there():
+                return listed
+            entry = shard.commit(self.folder, self._ledger.listed.mark)
+            if entry == shard.entry:
+                self._verified.add(entry)
+            self._count([entry])
+            return entry
 
     def record(self, entries: Iterable[ShardEntry]) -> None:
         """List shards that workers have stored with `write_shard`.
@@ -202,49 +232,38 @@ class ResultsWriter:
         added = list(entries)
         for entry in added:
             self._reader(entry).check_sizes()
-        self._change(lambda index: index.with_shards(added))
         with folder_lock(self.folder):
-            self.index = self._current()
-            self._fold()
+            self._ledger.follow()
+            self._count(added)
+
+    def refresh(self) -> Index:
+        """What the folder holds now, other processes' shards included; index.json lists all of it afterwards.
+
+        Raises:
+            UserError: another run has taken the folder over.
+        """
+        return self._ledger.change(lambda index: index)
 
     def finish(
         self,
         num_prompts: int | None = None,
         *,
-        settings: dict[str, Any],
+        settings: dict[str, Any] | None = None,
         save: Save = "both",
         export_npz: bool = True,
     ) -> None:
         """Write the files made from all shards and mark the folder complete: `finish_folder`, with its arguments."""
-        self.index = finish_folder(
-            self.folder, self.index.fingerprint, num_prompts, settings=settings, save=save, export_npz=export_npz
+        marks = self._ledger.listed.fingerprint
+        self._ledger.take(
+            finish_folder(self.folder, marks, num_prompts, settings=settings, save=save, export_npz=export_npz)
         )
 
-    def _fold(self) -> None:
-        """Fold what is ready, in the lock. What was folded was read, and compared with its checksums."""
-        index = fold(self.folder, self.index)
-        if index is not self.index:
-            self._verified.update(entry for entry in index.shards if entry.folded)
-            self.index = index
-
-    def _change(self, change: Callable[[Index], Index]) -> Index:
-        """Apply a change to what index.json holds now, and write it if it differs."""
-        with folder_lock(self.folder):
-            index = self._current()
-            changed = change(index)
-            if changed != index:
-                self._save(changed)
-            self.index = changed
-        return changed
-
-    def _current(self) -> Index:
-        index = read_index(self.folder)
-        compare_fingerprints(self.folder, index.fingerprint, self.index.fingerprint)
-        return index
-
-    def _save(self, index: Index) -> None:
-        write_index(self.folder, index)
-        self.index = index
+    def _count(self, entries: Iterable[ShardEntry]) -> None:
+        folded = self._ledger.listed.folded
+        self._ledger.count(entries)
+        index = self._ledger.listed
+        if index.folded > folded:  # what was folded was read, and compared with its checksums
+            self._verified.update(index.shards[: index.folded])
 
     def _is_sound(self, entry: ShardEntry) -> bool:
         reader = self._reader(entry)
@@ -256,7 +275,7 @@ class ResultsWriter:
         return sound
 
     def _reader(self, entry: ShardEntry) -> ShardReader:
-        return ShardReader(self.folder, entry, self.index.layout)
+        return ShardReader(self.folder, entry, self._ledger.listed.layout)
 
 
 def _shape(shard_size: int, layout: ShardLayout) -> dict[str, Any]:
