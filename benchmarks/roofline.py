@@ -1,15 +1,6 @@
 """Time over the floor: the kernel beside the matrix products that its job cannot avoid, on this machine, in one run.
 
-What cannot be avoided, for real tokens only:
-
-* one forward pass through every block; but of the last block, only keys and values are needed at every position, all
-  else at the last position of each prompt;
-* K pullbacks through each block above the hook, one product for each linear layer; of the last block, again, only keys
-  and values at every position;
-* attention's products at their causal size, half of T x T: two forward, four for each cotangent;
-* two products with the unembedding for each prompt, one forward and one that serves all K cotangents.
-
-Recomputation is not counted, nor is anything that is not a matrix product. The floor is the time that these products
+What cannot be avoided is counted by `fisher_vmap.flops`. The floor is the time that these products
 take when they are run one after another with nothing between them, in the model's dtype and at the job's own shapes,
 by turns with the kernel. Beside it stands the time at the machine's best rate, which no shape of the job may reach.
 """
@@ -19,119 +10,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.package_job import package_loop
 from benchmarks.timing import by_turns, machine, once
 from benchmarks.workloads import Batch, Workload, chat, qwen2_shape, smollm2, uniform
+from fisher_vmap.flops import Shape, Work, unavoidable
+from fisher_vmap.layers import decoder_blocks
 
 SQUARE = 2048  # side of the square product that shows the machine's best rate
-ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
-
-
-class Shape(NamedTuple):
-    """`batch` products [rows, inner] x [inner, columns]."""
-
-    batch: int
-    rows: int
-    inner: int
-    columns: int
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.batch * self.rows * self.inner * self.columns
-
-
-class Product(NamedTuple):
-    """One product of the job: what it is for, its shape, and the weight as right-hand side (None: activations)."""
-
-    kind: str
-    shape: Shape
-    weight: Tensor | None
-
-
-def unavoidable(model: Any, lengths: Sequence[int], hook: int, top_k: int) -> list[Product]:
-    """The products of the job, in its order.
-
-    Args:
-        model: a causal LM whose blocks hold plain linear layers named as Llama's are.
-        lengths: the number of real tokens of each prompt.
-        hook: the number of the hooked block.
-        top_k: K.
-    """
-    blocks = list(model.model.layers)
-    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
-    B, M, top = len(lengths), sum(lengths), len(blocks) - 1
-    products: list[Product] = []
-    for number, block in enumerate(blocks):
-        for name, linear in _linears(block):
-            rows = M if number < top or name.endswith(ATTENTION_INPUTS) else B
-            products.append(_forward("forward, linear layers", linear.weight, rows))
-        attention = _last_query if number == top else _causal
-        for T in lengths:
-            shapes = attention(T, heads, groups, _head_width(block, heads), 0)
-            products += [Product("forward, attention", shape, None) for shape in shapes]
-    unembedding = model.get_output_embeddings().weight
-    products.append(_forward("head", unembedding, B))
-    products.append(_pullback("head", unembedding, B))
-    for number in range(top, hook, -1):
-        for name, linear in _linears(blocks[number]):
-            rows = M if number < top or name.endswith(ATTENTION_INPUTS) else B
-            products.append(_pullback("pullback, linear layers", linear.weight, top_k * rows))
-        attention = _last_query if number == top else _causal
-        for T in lengths:
-            shapes = attention(T, heads, groups, _head_width(blocks[number], heads), top_k)
-            products += [Product("pullback, attention", shape, None) for shape in shapes]
-    return products
-
-
-def _linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _head_width(block: nn.Module, heads: int) -> int:
-    return next(linear.out_features for name, linear in _linears(block) if name.endswith("q_proj")) // heads
-
-
-def _forward(kind: str, weight: Tensor, rows: int) -> Product:
-    return Product(kind, Shape(1, rows, weight.shape[1], weight.shape[0]), weight.T)
-
-
-def _pullback(kind: str, weight: Tensor, rows: int) -> Product:
-    return Product(kind, Shape(1, rows, weight.shape[0], weight.shape[1]), weight)
-
-
-def _causal(T: int, heads: int, groups: int, E: int, K: int) -> list[Shape]:
-    """Attention over T tokens, forward for K = 0; query heads that share keys, and cotangents, folded into the rows.
-
-    Half of T stands for the causal half of T x T.
-    """
-    shared, half = heads // groups, (T + 1) // 2
-    if K == 0:
-        return [Shape(groups, shared * half, E, T), Shape(groups, shared * half, T, E)]  # Q K^T, P V
-    return [
-        Shape(groups, K * shared * half, E, T),  # dP = dO V^T
-        Shape(groups, K * shared * half, T, E),  # dQ = dS K
-        Shape(heads, T, half, K * E),  # dV = P^T dO
-        Shape(heads, K * T, half, E),  # dK = dS^T Q
-    ]
-
-
-def _last_query(T: int, heads: int, groups: int, E: int, K: int) -> list[Shape]:
-    """The same for the last position's query alone, which sees all T tokens."""
-    shared = heads // groups
-    if K == 0:
-        return [Shape(groups, shared, E, T), Shape(groups, shared, T, E)]
-    return [
-        Shape(groups, K * shared, E, T),
-        Shape(groups, K * shared, T, E),
-        Shape(heads, T, 1, K * E),
-        Shape(heads, K * T, 1, E),
-    ]
 
 
 class Buffers:
@@ -158,7 +48,8 @@ class Buffers:
 def measure(workload: Workload, batch: Batch, hook: int, top_k: int, rounds: int) -> dict[str, Any]:
     """The kernel and its floor, timed by turns; and each kind of product by itself."""
     model, layer = workload.model, workload.layer(hook)
-    products = unavoidable(model, batch.lengths, hook, top_k)
+    blocks = list(decoder_blocks(model).values())
+    products = unavoidable(model, blocks, batch.lengths, [hook], Work(shared=top_k))
     square = Shape(1, SQUARE, SQUARE, SQUARE)
     buffers = Buffers([*(p.shape for p in products), square], model.dtype, model.device)
     calls = [buffers.call(p.shape, p.weight) for p in products]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "run": ("fisher_vmap.run", "compute the Fisher matrices of a data set's prompts"),
+    "finish": ("fisher_vmap.finish", "complete a results folder that several processes have filled"),
     "report": ("fisher_vmap.report.command", "write a page and images to look at a results folder"),
     "verify": ("fisher_vmap.verify", "check a results folder"),
     "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),

@@ -47,12 +47,12 @@ class Splits:
     """
 
     known: set[tuple[int, ...]] = field(default_factory=set)
-    store: Callable[[list[list[int]]], None] = lambda splits: None
+    store: Callable[[list[int]], None] = lambda batch: None
 
     def add(self, members: Sequence[int]) -> None:
         """Remember a batch, here and in the results folder."""
         self.known.add(tuple(members))
-        self.store([list(batch) for batch in sorted(self.known)])
+        self.store(list(members))
 
 
 def prepare(renderer: Renderer, number: int, prompts: Sequence[SourcePrompt]) -> PreparedShard:

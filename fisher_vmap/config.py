@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fisher_vmap.errors import UserError
@@ -20,6 +20,7 @@ from fisher_vmap.setting_types import (
     AllOrCount,
     AutoOrCount,
     AutoOrCountFromZero,
+    AutoOrGpus,
     AutoOrTruth,
     Columns,
     CountFromZero,
@@ -33,8 +34,11 @@ from fisher_vmap.setting_types import (
     OptionalPassage,
     OptionalPathName,
     PathName,
+    PlanRate,
     PositiveCount,
+    RayWorkers,
     Seed,
+    Share,
     TrueOrFalse,
 )
 from fisher_vmap.settings_input import explain, read_flags, read_settings_file, written
@@ -171,6 +175,23 @@ class Settings(BaseSettings):
     )
     strict: TrueOrFalse = _setting(False, "End with exit code 3 when a prompt failed.")
 
+    # The machines
+    engine: Literal["local", "ray"] = _setting(
+        "local", "local: in this process; ray: on all GPUs of this machine or of a Ray cluster."
+    )
+    ray_address: OptionalName = _setting(
+        None, "auto, or host:port of a Ray cluster that runs; none: Ray is started on this machine, for this run."
+    )
+    ray_workers: RayWorkers = _setting(
+        "auto",
+        "How many workers hold the model, or [least, most] as there is room; auto: as many as there is room for.",
+    )
+    ray_gpus_per_worker: AutoOrGpus = _setting(
+        "auto",
+        "GPUs of a worker: a part such as 0.5, or several with device_map; auto: 1 where there are GPUs, else 0.",
+    )
+    ray_cpus_per_worker: PositiveCount = _setting(1, "CPU cores of a worker.")
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -182,6 +203,29 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Leave out the environment, .env files and secrets: a run must not depend on what is not written down."""
         return (init_settings,)
+
+
+class RunOptions(BaseModel):
+    """What is said on the command line of one process alone, and in no file: it changes nothing in the results."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: Share = _setting(
+        None, "i/n: compute every n-th shard from the i-th on; n such processes fill one folder (a job array)."
+    )
+    plan: TrueOrFalse = _setting(
+        False, "Compute nothing: print prompts, tokens, operations, storage and memory, without loading the weights."
+    )
+    plan_rate: PlanRate = _setting(
+        None, "With --plan, for its time: tokens a second of one worker; measure: load the model and try ten seconds."
+    )
+
+
+class Command(NamedTuple):
+    """A command line: the settings of the run, and what is for this process alone."""
+
+    settings: Settings
+    options: RunOptions
 
 
 def default_config_yaml() -> str:
@@ -214,7 +258,13 @@ def load_settings(argv: Sequence[str], *, working_directory: str | Path = ".") -
         UserError: an unknown setting, a wrong value, or a file that cannot be read; one line.
         SystemExit: with code 0, after `--help` was printed.
     """
-    flags = read_flags(argv, Settings.model_fields)
+    return load_command(argv, working_directory=working_directory).settings
+
+
+def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") -> Command:
+    """`load_settings`, with the flags that are no settings; arguments and errors as there."""
+    flags = read_flags(argv, Settings.model_fields, RunOptions.model_fields)
+    for_this_process = {name: flags.pop(name) for name in RunOptions.model_fields if name in flags}
     named = flags.pop("config", None)
     file = Path(working_directory, "config.yaml" if named is None else named)
     values: dict[str, Any] = {}
@@ -222,6 +272,7 @@ def load_settings(argv: Sequence[str], *, working_directory: str | Path = ".") -
         values = read_settings_file(file, Settings.model_fields)
         _log.info("settings read from %s", file)
     try:
-        return Settings(**(values | flags))
+        return Command(Settings(**(values | flags)), RunOptions(**for_this_process))
     except ValidationError as error:
-        raise UserError(explain(error, Settings.model_fields, flags, values, file)) from error
+        fields = {**Settings.model_fields, **RunOptions.model_fields}
+        raise UserError(explain(error, fields, flags | for_this_process, values, file)) from error

@@ -1,9 +1,13 @@
-"""The one exception that means "the user can mend this": it is shown as a single line, without a traceback."""
+"""The exceptions that are shown as a single line, without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for: settings, model, data or folder.
+    """A mistake in what was asked for, which the user can mend: settings, model, data or folder.
 
     The message is one line that says what was given, what was expected and what to do next. The command line turns
     it into exit code 2; from Python it is an ordinary `ValueError`.
     """
+
+
+class WorkerError(RuntimeError):
+    """Work that failed on another process or machine: one line that names it with its reason. Exit code 1."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import TRACE_SAMPLES, FisherModel
 from fisher_vmap.memory import is_out_of_memory
-from fisher_vmap.models import Loaded, most_positions
-from fisher_vmap.sources import PromptSource
+from fisher_vmap.models import Loaded, load_model, most_positions
+from fisher_vmap.sources import PromptSource, SourcePrompt, read_prompts
 from fisher_vmap.storage.folder import inspect_folder
 from fisher_vmap.storage.records import ShardLayout
 from fisher_vmap.storage.writer import ResultsWriter
@@ -32,46 +32,139 @@ NOT_IN_FINGERPRINT = {
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
     *("vectors_dtype", "store_text", "keep_columns", "save"),  # in the layout, which is compared as well
     "prompt_column",  # the column that it led to is there
+    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
 }
 
 
+class ShardPrompts:
+    """The prompts of each shard, read from the data set in order; one that lies further back begins it anew.
+
+    Attributes:
+        total: the number of prompts: where it is not known beforehand, None until the end has been read.
+    """
+
+    def __init__(self, source: PromptSource, shard_size: int) -> None:
+        self.total = source.total
+        self._source, self._size = source, shard_size
+        self._stream: Iterator[SourcePrompt] = iter(())
+        self._place = -1  # in prompts; before the first reading
+        self._last: tuple[int, list[SourcePrompt]] = (-1, [])
+
+    def of(self, number: int) -> list[SourcePrompt]:
+        """The prompts of a shard: fewer than its size, or none, at the end of the data.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        if self._last[0] == number:
+            return self._last[1]
+        start = number * self._size
+        if not 0 <= self._place <= start:
+            self._stream, self._place = iter(self._source), 0
+        self._place += sum(1 for _ in islice(self._stream, start - self._place))
+        prompts = list(islice(self._stream, self._size)) if self._place == start else []
+        self._place += len(prompts)
+        if len(prompts) < self._size:
+            self.total = self._place
+        self._last = number, prompts
+        return prompts
+
+
 class Run(NamedTuple):
-    """A run that nothing stands in the way of: the model, the folder, and the shards, tokenised as they are needed."""
+    """A run that nothing stands in the way of: the model, the folder, and the prompts, tokenised as they are needed."""
 
     settings: Settings
     fisher: FisherModel
     writer: ResultsWriter
-    total: int | None
-    """Number of prompts, or None where it is known only at the end."""
-    shards: Iterator[PreparedShard]
+    prompts: ShardPrompts
+    renderer: Renderer
     splits: Splits
 
+    def prepared(self, numbers: Iterator[int]) -> Iterator[PreparedShard]:
+        """The shards of these numbers, to the end of the data; of a stored one nothing is rendered or skipped."""
+        for number in numbers:
+            prompts = self.prompts.of(number)
+            if not prompts:
+                return
+            if self.writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
+                yield PreparedShard(number, prompts, {}, {})
+            else:
+                yield prepare(self.renderer, number, prompts)
 
-def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
+
+def source_of(settings: Settings) -> PromptSource:
+    """The prompts that the settings name; errors as `read_prompts`."""
+    return read_prompts(
+        settings.dataset_name,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+        dataset_revision=settings.dataset_revision,
+        num_prompts=settings.num_prompts,
+        offset=settings.offset,
+        shuffle_seed=settings.shuffle_seed,
+        prompt_column=settings.prompt_column,
+        keep_columns=settings.keep_columns,
+        conversation=settings.conversation,
+    )
+
+
+def model_of(settings: Settings) -> Loaded:
+    """The model that the settings name; errors as `load_model`."""
+    return load_model(
+        settings.model_path,
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        adapter_path=settings.adapter_path,
+        adapter_revision=settings.adapter_revision,
+        dequantize=settings.dequantize,
+    )
+
+
+def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
+    """What the shards of a run with hooked layers of these widths hold."""
+    return ShardLayout(
+        widths=widths,
+        top_k=settings.top_k_tokens,
+        include_rest=settings.include_rest,
+        rank=settings.num_singular_values,
+        vectors_dtype=settings.vectors_dtype,
+        store_text=settings.store_text,
+        keep_columns=tuple(settings.keep_columns or ()),
+        means_only=settings.save == "mean",
+    )
+
+
+def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device_share: float = 1.0) -> Run:
     """Everything that can refuse, before anything is written: the layers, the kernel's proof, the folder.
+
+    What is chosen automatically is what the folder has stored, or is stored there now: the same for a run that carries
+    on, and for all processes that fill the folder together, whichever of them came first.
 
     Args:
         settings: of the run.
         loaded: the model and its tokenizer.
         source: the prompts.
+        device_share: the part of its device's memory that this process may use, where others share it.
 
     Raises:
         UserError: settings do not fit the model, the data or the folder.
     """
-    if settings.save == "mean" and settings.export_npz is True:
-        raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
-    fisher = _open_model(settings, loaded)
+    check_save(settings)
+    fisher = open_model(settings, loaded)
+    if settings.max_batch_tokens == "auto" and device_share < 1:
+        fisher.max_batch_tokens = max(256, int(device_share * fisher.max_batch_tokens))
     marks = fingerprint(settings, loaded, source, fisher)
     found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
     stored = (found.resolved or {}) if found else {}
-    threads = stored.get("threads", torch.get_num_threads())
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
+    _set_threads(stored.get("threads", torch.get_num_threads()))
     renderer = make_renderer(settings, loaded, source, stored.get("template_date"))
 
-    groups = _groups(source, settings.shard_size)
-    first = next(groups)
-    first_shard = prepare(renderer, *first)
+    prompts = ShardPrompts(source, settings.shard_size)
+    first_shard = prepare(renderer, 0, prompts.of(0))
     few = _excerpt(fisher, first_shard, renderer)
     fisher.compile = settings.compile is True
     forms = _prove(fisher, few)
@@ -82,16 +175,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
         fisher.compile = _compiling(settings, fisher, few, first_shard, source.total)
     writer = ResultsWriter.open(
         settings.output_dir,
-        layout=ShardLayout(
-            widths=fisher.widths,
-            top_k=settings.top_k_tokens,
-            include_rest=settings.include_rest,
-            rank=settings.num_singular_values,
-            vectors_dtype=settings.vectors_dtype,
-            store_text=settings.store_text,
-            keep_columns=tuple(settings.keep_columns or ()),
-            means_only=settings.save == "mean",
-        ),
+        layout=layout_of(settings, fisher.widths),
         shard_size=settings.shard_size,
         fingerprint=marks,
         resolved={
@@ -99,38 +183,41 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource) -> Run:
             "template_date": renderer.template_date,
             "device": str(fisher.device),
             "model_type": getattr(loaded.model.config, "model_type", None),
-            "threads": threads,
+            "threads": torch.get_num_threads(),
             "forms": forms,
             "compile": fisher.compile,
         },
+        settings=settings.model_dump(),
         overwrite=settings.overwrite,
     )
     resolved = writer.resolved or {}
-    fisher.max_batch_tokens = resolved["max_batch_tokens"]
-    # A damaged shard leaves the index here: one that is listed is taken for stored.
-    writer.missing_shards(writer.index.stop if source.total is None else source.total)
-    return Run(
-        settings,
-        fisher,
-        writer,
-        source.total,
-        _prepared(renderer, writer, chain([first], groups)),
-        Splits({tuple(batch) for batch in resolved.get("splits", [])}, lambda splits: writer.note({"splits": splits})),
-    )
+    # Another process may have begun the run since the folder was looked at: its choices hold.
+    _compare_forms(settings.output_dir, resolved.get("forms"), forms)
+    fisher.max_batch_tokens, fisher.compile = resolved["max_batch_tokens"], resolved.get("compile", fisher.compile)
+    _set_threads(resolved.get("threads", torch.get_num_threads()))
+    if resolved.get("template_date") != renderer.template_date:
+        renderer = make_renderer(settings, loaded, source, resolved.get("template_date"))
+    known = {tuple(batch) for batch in resolved.get("splits", [])}
+    return Run(settings, fisher, writer, prompts, renderer, Splits(known, lambda batch: writer.note("splits", [batch])))
 
 
-def _prepared(
-    renderer: Renderer, writer: ResultsWriter, groups: Iterator[tuple[int, list[Any]]]
-) -> Iterator[PreparedShard]:
-    """The shards in order; one that is stored comes with nothing rendered and nothing skipped."""
-    for number, prompts in groups:
-        if writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
-            yield PreparedShard(number, prompts, {}, {})
-        else:
-            yield prepare(renderer, number, prompts)
+def check_save(settings: Settings) -> None:
+    """Raise UserError where the files that are asked for cannot all be made."""
+    if settings.save == "mean" and settings.export_npz is True:
+        raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
 
 
-def _open_model(settings: Settings, loaded: Loaded) -> FisherModel:
+def _set_threads(threads: int) -> None:
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
+
+
+def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
+    """The model with the settings' layers and estimator.
+
+    Raises:
+        UserError: settings do not fit the model.
+    """
     try:
         fisher = FisherModel(
             loaded.model,
@@ -264,11 +351,3 @@ def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher
         "column": source.column,
         "device_type": fisher.device.type,
     }
-
-
-def _groups(source: PromptSource, size: int) -> Iterator[tuple[int, list[Any]]]:
-    """The shards' numbers and prompts."""
-    stream, number = iter(source), 0
-    while group := list(islice(stream, size)):
-        yield number, group
-        number += 1

@@ -1,20 +1,30 @@
 """Prompts -> batches -> kernel -> compression -> shard. One shard at a time; what is stored is not computed again."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fisher_vmap.compute import Progress, compute_shard
+from fisher_vmap.config import Settings
+from fisher_vmap.engines.local import Share, run_items
 from fisher_vmap.opening import Run
 from fisher_vmap.overlap import ahead, behind
 from fisher_vmap.storage.index import TABLE_NAME
+from fisher_vmap.storage.products import wants_npz
+from fisher_vmap.storage.records import PromptResult
+from fisher_vmap.storage.writer import ResultsWriter
 
-NPZ_PROMPTS = 10_000  # up to here `export_npz: auto` writes the npz
+REASONS = 5  # of prompts that failed, told at the end
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,46 +39,136 @@ class Summary:
     skipped: int = 0
     reasons: tuple[str, ...] = ()
     """Of the first few prompts that failed."""
+    finished: bool = True
+    """Whether the folder is complete: False where other processes have shards to compute yet."""
 
 
-def run_prompts(run: Run, report: Callable[[Progress], None]) -> Summary:
+class ShardDone(NamedTuple):
+    """A shard that has been dealt with: its prompts and, where it was not stored before, what they came to."""
+
+    number: int
+    prompts: int
+    stored_before: bool
+    tokens: int = 0
+    failed: tuple[str, ...] = ()
+    """A line for each prompt that failed."""
+    skipped: int = 0
+
+
+def compute_shards(
+    run: Run,
+    store: Callable[[int, Sequence[PromptResult]], Any],
+    report: Callable[[Progress], None],
+    numbers: Iterator[int],
+) -> Iterator[ShardDone]:
+    """Compute and store the shards of these numbers, one line of account for each, up to the end of the data.
+
+    While one is computed the next is tokenised and the one before is written: what has come out of here is stored when
+    the next one comes out, or when nothing more does.
+
+    Args:
+        run: what `open_run` gave.
+        store: takes a shard's number and results.
+        report: called after each batch.
+        numbers: of the shards, in order.
+
+    Raises:
+        UserError: the folder cannot be written any more, or the data cannot be read to their end.
+    """
+    with behind() as later, closing(ahead(run.prepared(numbers))) as shards:
+        for shard in shards:
+            if not (shard.rendered or shard.skipped):
+                report(Progress(len(shard.prompts), 0))
+                yield ShardDone(shard.number, len(shard.prompts), True)
+                continue
+            results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.splits, report)
+            later(store, shard.number, results)
+            yield _account(shard.number, results)
+
+
+def run_prompts(run: Run, report: Callable[[Progress], None], share: Share | None = None) -> Summary:
     """Compute what the results folder lacks, and finish it.
 
     Args:
         run: what `open_run` gave.
         report: called after each batch.
+        share: which shards are this process's, where several fill the folder: the last of them finishes it.
 
     Raises:
-        UserError: the folder cannot be written any more, or the data cannot be read to their end.
+        UserError: as `compute_shards`.
     """
-    settings, fisher, writer = run.settings, run.fisher, run.writer
+    writer, prompts = run.writer, run.prompts
+    # A damaged shard leaves the index here: one that is listed is taken for stored.
+    known = prompts.total is not None
+    writer.missing_shards(prompts.total or writer.index.stop, None if share is None else share.has)
     summary, began = Summary(), time.perf_counter()
-    with behind() as later, closing(ahead(run.shards)) as shards:
-        for shard in shards:
-            summary.prompts += len(shard.prompts)
-            if not (shard.rendered or shard.skipped):
-                summary.stored_before += len(shard.prompts)
-                report(Progress(len(shard.prompts), 0))
-                continue
-            results = compute_shard(fisher, shard, settings.num_singular_values, run.splits, report)
-            summary.tokens += sum(result.num_tokens for result in results)
-            later(writer.add, shard.number, results)
+    compute = partial(compute_shards, run, writer.add, report)
+    for done in run_items(compute, shard_numbers(prompts.total, run.settings.shard_size), share):
+        add_up(summary, done)
     summary.seconds = time.perf_counter() - began
-    if run.total is None:
-        writer.missing_shards(summary.prompts)
-    wanted = settings.save != "mean" and summary.prompts <= NPZ_PROMPTS
-    npz = wanted if settings.export_npz == "auto" else settings.export_npz
-    writer.finish(summary.prompts, settings=settings.model_dump(), save=settings.save, export_npz=npz)
-    _count_problems(summary, writer.folder)
+    assert prompts.total is not None  # the end has been read
+    if not known:
+        writer.expect(prompts.total)
+    if share is not None and not _is_last(writer, prompts.total):
+        summary.finished = False
+        return summary
+    summary.prompts = prompts.total if share is None else summary.prompts
+    finish(writer, run.settings, prompts.total)
+    count_problems(summary, writer, prompts.total)
     return summary
 
 
-def _count_problems(summary: Summary, folder: Path) -> None:
+def shard_numbers(total: int | None, shard_size: int) -> Iterable[int]:
+    """The numbers of a run's shards; without end where the number of prompts is not known."""
+    return count() if total is None else range(-(-total // shard_size))
+
+
+def add_up(summary: Summary, done: ShardDone) -> None:
+    """Add a shard to the account."""
+    summary.prompts += done.prompts
+    summary.stored_before += done.prompts if done.stored_before else 0
+    summary.tokens += done.tokens
+    summary.failed += len(done.failed)
+    summary.skipped += done.skipped
+    summary.reasons = (summary.reasons + done.failed)[:REASONS]
+
+
+def finish(writer: ResultsWriter, settings: Settings, total: int) -> None:
+    """Write the files made from all shards, as the settings have it.
+
+    Raises:
+        UserError: a shard is missing or damaged, or the folder cannot be written.
+    """
+    npz = wants_npz(settings.export_npz, settings.save, total)
+    writer.finish(total, settings=settings.model_dump(), save=settings.save, export_npz=npz)
+
+
+def count_problems(summary: Summary, writer: ResultsWriter, total: int) -> None:
     """Failed and skipped prompts of the whole run, those of earlier goes included, from the table."""
-    table = pq.read_table(folder / TABLE_NAME, columns=["prompt_index", "status", "reason"])
-    table = table.filter((pc.field("prompt_index") < summary.prompts) & (pc.field("status") != "ok"))
+    table = pq.read_table(writer.folder / TABLE_NAME, columns=["prompt_index", "status", "reason"])
+    table = table.filter((pc.field("prompt_index") < total) & (pc.field("status") != "ok"))
     failed = table.filter(pc.field("status") == "failed")
     summary.failed, summary.skipped = failed.num_rows, table.num_rows - failed.num_rows
-    summary.reasons = tuple(
-        f"prompt {row['prompt_index']} failed: {row['reason']}" for row in failed.slice(0, 5).to_pylist()
-    )
+    rows = failed.slice(0, REASONS).to_pylist()
+    summary.reasons = tuple(_failure(row["prompt_index"], row["reason"]) for row in rows)
+
+
+def _is_last(writer: ResultsWriter, total: int) -> bool:
+    """Whether no other process has a shard to compute any more; index.json has all of this one's afterwards."""
+    index = writer.refresh()
+    wanted = max(total, index.num_prompts or 0)
+    missing = len(index.missing(wanted))
+    if missing:
+        log.info("%d of %d shards are not there yet; whoever computes the last one finishes %s, or fisher-vmap finish",
+                 missing, -(-wanted // index.shard_size), writer.folder)  # fmt: skip
+    return not missing
+
+
+def _account(number: int, results: Sequence[PromptResult]) -> ShardDone:
+    failed = tuple(_failure(result.index, result.reason) for result in results if result.status == "failed")
+    skipped = sum(result.status == "skipped" for result in results)
+    return ShardDone(number, len(results), False, sum(result.num_tokens for result in results), failed, skipped)
+
+
+def _failure(index: int, reason: str | None) -> str:
+    return f"prompt {index} failed: {reason}"

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisher_vmap.config import Settings, load_settings
-from fisher_vmap.errors import UserError
+from fisher_vmap.config import RunOptions, Settings, load_command
+from fisher_vmap.errors import UserError, WorkerError
 
 if TYPE_CHECKING:
     from fisher_vmap.pipeline import Summary
@@ -20,15 +20,24 @@ log = logging.getLogger("fisher_vmap")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
-    0 done; 2 the user's mistake, told in one line; 3 with --strict when a prompt failed; 130 stopped by Ctrl-C.
+    0 done; 1 a worker on another machine failed, told in one line; 2 the user's mistake, told in one line; 3 with
+    --strict when a prompt failed; 130 stopped by Ctrl-C.
     """
     start_logging()
     settings = None
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv)
-        summary = run(settings)
+        settings, options = load_command(sys.argv[1:] if argv is None else argv)
+        if options.plan or options.plan_rate is not None:
+            from fisher_vmap.plan import plan
+
+            print("\n".join(plan(settings, options.plan_rate)))
+            return 0
+        summary = run(settings, options)
     except UserError as error:
         return user_mistake(error)
+    except WorkerError as error:
+        user_mistake(error)
+        return 1
     except KeyboardInterrupt:
         print(f"\nfisher_vmap: {stopped(settings)}", file=sys.stderr)
         return 130
@@ -48,50 +57,53 @@ def stopped(settings: Settings | None) -> str:
     return f"stopped; {stored} prompts are stored in {settings.output_dir}, and the same command carries on from there"
 
 
-def run(settings: Settings) -> "Summary":
+def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
     """The main job with these settings.
+
+    Args:
+        settings: of the run.
+        options: what is for this process alone: its share of the shards.
 
     Raises:
         UserError: one line that says what is wrong with the settings, the model, the data or the folder.
+        WorkerError: engine ray: one line that names a worker that failed, with its reason.
     """
     from fisher_vmap.storage.folder import inspect_folder
 
+    shards = None if options is None else options.shards
+    if shards is not None and settings.overwrite:
+        raise UserError(
+            "--shards with overwrite: each process would remove the others' results; remove the folder first"
+        )
+    if shards is not None and settings.engine != "local":
+        raise UserError(f"--shards is for engine local, but engine is {settings.engine}; leave one of the two out")
     inspect_folder(Path(settings.output_dir), overwrite=settings.overwrite)  # before minutes of loading
+    if settings.engine == "ray":
+        from fisher_vmap.engines.ray import require_ray
 
-    from fisher_vmap.models import load_model
-    from fisher_vmap.opening import open_run
-    from fisher_vmap.pipeline import run_prompts
+        require_ray()
+
+    from fisher_vmap.engines.local import Share
+    from fisher_vmap.opening import check_save, model_of, open_run, source_of
+    from fisher_vmap.pipeline import run_prompts, shard_numbers
     from fisher_vmap.progress import bar
-    from fisher_vmap.sources import read_prompts
 
-    source = read_prompts(
-        settings.dataset_name,
-        dataset_config=settings.dataset_config,
-        dataset_split=settings.dataset_split,
-        dataset_revision=settings.dataset_revision,
-        num_prompts=settings.num_prompts,
-        offset=settings.offset,
-        shuffle_seed=settings.shuffle_seed,
-        prompt_column=settings.prompt_column,
-        keep_columns=settings.keep_columns,
-        conversation=settings.conversation,
-    )
-    loaded = load_model(
-        settings.model_path,
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        max_memory=settings.max_memory,
-        adapter_path=settings.adapter_path,
-        adapter_revision=settings.adapter_revision,
-        dequantize=settings.dequantize,
-    )
-    opened = open_run(settings, loaded, source)
-    total = source.total if source.total is not None else settings.num_prompts
-    with bar(None if total == "all" else int(total)) as report:
-        summary = run_prompts(opened, report)
+    check_save(settings)
+    source = source_of(settings)
+    if settings.engine == "ray":
+        from fisher_vmap.cluster import run_on_ray
+
+        summary = run_on_ray(settings, source, bar)
+    else:
+        opened = open_run(settings, model_of(settings), source)
+        asked = source.total if source.total is not None else settings.num_prompts
+        total = None if asked == "all" else int(asked)
+        share = None if shards is None else Share(*shards)
+        if share is not None and total is not None:
+            numbers = share.of(shard_numbers(total, settings.shard_size))
+            total = sum(min(settings.shard_size, total - number * settings.shard_size) for number in numbers)
+        with bar(total) as report:
+            summary = run_prompts(opened, report, share)
     tell(summary, settings)
     return summary
 
@@ -112,6 +124,9 @@ def tell(summary: "Summary", settings: Settings) -> None:
         log.info("%d prompts were stored already", summary.stored_before)
     for reason in summary.reasons:
         log.warning("%s", reason)
+    if not summary.finished:
+        log.info("this process's shards are stored in %s", settings.output_dir)
+        return
     if summary.failed or summary.skipped:
         log.warning(
             "%d prompts failed and %d were skipped; %s lists them",
@@ -133,7 +148,7 @@ def start_logging() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def user_mistake(error: UserError) -> int:
+def user_mistake(error: UserError | WorkerError) -> int:
     """Show a mistake as one line; returns exit code 2."""
     print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -128,6 +128,31 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _worker_range(value: object) -> object:
+    """A number of workers, or the least and the most of them."""
+    value = _listed(value)
+    if isinstance(value, list | tuple):
+        numbers = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in value]
+        if len(numbers) != 2 or not all(_is_index(number) and number for number in numbers) or numbers[0] > numbers[1]:
+            raise ValueError("not the least and the most")
+        return tuple(numbers)
+    return _not_a_truth_value(value)
+
+
+def _share_or_whole(value: float | str) -> float | str:
+    if isinstance(value, float) and value > 1 and not value.is_integer():
+        raise ValueError("more than one, and not whole")
+    return value
+
+
+def _share(value: object) -> object:
+    """`i/n`, as the command line has it, as a pair of numbers."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", value) if isinstance(value, str) else None
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError("not a share")
+    return int(match[1]), int(match[2])
+
+
 _number = BeforeValidator(_not_a_truth_value)
 
 PositiveCount = Annotated[int, _number, Field(ge=1, le=10**9), Expected("a whole number from 1 to 1,000,000,000")]
@@ -198,4 +223,25 @@ MaxMemory = Annotated[
     dict[int | str, int | str] | None,
     BeforeValidator(_max_memory),
     Expected("none or a mapping such as {0: 20GiB, 1: 20GiB, cpu: 60GiB}"),
+]
+RayWorkers = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1, le=10**6)] | tuple[int, int],
+    BeforeValidator(_worker_range),
+    Expected("auto, a whole number from 1, or the least and the most such as [2, 64]"),
+]
+AutoOrGpus = Annotated[
+    Literal["auto"] | Annotated[float, Field(ge=0, le=1024)],
+    _number,
+    AfterValidator(_share_or_whole),
+    Expected("auto, 0, a part of a GPU such as 0.5, or a whole number"),
+]
+Share = Annotated[
+    tuple[int, int] | None,
+    BeforeValidator(_share),
+    Expected("i/n with i from 1 to n (3/8: the third of eight processes)"),
+]
+PlanRate = Annotated[
+    Literal["measure"] | Annotated[float, Field(gt=0, le=1e12)] | None,
+    _number,
+    Expected("measure, or how many tokens one worker computes in a second"),
 ]

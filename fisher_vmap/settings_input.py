@@ -27,6 +27,8 @@ examples:
   python -m fisher_vmap.run --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl
   python -m fisher_vmap.run --config config.yaml --hook_layer_name 3,5 --top-k-tokens 20
   python -m fisher_vmap.run --num_prompts all --output_dir results/all --overwrite
+  python -m fisher_vmap.run --num_prompts all --plan
+  python -m fisher_vmap.run --num_prompts all --shards 3/8
 
 Every setting is also a key of the YAML file (./config.yaml if there is one). Flags beat the file, the file beats the
 defaults; the environment is not read.
@@ -38,8 +40,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists every setting")
 
 
-def _parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
-    """One flag for each field; its value stays text, for the field's own check to read."""
+def _parser(fields: Mapping[str, FieldInfo], others: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
+    """One flag for each field and each of the `others`; its value stays text, for the field's own check to read."""
     parser = _Parser(
         prog="python -m fisher_vmap.run",
         usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
@@ -50,7 +52,7 @@ def _parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings. Default: ./config.yaml if it exists")
-    for name, field in fields.items():
+    for name, field in {**others, **fields}.items():
         default = "none" if field.default is None else written(field.default)
         text = f"{field.description} Default: {default}".replace("%", "%%")
         if bool in (field.annotation, *get_args(field.annotation)):
@@ -92,8 +94,15 @@ def _expected(field: FieldInfo) -> str:
     return next(mark.text for mark in field.metadata if isinstance(mark, Expected))
 
 
-def read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+def read_flags(
+    argv: Sequence[str], fields: Mapping[str, FieldInfo], others: Mapping[str, FieldInfo] | None = None
+) -> dict[str, Any]:
     """Read the command line: `--NAME VALUE` for each field (dashes work too) and `--config FILE`; prints `--help`.
+
+    Args:
+        argv: the command line's arguments.
+        fields: the settings.
+        others: what is no setting, and has a flag nevertheless.
 
     Returns:
         The values given, as text, under the fields' names; and under "config" the file, if it is named.
@@ -102,12 +111,12 @@ def read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo]) -> dict[str
         UserError: an unknown flag, a flag without its value, or anything that is no flag.
         SystemExit: with code 0, after `--help` was printed.
     """
-    parsed, left_over = _parser(fields).parse_known_args([_underscored(argument) for argument in argv])
+    parsed, left_over = _parser(fields, others or {}).parse_known_args([_underscored(argument) for argument in argv])
     if left_over:
         first = left_over[0].partition("=")[0]
         if not first.startswith("-"):
             raise UserError(f"unexpected argument {_shown(first)}; settings are --NAME VALUE, a file is --config FILE")
-        raise UserError(f"unknown flag {_shown(first)}; {_nearest(first.lstrip('-'), fields)}")
+        raise UserError(f"unknown flag {_shown(first)}; {_nearest(first.lstrip('-'), {**fields, **(others or {})})}")
     return vars(parsed)
 
 

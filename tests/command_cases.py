@@ -89,3 +89,22 @@ def real_command(argv, module="fisher_vmap.run", **options):
         [sys.executable, "-m", module, *map(str, argv)],
         capture_output=True, text=True, env=environment(), timeout=300, check=False, **options,
     )  # fmt: skip
+
+
+def start_command(argv, module="fisher_vmap.run", **options):
+    """The command as a user starts it, not waited for."""
+    return subprocess.Popen([sys.executable, "-m", module, *map(str, argv)], env=environment(), **options)
+
+
+def numbers_of(out):
+    """The bytes of everything in a results folder that holds numbers or text."""
+    kinds = (".safetensors", ".parquet", ".npz")
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.suffix in kinds}
+
+
+def entries_of(out):
+    """The entries beside the shards of an unfinished run: name -> which file it is, and when it was written."""
+    found = {}
+    for path in (out / "shards").glob("shard-*.json"):
+        found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found

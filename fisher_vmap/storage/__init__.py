@@ -3,7 +3,7 @@
 Reading back is `fisher_vmap.results`. Imports inside this folder point one way, each line on those before it:
 
     atomic, records, tensors, versions      whole files; what a prompt's results are; the tensor format
-    lock, checking, entries, index, table   one writer at a time; is a file as written; what is stored; the prompts table
+    lock, checking, entries, index, table   one writer at a time; is a file as written; what is stored; the table
     shards, folder                          writing a shard; which files are ours
     reading                                 one shard, lazily
     prompt_record, selection, mean, groups, npz, metadata

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import replacing
@@ -39,7 +39,7 @@ class FileEntry(Stored):
 
     sha256: str
     bytes: NonNegativeInt
-    tensors: dict[str, int] = {}
+    tensors: dict[str, int] = Field(default_factory=dict)
 
 
 class SumEntry(FileEntry):
@@ -64,13 +64,13 @@ class Index(Stored):
     """Every setting that changes results."""
     resolved: dict[str, Any] | None = None
     """What was chosen automatically, such as the kernel's form for each layer and why; None until it is known."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any] | None = None
     """The settings of the run that filled the folder last, for whoever finishes it."""
     shards: tuple[ShardEntry, ...] = ()
     sum: SumEntry | None = None
     """Of the file `sum_name(folded)`, where shards have been folded into it."""
-    files: dict[str, FileEntry] = {}
+    files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -135,6 +135,12 @@ class Index(Stored):
         kept.update((shard.number, shard) for shard in added)
         shards = tuple(kept[number] for number in sorted(kept))
         return self.model_copy(update={"shards": shards, "complete": False, "files": {}})
+
+    def expecting(self, num_prompts: int) -> "Index":
+        """The index of a run of so many prompts, or of those stored if they are more: unfinished if any are missing."""
+        total = max(num_prompts, self.stop)
+        unfinished = {"complete": False, "files": {}} if self.missing(total) else {}
+        return self.model_copy(update={"num_prompts": total, **unfinished})
 
     def with_entries(self, entries: Iterable[ShardEntry]) -> "Index":
         """The index with what stands beside the shards: the same one where it lists all of that already."""

@@ -64,7 +64,7 @@ class Ledger:
             self._waiting = {n: entry for n, entry in waiting.items() if _is_news(index, entry)}
 
     def count(self, entries: Iterable[ShardEntry]) -> None:
-        """Take stored shards in, fold what is ready where means alone are kept, and list them if it is time: in the lock.
+        """Take stored shards in, fold what is ready if means alone are kept, and list them in time: in the lock.
 
         Raises:
             UserError: the folder cannot be written, or a shard that is folded is damaged.

@@ -39,6 +39,18 @@ def write_npz(path: Path, readers: Iterable[ShardReader], layer: str) -> None:
             _add(archive, name, array)
 
 
+def npz_size(prompts: int, rank: int, width: int) -> int:
+    """Bytes of the npz of so many prompts, R and D."""
+    total = 22  # the end of the table of contents
+    for digits in range(1, len(str(max(prompts - 1, 0))) + 1):
+        count = min(prompts, 10**digits) - (10 ** (digits - 1) if digits > 1 else 0)
+        name = len("U_.npy") + digits
+        # Of each array: its header in the archive, numpy's own, the numbers, and its line in the table of contents.
+        arrays = sum(30 + name + 128 + 4 * size + 46 + name for size in (width * rank, rank, rank * width))
+        total += count * arrays
+    return total
+
+
 def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
     # A ZipInfo of our own has no time of day in it: the same results give the same bytes.
     info = zipfile.ZipInfo(f"{name}.npy")

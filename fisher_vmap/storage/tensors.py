@@ -34,16 +34,7 @@ def write_tensors(file: BinaryIO, specs: Mapping[str, TensorSpec], tensor: Calla
     Raises:
         ValueError: a tensor has not the shape that its spec announced.
     """
-    # The widest numbers first keep every tensor aligned, which readers that map the file are glad of.
-    names = sorted(specs, key=lambda name: -np.dtype(specs[name].dtype).itemsize)
-    header: dict[str, dict[str, object]] = {}
-    end = 0
-    for name in names:
-        dtype, shape = specs[name]
-        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    names, text = _header(specs)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in names:
@@ -52,3 +43,27 @@ def write_tensors(file: BinaryIO, specs: Mapping[str, TensorSpec], tensor: Calla
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, not {shape} as announced")
         file.write(array.data)
+
+
+def size_of(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the file that `write_tensors` makes."""
+    _, text = _header(specs)
+    return 8 + len(text) + sum(_bytes(spec) for spec in specs.values())
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[list[str], bytes]:
+    """The names in the order of the file, and its header."""
+    # The widest numbers first keep every tensor aligned, which readers that map the file are glad of.
+    names = sorted(specs, key=lambda name: -np.dtype(specs[name].dtype).itemsize)
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for name in names:
+        dtype, shape = specs[name]
+        start, end = end, end + _bytes(specs[name])
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return names, text + b" " * (-len(text) % 8)
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize

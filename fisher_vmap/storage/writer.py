@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
+from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry, read_entry, remove_entries
 from fisher_vmap.storage.finishing import finish_folder
 from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
 from fisher_vmap.storage.folding import sum_is_sound
-from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry, remove_entries
 from fisher_vmap.storage.index import (
     Index,
     compare_fingerprints,
@@ -155,25 +155,28 @@ class ResultsWriter:
 
         self._ledger.change(change)
 
-    def missing_shards(self, num_prompts: int) -> list[ShardRange]:
+    def missing_shards(self, num_prompts: int, among: Callable[[int], bool] | None = None) -> list[ShardRange]:
         """The shards that are still to be computed for the first `num_prompts` prompts, in order.
 
         Every stored shard is compared with its SHA-256; one that is damaged or deleted counts as missing. A folder that
         holds more prompts than asked for keeps them. With more prompts than before, a finished folder is unfinished
         again until they are there: its old shards stay, except a last one that was not full, which is computed again
         since a shard is one file.
+
+        Args:
+            num_prompts: of the whole run.
+            among: tells the numbers of the shards that this process answers for; None: all of them.
         """
         self.refresh()
-        broken = {entry.number: entry for entry in self._ledger.listed.shards if not self._is_sound(entry)}
+        mine = [entry for entry in self._ledger.listed.shards if among is None or among(entry.number)]
+        broken = {entry.number: entry for entry in mine if not self._is_sound(entry)}
         for entry in broken.values():
             logger.warning("%s in %s is damaged or missing, and is computed again", entry.file, self.folder)
-        sum_is_lost = not sum_is_sound(self.folder, self._ledger.listed) or any(
-            entry.folded for entry in broken.values()
-        )
+        folded = self._ledger.listed.folded
+        sum_is_lost = not sum_is_sound(self.folder, self._ledger.listed) or any(e.folded for e in broken.values())
         if sum_is_lost:
             logger.warning("the sum over the first %d shards in %s cannot be used: they are computed again",
-                           self._ledger.listed.folded, self.folder)  # fmt: skip
-        folded = self._ledger.listed.folded
+                           folded, self.folder)  # fmt: skip
 
         def change(index: Index) -> Index:
             if sum_is_lost and index.folded == folded:
@@ -181,23 +184,25 @@ class ResultsWriter:
                 index = index.unfolded()
             gone = [number for number, entry in broken.items() if index.find(number) == entry]
             remove_entries(self.folder, gone)
-            index = index.with_shards(removed=gone) if gone else index
-            total = max(num_prompts, index.stop)
-            unfinished = {"complete": False, "files": {}} if index.missing(total) else {}
-            return index.model_copy(update={"num_prompts": total, **unfinished})
+            return (index.with_shards(removed=gone) if gone else index).expecting(num_prompts)
 
         index = self._ledger.change(change)
         total, size = index.num_prompts or 0, index.shard_size
         if total > num_prompts:
             logger.info("%s already holds %d prompts; they are kept", self.folder, total)
-        return [ShardRange(n, n * size, min((n + 1) * size, total)) for n in index.missing(total)]
+        ranges = [ShardRange(n, n * size, min((n + 1) * size, total)) for n in index.missing(total)]
+        return [shard for shard in ranges if among is None or among(shard.number)]
+
+    def expect(self, num_prompts: int) -> None:
+        """Say how many prompts the run has, for those that learn it on their way."""
+        self._ledger.change(lambda index: index.expecting(num_prompts))
 
     def is_stored(self, number: int, start: int, stop: int) -> bool:
         """Is shard `number` there with the prompts [start, stop), to the bit?
 
         For runs that do not know their number of prompts beforehand; others ask `missing_shards` once.
         """
-        entry = self._ledger.find(number)
+        entry = self._ledger.find(number) or read_entry(self.folder, number, self._ledger.listed.mark)
         return entry is not None and entry.start == start and entry.stop >= stop and self._is_sound(entry)
 
     def add(self, number: int, results: Sequence[PromptResult]) -> ShardEntry:

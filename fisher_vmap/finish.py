@@ -1,0 +1,51 @@
+"""`python -m fisher_vmap.finish DIR`: the files made from all shards, where they are there and nobody made them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.storage.finishing import finish_folder
+from fisher_vmap.storage.index import Index, read_index
+from fisher_vmap.storage.products import wants_npz
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Finish a results folder; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fisher_vmap.finish",
+        description="Write a results folder's index, table, mean and npz from its shards, once all of them are there.",
+        epilog="example: python -m fisher_vmap.finish fisher_results",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    folder: Path = parser.parse_args(argv).folder
+    try:
+        index = finish(folder)
+    except UserError as error:
+        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{folder} is complete: {index.stop:,} prompts in {len(index.shards):,} shards")
+    return 0
+
+
+def finish(folder: Path) -> Index:
+    """Write the files made from all shards, by the settings of the run that filled the folder.
+
+    Returns:
+        The index of the finished folder.
+
+    Raises:
+        UserError: it is no results folder, a shard is missing or damaged, or the folder cannot be written.
+    """
+    index = read_index(folder)
+    if index.settings is None or index.num_prompts is None:
+        raise UserError(f"{folder} does not say yet how many prompts its run has; run the same command again")
+    save, npz = index.settings["save"], index.settings["export_npz"]
+    return finish_folder(
+        folder, index.fingerprint, save=save, export_npz=wants_npz(npz, save, max(index.num_prompts, index.stop))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""`python -m fisher_vmap.run --plan`: what a run will take, before anything heavy is loaded.
+
+Prompts are counted and some of them tokenised, operations are counted on a model without weights, and bytes follow from
+the shapes of what will be stored.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from fisher_vmap.batches import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.config import Settings
+from fisher_vmap.fisher_model import TRACE_SAMPLES
+from fisher_vmap.flops import Work, unavoidable
+from fisher_vmap.models import Loaded
+from fisher_vmap.opening import check_save, layout_of, make_renderer, model_of, open_model, source_of
+from fisher_vmap.pieces import Pieces
+from fisher_vmap.plan_sample import Sample, TableBytes, sample_of, table_bytes
+from fisher_vmap.skeleton import Skeleton, skeleton_of
+from fisher_vmap.storage.npz import npz_size
+from fisher_vmap.storage.products import Save, wants_npz
+from fisher_vmap.storage.records import ShardLayout
+from fisher_vmap.storage.shards import tensor_specs
+from fisher_vmap.storage.tensors import TensorSpec, size_of
+
+MEASURED_S = 10.0
+COUNTED_PROMPTS = 256  # whose lengths the operations are counted for
+INDEX_BYTES, METADATA_BYTES = 480, 4096  # of index.json for a shard; of metadata.yaml and the rest
+WORKERS = (1, 8, 64)
+
+
+class Plan(NamedTuple):
+    """The numbers of a plan; bytes, floating-point operations, tokens a second."""
+
+    sample: Sample
+    tokens: float
+    tokens_error: float
+    """Standard error of `tokens`; 0 where all prompts were tokenised."""
+    operations: dict[str, float]
+    storage: "Storage"
+    weights: int
+    batch: int
+    rate: float | None
+
+
+class Storage(NamedTuple):
+    """Bytes of a results folder by what they are for, with these settings; and of the npz that it has or could have."""
+
+    parts: dict[str, int]
+    npz: int
+
+    @property
+    def total(self) -> int:
+        """Of the finished folder."""
+        return sum(self.parts.values())
+
+
+def plan(settings: Settings, rate: float | Literal["measure"] | None = None) -> list[str]:
+    """The lines of a plan.
+
+    Args:
+        settings: of the run.
+        rate: tokens a second of one worker, for the time; "measure": load the model and try; None: no time.
+
+    Raises:
+        UserError: settings do not fit the model or the data.
+    """
+    skeleton = skeleton_of(settings)
+    return list(described(settings, skeleton, planned(settings, skeleton, rate)))
+
+
+def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measure"] | None = None) -> Plan:
+    """The numbers of a plan; arguments and errors as `plan`."""
+    check_save(settings)
+    source = source_of(settings)
+    renderer = make_renderer(settings, Loaded(skeleton.model, skeleton.tokenizer, {}), source, None)
+    sample = sample_of(settings, source, renderer)
+    lengths = np.array(sample.lengths, np.float64)
+    share = sample.total / max(1, sample.tokenised)
+    counted = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), COUNTED_PROMPTS)).astype(int)]
+    operations = Counter[str]()
+    blocks = list(skeleton.blocks.values())
+    for product in unavoidable(skeleton.model, blocks, counted.astype(int).tolist(), skeleton.hooks, work_of(settings)):
+        operations[product.kind.partition(",")[0]] += product.shape.flops
+    # The operations of the prompts counted, for all tokens: attention's go with the square, but in the same mixture.
+    scale = float(lengths.sum() * share / max(1.0, counted.sum()))
+    rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
+    error = 0.0 if sample.exact else float(lengths.std() * sample.total / max(1, len(lengths)) ** 0.5)
+    return Plan(
+        sample,
+        float(lengths.sum() * share),
+        error,
+        {kind: count * scale for kind, count in operations.items()},
+        storage_of(settings, skeleton, sample, rows),
+        skeleton.weight_bytes,
+        batch_bytes(settings, skeleton),
+        measured_rate(settings, sample) if rate == "measure" else rate,
+    )
+
+
+def work_of(settings: Settings) -> Work:
+    """The vectors that the estimator sends through the network for each prompt."""
+    if settings.estimator == "topk":
+        samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
+        return Work(shared=settings.top_k_tokens + samples)
+    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
+    vectors = settings.num_singular_values + settings.oversampling
+    return Work(vectors + samples, 2 * settings.passes * vectors, 1 + 2 * settings.passes * vectors)
+
+
+def storage_of(settings: Settings, skeleton: Skeleton, sample: Sample, rows: TableBytes) -> Storage:
+    """Bytes of the finished folder."""
+    n, size, layout = sample.total, settings.shard_size, layout_of(settings, skeleton.widths)
+    full, rest = divmod(n, size)
+    positions = sum(sample.lengths) / max(1, sample.tokenised)
+    npz = sum(npz_size(n, layout.rank, width) for width in skeleton.widths.values())
+    parts = {"tables": rows.in_shards + rows.joined, "index": INDEX_BYTES * (full + bool(rest)) + METADATA_BYTES}
+    if settings.save == "mean":
+        parts["sum"] = size_of(_matrices(skeleton, "float64")) if full else 0
+        parts["shards"] = _shard_bytes(layout, rest, positions) if rest else 0
+    else:
+        parts["shards"] = full * _shard_bytes(layout, size, positions)
+        parts["shards"] += _shard_bytes(layout, rest, positions) if rest else 0
+    if settings.save != "prompts":
+        parts["mean"] = size_of(_matrices(skeleton, "float32"))
+    if wants_npz(settings.export_npz, settings.save, n):
+        parts["npz"] = npz
+    return Storage(parts, npz)
+
+
+def _shard_bytes(layout: ShardLayout, prompts: int, positions: float) -> int:
+    return size_of(tensor_specs(layout, prompts, round(prompts * positions)))
+
+
+def _matrices(skeleton: Skeleton, dtype: str) -> dict[str, TensorSpec]:
+    return {layer: TensorSpec(dtype, (D, D)) for layer, D in skeleton.widths.items()}
+
+
+def batch_bytes(settings: Settings, skeleton: Skeleton) -> int:
+    """What a batch takes beside the weights: cotangents through one block, its graph, and what the forward recorded."""
+    tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
+    block = next(iter(skeleton.blocks.values()))
+    width = sum(m.out_features for m in block.modules() if isinstance(m, torch.nn.Linear))
+    itemsize = getattr(torch, settings.dtype).itemsize
+    recorded = len(skeleton.blocks) * skeleton.model.config.get_text_config().hidden_size
+    vectors = max(work_of(settings).shared, 1)
+    return int(tokens * itemsize * (2 * (vectors + 2) * width + recorded))
+
+
+def measured_rate(settings: Settings, sample: Sample) -> float:
+    """Tokens a second of this machine on the run's own prompts, in ten seconds; the first batch is not timed.
+
+    Raises:
+        UserError: as a run's.
+    """
+    fisher = open_model(settings, model_of(settings))
+    batches = []
+    for shard in sample.shards:
+        ids = [prompt.ids for prompt in shard.rendered.values()]
+        packed = pack([len(each) for each in ids], fisher.batch_size, fisher.max_batch_tokens)
+        batches += [[ids[i] for i in batch] for batch in packed]
+    rank = settings.num_singular_values
+    fisher.numbers(batches[0], rank)
+    tokens, began = 0, time.perf_counter()
+    for batch in cycle(batches):
+        fisher.numbers(batch, rank)
+        tokens += sum(map(len, batch))
+        if (seconds := time.perf_counter() - began) > MEASURED_S:
+            return tokens / seconds
+    raise AssertionError("there is no batch")
+
+
+def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[str]:
+    """A plan in words."""
+    sample, layers = found.sample, list(skeleton.widths)
+    shards = -(-sample.total // settings.shard_size)
+    yield f"prompts     {sample.total:,} in {shards:,} shards of {settings.shard_size}"
+    shown = layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+    widths = "/".join(f"{width:,}" for width in sorted(set(skeleton.widths.values())))
+    yield f"matrices    {shown}, width {widths}, rank {settings.num_singular_values}, estimator {settings.estimator}"
+    each = found.tokens / max(1, sample.total)
+    if sample.exact:
+        how = "all prompts tokenised"
+    else:
+        which = "the first" if sample.first_alone else "every n-th,"
+        how = f"{which} {sample.tokenised:,} prompts tokenised, standard error {found.tokens_error / found.tokens:.1%}"
+    longest = max(sample.lengths, default=0)
+    yield f"tokens      {found.tokens:,.0f}, {each:.1f} a prompt, the longest {longest:,} ({how})"
+    operations = ", ".join(f"{kind} {count:.2e}" for kind, count in found.operations.items())
+    yield f"operations  {sum(found.operations.values()):.2e} floating-point, in matrix products ({operations})"
+    parts = ", ".join(f"{name} {readable(size)}" for name, size in found.storage.parts.items() if size)
+    yield f"storage     {readable(found.storage.total)} ({parts})"
+    for change, storage in _otherwise(settings, skeleton, found):
+        yield f"            {readable(storage.total):>8} with {change}"
+    kept = " (more than its packed weights take)" if skeleton.quantized and not settings.dequantize else ""
+    tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
+    batch = f"a batch of {tokens:,} tokens {readable(found.batch)}"
+    yield f"memory      a worker: weights {readable(found.weights)}{kept}, {batch}"
+    if settings.max_batch_tokens == "auto":
+        yield f"            on a GPU batches grow to {GPU_MEMORY_SHARE:.0%} of what is free beside the weights"
+    if found.rate is None:
+        yield "time        give --plan_rate TOKENS_A_SECOND, which a run tells at its end, or --plan_rate measure"
+        return
+    hours = found.tokens / found.rate / 3600
+    times = ", ".join(f"{_duration(hours / count)} on {count}" for count in WORKERS)
+    rate = sum(found.operations.values()) / found.tokens * found.rate
+    yield f"time        at {found.rate:,.0f} tokens a second a worker ({rate:.2e} operations a second): {times}"
+
+
+def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[tuple[str, Storage]]:
+    rows = TableBytes(found.storage.parts["tables"], 0)
+
+    def with_(**changes: object) -> Storage:
+        return storage_of(settings.model_copy(update=changes), skeleton, found.sample, rows)
+
+    means: Save = "mean"
+    if settings.save != means:
+        if settings.vectors_dtype == "float32":
+            yield "vectors_dtype: float16", with_(vectors_dtype="float16")
+        has = "npz" in found.storage.parts
+        yield f"export_npz: {str(not has).lower()}", with_(export_npz=not has)
+        yield "save: mean", with_(save=means, export_npz=False)
+
+
+def readable(size: float) -> str:
+    """A number of bytes in words."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.2g} s"
+    if hours < 2:
+        return f"{60 * hours:.3g} min"
+    return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.3g} days"
