@@ -18,6 +18,9 @@ from fisher_vmap.pipeline import compute_shards
 from fisher_vmap.storage.entries import read_entry
 from fisher_vmap.storage.records import PromptResult
 from fisher_vmap.storage.shards import write_shard
+from fisher_vmap.storage.tries import begin_shard, end_shard, forget, times_begun
+
+MOST_DEATHS = 3  # of processes over one shard, before it is given up
 
 
 def begin(settings: Settings, device_share: float) -> None:
@@ -26,7 +29,8 @@ def begin(settings: Settings, device_share: float) -> None:
     Raises:
         UserError: as `open_run`.
     """
-    open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
+    run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
+    forget(run.writer.folder)
 
 
 class ShardWorker:
@@ -45,12 +49,16 @@ class ShardWorker:
             with "user_error" where the user can mend that; "prompts" and "tokens" that were computed; "splits", batches
             that ran out of memory.
         """
+        begun = [times_begun(self.run.writer.folder, number) for number in numbers]
         try:
-            return self._compute(numbers)
+            if len(numbers) == 1 and begun[0] >= MOST_DEATHS:
+                raise UserError(f"{begun[0]} processes have died over it, as they do where memory runs out")
+            if len(numbers) == 1 or not any(begun):
+                return self._compute(numbers)
         except Exception as error:
             if len(numbers) == 1:
                 return [self._failed(numbers[0], error)]
-        # One of several failed: each by itself. What had been stored is not computed again.
+        # One of several failed, or a process died over one: each by itself. What is stored is not computed again.
         return [account for number in numbers for account in self([number])]
 
     def _compute(self, numbers: list[int]) -> list[dict[str, Any]]:
@@ -59,10 +67,13 @@ class ShardWorker:
         def store(number: int, results: Sequence[PromptResult]) -> None:
             write_shard(folder, number, results, index.layout, index.mark)
 
+        for number in numbers:
+            begin_shard(folder, number)
         accounts = []
         for done in list(compute_shards(self.run, store, _nothing, iter(numbers))):  # all of them are stored then
             entry = read_entry(folder, done.number, index.mark)
             assert entry is not None, f"shard {done.number} was written, but its entry is not there"
+            end_shard(folder, done.number)
             accounts.append(
                 {"number": done.number, "prompts": done.prompts, "tokens": done.tokens, "entry": entry.model_dump()}
             )
@@ -73,6 +84,7 @@ class ShardWorker:
         return accounts
 
     def _failed(self, number: int, error: Exception) -> dict[str, Any]:
+        end_shard(self.run.writer.folder, number)
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, UserError) else f" ({os.path.basename(place.filename)}, line {place.lineno})"
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from fisher_vmap.errors import UserError, WorkerError
@@ -18,7 +17,7 @@ from fisher_vmap.errors import UserError, WorkerError
 OBJECT_STORE_BYTES = 200 * 2**20  # of a Ray of our own: what goes through it are numbers and lines of text
 ITEMS_AT_A_TIME = 4  # most items that a worker is handed at once, so that it can prepare one while it computes another
 HANDS_PER_WORKER = 8  # but so few that each worker is handed items at least so often, if there are enough
-TASK_RETRIES = 3  # of items whose worker died over them
+CALL_RETRIES = 3  # of a single call whose process died
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class RayEngine:
             WorkerError: whatever else it raises, or the process died.
         """
         ray = self._ray
-        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_calls=1, max_retries=TASK_RETRIES)(function)
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_calls=1, max_retries=CALL_RETRIES)(function)
         try:
             return ray.get(task.remote(*arguments))
         except ray.exceptions.RayTaskError as error:
@@ -105,7 +104,8 @@ class RayEngine:
             items: what is to be computed.
 
         Raises:
-            WorkerError: a worker could not be made, or died over the same items again and again.
+            WorkerError: a worker could not be made, or Ray itself failed. A worker that dies is started again, however
+                often: it is for the worker to refuse an item over which it has died.
         """
         if not items:
             return
@@ -135,7 +135,6 @@ class RayEngine:
             ),
             num_cpus=self.cpus,
             num_gpus=self.gpus or None,
-            ray_remote_args_fn=partial(dict, max_task_retries=TASK_RETRIES),
         )
         try:
             for row in results.iter_rows():

@@ -4,7 +4,7 @@ Reading back is `fisher_vmap.results`. Imports inside this folder point one way,
 
     atomic, records, tensors, versions      whole files; what a prompt's results are; the tensor format
     lock, checking, entries, index, table   one writer at a time; is a file as written; what is stored; the table
-    shards, folder                          writing a shard; which files are ours
+    shards, tries, folder                   writing a shard; who died over it; which files are ours
     reading                                 one shard, lazily
     prompt_record, selection, mean, groups, npz, metadata
     folding, ledger                         shards into a running sum; index.json as one of several processes keeps it

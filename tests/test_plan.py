@@ -1,0 +1,195 @@
+"""--plan: what it foretells beside what real runs leave and count."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from command_cases import VOCABULARY, arguments, run_here, save_model, texts, write_prompts
+from models import FAMILIES, tiny
+
+from fisher_vmap import open_results, plan_sample
+from fisher_vmap.config import load_settings
+from fisher_vmap.flops import Work, unavoidable
+from fisher_vmap.layers import decoder_blocks, resolve_layers
+from fisher_vmap.plan import plan, planned, readable
+from fisher_vmap.probe import layer_widths
+from fisher_vmap.run import main
+from fisher_vmap.skeleton import skeleton_of
+
+PROMPTS = [*texts(61), "", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_prompts(tmp_path_factory.mktemp("data") / "p.jsonl", PROMPTS, kind=["a", "b", "c"] * 21)
+
+
+def settings_of(model, data, out="never", **settings):
+    return load_settings(arguments(model, data, out, **settings))
+
+
+def folder_bytes(out):
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"shard_size": 32},
+        {"hook_layer_name": "all", "vectors_dtype": "float16"},
+        {"hook_layer_name": "0,2", "export_npz": "false", "keep_columns": "kind"},
+        {"hook_layer_name": "0,2", "save": "mean", "shard_size": 16},
+        {"save": "prompts", "store_text": "false", "include_rest": "true"},
+        {"estimator": "full"},
+    ],
+)
+def test_tokens_and_storage_are_those_of_the_run(model, data, tmp_path, choice):
+    settings = settings_of(model, data, **choice)
+    found = planned(settings, skeleton_of(settings))
+    out = tmp_path / "out"
+    assert run_here(model, data, out, **choice) == 0
+    table = open_results(out).to_pandas()
+    assert found.tokens == table["tokens"].sum() and found.tokens_error == 0
+    assert found.sample.total == len(table)
+    assert found.storage.total == pytest.approx(folder_bytes(out), rel=0.05)
+    sizes = open_results(out).index.files
+    npz = [entry.bytes for name, entry in sizes.items() if name.endswith(".npz")]
+    assert found.storage.parts.get("npz", 0) == sum(npz)  # to the byte
+    if "mean" in found.storage.parts:
+        assert found.storage.parts["mean"] == sizes["mean.safetensors"].bytes
+    if choice.get("save") != "mean":
+        stored = sum(path.stat().st_size for path in out.glob("shards/*.safetensors"))
+        assert found.storage.parts["shards"] == pytest.approx(stored, rel=0.002)
+
+
+def test_the_lines(model, data, tmp_path, capsys, monkeypatch):
+    """Without the weights, and without a folder."""
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    assert main([*arguments(model, data, tmp_path / "out", shard_size=8), "--plan", "--plan_rate", "100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    starts = ("prompts", "matrices", "tokens", "operations", "storage", "", "", "", "memory", "", "time")
+    assert [line.split(" ")[0] for line in lines] == list(starts)
+    assert lines[0] == "prompts     63 in 8 shards of 8"
+    assert "all prompts tokenised" in lines[2] and "the longest 128" in lines[2]
+    changes = ["vectors_dtype: float16", "export_npz: false", "save: mean"]
+    assert all(change in line for change, line in zip(changes, lines[5:8], strict=True))
+    assert "100 tokens a second a worker" in lines[-1] and lines[-1].endswith("on 64")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_would_change_is_what_a_run_with_the_change_stores(model, data, capsys):
+    lines = plan(settings_of(model, data))
+    for change, words in (
+        ({"vectors_dtype": "float16"}, "vectors_dtype: float16"),
+        ({"export_npz": "false"}, "export_npz: false"),
+        ({"save": "mean"}, "save: mean"),
+    ):
+        settings = settings_of(model, data, **change)
+        shown = next(line for line in lines if words in line).split(" with ")[0].strip()
+        assert shown == readable(planned(settings, skeleton_of(settings)).storage.total)
+
+
+def test_a_sample_of_many_prompts(model, data, monkeypatch):
+    settings = settings_of(model, data)
+    exact = planned(settings, skeleton_of(settings))
+    monkeypatch.setattr(plan_sample, "MOST_TOKENISED", 30)
+    found = planned(settings, skeleton_of(settings))
+    assert found.sample.tokenised == 30 and not found.sample.exact and found.tokens_error > 0
+    assert abs(found.tokens - exact.tokens) < 4 * found.tokens_error
+    assert found.storage.total == pytest.approx(exact.storage.total, rel=0.05)
+    ratio = sum(found.operations.values()) / sum(exact.operations.values())
+    assert ratio == pytest.approx(found.tokens / exact.tokens, rel=0.1)
+    assert "every n-th, 30 prompts tokenised, standard error" in "\n".join(plan(settings))
+
+
+def test_a_stream_whose_end_is_not_known(model, data, monkeypatch):
+    from fisher_vmap.sources import PromptSource
+
+    monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
+    settings = settings_of(model, data)
+    assert planned(settings, skeleton_of(settings)).sample.total == len(PROMPTS)
+    monkeypatch.setattr(plan_sample, "MOST_TOKENISED", 30)
+    assert planned(settings, skeleton_of(settings)).sample.total == len(PROMPTS)
+    asked = settings_of(model, data, num_prompts=50)
+    found = planned(asked, skeleton_of(asked))
+    assert found.sample.total == 50 and found.sample.first_alone
+
+
+def test_a_measured_rate(model, data, monkeypatch):
+    monkeypatch.setattr("fisher_vmap.plan.MEASURED_S", 0.3)
+    settings = settings_of(model, data)
+    rate = planned(settings, skeleton_of(settings), "measure").rate
+    assert 10 < rate < 1e6
+
+
+def test_operations_by_hand():
+    """Of a llama, from its configuration: no list of its modules."""
+    lm = tiny("llama", vocab_size=VOCABULARY)
+    c = lm.config
+    D, I, L, V, H, G = (
+        c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size, c.num_attention_heads,
+        c.num_key_value_heads,
+    )  # fmt: skip
+    E, K, hook, lengths = D // H, 5, 1, [6, 10]
+    M, B = sum(lengths), len(lengths)
+    attention, keys, rest = 2 * H * E * D, 2 * G * E * D, 3 * D * I
+    top = keys * M + (attention + rest) * B
+    linear = lambda passes, blocks: 2 * passes * (blocks * (attention + keys + rest) * M + top)  # noqa: E731
+    inner = sum(4 * H * E * (T // 2) * T for T in lengths)  # Q K^T and P V, the causal half
+    last = sum(4 * H * E * T for T in lengths)
+    forward = linear(1, L - 1) + (L - 1) * inner + last
+    pulled = linear(K, L - 1 - hook - 1) + 2 * K * ((L - 1 - hook - 1) * inner + last)
+    head = 2 * 2 * B * V * D
+    counted = unavoidable(lm, list(lm.model.layers), lengths, [hook], Work(shared=K))
+    assert sum(product.shape.flops for product in counted) == forward + pulled + head
+
+
+def test_operations_of_the_forward_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for family in ("llama", "gpt2", "gemma2", "phi"):
+        lm = tiny(family, torch.float32)
+        blocks, T = list(decoder_blocks(lm).values()), 24
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            lm(input_ids=torch.zeros(1, T, dtype=torch.int64), logits_to_keep=1)
+        products = unavoidable(lm, blocks, [T], [len(blocks) - 1], Work(shared=1))
+        ours = sum(p.shape.flops for p in products if p.kind.startswith("forward") or p.kind == "head")
+        assert 0.6 < ours / counter.get_total_flops() < 1.1  # less: of the last block the last row, of attention a half
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_skeleton_is_the_model(family, tmp_path):
+    lm = tiny(family, torch.float32, vocab_size=VOCABULARY)
+    save_model(tmp_path / "model", lm)
+    skeleton = skeleton_of(settings_of(tmp_path / "model", "none", hook_layer_name="all"))
+    names = resolve_layers(lm, "all")
+    assert list(skeleton.blocks) == list(skeleton.widths) == names
+    assert skeleton.widths == layer_widths(lm, names) and skeleton.hooks == list(range(len(names)))
+    assert skeleton.weight_bytes == sum(p.numel() * p.element_size() for p in lm.parameters())
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+def test_layers_by_name_and_number(model):
+    def of(layers):
+        return skeleton_of(settings_of(model, "none", hook_layer_name=layers))
+
+    found = of("model.layers.1.mlp,-1,model.embed_tokens")
+    assert found.hooks == [1, 3, -1] and len(set(found.widths.values())) == 1
+    from fisher_vmap.errors import UserError
+
+    with pytest.raises(UserError, match=r"no layer 9; its 4 layers are model.layers.0 to model.layers.3"):
+        of(9)
+
+
+def test_weights_and_a_batch_are_what_a_worker_has(model, data):
+    settings = settings_of(model, data)
+    found = planned(settings, skeleton_of(settings))
+    lm = tiny("llama", torch.float32, vocab_size=VOCABULARY)
+    assert found.weights == sum(p.numel() * 4 for p in lm.parameters()) and found.batch > 0
+    assert np.isfinite(found.tokens)
