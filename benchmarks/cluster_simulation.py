@@ -3,7 +3,7 @@
 Driver, engine, results folder and index are the real ones; a worker sleeps instead of computing, and stores a shard of
 a few hundred bytes. The sleep is the measured time of a real shard, divided by `--scale`: everything that the driver
 does for a shard comes so much more often, and a driver that keeps up here has that much to spare. All workers are
-processes of one machine, so that its cores start them one after the other: the driver is judged from when all are there.
+processes of one machine, so that its cores start them one after the other: what counts is from when all are there.
 """
 
 import argparse

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from fisher_vmap.config import RunOptions, Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -18,6 +21,27 @@ def test_the_page_is_written_from_the_measured_numbers(name):
     spec.loader.exec_module(module)
     numbers = json.loads((DOCS / f"{name}.json").read_text("utf-8"))
     assert module.page(numbers) == (DOCS / f"{name}.md").read_text("utf-8")
+
+
+def test_the_cluster_in_the_docs_is_one_that_ray_takes():
+    jsonschema, ray = pytest.importorskip("jsonschema"), pytest.importorskip("ray")
+    text = (DOCS / "cluster.md").read_text("utf-8").split("```yaml\n")[1].split("```")[0]
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    config = yaml.safe_load(text)
+    jsonschema.validate(config, schema)
+    assert config["head_node_type"] in config["available_node_types"]
+    assert all("resources" in kind and "node_config" in kind for kind in config["available_node_types"].values())
+
+
+def test_settings_and_flags_in_the_docs_are_there():
+    known = {*Settings.model_fields, *RunOptions.model_fields, "config"}
+    text = (DOCS / "cluster.md").read_text("utf-8")
+    lines = [line for line in text.splitlines() if "fisher-vmap run" in line]
+    assert len(lines) > 5
+    for flag in re.findall(r"--(\w+)", "\n".join(lines).replace("--dependency", "").replace("--wrap", "")):
+        assert flag in known, flag
+    for name in re.findall(r"`(\w+): ", text):
+        assert name in known, name
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
