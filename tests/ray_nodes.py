@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -38,6 +40,7 @@ def ray_folder(monkeypatch):
     folder = tempfile.mkdtemp(prefix="fv-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     monkeypatch.setenv("RAY_TMPDIR", folder)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # which is: stay on loopback, as on those
     try:
         yield folder
     finally:
@@ -48,39 +51,71 @@ def ray_folder(monkeypatch):
 
 
 class Nodes:
-    """A head without room for workers, and nodes with one CPU each."""
+    """A head without room for workers, and nodes with one CPU each, all of them children of a process of their own."""
 
-    def __init__(self, cluster, nodes):
-        self._cluster, self.nodes = cluster, nodes
-        self.address = cluster.address
+    def __init__(self, process):
+        self._process = process
+        self.address = self._answer()
 
     def add(self):
         """One more node."""
-        self.nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False))
+        self._tell("add")
 
     def kill(self, place):
         """A node gone from one moment to the next: SIGKILL for its raylet and all workers on it."""
-        raylet = psutil.Process(self.nodes[place].all_processes["raylet"][0].process.pid)
-        for process in [raylet, *raylet.children(recursive=True)]:
-            with suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
+        self._tell(f"kill {place}")
+
+    def _tell(self, line):
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        assert self._answer() == "done"
+
+    def _answer(self):
+        while line := self._process.stdout.readline():
+            if line.startswith("> "):  # Ray may say things of its own
+                return line[2:].strip()
+        raise RuntimeError("the process that holds the nodes has ended")
 
 
 @contextmanager
 def ray_nodes(monkeypatch, count):
     """A Ray of a head and so many nodes."""
+    with ray_folder(monkeypatch):
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            yield Nodes(process)
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def hold_nodes(count):
+    """What the process that holds the nodes does: it obeys lines, and ends with its input."""
     from ray.cluster_utils import Cluster
 
-    with ray_folder(monkeypatch):
-        head = {
-            "num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False,
-            "node_ip_address": "127.0.0.1",
-        }  # fmt: skip
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        nodes = Nodes(cluster, [])
-        try:
-            for _ in range(count):
-                nodes.add()
-            yield nodes
-        finally:
-            cluster.shutdown()
+    options = {"object_store_memory": STORE_BYTES, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options})
+    nodes = [cluster.add_node(num_cpus=1, **options) for _ in range(count)]
+    print(f"> {cluster.address}", flush=True)
+    for line in sys.stdin:
+        word, *place = line.split()
+        if word == "add":
+            nodes.append(cluster.add_node(num_cpus=1, **options))
+        elif word == "kill":
+            raylet = psutil.Process(nodes[int(place[0])].all_processes["raylet"][0].process.pid)
+            for process in [raylet, *raylet.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL)
+        print("> done", flush=True)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+if __name__ == "__main__":
+    hold_nodes(int(sys.argv[1]))

@@ -56,8 +56,11 @@ def _acquire(file: BinaryIO, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            logger.warning("the file system of %s has no locks: start a second process there when the first one has stored "
-                           "a shard, and keep means (save: mean) by one alone", folder)  # fmt: skip
+            logger.warning(
+                "the file system of %s has no locks: start a second process when the first one has stored a shard, "
+                "and keep means (save: mean) by one alone",
+                folder,
+            )
             return
 
 
