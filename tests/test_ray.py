@@ -22,6 +22,7 @@ from command_cases import (
 )
 
 from fisher_vmap import cluster, open_results
+from fisher_vmap.engines.ray import Pool, RayEngine
 from fisher_vmap.errors import UserError, WorkerError
 from fisher_vmap.member import ShardWorker, begin
 from fisher_vmap.run import main
@@ -281,3 +282,55 @@ def test_no_ray_at_the_address(model, data, tmp_path, monkeypatch):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("fisher_vmap: Ray cannot be reached at ray_address auto (ConnectionError: ")
     assert "ray start --head" in last and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_driver_with_a_ray_of_its_own_is_killed_and_the_local_run_carries_on(
+    model, data, alone, tmp_path, monkeypatch, paths
+):
+    out = tmp_path / "out"
+    with ray_nodes.ray_folder(monkeypatch) as folder:
+        process = start_command(on_ray(model, data, out, ray_workers=2), stderr=subprocess.DEVNULL)
+        wait_for_shards(process, out, 2)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not ray_nodes.wait_until_gone(folder, 60)
+    done = real_command(arguments(model, data, out, **SETTINGS))
+    assert done.returncode == 0, done.stderr
+    assert numbers_of(out) == alone
+
+
+class FakeRay:
+    def __init__(self, **resources):
+        self.resources = resources
+
+    def cluster_resources(self):
+        return self.resources
+
+
+@pytest.mark.parametrize(
+    ("resources", "pool", "expected"),
+    [
+        ({"CPU": 8.0}, ("auto", "auto", 1), (0.0, 8, 8)),
+        ({"CPU": 8.0}, ("auto", "auto", 3), (0.0, 2, 2)),
+        ({"CPU": 1.0}, ("auto", "auto", 4), (0.0, 1, 1)),
+        ({"CPU": 8.0}, (3, "auto", 1), (0.0, 3, 3)),
+        ({"CPU": 8.0, "GPU": 4.0}, ("auto", "auto", 1), (1.0, 4, 4)),
+        ({"CPU": 8.0, "GPU": 4.0}, ("auto", 0.5, 1), (0.5, 8, 8)),
+        ({"CPU": 8.0, "GPU": 3.0}, ("auto", 0.1, 1), (0.1, 30, 30)),
+        ({"CPU": 8.0, "GPU": 5.0}, ("auto", 2.0, 1), (2.0, 2, 2)),
+        ({"CPU": 8.0, "GPU": 4.0}, ("auto", 0.0, 1), (0.0, 8, 8)),
+        ({"CPU": 8.0, "GPU": 4.0}, ((2, 64), "auto", 1), (1.0, 2, 64)),
+    ],
+)
+def test_how_many_workers_there_are(resources, pool, expected):
+    engine = RayEngine(FakeRay(**resources), Pool(None, *pool))
+    assert (engine.gpus, engine.least, engine.most) == expected
+
+
+def test_more_gpus_than_there_are(caplog):
+    for workers, gpus in ((5, 1.0), ("auto", 8.0), ((3, 9), 2.0)):
+        with pytest.raises(UserError, match=r"were asked for, and Ray has 4 GPUs; lower ray_workers"):
+            RayEngine(FakeRay(CPU=8.0, GPU=4.0), Pool(None, workers, gpus, 1))
+    assert RayEngine(FakeRay(CPU=8.0, GPU=4.0), Pool("auto", 5, 1.0, 1)).most == 5
+    assert "the others are waited for" in caplog.text
