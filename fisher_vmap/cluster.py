@@ -118,13 +118,14 @@ def _failure(failed: list[dict[str, Any]], lacking: int, writer: ResultsWriter) 
     others = f", and {len(failed) - 1} more shards failed" if len(failed) > 1 else ""
     where = f"shard {first['number']} (from prompt {first['number'] * size}) failed in {first['worker']}"
     line = (
-        f"{where}: {first['error']}{others}; {len(writer.index.shards)} shards are stored in {writer.folder} and "
-        f"{lacking} are lacking: the same command carries on"
+        f"{where}: {first['error']}{others}; {len(writer.index.shards)} shards are stored in {writer.folder}, "
+        f"{lacking} still lacking; the same command carries on"
     )
     return UserError(line) if all(account["user_error"] for account in failed) else WorkerError(line)
 
 
 def _workers(engine: RayEngine, shards: int) -> str:
     count = f"{engine.most}" if engine.least == engine.most else f"{engine.least} to {engine.most}"
-    what = f"{engine.gpus:g} GPUs and {engine.cpus} CPUs" if engine.gpus else f"{engine.cpus} CPUs"
-    return f"{shards} shards to compute, on {count} workers with {what} each"
+    cpus = f"{engine.cpus} CPU{'' if engine.cpus == 1 else 's'}"
+    what = f"{engine.gpus:g} GPU{'' if engine.gpus <= 1 else 's'} and {cpus}" if engine.gpus else cpus
+    return f"shards to compute: {shards}, on {count} workers with {what} each"

@@ -26,6 +26,7 @@ from fisher_vmap.engines.ray import Pool, RayEngine
 from fisher_vmap.errors import UserError, WorkerError
 from fisher_vmap.member import ShardWorker, begin
 from fisher_vmap.run import main
+from fisher_vmap.storage.tries import begin_shard, times_begun
 from fisher_vmap.storage.writer import ResultsWriter
 
 pytest.importorskip("ray")
@@ -85,7 +86,7 @@ def test_two_workers_of_this_machine_leave_what_the_local_run_does(model, data, 
         assert done.returncode == 0, done.stderr
         assert not ray_nodes.wait_until_gone(folder)
     assert numbers_of(out) == alone
-    assert "13 shards to compute, on 2 workers with 1 CPUs each" in done.stderr and "38/38" in done.stderr
+    assert "shards to compute: 13, on 2 workers with 1 CPU each" in done.stderr and "38/38" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
@@ -95,7 +96,7 @@ def test_two_nodes(model, data, alone, tmp_path, monkeypatch, paths):
     with ray_nodes.ray_nodes(monkeypatch, 2) as nodes:
         done = real_command(on_ray(model, data, out, ray_address=nodes.address))
     assert done.returncode == 0, done.stderr
-    assert "on 2 workers with 1 CPUs each" in done.stderr
+    assert "on 2 workers with 1 CPU each" in done.stderr
     assert numbers_of(out) == alone
 
 
@@ -151,11 +152,11 @@ def test_a_worker_that_throws_on_one_prompt(model, data, alone, tmp_path, monkey
         line = told.strip().splitlines()[-1]
         assert line.startswith("fisher_vmap: shard 2 (from prompt 6) failed in process ")
         assert "ArithmeticError: a prompt that nobody can compute (ray_workers.py, line" in line
-        assert "12 shards are stored" in line and "1 are lacking: the same command carries on" in line
+        assert "12 shards are stored" in line and "1 still lacking; the same command carries on" in line
         assert "Traceback" not in told
         done = real_command(on_ray(model, data, out, ray_workers=1))  # by a worker that does not
     assert done.returncode == 0, done.stderr
-    assert "1 shards to compute" in done.stderr
+    assert "shards to compute: 1," in done.stderr
     assert numbers_of(out) == alone
 
 
@@ -298,6 +299,22 @@ def test_a_driver_with_a_ray_of_its_own_is_killed_and_the_local_run_carries_on(
     done = real_command(arguments(model, data, out, **SETTINGS))
     assert done.returncode == 0, done.stderr
     assert numbers_of(out) == alone
+
+
+def test_a_shard_over_which_processes_died_is_tried_by_itself_and_then_given_up(settings):
+    begin(settings, 1.0)
+    folder = ResultsWriter.attach(settings.output_dir).folder
+    worker = ShardWorker(settings, 1.0)
+    for number, deaths in ((1, 2), (2, 3)):
+        for _ in range(deaths):
+            begin_shard(folder, number)
+    accounts = {account["number"]: account for account in worker([0, 1, 2, 3])}
+    assert [number for number, account in accounts.items() if "error" in account] == [2]
+    assert "3 processes have died over it" in accounts[2]["error"]
+    assert [times_begun(folder, number) for number in range(4)] == [0, 0, 0, 0]
+    begin_shard(folder, 5)
+    begin(settings, 1.0)
+    assert times_begun(folder, 5) == 0  # a run that is started again tries everything anew
 
 
 class FakeRay:
