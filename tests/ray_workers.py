@@ -37,6 +37,13 @@ class Dying(Throwing):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Unmakable(ShardWorker):
+    """Cannot be made."""
+
+    def __init__(self, *arguments):
+        raise OSError("no model on this machine")
+
+
 class Counting(ShardWorker):
     """Leaves a line in a file for each shard that it stores."""
 

@@ -173,6 +173,17 @@ def test_a_worker_that_dies_over_one_shard_again_and_again(model, data, tmp_path
     assert len(open_results(out, allow_incomplete=True, check="full")) == 35
 
 
+@pytest.mark.slow
+def test_workers_that_cannot_be_made(model, data, tmp_path, monkeypatch, paths):
+    with ray_nodes.ray_folder(monkeypatch):
+        process = start("Unmakable", on_ray(model, data, tmp_path / "out", ray_workers=2), stderr=subprocess.PIPE)
+        _, told = process.communicate(timeout=250)
+    assert process.returncode == 1, told
+    line = told.strip().splitlines()[-1]
+    assert line.startswith("fisher_vmap: a worker failed: it could not be made: "), told
+    assert "OSError: no model on this machine" in line and "\x1b" not in line
+
+
 class HereEngine:
     """An engine whose workers are in this process, one after the other, handed three items at a time."""
 

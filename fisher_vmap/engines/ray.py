@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,8 @@ OBJECT_STORE_BYTES = 200 * 2**20  # of a Ray of our own: what goes through it ar
 ITEMS_AT_A_TIME = 4  # most items that a worker is handed at once, so that it can prepare one while it computes another
 HANDS_PER_WORKER = 8  # but so few that each worker is handed items at least so often, if there are enough
 CALL_RETRIES = 3  # of a single call whose process died
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 log = logging.getLogger(__name__)
 
@@ -204,5 +207,8 @@ class _Actor:
 
 
 def _in_a_line(error: BaseException | None) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {' '.join(text.split())}"
+    """An error in one line; of one that Ray tells with another's traceback, that one, which stands at its end."""
+    lines = [line for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    if "creation task" in (lines or [""])[0]:
+        return f"it could not be made: {' '.join(lines[-1].split())}"
+    return f"{type(error).__name__}: {' '.join((lines or [''])[0].split())}"
