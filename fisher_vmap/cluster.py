@@ -58,7 +58,7 @@ def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Calla
         log.info("the run is opened on a worker")
         engine.call(begin, seen_from_anywhere(settings), share)
         writer = ResultsWriter.attach(settings.output_dir)
-        missing = writer.missing_shards(total)
+        missing = [shard for shard in writer.missing_shards(total) if shard.start < total]
         log.info("%s", _workers(engine, len(missing)))
         arguments = (seen_from_anywhere(settings, overwrite=False), share)
         with bar(total) as report:

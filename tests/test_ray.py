@@ -328,6 +328,12 @@ def test_a_shard_over_which_processes_died_is_tried_by_itself_and_then_given_up(
     assert times_begun(folder, 5) == 0  # a run that is started again tries everything anew
 
 
+def test_an_address_of_ray_client(model, data, tmp_path, capsys):
+    assert main(on_ray(model, data, tmp_path / "out", ray_address="ray://head:10001")) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "ray_address ray://head:10001 is for Ray Client" in line and "with ray_address auto" in line
+
+
 class FakeRay:
     def __init__(self, **resources):
         self.resources = resources

@@ -159,6 +159,11 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
         UserError: no Ray answers at the address, or it cannot be started.
     """
     require_ray()
+    if pool.address is not None and pool.address.startswith("ray://"):
+        raise UserError(
+            f"ray_address {pool.address} is for Ray Client, which Ray Data does not run on; start the run on a node of "
+            "the cluster (ray submit, ray job submit), with ray_address auto"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else a Ray that we start would report to its makers
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
     import ray
@@ -171,7 +176,10 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
                 ray.init(address="local", **options, **_own_ray(pool))
             else:
                 ray.init(address=pool.address, **options)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except Exception as error:
+            # Exactly this class is what Ray raises where its processes take too long to start.
+            if type(error) is not Exception and not isinstance(error, ConnectionError | ValueError | RuntimeError):
+                raise
             where = "on this machine" if pool.address is None else f"at ray_address {pool.address}"
             raise UserError(
                 f"Ray cannot be reached {where} ({_in_a_line(error)[:160]}); start it with `ray start --head`, or "
