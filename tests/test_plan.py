@@ -193,3 +193,27 @@ def test_weights_and_a_batch_are_what_a_worker_has(model, data):
     lm = tiny("llama", torch.float32, vocab_size=VOCABULARY)
     assert found.weights == sum(p.numel() * 4 for p in lm.parameters()) and found.batch > 0
     assert np.isfinite(found.tokens)
+
+
+def test_an_adapter_is_counted_as_its_base(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    lm = tiny("llama", torch.float32, vocab_size=VOCABULARY)
+    lm.name_or_path = lm.config.name_or_path = str(model)
+    adapted = peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = skeleton_of(settings_of(tmp_path / "adapter", "none"))
+    base = skeleton_of(settings_of(model, "none"))
+    assert (found.weight_bytes, found.widths, found.hooks) == (base.weight_bytes, base.widths, base.hooks)
+
+
+def test_what_cannot_be_planned_is_said_in_one_line(model, data, tmp_path, capsys):
+    for settings, words in (
+        ({"hook_layer_name": 9}, "no layer 9"),
+        ({"save": "mean", "export_npz": "true"}, "export_npz is true"),
+    ):
+        assert main([*arguments(model, data, tmp_path / "out", **settings), "--plan"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("fisher_vmap: ") and words in error
+    assert main([*arguments(tmp_path / "none", data, tmp_path / "out"), "--plan"]) == 2
+    assert "none" in capsys.readouterr().err
