@@ -40,7 +40,6 @@ def ray_folder(monkeypatch):
     folder = tempfile.mkdtemp(prefix="fv-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     monkeypatch.setenv("RAY_TMPDIR", folder)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # which is: stay on loopback, as on those
     try:
         yield folder
     finally:
@@ -80,6 +79,7 @@ class Nodes:
 @contextmanager
 def ray_nodes(monkeypatch, count):
     """A Ray of a head and so many nodes."""
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # which is: stay on loopback, as on those
     with ray_folder(monkeypatch):
         process = subprocess.Popen(
             [sys.executable, __file__, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

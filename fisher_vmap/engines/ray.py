@@ -166,6 +166,8 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else a Ray that we start would report to its makers
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
+    if pool.address is None:  # on loopback, as Ray does by itself on Windows and macOS; read when Ray is imported
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     ours = not ray.is_initialized()
@@ -200,7 +202,6 @@ def _own_ray(pool: Pool) -> dict[str, Any]:
         "num_cpus": max(cores, workers * pool.cpus),  # as many workers as were asked for, be the cores fewer
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",
     }
 
 
