@@ -58,13 +58,3 @@ html_theme_options = {
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
-
-
-def setup(app):
-    """The table of contents has a place for cluster.md, where there is one."""
-
-    def read(_app, _name, source):
-        if not (HERE / "cluster.md").exists():
-            source[0] = source[0].replace("\ncluster\n", "\n")
-
-    app.connect("source-read", read)

@@ -55,12 +55,15 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _by_compiler(function: Callable[..., None], *tensors: Tensor) -> bool:
-    """Run a function compiled, in a context of compiled ones; False where that is not so, or torch cannot."""
+def _by_compiler(function: Callable[..., None], out: Tensor, *tensors: Tensor) -> bool:
+    """Run a function compiled, in a context of compiled ones; False where that is not so, or torch cannot.
+
+    All are given three dimensions, [n, K or 1, D], and one compilation serves any number of them. `out` is contiguous.
+    """
     if not _compiled.get() or function in _given_up:
         return False
     try:
-        _compile(function)(*tensors)
+        _compile(function)(*(x.reshape(-1, *x.shape[-2:]) for x in tensors), out=out.view(-1, *out.shape[-2:]))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -76,9 +79,9 @@ def _try_compiler(device_type: str) -> None:
     """Compile one of the functions, so that what is missing shows before anything is computed."""
     dP, P = torch.rand(3, 4, 5, device=device_type), torch.rand(3, 1, 5, device=device_type)
     expected = dP.clone()
-    _softmax(expected, P)
+    _softmax(P, out=expected)
     try:
-        _compile(_softmax)(dP, P)
+        _compile(_softmax)(P, out=dP)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -105,7 +108,7 @@ def norm_pullback(
         name: of the result's memory, which holds until that name is asked for again.
     """
     dx, rows = scratch(name, g.shape, g), (scale, along, back, r) if mean is None else (scale, along, back, r, mean)
-    if _by_compiler(_norm_into if mean is None else _centred_into, *(_in_three(x) for x in (dx, g, *rows))):
+    if _by_compiler(_norm_into if mean is None else _centred_into, dx, g, *rows):
         return dx
     product = torch.mul(g, along, out=scratch("product", g.shape, g))
     torch.mul(g, scale, out=dx)
@@ -127,21 +130,16 @@ def add_norm_pullback(
 ) -> None:
     """Add that to `total`, [..., D], in place."""
     rows = (scale, along, back, r) if mean is None else (scale, along, back, r, mean)
-    if not _by_compiler(_add_norm if mean is None else _add_centred, *(_in_three(x) for x in (total, g, *rows))):
+    if not _by_compiler(_add_norm if mean is None else _add_centred, total, g, *rows):
         total += norm_pullback(g, scale, along, back, mean, r, scratch, "through")
 
 
 def softmax_pullback(dP: Tensor, P: Tensor) -> Tensor:
     """P * (dP - sum(P * dP)) over the last dimension, in place of dP; P broadcasts to it."""
-    if not _by_compiler(_softmax, _in_three(dP), _in_three(P)):
+    if not _by_compiler(_softmax, dP, P):
         delta = dP.mul_(P).sum(-1, keepdim=True)
         dP.addcmul_(P, delta, value=-1)
     return dP
-
-
-def _in_three(x: Tensor) -> Tensor:
-    """The same memory with three dimensions, [n, K or 1, D]: a compilation serves any number of them then."""
-    return x.view(-1, *x.shape[-2:])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -152,25 +150,29 @@ def _norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor) -> Tensor:
     return g * _wide(scale) - _wide(back) * (g * _wide(along)).sum(-1, keepdim=True)
 
 
-def _norm_into(out: Tensor, g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor) -> None:
+def _norm_into(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, *, out: Tensor) -> None:
     out.copy_(_norm(_wide(g), scale, along, back))
 
 
-def _centred_into(out: Tensor, g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, mean: Tensor) -> None:
+def _centred_into(
+    g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, mean: Tensor, *, out: Tensor
+) -> None:
     g = _wide(g)
     out.copy_(_norm(g, scale, along, back) - _wide(r) * (g * _wide(mean)).sum(-1, keepdim=True))
 
 
-def _add_norm(total: Tensor, g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor) -> None:
-    total.copy_(_wide(total) + _norm(_wide(g), scale, along, back))
+def _add_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, *, out: Tensor) -> None:
+    out.copy_(_wide(out) + _norm(_wide(g), scale, along, back))
 
 
-def _add_centred(total: Tensor, g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, mean: Tensor) -> None:
+def _add_centred(
+    g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, mean: Tensor, *, out: Tensor
+) -> None:
     g = _wide(g)
-    total.copy_(_wide(total) + _norm(g, scale, along, back) - _wide(r) * (g * _wide(mean)).sum(-1, keepdim=True))
+    out.copy_(_wide(out) + _norm(g, scale, along, back) - _wide(r) * (g * _wide(mean)).sum(-1, keepdim=True))
 
 
-def _softmax(dP: Tensor, P: Tensor) -> None:
+def _softmax(P: Tensor, *, out: Tensor) -> None:
     wide_P = _wide(P)
-    product = _wide(dP) * wide_P
-    dP.copy_(product - wide_P * product.sum(-1, keepdim=True))
+    product = _wide(out) * wide_P
+    out.copy_(product - wide_P * product.sum(-1, keepdim=True))

@@ -77,7 +77,11 @@ def _underscored(argument: str) -> str:
 
 def _nearest(word: str, words: Iterable[str]) -> str:
     word, words = word.replace("-", "_"), list(words)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.4) or [name for name in words if word and word in name]
+    # A slip of the fingers first, then a part of a name, and only then what looks a little like it.
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
+    near = near or [name for name in words if word and word in name.split("_")]
+    near = near or [name for name in words if word and word in name]
+    near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}?" if near else "--help lists every setting"
 
 

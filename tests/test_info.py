@@ -52,4 +52,4 @@ def test_the_words_of_the_console_script(capsys):
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in COMMANDS)
     assert command(["frobnicate"]) == 2
-    assert "run, report" in capsys.readouterr().err
+    assert "run, finish, report" in capsys.readouterr().err

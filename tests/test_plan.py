@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from command_cases import VOCABULARY, arguments, run_here, save_model, texts, write_prompts
-from models import FAMILIES, tiny
+from models import FAMILIES, fresh, tiny
 
 from fisher_vmap import open_results, plan_sample
 from fisher_vmap.config import load_settings
@@ -197,7 +197,7 @@ def test_weights_and_a_batch_are_what_a_worker_has(model, data):
 
 def test_an_adapter_is_counted_as_its_base(model, tmp_path):
     peft = pytest.importorskip("peft")
-    lm = tiny("llama", torch.float32, vocab_size=VOCABULARY)
+    lm = fresh("llama", torch.float32, vocab_size=VOCABULARY)
     lm.name_or_path = lm.config.name_or_path = str(model)
     adapted = peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.peft_config["default"].base_model_name_or_path = str(model)

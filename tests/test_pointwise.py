@@ -117,7 +117,7 @@ def test_without_a_compiler_one_line_says_so(tmp_path):
 
 
 def test_what_cannot_be_compiled_goes_on_without_and_says_so(monkeypatch, caplog):
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("recompile limit")
 
     monkeypatch.setattr(pointwise, "_given_up", set())
