@@ -8,6 +8,7 @@ from pathlib import Path
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import Results, open_results
+from fisher_vmap.sizes import readable
 from fisher_vmap.storage.index import sum_name
 
 SHOWN = 5  # failed and skipped prompts, of each
@@ -53,7 +54,7 @@ def describe(results: Results) -> Iterator[str]:
         sizes[f"{sum_name(index.folded)}: the sum over {index.sum.prompts:,} prompts, kept alone"] = index.sum.bytes
     sizes |= {name: entry.bytes for name, entry in index.files.items()}
     for number, (name, size) in enumerate(sizes.items()):
-        yield f"{'' if number else 'on disk':9} {_readable(size):>8}  {name}"
+        yield f"{'' if number else 'on disk':9} {readable(size):>8}  {name}"
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     changed = {name: value for name, value in metadata["settings"].items() if value != defaults.get(name)}
     shown = ", ".join(f"{name} {value}" for name, value in changed.items())
@@ -64,14 +65,6 @@ def describe(results: Results) -> Iterator[str]:
             yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
+from fisher_vmap.from_settings import make_renderer, model_of, source_of
 from fisher_vmap.kl import measured_kl
-from fisher_vmap.models import Loaded, load_model
-from fisher_vmap.opening import make_renderer
+from fisher_vmap.models import Loaded
 from fisher_vmap.results import Results
-from fisher_vmap.sources import read_prompts
 from fisher_vmap.storage.index import plain_values
 from fisher_vmap.storage.prompt_record import PromptRecord
 
@@ -132,18 +131,7 @@ def check_kl(results: Results, *, prompts: int = 8, layer: str | None = None, mo
     )
     if not chosen:
         raise UserError(f"{results.folder} has no prompt with results; there is nothing to compare")
-    loaded = load_model(
-        settings.model_path,
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        max_memory=settings.max_memory,
-        adapter_path=settings.adapter_path,
-        adapter_revision=settings.adapter_revision,
-        dequantize=settings.dequantize,
-    )
+    loaded = model_of(settings)
     if (now := plain_values(loaded.identity)) != (then := results.index.fingerprint.get("model")):
         raise UserError(f"the model at {settings.model_path} is not the folder's: {now} here, {then} there")
     ids = _token_ids(results, settings, loaded, chosen)
@@ -217,18 +205,7 @@ def _widened(loaded: Loaded, settings: Settings) -> Any:
 
 def _token_ids(results: Results, settings: Settings, loaded: Loaded, chosen: Sequence[int]) -> dict[int, list[int]]:
     """The prompts as the run gave them to the model, read and rendered anew."""
-    source = read_prompts(
-        settings.dataset_name,
-        dataset_config=settings.dataset_config,
-        dataset_split=settings.dataset_split,
-        dataset_revision=settings.dataset_revision,
-        num_prompts=max(chosen) + 1,
-        offset=settings.offset,
-        shuffle_seed=settings.shuffle_seed,
-        prompt_column=settings.prompt_column,
-        keep_columns=settings.keep_columns,
-        conversation=settings.conversation,
-    )
+    source = source_of(settings.model_copy(update={"num_prompts": max(chosen) + 1}))
     date = (results.index.resolved or {}).get("template_date")
     renderer = make_renderer(settings, loaded, source, date)
     found: dict[int, list[int]] = {}

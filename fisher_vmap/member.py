@@ -13,7 +13,8 @@ from typing import Any
 from fisher_vmap.compute import Progress
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
-from fisher_vmap.opening import model_of, open_run, source_of
+from fisher_vmap.from_settings import model_of, source_of
+from fisher_vmap.opening import open_run
 from fisher_vmap.pipeline import compute_shards
 from fisher_vmap.storage.entries import read_entry
 from fisher_vmap.storage.records import PromptResult

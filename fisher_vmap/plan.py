@@ -17,10 +17,11 @@ from fisher_vmap.batches import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
 from fisher_vmap.config import Settings
 from fisher_vmap.fisher_model import TRACE_SAMPLES
 from fisher_vmap.flops import Work, unavoidable
+from fisher_vmap.from_settings import check_save, layout_of, make_renderer, model_of, open_model, source_of
 from fisher_vmap.models import Loaded
-from fisher_vmap.opening import check_save, layout_of, make_renderer, model_of, open_model, source_of
 from fisher_vmap.pieces import Pieces
 from fisher_vmap.plan_sample import Sample, TableBytes, sample_of, table_bytes
+from fisher_vmap.sizes import readable
 from fisher_vmap.skeleton import Skeleton, skeleton_of
 from fisher_vmap.storage.npz import npz_size
 from fisher_vmap.storage.products import Save, wants_npz
@@ -225,15 +226,6 @@ def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[
         has = "npz" in found.storage.parts
         yield f"export_npz: {str(not has).lower()}", with_(export_npz=not has)
         yield "save: mean", with_(save=means, export_npz=False)
-
-
-def readable(size: float) -> str:
-    """A number of bytes in words."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
 
 
 def _duration(hours: float) -> str:

@@ -95,19 +95,19 @@ def _try_compiler(device_type: str) -> None:
 def norm_pullback(
     g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor | None, r: Tensor, scratch: Scratch, name: str
 ) -> Tensor:
-    """G * scale - back sum(g * along) - r sum(g * mean), in scratch memory of that name.
+    """The pullback of a norm, g * scale - back sum(g * along) - r sum(g * mean), in scratch memory of that name.
 
     Args:
         g: [..., D], the cotangents.
-        scale: what broadcasts to g; and so are the next two, and `mean` unless it is None.
+        scale: with as many dimensions as g, and broadcasts to it, as the next two do.
         along: see scale.
         back: see scale.
-        mean: for norms that take the mean off.
+        mean: the same, for norms that take the mean off; else None.
         r: [..., 1], broadcasts to g.
         scratch: for the result and for what passes through.
         name: of the result's memory, which holds until that name is asked for again.
     """
-    dx, rows = scratch(name, g.shape, g), (scale, along, back, r) if mean is None else (scale, along, back, r, mean)
+    dx, rows = scratch(name, g.shape, g), (scale, along, back) if mean is None else (scale, along, back, mean, r)
     if _by_compiler(_norm_into if mean is None else _centred_into, dx, g, *rows):
         return dx
     product = torch.mul(g, along, out=scratch("product", g.shape, g))
@@ -128,14 +128,14 @@ def add_norm_pullback(
     r: Tensor,
     scratch: Scratch,
 ) -> None:
-    """Add that to `total`, [..., D], in place."""
-    rows = (scale, along, back, r) if mean is None else (scale, along, back, r, mean)
+    """Add the pullback of a norm, as `norm_pullback` has it, to `total`, [..., D], in place."""
+    rows = (scale, along, back) if mean is None else (scale, along, back, mean, r)
     if not _by_compiler(_add_norm if mean is None else _add_centred, total, g, *rows):
         total += norm_pullback(g, scale, along, back, mean, r, scratch, "through")
 
 
 def softmax_pullback(dP: Tensor, P: Tensor) -> Tensor:
-    """P * (dP - sum(P * dP)) over the last dimension, in place of dP; P broadcasts to it."""
+    """The pullback of a softmax, P * (dP - sum(P * dP)) over the last dimension, in place of dP; P broadcasts to it."""
     if not _by_compiler(_softmax, dP, P):
         delta = dP.mul_(P).sum(-1, keepdim=True)
         dP.addcmul_(P, delta, value=-1)
@@ -150,23 +150,23 @@ def _norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor) -> Tensor:
     return g * _wide(scale) - _wide(back) * (g * _wide(along)).sum(-1, keepdim=True)
 
 
-def _norm_into(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, *, out: Tensor) -> None:
+def _norm_into(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, *, out: Tensor) -> None:
     out.copy_(_norm(_wide(g), scale, along, back))
 
 
 def _centred_into(
-    g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, mean: Tensor, *, out: Tensor
+    g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor, r: Tensor, *, out: Tensor
 ) -> None:
     g = _wide(g)
     out.copy_(_norm(g, scale, along, back) - _wide(r) * (g * _wide(mean)).sum(-1, keepdim=True))
 
 
-def _add_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, *, out: Tensor) -> None:
+def _add_norm(g: Tensor, scale: Tensor, along: Tensor, back: Tensor, *, out: Tensor) -> None:
     out.copy_(_wide(out) + _norm(_wide(g), scale, along, back))
 
 
 def _add_centred(
-    g: Tensor, scale: Tensor, along: Tensor, back: Tensor, r: Tensor, mean: Tensor, *, out: Tensor
+    g: Tensor, scale: Tensor, along: Tensor, back: Tensor, mean: Tensor, r: Tensor, *, out: Tensor
 ) -> None:
     g = _wide(g)
     out.copy_(_wide(out) + _norm(g, scale, along, back) - _wide(r) * (g * _wide(mean)).sum(-1, keepdim=True))

@@ -84,7 +84,8 @@ def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
         require_ray()
 
     from fisher_vmap.engines.local import Share
-    from fisher_vmap.opening import check_save, model_of, open_run, source_of
+    from fisher_vmap.from_settings import check_save, model_of, source_of
+    from fisher_vmap.opening import open_run
     from fisher_vmap.pipeline import run_prompts, shard_numbers
     from fisher_vmap.progress import bar
 

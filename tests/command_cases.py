@@ -20,6 +20,8 @@ TEMPLATE = (
 SPECIAL = ["<s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 VOCABULARY = 263  # 256 bytes, the special tokens, and two ids that no text gives
 LAYER = "model.layers.1"
+SHARDS = 13  # of what `write_shards` writes, with these settings
+SETTINGS = {"hook_layer_name": "0,2", "shard_size": 3, "batch_size": 2}
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "tea")
 
 
@@ -58,6 +60,11 @@ def write_prompts(path, prompts, **columns):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_shards(path):
+    """Prompts for `SHARDS` shards, the last of them not full and one prompt of it empty."""
+    return write_prompts(path, [*texts(3 * SHARDS - 2), ""])
 
 
 def arguments(model, data, out, **settings):

@@ -7,23 +7,21 @@ import numpy as np
 import pytest
 import torch
 from command_cases import (
+    SETTINGS,
+    SHARDS,
     arguments,
     numbers_of,
     real_command,
     run_here,
     save_model,
     start_command,
-    texts,
-    write_prompts,
+    write_shards,
 )
 
 from fisher_vmap import open_results
 from fisher_vmap.engines.local import Share, run_items
 from fisher_vmap.finish import main as finish
 from fisher_vmap.run import main
-
-SHARDS = 13
-SETTINGS = {"hook_layer_name": "0,2", "shard_size": 3, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_prompts(tmp_path_factory.mktemp("data") / "prompts.jsonl", [*texts(3 * SHARDS - 2), ""])
+    return write_shards(tmp_path_factory.mktemp("data") / "prompts.jsonl")
 
 
 @pytest.fixture(scope="module")

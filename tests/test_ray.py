@@ -9,6 +9,8 @@ import time
 
 import pytest
 from command_cases import (
+    SETTINGS,
+    SHARDS,
     arguments,
     entries_of,
     environment,
@@ -17,8 +19,7 @@ from command_cases import (
     run_here,
     save_model,
     start_command,
-    texts,
-    write_prompts,
+    write_shards,
 )
 
 from fisher_vmap import cluster, open_results
@@ -32,8 +33,6 @@ from fisher_vmap.storage.writer import ResultsWriter
 pytest.importorskip("ray")
 ray_nodes = importlib.import_module("ray_nodes")
 
-SHARDS = 13
-SETTINGS = {"hook_layer_name": "0,2", "shard_size": 3, "batch_size": 2}
 TESTS = os.path.dirname(__file__)
 
 
@@ -44,7 +43,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_prompts(tmp_path_factory.mktemp("data") / "prompts.jsonl", [*texts(3 * SHARDS - 2), ""])
+    return write_shards(tmp_path_factory.mktemp("data") / "prompts.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +285,8 @@ def test_ray_is_imported_where_it_is_asked_for_alone(model, data, tmp_path):
 
 
 def test_a_fraction_of_a_gpu_is_a_fraction_of_its_batches(settings, monkeypatch):
-    from fisher_vmap.opening import model_of, open_run, source_of
+    from fisher_vmap.from_settings import model_of, source_of
+    from fisher_vmap.opening import open_run
 
     monkeypatch.setattr("fisher_vmap.fisher_model.batch_tokens_for", lambda *args: 10_000)
     run = open_run(settings, model_of(settings), source_of(settings), device_share=0.25)

@@ -240,7 +240,7 @@ def test_ctrl_c_before_anything_is_stored(model, data, tmp_path, monkeypatch, ca
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_vmap.opening.load_model", interrupted)
+    monkeypatch.setattr("fisher_vmap.from_settings.load_model", interrupted)
     assert run_here(model, data, tmp_path / "out") == 130
     assert "begins again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

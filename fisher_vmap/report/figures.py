@@ -54,10 +54,7 @@ def spectra(survey: Survey, layer: LayerSurvey) -> Figure:
     x = rank[alive]
     data = [
         lines,
-        {"x": typed(x), "y": typed(low), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(high), **line("@blue/0", 0, "5% to 95%"), **fill("@blue/0.14")},
-        {"x": typed(x), "y": typed(quarter), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(three), **line("@blue/0", 0, "25% to 75%"), **fill("@blue/0.26")},
+        *_bands(x, low, quarter, three, high),
         {
             "x": typed(x),
             "y": typed(median),
@@ -189,10 +186,7 @@ def layers_figure(survey: Survey, column: str) -> Figure:
     low, quarter, median, three, high = np.nanquantile(values[some], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
     x = np.flatnonzero(some)
     data = [
-        {"x": typed(x), "y": typed(low), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(high), **line("@blue/0", 0, "5% to 95%"), **fill("@blue/0.14")},
-        {"x": typed(x), "y": typed(quarter), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
-        {"x": typed(x), "y": typed(three), **line("@blue/0", 0, "25% to 75%"), **fill("@blue/0.26")},
+        *_bands(x, low, quarter, three, high),
         {
             "x": typed(x),
             "y": typed(median),
@@ -209,6 +203,22 @@ def layers_figure(survey: Survey, column: str) -> Figure:
     layout["showlegend"] = False  # the page says what line and bands are
     layout["xaxis"] |= {"tickvals": list(range(len(names))), "ticktext": names, "tickangle": 0}
     return {"data": data, "layout": layout}
+
+
+def _bands(
+    x: NDArray[np.int64],
+    low: NDArray[np.float64],
+    quarter: NDArray[np.float64],
+    three: NDArray[np.float64],
+    high: NDArray[np.float64],
+) -> list[Figure]:
+    """Two bands, 5% to 95% and 25% to 75%, each drawn as its lower edge and its upper one filled down to that."""
+    return [
+        {"x": typed(x), "y": typed(low), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(high), **line("@blue/0", 0, "5% to 95%"), **fill("@blue/0.14")},
+        {"x": typed(x), "y": typed(quarter), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(three), **line("@blue/0", 0, "25% to 75%"), **fill("@blue/0.26")},
+    ]
 
 
 def group_values(values: list[str]) -> list[str]:
