@@ -6,7 +6,8 @@ range of J^T U, orthonormal rows Q, is pushed forward, Z = J Q; and with M = Z C
     F  ~  (J^T C Z) M^-1 (J^T C Z)^T  =  A^T A,        A = (M^-1/2 Z C) J
 
 With F = L^T L, L = C^(1/2) J, this is L^T P L for the orthogonal projection P on the range of C^(1/2) Z: whatever Z is,
-it never exceeds F, and rounding in the push costs accuracy only to second order.
+it never exceeds F, and rounding in the push costs accuracy only to second order. As many vectors as the rows of h are
+wide need no search: with Z = 1 the formula is F itself, by one pullback of C^(1/2).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.decomposition import float64_device
+from fisher_vmap.head import Reading
 from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fall_back, prompt_seeds
 from fisher_vmap.layers import resolve_layers
 from fisher_vmap.layout import Layout, lay_out, select
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
+from fisher_vmap.positions import Summed
 from fisher_vmap.probe import probe, undisturbed
 from fisher_vmap.recording import StructureChanged
 from fisher_vmap.rotary import batches_apart, join_prompts
@@ -96,30 +99,57 @@ def _full_of(
     reading = upper.head.read(upper.rows, top_k, None)
     root_p_BK = (reading.log_probs / 2).exp()
     token_rows_BKX = c.rows(reading.token_ids) * root_p_BK[:, :, None]
-    start_BmX = leading_vectors(c, min(vectors, upper.rows.shape[1]), START_ITERATIONS)
-    m = start_BmX.shape[1]
+    tokens = reading, token_rows_BKX
+    if vectors >= upper.rows.shape[1]:
+        return _exact_of(upper, c, tokens, 0 if probes is None else probes.vectors)
+    start_BmX = leading_vectors(c, vectors, START_ITERATIONS)
     random_BSX = start_BmX[:, :0] if probes is None else probe_rows(c, probes)
     first = upper.pull(torch.cat([start_BmX, random_BSX], 1))
     found = {}
     for layer in upper.layers:
-        pulled, random_BSD = first[layer].gradients[:, :m], first[layer].gradients[:, m:]
+        pulled, random_BSD = first[layer].gradients[:, :vectors], first[layer].gradients[:, vectors:]
         for _ in range(passes):
-            z_BmX = upper.push(orthonormal(pulled).to(pulled), layer)
-            cz_BmX = c.product(z_BmX).to(z_BmX)
-            whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
-            last = upper.pull(whiten_Bmm @ cz_BmX, [layer])[layer]
+            z_BmX, cz_BmX = _whitened(c, upper.push(orthonormal(pulled).to(pulled), layer))
+            last = upper.pull(cz_BmX, [layer])[layer]
             pulled = last.gradients
-        z_BmX = whiten_Bmm @ z_BmX  # now Z C Z^T = 1
-        found[layer] = Estimate(
-            reading.log_probs,
-            reading.token_ids,
-            {layer: pulled},
-            {layer: token_rows_BKX.to(z_BmX) @ z_BmX.mT},
-            {layer: random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled},
-            {layer: last.energy},
-            {layer: upper.residual_norm[layer]},
-        )
+        remainder_BSD = random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled
+        found[layer] = _estimate(upper, layer, tokens, z_BmX, last, remainder_BSD)
     return found
+
+
+def _exact_of(upper: Upper, c: Metric, tokens: tuple[Reading, Tensor], samples: int) -> dict[str, Estimate]:
+    """F itself at every layer, by the pullback of C^(1/2): there is no remainder."""
+    B, X = upper.rows.shape
+    z_BXX, cz_BXX = _whitened(c, torch.eye(X, device=upper.rows.device).expand(B, X, X))
+    arrived = upper.pull(cz_BXX)
+    return {
+        layer: _estimate(upper, layer, tokens, z_BXX, last, last.gradients.new_zeros(B, samples, upper.widths[layer]))
+        for layer, last in arrived.items()
+    }
+
+
+def _whitened(c: Metric, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
+    """M^-1/2 Z and M^-1/2 Z C, M = Z C Z^T: of the new Z, Z C Z^T = 1 but for what is zero to rounding."""
+    cz_BmX = c.product(z_BmX)
+    z_BmX = z_BmX.to(cz_BmX)
+    whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
+    return whiten_Bmm @ z_BmX, whiten_Bmm @ cz_BmX
+
+
+def _estimate(
+    upper: Upper, layer: str, tokens: tuple[Reading, Tensor], z_BmX: Tensor, last: Summed, remainder_BSD: Tensor
+) -> Estimate:
+    """The record of one layer; A = Z C J is `last`, with Z C Z^T = 1."""
+    reading, token_rows_BKX = tokens
+    return Estimate(
+        reading.log_probs,
+        reading.token_ids,
+        {layer: last.gradients},
+        {layer: token_rows_BKX.to(z_BmX) @ z_BmX.mT},
+        {layer: remainder_BSD},
+        {layer: last.energy},
+        {layer: upper.residual_norm[layer]},
+    )
 
 
 def _inverse_root(z_BmX: Tensor, cz_BmX: Tensor) -> Tensor:
@@ -160,7 +190,8 @@ def fisher_full(
 
     F = sum over all tokens of p_t g_t g_t^T = J^T C J, by two pullbacks and one pushforward of rank + oversampling
     vectors for each pass [Halko, Martinsson and Tropp, SIAM Review 2011]. With several layers the first pullback is
-    shared; each layer has a push and a pull of its own.
+    shared; each layer has a push and a pull of its own. With rank + oversampling of D or more it is F itself, for all
+    layers by one pullback of D vectors.
 
     Args:
         model: as for `fisher_scores`.

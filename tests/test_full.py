@@ -12,10 +12,14 @@ from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores
 from fisher_vmap.head import LogitsHead
 from fisher_vmap.metric import Probes, leading_vectors, metric, probe_rows
 from fisher_vmap.quality import quality
+from fisher_vmap.upper import Upper
 
 LENGTHS = (5, 1, 8)
 # transformers' own eager attention, which the Hessian needs, is float32 inside but for gpt2's.
 EXACT = {"gpt2": 1e-8, "gpt_neox": 1e-6, "llama": 1e-5, "gemma2": 1e-5, "cohere": 1e-5}
+
+# As many vectors as the width is take no search. With one fewer the search itself is exact: a norm hides a direction.
+EVERY = [WIDTH - 1, WIDTH]
 
 
 def hessians(family, layer, rows):
@@ -36,15 +40,38 @@ def cut(factor, rank):
     return (low.vectors[0].T * low.singular_values[0]) @ low.vectors[0]
 
 
+@pytest.mark.parametrize("vectors", EVERY)
 @pytest.mark.parametrize("number", [0, 3])
 @pytest.mark.parametrize("kernel", ["auto", "layerwise", "whole"])
 @pytest.mark.parametrize("family", EXACT)
-def test_with_as_many_vectors_as_the_width_it_is_the_exact_matrix(family, kernel, number):
+def test_with_vectors_for_every_direction_it_is_the_exact_matrix(family, kernel, number, vectors):
     model, layer, rows = tiny(family), block(family, number), prompts(LENGTHS)
     ids, mask = padded(rows, "left", extra=1)
-    found = fisher_full(model, ids, mask, layers=layer, rank=WIDTH, oversampling=0, kernel=kernel)
+    found = fisher_full(model, ids, mask, layers=layer, rank=vectors, oversampling=0, kernel=kernel)
     for A, F in zip(found.factors[layer], hessians(family, layer, rows), strict=True):
         assert relative(A.T @ A, F) < EXACT[family]
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "whole"])
+def test_the_exact_matrices_of_all_layers_take_one_pullback(kernel, monkeypatch):
+    pulls, pull = [], Upper.pull
+
+    def counted(self, cotangents, *args):
+        pulls.append(cotangents.shape[1])
+        return pull(self, cotangents, *args)
+
+    layers, rows = [block("gpt2", number) for number in (0, 2)], prompts(LENGTHS)
+    fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=1, kernel=kernel)  # proves J adjoint to J^T
+    monkeypatch.setattr(Upper, "pull", counted)
+    monkeypatch.setattr(Upper, "push", None)
+    found = fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=WIDTH - 6, kernel=kernel)
+    assert pulls == [WIDTH]
+    for layer in layers:
+        for b, F in enumerate(hessians("gpt2", layer, rows)):
+            A = found.factors[layer][b]
+            assert relative(A.T @ A, F) < EXACT["gpt2"]
+        assert found.remainder[layer].shape == (len(rows), 4, WIDTH)
+        assert not found.remainder[layer].any()  # nothing is lacking
 
 
 @pytest.mark.parametrize("rank", [2, 5, 10])
@@ -80,6 +107,8 @@ def test_a_linear_model_in_closed_form(kernel, number):
             logits = model(input_ids=row[None]).logits[0, -1]
         expected = linear_fisher(model.jacobian(number), model.unembed.weight.detach(), logits)
         assert relative(A.T @ A, expected) < 1e-10
+        fewer = fisher_full(model, row[None], layers=layer, rank=5, oversampling=WIDTH - 6, kernel=kernel)
+        assert relative(cut(fewer.factors[layer][0], 5), expected) < 1.01 * best_error(expected, 5)
 
 
 class ScaledTwice(ToyLM):
@@ -107,13 +136,19 @@ class Looped(ToyLM):
         return super().walk(super().walk(x))
 
 
+@pytest.mark.parametrize("vectors", EVERY)
 @pytest.mark.parametrize("kernel", ["auto", "whole"])
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_blocks_that_are_called_twice(kernel, number):
+def test_blocks_that_are_called_twice(kernel, number, vectors):
     model, layer, rows = Looped(), f"blocks.{number}", prompts(LENGTHS)
-    found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=WIDTH, kernel=kernel)
+    found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=vectors, oversampling=0, kernel=kernel)
     other = fisher_full(
-        model, *padded(rows, "right"), layers=[f"blocks.{(number - 1) % 4}", layer], rank=WIDTH, kernel=kernel
+        model,
+        *padded(rows, "right"),
+        layers=[f"blocks.{(number - 1) % 4}", layer],
+        rank=vectors,
+        oversampling=0,
+        kernel=kernel,
     )
     for b, row in enumerate(rows):
         F = plain_scores(model, row, layer).fisher
@@ -126,7 +161,7 @@ def test_state_that_begins_after_the_proof_is_caught_in_its_batch(caplog):
     ids, mask = padded(rows, "right")
     fisher_full(model, ids, mask, layers=layer, rank=5)
     model.blocks[2].faulty = True
-    found = fisher_full(model, ids, mask, layers=layer, rank=WIDTH, oversampling=0, passes=2)
+    found = fisher_full(model, ids, mask, layers=layer, rank=WIDTH - 1, oversampling=0, passes=2)
     assert "fell back to the whole form: the replay of blocks.2" in caplog.text
     for A, row in zip(found.factors[layer], rows, strict=True):
         assert relative(A.T @ A, plain_scores(model, row, layer).fisher) < 1e-8
@@ -148,15 +183,17 @@ def test_several_layers_and_modules_of_two_forms():
         assert relative(together.remainder[name], alone.remainder[name]) < 1e-6
 
 
+@pytest.mark.parametrize("vectors", EVERY)
 @pytest.mark.parametrize("kernel", ["layerwise", "whole"])
-def test_the_bias_at_the_last_position_or_where_a_mask_says(kernel):
+def test_the_bias_at_the_last_position_or_where_a_mask_says(kernel, vectors):
     model, layer, rows = tiny("gpt2"), block("gpt2", 1), prompts((7, 4, 9))
     ids, mask = padded(rows, "left", extra=1)
     some = [torch.arange(len(row)) % 3 == 1 for row in rows]
     where = torch.zeros_like(ids, dtype=torch.bool)
     where[mask == 1] = torch.cat(some)
     for positions, chosen in (("last", [torch.arange(len(r)) == len(r) - 1 for r in rows]), (where, some)):
-        found = fisher_full(model, ids, mask, layers=layer, rank=WIDTH, positions=positions, kernel=kernel)
+        options = {"positions": positions, "kernel": kernel}
+        found = fisher_full(model, ids, mask, layers=layer, rank=vectors, oversampling=0, **options)
         for b, row in enumerate(rows):
             F = plain_scores(model, row, layer, where_T=chosen[b]).fisher
             A = found.factors[layer][b]
@@ -165,9 +202,10 @@ def test_the_bias_at_the_last_position_or_where_a_mask_says(kernel):
             assert (energy[chosen[b]] > 0).all() and (energy[~chosen[b]] == 0).all()
 
 
-def test_the_position_energy_is_the_trace_of_each_positions_own_matrix():
+@pytest.mark.parametrize("vectors", EVERY)
+def test_the_position_energy_is_the_trace_of_each_positions_own_matrix(vectors):
     model, layer, (row,) = tiny("gpt2"), block("gpt2", 1), prompts((6,))
-    found = fisher_full(model, row[None], layers=layer, rank=WIDTH)
+    found = fisher_full(model, row[None], layers=layer, rank=vectors, oversampling=0)
     log_p = plain_scores(model, row, layer).log_probs
     every = plain_scores(model, row, layer).token_ids
     grads_KTD = position_scores(model, row, layer, every)
@@ -191,9 +229,10 @@ def test_a_prompt_does_not_depend_on_its_neighbours():
             assert relative(other.remainder[layer][at], alone.remainder[layer][0]) < 1e-3
 
 
-def test_the_loadings_are_the_tokens_rows():
+@pytest.mark.parametrize("vectors", EVERY)
+def test_the_loadings_are_the_tokens_rows(vectors):
     model, layer, rows = tiny("gpt2"), block("gpt2", 1), prompts(LENGTHS)
-    found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=WIDTH, top_k=5)
+    found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=vectors, oversampling=0, top_k=5)
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, layer, top_k=5)
         assert torch.equal(found.token_ids[b], expected.token_ids)
