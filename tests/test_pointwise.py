@@ -1,6 +1,7 @@
 """The elementwise work of the pullbacks, compiled: the same numbers, rounded once."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,10 @@ from oracles import plain_scores, relative
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, pointwise
 from fisher_vmap.compiling import worth_compiling
 from fisher_vmap.scratch import Scratch
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
 
 LENGTHS = (5, 9, 3)
 CPU = torch.device("cpu")
@@ -34,6 +39,7 @@ def wide(g, shared):
     return dx if mean is None else dx - r * torch.einsum("nkd,nd->nk", g, mean[:, 0])[..., None]
 
 
+@needs_compiler
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_compiled_norm_is_the_formula_and_no_worse_than_torch(dtype, centred):
@@ -50,6 +56,7 @@ def test_a_compiled_norm_is_the_formula_and_no_worse_than_torch(dtype, centred):
         assert all(ours <= 1.1 * torchs for ours, torchs in zip(gaps[True], gaps[False], strict=True))
 
 
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_compiled_softmax_is_the_formula_and_no_worse_than_torch(dtype):
     generator = torch.Generator().manual_seed(1)
@@ -65,6 +72,7 @@ def test_a_compiled_softmax_is_the_formula_and_no_worse_than_torch(dtype):
     assert gaps[True] <= 1.1 * gaps[False] or dtype == torch.float64
 
 
+@needs_compiler
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_compiled_scores_are_those_of_plain_autograd(family, monkeypatch):
     """Norms before and after, norms with a mean, blocks with a rule and without; every prompt, layer and token."""
@@ -84,6 +92,7 @@ def test_compiled_scores_are_those_of_plain_autograd(family, monkeypatch):
     assert not called  # it ends with the call
 
 
+@needs_compiler
 def test_the_other_ways_in_compile_as_well():
     model, (ids, mask) = tiny("llama"), padded(prompts(LENGTHS), "right")
     layer = block("llama", 1)
@@ -116,6 +125,7 @@ def test_without_a_compiler_one_line_says_so(tmp_path):
     assert "torch.compile does not work here" in line and "leave compile false" in line
 
 
+@needs_compiler
 def test_what_cannot_be_compiled_goes_on_without_and_says_so(monkeypatch, caplog):
     def fails(*_, **__):
         raise RuntimeError("recompile limit")

@@ -58,9 +58,7 @@ def test_a_peft_model_is_its_base_with_the_active_adapter():
 
 
 def test_the_adapter_that_is_active_now_counts():
-    import peft
-
-    model = lora()
+    model, peft = lora(), pytest.importorskip("peft", reason="peft is in the dev extra")
     torch.manual_seed(5)
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
     compare(model, by_hand(model, "default"))
