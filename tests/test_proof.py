@@ -939,10 +939,10 @@ def test_keys_and_values_shared_across_blocks_of_a_real_model():
     assert_right(scores, model, rows, "model.layers.1.mlp", 1e-4)
 
 
-def test_a_real_models_blocks_are_whole_and_the_form_is_told():
-    for family in ("gpt2", "llama", "gemma2"):
-        opened = FisherModel(fresh(family), layers=[0, -1], top_k=3)
-        assert opened.forms == {}
-        opened.scores(*padded(prompts(LENGTHS), "right"))
-        for form in opened.forms.values():
-            assert form["form"] in ("packed", "layerwise") and form["why"].startswith("the chain of blocks is whole")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_real_models_blocks_are_whole_and_the_form_is_told(family):
+    opened = FisherModel(fresh(family), layers=[0, -1], top_k=3)
+    assert opened.forms == {}
+    opened.scores(*padded(prompts(LENGTHS), "right"))
+    for form in opened.forms.values():
+        assert form["form"] in ("packed", "layerwise") and form["why"].startswith("the chain of blocks is whole")
