@@ -1,4 +1,4 @@
-"""Pages made from the code: {settings} from config.py, {commands} from what --help says."""
+"""Pages made from code: {settings} from config.py, {commands} from what --help says, {notebook} from the example."""
 
 import contextlib
 import importlib
@@ -8,8 +8,10 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
+import nbformat
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -20,6 +22,7 @@ from fisher_vmap.settings_input import written
 
 GROUP_OR_NAME = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): \w)", re.MULTILINE)
 LINE = "90"  # columns of the help texts
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "fisher_geometry.ipynb"
 
 
 def settings_text() -> str:
@@ -79,7 +82,20 @@ def help_of(module: str) -> str:
     return said.getvalue()
 
 
-TEXTS = {"settings": settings_text, "commands": commands_text}
+def notebook_text() -> str:
+    """The example notebook: its texts, its code, and what each cell has printed."""
+    parts = []
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        if printed := "".join(output.text for output in cell.outputs if output.get("name") == "stdout"):
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
+TEXTS = {"settings": settings_text, "commands": commands_text, "notebook": notebook_text}
 
 
 class FromCode(SphinxDirective):
@@ -91,7 +107,7 @@ class FromCode(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Make both known."""
+    """Make them known."""
     for name in TEXTS:
         app.add_directive(name, FromCode)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
