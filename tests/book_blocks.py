@@ -13,7 +13,6 @@ A comment in the line above a block, which readers do not see, says more of it:
     <!-- illustration -->               nothing to run
 
 A comment `<!-- run: fisher-vmap ... -->` or `<!-- python: ... -->` anywhere is run, unseen by the reader.
-A block that is indented, not fenced, is not run either, but its flags are checked.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import importlib
 import io
 import re
 import shlex
-import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +37,6 @@ ROOT = Path(__file__).parents[1]
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
 COMMENT_ABOVE = re.compile(r"<!-- (?P<note>.+?) -->\n\Z")
 UNSEEN = re.compile(r"<!-- (?P<kind>run|python):\s(?P<source>.+?)\s*-->", re.DOTALL)
-INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n+)+")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 NEVER_RUN = ("text",)
 
@@ -49,11 +46,7 @@ def blocks(document: Document) -> Iterator[Region]:
     for found in UNSEEN.finditer(document.text):
         evaluate = shell if found["kind"] == "run" else python
         yield Region(found.start(), found.end(), found["source"], evaluate, {"note": ""})
-    fences = list(FENCES(document))
-    for found in INDENTED.finditer(document.text):
-        if not any(fence.start < found.start() < fence.end for fence in fences):
-            yield Region(found.start(), found.end(), textwrap.dedent(found[0]), check_flags, {"note": "indented"})
-    for region in fences:
+    for region in FENCES(document):
         language, above = region.lexemes["language"], COMMENT_ABOVE.search(document.text[: region.start])
         note = above["note"] if above else ""
         if language.startswith("{") or language in NEVER_RUN or note == "illustration":
@@ -102,7 +95,7 @@ def check_flags(example: Example) -> None:
     found = [rest for words in lines if (rest := ours(words))]
     for words in found:
         check(*words)
-    assert found or example.region.lexemes["note"] == "indented", "a block that is not run and has nothing to check"
+    assert found, "a block that is not run and has nothing to check"
 
 
 def check_yaml(example: Example) -> None:

@@ -59,9 +59,9 @@ def test_blocks_run(page, reader):
         example.evaluate()
 
 
-@pytest.mark.parametrize("page", [page for page in ALL if page.name != "cluster.md"], ids=name_of)
+@pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_code_stands_in_fences(page):
-    """An indented block is no language's, and nobody runs it; those of a cluster need one."""
+    """An indented block is no language's, and nobody runs it."""
     text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text("utf-8"))
     assert not re.search(r"(?m)\n\n    \S.*", text)
 
