@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fisher_vmap.attention_blocks import AttentionKind
 from fisher_vmap.attention_interface import Packed, packed_now
 from fisher_vmap.blocks import output_of, with_hidden
-from fisher_vmap.fused import NormKind, NormRows, is_gated_mlp, mlp_factors, mlp_forward, norm_kind, norm_rows, pull_mlp
 from fisher_vmap.fused_attention import (
     AttentionParts,
     attend,
@@ -30,7 +29,9 @@ from fisher_vmap.fused_attention import (
     parts_of,
     pullback_prompts,
 )
+from fisher_vmap.gated_mlp import MlpParts, is_gated_mlp, pull_mlp
 from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.norms import NormKind, NormRows, norm_kind, norm_rows
 from fisher_vmap.recording import BlockCall, check_primal, hooks
 from fisher_vmap.scratch import Scratch, stretches
 
@@ -106,7 +107,7 @@ class BlockRule:
         step, q, k, v = attend(self._norm("pre_attention", x), cos, sin, self.attention, kind)
         attended = step if "post_attention" in self.norms else None
         y = x + self._norm("post_attention", step)
-        step, a, b = mlp_forward(self._norm("pre_mlp", y), *self._mlp_parts())
+        step, a, b = MlpParts.of(self.mlp).forward(self._norm("pre_mlp", y))
         moved = step if "post_mlp" in self.norms else None
         z = y + self._norm("post_mlp", step)
         before = None if attended is None else attended[0], None if moved is None else moved[0]
@@ -120,19 +121,16 @@ class BlockRule:
     def _norm(self, place: str, x: Tensor) -> Tensor:
         return self.norms[place].module(x) if place in self.norms else x  # type: ignore[no-any-return]
 
-    def _mlp_parts(self) -> tuple[Any, ...]:
-        return tuple(getattr(self.mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-
     def _pull_mlp(self, kept: Kept, G_NKD: Tensor, scratch: Scratch) -> None:
         N, K, _ = G_NKD.shape
-        *linears, act = self._mlp_parts()
-        gate, up, down = (linear.weight.detach() for linear in linears)
-        to_gate, to_up = (factor[:, None] for factor in mlp_factors(kept.a, kept.b, act))
+        parts = MlpParts.of(self.mlp)
+        weights = parts.weights()
+        to_gate, to_up = (factor[:, None] for factor in parts.factors(kept.a, kept.b))
         pre, post = self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved)
-        for a, z in stretches(range(1, N + 1), K, down.shape[1], G_NKD.device):
+        for a, z in stretches(range(1, N + 1), K, to_gate.shape[-1], G_NKD.device):
             g = G_NKD[a:z]
             step = g if post is None else post.at(a, z).pull(g, scratch, "step")
-            dn = pull_mlp(step, to_gate[a:z], to_up[a:z], gate, up, down, scratch)
+            dn = pull_mlp(step, to_gate[a:z], to_up[a:z], weights, scratch)
             _add_through(g, dn, pre, a, z, scratch)
 
     def _pull_attention(self, x: Tensor, kept: Kept, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
