@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.blocks import output_embedding
 from fisher_vmap.fused import Forward, fused_pullbacks
-from fisher_vmap.fused_block import Rules, keeping
+from fisher_vmap.fused_block import Rules, run_by_rules
 from fisher_vmap.head import Head, LogitsHead, UnembeddingHead
 from fisher_vmap.layers import hooked
 from fisher_vmap.layout import Layout
@@ -140,7 +140,7 @@ def record_forward(
             parts.call_order,
             first,
             layout,
-            around=lambda calls: keeping(parts.rules, calls, most=len(parts.call_order) - first - 1),
+            around=lambda calls: run_by_rules(parts.rules, calls, most=len(parts.call_order) - first - 1),
             stop_before_last=stop_before_last,
         )
     if put_aside(model):

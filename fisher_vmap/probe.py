@@ -17,11 +17,12 @@ from fisher_vmap.attention_interface import (
     prompts_packed,
     supports_ours,
 )
+from fisher_vmap.block_rule import rules_for
 from fisher_vmap.experts import experts_apart
 from fisher_vmap.forms import Parts
 from fisher_vmap.fused import Forward, fused_forward
-from fisher_vmap.fused_attention import fused_attention_forward, proven
-from fisher_vmap.fused_block import Rules, block_rule, proven_blocks
+from fisher_vmap.fused_attention import fused_attention_forward, proven_attentions
+from fisher_vmap.fused_block import Rules, proven_blocks
 from fisher_vmap.layers import decoder_blocks, hooked
 from fisher_vmap.layout import Layout, lay_out, pack_rows
 from fisher_vmap.memory import is_out_of_memory
@@ -159,7 +160,7 @@ def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[l
     """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end."""
     inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
     forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
-    candidates = {block: list(block_rule(block)) for block in parts.blocks.values()}
+    candidates = {block: list(rules_for(block)) for block in parts.blocks.values()}
     packed = pack_rows(lay_out(input_ids, None))
     try:
         with torch.no_grad(), prompts_packed(packed):
@@ -167,7 +168,7 @@ def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[l
             def run() -> object:
                 return run_blocks(model, parts.blocks, parts.call_order, packed)
 
-            return list(proven(forwards, run).items()), proven_blocks(candidates, run)
+            return list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
     except (UnsupportedAttention, StructureChanged, TypeError) as reason:  # then nothing will be packed either
         log.debug("no fused attention: %s", reason)
         return [], {}

@@ -6,7 +6,7 @@ from models import tiny
 from torch.func import vjp, vmap
 
 from fisher_vmap.attention_interface import NAME, attention_set_to, prompts_packed
-from fisher_vmap.fused_attention import fused_attention_forward, parts_of, proven
+from fisher_vmap.fused_attention import fused_attention_forward, parts_of, proven_attentions
 from fisher_vmap.kernel import fisher_scores
 from fisher_vmap.layout import lay_out, pack_rows
 from fisher_vmap.probe import _PROBES
@@ -62,5 +62,5 @@ def test_a_module_that_does_something_else_is_not_taken():
     layout = packed_prompts()
     with torch.no_grad(), attention_set_to(model, NAME), prompts_packed(layout):
         run = lambda: model(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False)  # noqa: E731
-        assert proven({attention: forward}, run) == {}
-        assert set(proven({attention: fused_attention_forward(attention)}, run)) == {attention}
+        assert proven_attentions({attention: forward}, run) == {}
+        assert set(proven_attentions({attention: fused_attention_forward(attention)}, run)) == {attention}

@@ -6,6 +6,7 @@ from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap import fused_block, scratch
+from fisher_vmap.block_rule import BlockRule
 from fisher_vmap.kernel import fisher_scores
 from fisher_vmap.probe import _PROBES
 
@@ -45,7 +46,7 @@ def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room):
 def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monkeypatch):
     """Hooked at block 0, blocks 0 to 2 run forward, and 1 and 2 once more where what they computed was not kept."""
     ran, sizes = [], []
-    forward = fused_block.BlockRule.forward
+    forward = BlockRule.forward
 
     def counted(self, *inputs):
         z, kept = forward(self, *inputs)
@@ -55,7 +56,7 @@ def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monke
 
     model, batch = tiny("llama", torch.float32), padded(prompts(LENGTHS), "right")
     fisher_scores(model, *batch, layers=0, top_k=4)
-    monkeypatch.setattr(fused_block.BlockRule, "forward", counted)
+    monkeypatch.setattr(BlockRule, "forward", counted)
     for of_one, runs in ((2, 3), (1, 4), (0.9, 5), (0, 5)):
         monkeypatch.setitem(fused_block.KEPT_BYTES, "cpu", int(of_one * (sizes[0] if sizes else 10**9)))
         ran.clear()
@@ -166,13 +167,13 @@ def test_bfloat16_blocks_follow_their_rules_to_the_bit():
 def test_what_a_block_computed_must_be_what_went_on(monkeypatch):
     model, exact = fresh("llama", torch.float32), fresh("llama")
     worst(model, exact, [0], prompts(LENGTHS), top_k=3, kernel="layerwise")
-    own = fused_block.BlockRule.forward
+    own = BlockRule.forward
 
     def other(rule, *inputs):
         z, kept = own(rule, *inputs)
         return 1.01 * z, kept
 
-    monkeypatch.setattr(fused_block.BlockRule, "forward", other)
+    monkeypatch.setattr(BlockRule, "forward", other)
     with pytest.raises(ValueError, match=r"broke off: what model\.layers"):
         fisher_scores(model, *padded(prompts(LENGTHS), "left"), layers=[0], top_k=3, kernel="layerwise")
 
