@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.attention_interface import NAME, UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.forms import Parts, layerwise, prove_top, whole
+from fisher_vmap.forms import layerwise, whole
+from fisher_vmap.forward import prove_top
 from fisher_vmap.layers import hooked, layers_of
 from fisher_vmap.layout import Layout, lay_out, pack_rows, select
 from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.model_parts import Parts
 from fisher_vmap.old_functions import modernised
 from fisher_vmap.outcomes import Wanted
 from fisher_vmap.placement import model_dtype, put_aside, saved_aside, weights_at_hand

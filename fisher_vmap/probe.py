@@ -19,13 +19,13 @@ from fisher_vmap.attention_interface import (
 )
 from fisher_vmap.block_rule import rules_for
 from fisher_vmap.experts import experts_apart
-from fisher_vmap.forms import Parts
 from fisher_vmap.fused import Forward, fused_forward
 from fisher_vmap.fused_attention import fused_attention_forward, proven_attentions
 from fisher_vmap.fused_block import Rules, proven_blocks
 from fisher_vmap.layers import decoder_blocks, hooked
 from fisher_vmap.layout import Layout, lay_out, pack_rows
 from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.model_parts import Parts
 from fisher_vmap.old_functions import old_functions
 from fisher_vmap.placement import input_device, placed
 from fisher_vmap.proof import Reach, block_reach

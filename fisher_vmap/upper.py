@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
+from fisher_vmap.arrivals import residual_norm, unit_rows
 from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.forms import pullback_layers, pushforward_layer, record_forward, residual_norm, unit_rows, upper
+from fisher_vmap.forms import rows_and_head
+from fisher_vmap.forward import record_forward
 from fisher_vmap.head import Head
 from fisher_vmap.layers import hooked
 from fisher_vmap.layout import Layout, pack_rows
 from fisher_vmap.network import Arrived
 from fisher_vmap.old_functions import modernised
+from fisher_vmap.passage import pullback_layers, pushforward_layer
 from fisher_vmap.placement import weights_at_hand
 from fisher_vmap.pointwise import compiled
 from fisher_vmap.positions import Summed, position_mask, sum_positions
@@ -191,7 +194,7 @@ class Whole(Upper):
                 "use dtype float32"
             )
         modules = hooked(self._model, self.layers)
-        run, self.head = upper(self._model, self._known.parts, self.layout, modules)
+        run, self.head = rows_and_head(self._model, self._known.parts, self.layout, modules)
         self._outputs = hooked_outputs(run, modules, self.layout)
         self._zeros = zero_biases(self._outputs)
         self._function = with_biases(run, modules)
