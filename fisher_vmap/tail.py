@@ -6,20 +6,19 @@ logits of every size come out of the model as a known function of themselves.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from fisher_vmap.attention_interface import prompts_packed
-from fisher_vmap.blocks import forward_inputs, output_embedding, output_of, with_output
-from fisher_vmap.head import Phi, UnembeddingHead
-from fisher_vmap.layout import Layout, lay_out
+from fisher_vmap.blocks import forward_inputs, output_embedding, output_of
+from fisher_vmap.final_norm import Chain, Replay
+from fisher_vmap.head import UnembeddingHead
+from fisher_vmap.layout import lay_out
 from fisher_vmap.memory import is_out_of_memory
-from fisher_vmap.placement import can_be_fetched, placed, put_aside, weights_at_hand
+from fisher_vmap.phi import find_phi
+from fisher_vmap.placement import can_be_fetched, put_aside, weights_at_hand
 from fisher_vmap.quantized import has_matrix
 from fisher_vmap.recording import StructureChanged, hooks
 from fisher_vmap.whole import rows_from_logits
@@ -77,16 +76,26 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
         alone = rows_from_logits(model, lay_out(input_ids, None), gather=True)()
     gap = (alone.double() - logits[:, -1].double()).norm()
     gather = bool(gap <= 16 * torch.finfo(logits.dtype).eps * logits[:, -1].double().norm())
-    if not top:
-        return Watched(call_order, None, "the blocks return no tensor", logits.shape[-1], frozenset(above), gather)
-    replay = _Replay(weakref.ref(model), blocks, call_order, above)
-    head, why_not = _take_apart(model, top[0], events, logits, input_ids, replay)
+    head, why_not = None, "the blocks return no tensor"
+    if top:
+        replay = Replay(weakref.ref(model), blocks, call_order, above)
+        head, why_not = _take_apart(model, top[0], events, logits, input_ids, replay)
     return Watched(call_order, head, why_not, logits.shape[-1], frozenset(above), gather)
 
 
 def _take_apart(
-    model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor, replay: "_Replay"
+    model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor, replay: Replay
 ) -> tuple[UnembeddingHead | None, str]:
+    """The head, or None and the reason in words.
+
+    Args:
+        model: the causal LM.
+        top: [B, T, D], what the last block returned.
+        events: the calls of modules after that, as they returned.
+        logits: [B, T, V], what the model returned.
+        input_ids: [B, T], what it was given.
+        replay: what may be between, where it is no chain of modules.
+    """
     unembedding = output_embedding(model)
     if top.dim() != 3:
         return None, "what the blocks return is not [B, T, D]"
@@ -96,11 +105,12 @@ def _take_apart(
     calls = [event for event in events if event.module is unembedding]
     if len(calls) != 1:
         return None, f"the output embedding was called {len(calls)} times after the last block"
-    chain = _chain(top, calls[0].entered, events, unembedding)
+    _, entered, left = calls[0]
+    chain = _chain(top, entered, events, unembedding)
     if chain is None and put_aside(model):
         return None, "no chain of modules leads from the last block to the output embedding"
     norm: Callable[[Tensor], Tensor] = replay if chain is None else Chain(tuple(chain))
-    expected = calls[0].entered[:, -1].double()
+    expected = entered[:, -1].double()
     if bool((expected.norm(dim=-1) == 0).any()):
         return None, "nothing reached the output embedding for some prompt, so that no head could be told"
     try:
@@ -111,14 +121,13 @@ def _take_apart(
             raise
         return None, "what follows the last block cannot be run on one position alone"
     budget = 16 * torch.finfo(top.dtype).eps * expected.norm()
-    expected = expected.to(alone.device)
-    if alone.shape != expected.shape or bool(
-        (alone - expected).norm() > budget.to(alone.device)
-    ):  # NaN decides nothing
+    expected, budget = expected.to(alone.device), budget.to(alone.device)
+    # NaN is not above the budget: it decides nothing.
+    if alone.shape != expected.shape or bool((alone - expected).norm() > budget):
         return None, "what follows the last block needs more than one position of it"
-    if calls[0].left.shape != logits.shape:
+    if left.shape != logits.shape:
         return None, "the model reshapes its logits"
-    phi = _phi(model, unembedding, input_ids)
+    phi = find_phi(model, unembedding, input_ids)
     if phi is None:
         return None, "the model changes its logits in a way that is not a scale or a soft-cap"
     return UnembeddingHead(norm, unembedding, phi), ""
@@ -136,114 +145,6 @@ def _chain(top: Tensor, entered: Tensor, events: list[_Event], unembedding: nn.M
         chain.append(steps[-1].module)
         at = steps[-1].left
     return chain
-
-
-class _Entered(Exception):
-    """Leaves the model's forward where it unembeds."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = rows
-
-
-@dataclass(frozen=True)
-class _Replay:
-    """What the model does between its last block and its unembedding, as a function of float32 (or float64) rows.
-
-    It is the model's own forward on prompts of one token, a row a prompt, whose last block returns the row instead of
-    what it computed. The few parameters above the blocks are upcast at each call. The model is held weakly: what is
-    remembered of it must not keep it alive.
-    """
-
-    model: "weakref.ref[nn.Module]"
-    blocks: Mapping[str, nn.Module]
-    call_order: Sequence[str]
-    above: Collection[int]
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[N, D] to [N, D']."""
-        model = self.model()
-        assert model is not None
-        unembedding = output_embedding(model)
-        assert unembedding is not None
-        wide = {
-            name: p.detach().to(rows.dtype)
-            for name, p in model.named_parameters()
-            if id(model.get_submodule(name.rpartition(".")[0])) in self.above
-            and not any(p is own for own in unembedding.parameters())
-        }
-        seen = 0
-
-        def put(_module: nn.Module, _args: Any, output: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            return with_output(output, rows[:, None]) if seen == len(self.call_order) else None
-
-        def leave(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Entered(args[0])
-
-        # Written out, not laid out: in torch 2.9 numbers cannot be read off tensors inside a transform.
-        B, ids_B1 = len(rows), torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
-        one_each = Layout(ids_B1, None, (1,) * B, tuple(range(B)), (0,) * B, 1)
-        handles = [block.register_forward_hook(put) for block in self.blocks.values()]
-        with hooks(*handles, unembedding.register_forward_pre_hook(leave)), prompts_packed(one_each):
-            try:
-                functional_call(model, wide, kwargs=forward_inputs(model, one_each.input_ids))
-            except _Entered as entered:
-                return entered.rows[:, 0]
-        raise StructureChanged("the model did not reach its output embedding")
-
-
-def _phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | None:
-    """The function from the unembedding's output to the model's logits, proven on planted logits from 1e-3 to 1e3.
-
-    Planted, because a soft-cap is the identity, to rounding, for the small logits that a short prompt may have.
-    """
-    planted: list[Tensor] = []
-
-    def plant(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        size = torch.logspace(-3, 3, output.numel(), dtype=torch.float64)
-        sign = torch.where(torch.arange(output.numel()) % 2 == 0, 1.0, -1.0)
-        planted.append((size * sign).view(output.shape).to(output))
-        return planted[-1]
-
-    with torch.no_grad(), hooks(unembedding.register_forward_hook(plant, prepend=True)):
-        logits: Tensor = model(**forward_inputs(model, input_ids)).logits
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = _positive_numbers(vars(config) if hasattr(config, "__dict__") else {})
-    caps: list[float | None] = [None, *sorted({v for name, v in numbers.items() if "cap" in name})]
-    told = {v for name, v in numbers.items() if "logit" in name or "lm_head" in name}
-    scales = [1.0, *sorted({*told, *(1 / v for v in told)} - {1.0})]
-    candidates = [Phi(scale, cap) for scale in scales for cap in caps]
-    x, z = planted[0].double(), logits.double().to(planted[0].device)
-    eps = max(torch.finfo(planted[0].dtype).eps, torch.finfo(logits.dtype).eps)
-    return next((phi for phi in candidates if bool(((phi(x) - z).abs() <= 8 * eps * z.abs()).all())), None)
-
-
-def _positive_numbers(config: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in config.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    }
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Modules as a function of float32 (or float64) rows, their few parameters upcast at each call."""
-
-    chain: tuple[nn.Module, ...]
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Rows [N, D] -> [N, D']; the modules' weights must be at hand."""
-        rows = rows[:, None]  # as [B, 1, D], which is what a model gives them
-        for module in self.chain:
-            wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
-            rows = rows.to(next((p.device for p in wide.values()), rows.device))
-            with placed(module):
-                rows = functional_call(module, wide, (rows,))
-        return rows[:, 0]
 
 
 def _make_of(module: nn.Module | None) -> str:
