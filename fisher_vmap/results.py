@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
+from fisher_vmap.low_rank import Float64
 from fisher_vmap.storage.checking import check_sha256, read_checked
 from fisher_vmap.storage.groups import chosen_stack, mean_residual_norm
 from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, Index, read_index, sum_name
@@ -226,7 +227,7 @@ class Results:
         other = others(chosen) if against is None else chooser(against, self.shards)
         return algebra.contrast(self._mean(layer, chosen), self._mean(layer, other), rank, ridge)
 
-    def _mean(self, layer: str, chosen: Chooser) -> algebra.Float64:
+    def _mean(self, layer: str, chosen: Chooser) -> Float64:
         return add_shards(None, self.shards(), layer, chosen).mean()
 
     def residual_norm(self, layer: str | None = None, where: Where = None) -> float:
