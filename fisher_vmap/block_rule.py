@@ -7,7 +7,7 @@ pullback of their own. Nothing needs autograd then: the cotangents stand in one 
 adds its share to them in place, and everything in between passes through memory that stays in cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ class BlockRule:
     Attributes:
         norms: by their places; a block has those of one entry of `PLACES`.
         attention: the attention module.
-        projections: its own.
+        projections: of the attention module.
         mlp: the gated MLP.
     """
 
@@ -109,39 +109,57 @@ class BlockRule:
         return self.norms[place].module(x) if place in self.norms else x  # type: ignore[no-any-return]
 
     def _pull_mlp(self, kept: Kept, G_NKD: Tensor, scratch: Scratch) -> None:
-        N, K, _ = G_NKD.shape
-        parts = MlpParts.of(self.mlp)
+        parts, norms = MlpParts.of(self.mlp), (self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved))
         weights = parts.weights()
         to_gate, to_up = (factor[:, None] for factor in parts.factors(kept.a, kept.b))
-        pre, post = self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved)
-        for a, z in stretches(range(1, N + 1), K, to_gate.shape[-1], G_NKD.device):
-            g = G_NKD[a:z]
-            step = g if post is None else post.at(a, z).pull(g, scratch, "step")
-            dn = pull_mlp(step, to_gate[a:z], to_up[a:z], weights, scratch)
-            _add_through(g, dn, pre, a, z, scratch)
+
+        def pull(step: Tensor, a: int, z: int) -> Tensor:
+            return pull_mlp(step, to_gate[a:z], to_up[a:z], weights, scratch)
+
+        _pull_residual(G_NKD, pull, norms, range(1, len(G_NKD) + 1), to_gate.shape[-1], scratch)
 
     def _pull_attention(self, x: Tensor, kept: Kept, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
-        K = G_NKD.shape[1]
-        pre, post = self._rows("pre_attention", x), self._rows("post_attention", kept.attended)
+        norms = self._rows("pre_attention", x), self._rows("post_attention", kept.attended)
         *w_qkv, w_o = self.projections.weights()
         weights = torch.cat(w_qkv), w_o
-        for a, z in stretches([stop for _, stop in packed.ranges], K, weights[0].shape[0], G_NKD.device):
-            g = G_NKD[a:z]
-            step = g if post is None else post.at(a, z).pull(g, scratch, "step")
+
+        def pull(step: Tensor, a: int, z: int) -> Tensor:
             prompts = [(start, stop) for start, stop in packed.ranges if a <= start < z]
-            dn = pullback_prompts(step, kept.heads, weights, self.scale, prompts, scratch)
-            _add_through(g, dn, pre, a, z, scratch)
+            return pullback_prompts(step, kept.heads, weights, self.scale, prompts, scratch)
+
+        _pull_residual(G_NKD, pull, norms, [stop for _, stop in packed.ranges], len(weights[0]), scratch)
 
     def _rows(self, place: str, x: Tensor | None) -> NormRows | None:
         return None if x is None or place not in self.norms else self.norms[place].rows(x)
 
 
-def _add_through(g: Tensor, dn: Tensor, pre: NormRows | None, a: int, z: int, scratch: Scratch) -> None:
-    """Add to g what arrives below the norm at the beginning of a residual step."""
-    if pre is None:
-        g += dn
-    else:
-        pre.at(a, z).add_pull(g, dn, scratch)
+def _pull_residual(
+    G_NKD: Tensor,
+    pull: Callable[[Tensor, int, int], Tensor],
+    norms: tuple[NormRows | None, NormRows | None],
+    ends: Sequence[int],
+    width: int,
+    scratch: Scratch,
+) -> None:
+    """Pull cotangents through x + post(f(pre(x))), in place.
+
+    Args:
+        G_NKD: the cotangents.
+        pull: the pullback of f for positions [start, stop).
+        norms: what the pullbacks of pre and post need; None where there is no such norm.
+        ends: where a stretch of positions may end that f pulls back by itself.
+        width: of a row, where f is widest.
+        scratch: for what passes through.
+    """
+    pre, post = norms
+    for a, z in stretches(ends, G_NKD.shape[1], width, G_NKD.device):
+        g = G_NKD[a:z]
+        step = g if post is None else post.at(a, z).pull(g, scratch, "step")
+        below = pull(step, a, z)
+        if pre is None:
+            g += below
+        else:
+            pre.at(a, z).add_pull(g, below, scratch)
 
 
 def rules_for(block: nn.Module) -> Iterator[BlockRule]:
