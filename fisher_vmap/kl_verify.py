@@ -18,7 +18,7 @@ from fisher_vmap.from_settings import make_renderer, model_of, source_of
 from fisher_vmap.kl import measured_kl
 from fisher_vmap.models import Loaded
 from fisher_vmap.results import Results
-from fisher_vmap.storage.index import plain_values
+from fisher_vmap.storage.fingerprint import plain_values
 from fisher_vmap.storage.prompt_record import PromptRecord
 
 LEADING, RANDOM = 3, 1  # directions of each prompt
