@@ -32,8 +32,8 @@ from fisher_vmap.storage.index import (
 )
 from fisher_vmap.storage.mean import is_ok, read_mean
 from fisher_vmap.storage.npz import npz_arrays
-from fisher_vmap.storage.products import readers
 from fisher_vmap.storage.reading import ShardReader, Stack
+from fisher_vmap.storage.shard_readers import readers
 from fisher_vmap.storage.table import common_schema, covered_mass, in_schema
 
 # Largest entry of V V^T - 1. A float16 number is off by up to 2^-11 of itself, a squared norm by twice that.

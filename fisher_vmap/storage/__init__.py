@@ -7,8 +7,9 @@ Reading back is `fisher_vmap.results`. Imports inside this folder point one way,
     entries, index, table                   what is stored; the table
     shards, tries, folder                   writing a shard; who died over it; which files are ours
     reading, soundness, beginning           one shard, lazily; which shards are sound; a folder made or carried on
+    shard_readers                           the shards of a folder
     prompt_record, selection, mean, groups, npz, metadata
     folding, ledger                         shards into a running sum; index.json as one of several processes keeps it
     products, finishing, sharing            the files made from all shards; a copy without text
-    writer
+    summaries, writer                       what a folder says of all prompts; a folder that is being filled
 """

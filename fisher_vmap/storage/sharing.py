@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from fisher_vmap.storage.atomic import readable_write_errors, replacing, sha256_of
 from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry
 from fisher_vmap.storage.index import TABLE_NAME, FileEntry, Index, sum_name, write_index
-from fisher_vmap.storage.products import readers, write_table
+from fisher_vmap.storage.products import write_table
 from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.storage.shard_readers import readers
 
 
 def copy_without_text(folder: Path, index: Index, target: Path) -> Index:
