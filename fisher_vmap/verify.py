@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_kl(arguments: argparse.Namespace) -> int:
     """Print how well the matrices predict, and draw it; returns the number of layers where they do not."""
-    from fisher_vmap.kl_verify import check_kl, plot_kl
+    from fisher_vmap.kl_outcome import plot_kl
+    from fisher_vmap.kl_verify import check_kl
     from fisher_vmap.results import open_results
     from fisher_vmap.run import start_logging
 
