@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fisher_vmap.config import RunOptions, Settings
+from fisher_vmap.config import Settings
+from fisher_vmap.run_options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
