@@ -14,10 +14,11 @@ import torch
 
 from fisher_vmap import open_results, steer
 from fisher_vmap.blocks import output_of
+from fisher_vmap.command_line import start_logging
 from fisher_vmap.config import Settings
 from fisher_vmap.demo import PROMPTS, demo_model
 from fisher_vmap.models import load_model
-from fisher_vmap.run import run, start_logging
+from fisher_vmap.run import run
 from fisher_vmap.tokens import Renderer
 
 HERE = Path(__file__).parent

@@ -7,15 +7,14 @@ Where settings are read from (flags, then a YAML file, then these defaults; neve
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fisher_vmap.errors import UserError
+from fisher_vmap.run_options import RunOptions
 from fisher_vmap.setting_types import (
     AllOrCount,
     AutoOrCount,
@@ -34,16 +33,12 @@ from fisher_vmap.setting_types import (
     OptionalPassage,
     OptionalPathName,
     PathName,
-    PlanRate,
     PositiveCount,
     RayWorkers,
     Seed,
-    Share,
     TrueOrFalse,
 )
-from fisher_vmap.settings_input import explain, read_flags, read_settings_file, written
-
-_log = logging.getLogger(__name__)
+from fisher_vmap.settings_input import load, written
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -205,22 +200,6 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
-class RunOptions(BaseModel):
-    """What is said on the command line of one process alone, and in no file: it changes nothing in the results."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shards: Share = _setting(
-        None, "i/n: compute every n-th shard from the i-th on; n such processes fill one folder (a job array)."
-    )
-    plan: TrueOrFalse = _setting(
-        False, "Compute nothing: print prompts, tokens, operations, storage and memory, without loading the weights."
-    )
-    plan_rate: PlanRate = _setting(
-        None, "With --plan, for its time: tokens a second of one worker; measure: load the model and try ten seconds."
-    )
-
-
 class Command(NamedTuple):
     """A command line: the settings of the run, and what is for this process alone."""
 
@@ -263,16 +242,4 @@ def load_settings(argv: Sequence[str], *, working_directory: str | Path = ".") -
 
 def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") -> Command:
     """`load_settings`, with the flags that are no settings; arguments and errors as there."""
-    flags = read_flags(argv, Settings.model_fields, RunOptions.model_fields)
-    for_this_process = {name: flags.pop(name) for name in RunOptions.model_fields if name in flags}
-    named = flags.pop("config", None)
-    file = Path(working_directory, "config.yaml" if named is None else named)
-    values: dict[str, Any] = {}
-    if named is not None or file.exists():
-        values = read_settings_file(file, Settings.model_fields)
-        _log.info("settings read from %s", file)
-    try:
-        return Command(Settings(**(values | flags)), RunOptions(**for_this_process))
-    except ValidationError as error:
-        fields = {**Settings.model_fields, **RunOptions.model_fields}
-        raise UserError(explain(error, fields, flags | for_this_process, values, file)) from error
+    return Command(*load(Settings, RunOptions, argv, Path(working_directory)))

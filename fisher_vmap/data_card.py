@@ -7,6 +7,7 @@ import numpy as np
 import yaml
 
 from fisher_vmap._version import __version__
+from fisher_vmap.local_paths import without_local_paths
 from fisher_vmap.storage.index import TABLE_NAME
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def data_card(results: "Results", repo_id: str, *, with_text: bool) -> str:
         with_text: whether the prompts' text goes along.
     """
     metadata, index = results.metadata, results.index
-    settings: dict[str, Any] = metadata["settings"]
+    settings = without_local_paths(metadata["settings"])
     layout, table = index.layout, results.to_pandas()
     ok = table[table["status"] == "ok"]
     model, data = _name(settings.get("model_path")), _name(settings.get("dataset_name"))
@@ -47,7 +48,7 @@ def data_card(results: "Results", repo_id: str, *, with_text: bool) -> str:
     of_what = "of the whole vocabulary" if whole else f"summed over the {layout.top_k} likeliest tokens"
     kept = "" if layout.means_only else "results[0].S, results[0].V      # singular values [R], directions [R, D]\n"
     versions = ", ".join(f"{name} {number}" for name, number in index.versions.items())
-    asked = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if _shown(value))
+    asked = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
     return f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -91,10 +92,6 @@ def _name(path: Any) -> str:
     text = str(path or "unknown")
     local = text.startswith(("/", ".", "~")) or text.count("/") != 1 or Path(text).exists()
     return Path(text).name if local else text
-
-
-def _shown(value: Any) -> bool:
-    return value is not None and not (isinstance(value, str) and Path(value).is_absolute())
 
 
 def _median(table: Any, column: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisher_vmap.command_line import user_mistake
 from fisher_vmap.control_vectors import save_control_vector, save_directions
 from fisher_vmap.errors import UserError
 from fisher_vmap.hub import HUB, push_to_hub
@@ -38,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(export(arguments))
     except UserError as error:
-        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return user_mistake(error)
     return 0
 
 

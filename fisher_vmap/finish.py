@@ -1,10 +1,10 @@
 """`python -m fisher_vmap.finish DIR`: the files made from all shards, where they are there and nobody made them."""
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fisher_vmap.command_line import folder_command
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.finishing import finish_folder
 from fisher_vmap.storage.index import Index, read_index
@@ -13,20 +13,13 @@ from fisher_vmap.storage.products import wants_npz
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Finish a results folder; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.finish",
-        description="Write a results folder's index, table, mean and npz from its shards, once all of them are there.",
-        epilog="example: python -m fisher_vmap.finish fisher_results",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
-    folder: Path = parser.parse_args(argv).folder
-    try:
-        index = finish(folder)
-    except UserError as error:
-        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{folder} is complete: {index.stop:,} prompts in {len(index.shards):,} shards")
-    return 0
+    what = "Write a results folder's index, table, mean and npz from its shards, once all of them are there."
+    return folder_command("finish", what, _lines, argv)
+
+
+def _lines(folder: Path) -> Iterator[str]:
+    index = finish(folder)
+    yield f"{folder} is complete: {index.stop:,} prompts in {len(index.shards):,} shards"
 
 
 def finish(folder: Path) -> Index:

@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.batches import batch_tokens_for, pack
+from fisher_vmap.batches import batch_tokens_for
 from fisher_vmap.conversations import SkippedPrompt
 from fisher_vmap.estimators import Estimate, fisher_full, topk
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
@@ -21,12 +20,12 @@ from fisher_vmap.pieces import Pieces
 from fisher_vmap.placement import input_device
 from fisher_vmap.probe import layer_widths, probe, undisturbed
 from fisher_vmap.prompt_numbers import PromptNumbers, numbers_of
+from fisher_vmap.prompt_windows import in_windows
 from fisher_vmap.scores import Scores
-from fisher_vmap.tokens import Renderer, TokenizedPrompt
+from fisher_vmap.tokens import Renderer
 from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
 
 TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
-WINDOW = 32  # prompts that `fisher` sorts by length at a time
 
 
 class FisherModel:
@@ -215,26 +214,14 @@ class FisherModel:
             if self.tokenizer is None:
                 raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
             self._renderer = Renderer(self.tokenizer)
-        stream, index = iter(prompts), 0
-        while window := list(islice(stream, WINDOW)):
-            rendered: dict[int, TokenizedPrompt] = {}
-            skipped: dict[int, str] = {}
-            for i, prompt in enumerate(window):
-                try:
-                    rendered[i] = self._renderer.render(prompt)
-                except SkippedPrompt as reason:
-                    skipped[i] = str(reason)
-            numbers: dict[int, PromptNumbers] = {}
-            places = list(rendered)
-            for batch in pack([len(rendered[i].ids) for i in places], self.batch_size, self.max_batch_tokens):
-                members = [places[j] for j in batch]
-                numbers.update(zip(members, self.numbers([rendered[i].ids for i in members], rank), strict=True))
-            for i in range(len(window)):
-                if i in skipped:
-                    yield empty_record(index + i, skipped[i], self.widths, self.top_k + self.include_rest, rank)
-                else:
-                    yield record_of(index + i, rendered[i], numbers[i], self.pieces)
-            index += len(window)
+        found = in_windows(
+            prompts, self._renderer, lambda ids: self.numbers(ids, rank), self.batch_size, self.max_batch_tokens
+        )
+        for index, prompt in enumerate(found):
+            if isinstance(prompt, SkippedPrompt):
+                yield empty_record(index, str(prompt), self.widths, self.top_k + self.include_rest, rank)
+            else:
+                yield record_of(index, prompt.tokenized, prompt.numbers, self.pieces)
 
     @contextmanager
     def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fisher_vmap.data_card import data_card
 from fisher_vmap.errors import UserError
+from fisher_vmap.local_paths import is_local_path, without_local_paths
 from fisher_vmap.storage.entries import SHARD_FOLDER
-from fisher_vmap.storage.index import INDEX_NAME, Index, sum_name
-from fisher_vmap.storage.sharing import copy_without_text
+from fisher_vmap.storage.index import INDEX_NAME, METADATA_NAME, Index, sum_name
+from fisher_vmap.storage.sharing import copy_descriptions, copy_without_text
 
 if TYPE_CHECKING:
     from fisher_vmap.results import Results
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HUB = "hf://datasets/"
+DESCRIPTIONS = (INDEX_NAME, METADATA_NAME)  # the files that hold the run's settings
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
 
 
@@ -72,6 +74,8 @@ def push_to_hub(
 ) -> str:
     """Upload a finished results folder, with a data card that says what it is.
 
+    Of settings that are paths of this machine only the last part goes along; a line of the log names them.
+
     Args:
         results: the folder.
         repo: "OWNER/NAME" or "hf://datasets/OWNER/NAME"; made if it is not there.
@@ -107,6 +111,10 @@ def push_to_hub(
         if texts and share_text is False:
             folder = Path(temporary, "results")
             index = copy_without_text(results.folder, results.index, folder)
+        described = Path(temporary, "described")
+        index = copy_descriptions(folder, index, described, without_local_paths)
+        if cut := [name for name, value in results.metadata["settings"].items() if is_local_path(name, value)]:
+            log.info("of %s, paths of this machine, only the last part is shared", ", ".join(cut))
         url = api.create_repo(place.repo_id, repo_type="dataset", private=private, exist_ok=True)
         where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
         card = data_card(results, place.repo_id, with_text=texts and share_text is not False)
@@ -114,10 +122,13 @@ def push_to_hub(
         # Files that the repository has from an earlier run would not fit the index.
         api.upload_folder(
             folder_path=folder,
-            allow_patterns=file_names(index),
+            allow_patterns=[name for name in file_names(index) if name not in DESCRIPTIONS],
             delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
             commit_message="Fisher matrices",
             **where,
+        )
+        api.upload_folder(
+            folder_path=described, allow_patterns=list(DESCRIPTIONS), commit_message="Index and settings", **where
         )
     return str(url)
 

@@ -1,12 +1,10 @@
 """`python -m fisher_vmap.info DIR`: what a results folder holds, on one screen."""
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+from fisher_vmap.command_line import folder_command
 from fisher_vmap.config import Settings
-from fisher_vmap.errors import UserError
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.sizes import readable
 from fisher_vmap.storage.index import sum_name
@@ -16,19 +14,8 @@ SHOWN = 5  # failed and skipped prompts, of each
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a results folder holds, finished or not; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.info",
-        description="Show what a results folder holds: prompts, layers, settings, what failed, and sizes.",
-        epilog="example: python -m fisher_vmap.info fisher_results",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
-    folder: Path = parser.parse_args(argv).folder
-    try:
-        print("\n".join(describe(open_results(folder, allow_incomplete=True))))
-    except UserError as error:
-        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."
+    return folder_command("info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv)
 
 
 def describe(results: Results) -> Iterator[str]:

@@ -2,23 +2,19 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 
-from fisher_vmap.adapters import Base, adapter_files, base_of, find_adapter, with_adapter, without_adapter
+from fisher_vmap.adapters import Base, adapter_files, base_of, find_adapter, with_adapter
+from fisher_vmap.causal_lm import refuse_foresight, refuse_other_kinds
 from fisher_vmap.devices import choose_device, placement_options, places_of
 from fisher_vmap.errors import UserError
-from fisher_vmap.gguf_model import converted
 from fisher_vmap.loading import explained, quiet_progress
-from fisher_vmap.model_files import hashed, model_files, tokenizer_files
-from fisher_vmap.placement import input_device, saved_aside
-from fisher_vmap.quantized import CannotDifferentiate, quantized_linears, quantized_pullbacks, unpack
+from fisher_vmap.model_files import hashed, tokenizer_files
+from fisher_vmap.model_source import source_of_model, without_adapter_inside
+from fisher_vmap.quantized import CannotDifferentiate, quantized_linears, unpack
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +82,11 @@ def load_model(
     if adapter is not None and not adapter_path:
         base = base_of(adapter)
         log.info("%s is an adapter on %s", model_path, base.model_path)
-    source, identity = _source(base.model_path, base.revision, getattr(torch, dtype))
+    source, identity = source_of_model(base.model_path, base.revision, getattr(torch, dtype))
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": trust_remote_code}
-    with quiet_progress(), _plain(source) as folder:
-        config = _config(base.model_path, folder, options)
+    with quiet_progress(), without_adapter_inside(source) as folder:
+        config = explained(base.model_path, "config", transformers.AutoConfig.from_pretrained, folder, **options)
+        refuse_other_kinds(base.model_path, config)
         placed = placement_options(base.model_path, config, place, device_map, max_memory)
         model, tokenizer = _load(base.model_path, folder, getattr(torch, dtype), config, dequantize, options, placed)
         if adapter is not None:
@@ -106,41 +103,9 @@ def load_model(
     if not placed:
         model = explained(model_path, "model", model.to, place)
     model = model.eval()
-    _refuse_foresight(model_path, model)
+    refuse_foresight(model_path, model)
     log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, places_of(model, place))
     return Loaded(model, tokenizer, identity)
-
-
-def _source(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is given for a model, and what identifies it."""
-    local = Path(model_path).expanduser()
-    if local.suffix == ".gguf":
-        if not local.exists() and model_path.count("/") == 2 and not model_path.startswith((".", "/", "~")):
-            repository, _, name = model_path.rpartition("/")
-            local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
-        if not local.is_file():
-            raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
-        with quiet_progress():
-            return str(converted(local, dtype)), {"gguf": hashed([local])[local.name]}
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            ggufs = sorted(p.name for p in local.glob("*.gguf"))
-            hint = f"give the file {local / ggufs[0]}" if ggufs else "expected a folder as save_pretrained writes it"
-            raise UserError(f"model_path {model_path} has no config.json; {hint}")
-        return str(local), {"files": hashed(model_files(local))}
-    if local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
-        raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
-    return model_path, {"hub": model_path}
-
-
-@contextmanager
-def _plain(source: str) -> Iterator[str]:
-    """What `from_pretrained` is given, without an adapter that lies in the model's folder."""
-    if not Path(source).is_dir():
-        yield source
-        return
-    with without_adapter(Path(source)) as folder:
-        yield str(folder)
 
 
 def most_positions(model: Any) -> int | None:
@@ -150,12 +115,6 @@ def most_positions(model: Any) -> int | None:
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _config(model_path: str, source: str, options: dict[str, Any]) -> Any:
-    config = explained(model_path, "config", transformers.AutoConfig.from_pretrained, source, **options)
-    _refuse_other_kinds(model_path, config)
-    return config
 
 
 def _load(
@@ -227,45 +186,3 @@ def _ask_for_floats(config: Any) -> None:
             quantization["dequantize"] = True
     elif quantization is not None and hasattr(quantization, "dequantize"):
         quantization.dequantize = True
-
-
-def _refuse_other_kinds(model_path: str, config: Any) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{model_path} is an encoder-decoder ({config.model_type}); expected a decoder-only causal LM")
-    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    made_for = getattr(config, "architectures", None) or []
-    if config.model_type not in known and not remote:
-        raise UserError(
-            f"{model_path} is a {config.model_type} model, which has no causal LM; expected a decoder-only causal LM"
-        )
-    if made_for and not remote and all(name.endswith("ForMaskedLM") for name in made_for):
-        raise UserError(f"{model_path} is a masked LM ({made_for[0]}); expected a decoder-only causal LM")
-
-
-def _refuse_foresight(model_path: str, model: Any) -> None:
-    """The first of two tokens must not depend on the second: all of the package rests on it.
-
-    Told by the gradient, which is zero to the bit where there is no path; an encoder's may be small, but is there.
-    """
-    embedded: list[torch.Tensor] = []
-    device = input_device(model)
-
-    def leaf(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())  # of its own: an adapter freezes the model's weights
-        return embedded[0].clone()
-
-    handle = model.get_input_embeddings().register_forward_hook(leaf)
-    try:
-        with torch.enable_grad(), saved_aside(model), quantized_pullbacks(model):
-            logits = model(input_ids=torch.tensor([[1, 2]], device=device), use_cache=False).logits
-            (gradient,) = torch.autograd.grad(logits[0, 0].float().square().sum(), embedded[0])
-    except CannotDifferentiate as error:
-        raise UserError(f"{model_path}: {error}") from error
-    finally:
-        handle.remove()
-    if bool((gradient[0, 1].abs() > 0).any()):  # false for NaN, which is each prompt's own matter
-        raise UserError(
-            f"{model_path}: {type(model).__name__} sees later tokens from earlier ones; expected a causal LM, "
-            "whose attention looks back only"
-        )

@@ -2,35 +2,30 @@
 
 import operator
 import os
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
 from fisher_vmap.low_rank import Float64
-from fisher_vmap.storage.checking import check_sha256, read_checked
-from fisher_vmap.storage.groups import chosen_stack, mean_residual_norm
-from fisher_vmap.storage.index import MEAN_NAME, METADATA_NAME, TABLE_NAME, Index, read_index, sum_name
-from fisher_vmap.storage.mean import add_shards, read_mean
-from fisher_vmap.storage.metadata import describe_run, read_metadata
-from fisher_vmap.storage.products import sum_over_all
+from fisher_vmap.storage.checking import check_sha256
+from fisher_vmap.storage.groups import mean_residual_norm, stack_of_all, stack_of_chosen
+from fisher_vmap.storage.index import Index, read_index, sum_name
+from fisher_vmap.storage.mean import add_shards
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.reading import Float32, ShardReader, Stack
 from fisher_vmap.storage.selection import Chooser, Where, chooser, others
-from fisher_vmap.storage.table import common_schema, in_schema
+from fisher_vmap.storage.shard_readers import OpenShards, readers
+from fisher_vmap.storage.summaries import mean_of, metadata_of, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Check = Literal["sizes", "full", "none"]
-_OPEN_SHARDS = 8  # kept open at a time: file handles are few, and their tables take memory
 
 
 def open_results(
@@ -84,8 +79,7 @@ class Results:
         self.layer = index.layers[0] if layer is None else layer
         """The layer that records, stacks and means are of, unless they name another."""
         self._verify = verify
-        self._starts = [entry.start for entry in index.shards]
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._open = OpenShards(folder, index, verify)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -124,10 +118,9 @@ class Results:
         number += stop if number < 0 else 0
         if not 0 <= number < stop:
             raise IndexError(f"prompt {index} of {stop}")
-        position = bisect_right(self._starts, number) - 1
-        if position < 0 or number >= self.index.shards[position].stop:
+        reader = self._open.holding(number)
+        if reader is None:
             raise IndexError(f"prompt {number} is not stored yet: {self.folder} is unfinished")
-        reader = self._reader(position)
         token_ids, log_probs = reader.tokens(number)
         found = reader.layer(number, self.layer)
         row = {key: value for key, value in reader.row(number).items() if key != "crc32" and not key.endswith("/crc32")}
@@ -145,18 +138,10 @@ class Results:
         Returns:
             A named tuple: S [n, R], V [n, R, D], Q [n, K, R], float32.
         """
-        if where is not None:
-            return chosen_stack(self.shards(), self._layer(layer), chooser(where, self.shards))
-        layer, layout, n = self._layer(layer), self.index.layout, len(self)
-        K, R, D = layout.outcomes, layout.rank, layout.widths[layer]
-        stack = Stack(*(np.empty((n, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
-        start = 0
-        for reader in self.shards():
-            part = reader.stack(layer)
-            for whole, piece in zip(stack, part, strict=True):
-                whole[start : start + len(piece)] = piece
-            start += len(part.S)
-        return stack
+        layer = self._layer(layer)
+        if where is None:
+            return stack_of_all(self.shards(), layer, self.index.layout, len(self))
+        return stack_of_chosen(self.shards(), layer, self.index.layout, chooser(where, self.shards))
 
     def mean(self, layer: str | None = None, where: Where = None) -> Float32:
         """The mean Fisher matrix over prompts: [D, D] float32, summed in float64.
@@ -174,13 +159,8 @@ class Results:
             UserError: unknown layer or column, a mask of the wrong length, or a damaged folder.
         """
         layer = self._layer(layer)
-        width = self.index.layout.widths[layer]
-        if not self.index.shards:
-            return np.full((width, width), np.nan, np.float32)
-        if where is None and (entry := self.index.files.get(MEAN_NAME)):
-            return read_mean(self.folder / MEAN_NAME, entry, layer, width, self._verify)
-        if where is None:
-            return sum_over_all(self.folder, self.index, layer, self._verify).mean().astype(np.float32)
+        if where is None or not self.index.shards:
+            return mean_of(self.folder, self.index, layer, self._verify)
         return self._mean(layer, chooser(where, self.shards)).astype(np.float32)
 
     def directions(self, rank: int = 10, *, layer: str | None = None, where: Where = None) -> algebra.Spectrum:
@@ -256,24 +236,16 @@ class Results:
 
     def table(self) -> pa.Table:
         """The prompts table as an Arrow table, from prompts.parquet or what an unfinished run's shards have of it."""
-        if entry := self.index.files.get(TABLE_NAME):
-            data = read_checked(self.folder / TABLE_NAME, entry.bytes, entry.sha256, self._verify)
-            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        schema = common_schema((reader.table.schema for reader in self.shards()), self.index.layout)
-        tables = [in_schema(reader.table, schema) for reader in self.shards()]
-        return pa.concat_tables(tables) if tables else schema.empty_table()
+        return table_of(self.folder, self.index, self._verify)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The contents of metadata.yaml; of an unfinished run, the same about what there is, without settings."""
-        if entry := self.index.files.get(METADATA_NAME):
-            path = self.folder / METADATA_NAME
-            return read_metadata(path, read_checked(path, entry.bytes, entry.sha256, self._verify))
-        return describe_run(self.index, self.shards(), {})
+        return metadata_of(self.folder, self.index, self._verify)
 
     def shards(self) -> Iterator[ShardReader]:
         """Readers of the shards, in order; each is closed when the next one comes, unless it is kept."""
-        return (ShardReader(self.folder, entry, self.index.layout, self._verify) for entry in self.index.shards)
+        return readers(self.folder, self.index, self._verify)
 
     def __repr__(self) -> str:
         layout, state = self.index.layout, "complete" if self.index.complete else "unfinished"
@@ -284,22 +256,8 @@ class Results:
             f"rank {layout.rank}, width {widths}, {layout.vectors_dtype}, {state})"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files stay behind when the object goes to another process.
-        return {**self.__dict__, "_open": OrderedDict()}
-
     def _layer(self, layer: str | None) -> str:
         layer = self.layer if layer is None else layer
         if layer not in self.index.layout.widths:
             raise UserError(f"{layer!r} was not hooked in {self.folder}; there is {', '.join(self.layers)}")
         return layer
-
-    def _reader(self, position: int) -> ShardReader:
-        if position not in self._open:
-            self._open[position] = ShardReader(
-                self.folder, self.index.shards[position], self.index.layout, self._verify
-            )
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(position)
-        return self._open[position]

@@ -1,15 +1,16 @@
 """`python -m fisher_vmap.run`: the main job, from settings to a results folder."""
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisher_vmap.config import RunOptions, Settings, load_command
+from fisher_vmap.command_line import start_logging, user_mistake
+from fisher_vmap.config import Settings, load_command
 from fisher_vmap.errors import UserError, WorkerError
+from fisher_vmap.run_options import RunOptions
 
 if TYPE_CHECKING:
     from fisher_vmap.pipeline import Summary
@@ -136,23 +137,6 @@ def tell(summary: "Summary", settings: Settings) -> None:
             Path(settings.output_dir, "metadata.yaml"),
         )
     log.info("results in %s", settings.output_dir)
-
-
-def start_logging() -> None:
-    """Our own lines on standard error; of the libraries only warnings, and none of their progress bars."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def user_mistake(error: UserError | WorkerError) -> int:
-    """Show a mistake as one line; returns exit code 2."""
-    print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where settings come from: the command line and a YAML file, and one clear line for whatever is wrong with them.
 
-The functions take the fields of the settings class, so nothing here names a setting.
+The functions take the settings class, or its fields, so nothing here names a setting.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import logging
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.setting_types import Expected
 
 _log = logging.getLogger(__name__)
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 _EPILOG = """\
 examples:
@@ -177,3 +180,33 @@ def explain(
         near = difflib.get_close_matches(given, get_args(field.annotation), n=1)
         line += f"did you mean {near[0]!r}? " if near else ""
     return line + (f"correct the flag --{name}" if name in flags else f"correct it in {file}")
+
+
+def load(
+    settings: type[SettingsT], options: type[OptionsT], argv: Sequence[str], working_directory: Path
+) -> tuple[SettingsT, OptionsT]:
+    """Make settings and options from a command line and a YAML file; flags beat the file, the file the defaults.
+
+    Args:
+        settings: their fields are flags and keys of the file.
+        options: their fields are flags alone.
+        argv: the command line's arguments.
+        working_directory: where `config.yaml` is looked for, and what a relative `--config` is relative to.
+
+    Raises:
+        UserError: an unknown name, a wrong value, or a file that cannot be read; one line.
+        SystemExit: with code 0, after `--help` was printed.
+    """
+    flags = read_flags(argv, settings.model_fields, options.model_fields)
+    for_this_process = {name: flags.pop(name) for name in options.model_fields if name in flags}
+    named = flags.pop("config", None)
+    file = Path(working_directory, "config.yaml" if named is None else named)
+    values: dict[str, Any] = {}
+    if named is not None or file.exists():
+        values = read_settings_file(file, settings.model_fields)
+        _log.info("settings read from %s", file)
+    try:
+        return settings(**(values | flags)), options(**for_this_process)
+    except ValidationError as error:
+        fields = {**settings.model_fields, **options.model_fields}
+        raise UserError(explain(error, fields, flags | for_this_process, values, file)) from error

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os.path
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fisher_vmap.conversations import Message, SkippedPrompt, extract_prompt
+from fisher_vmap.dataset_names import open_table
 from fisher_vmap.errors import UserError
-from fisher_vmap.local_files import SUFFIXES, check_suffix
-from fisher_vmap.tables import Table, table_of_files
+from fisher_vmap.tables import Table
 
 _log = logging.getLogger(__name__)
 
 # Where a prompt is looked for, in this order; "conversations" is ShareGPT's spelling of the first.
 PROMPT_COLUMNS = ("conversation", "messages", "conversations", "prompt", "instruction", "question", "text")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
-_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # to the `datasets` library these are not names of data sets
-_MISSPELT = {"lmsys/lm-sys-chat-1m": "lmsys/lmsys-chat-1m"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,36 +165,6 @@ def _prompt_column(table: Table, asked: str) -> str:
     )
 
 
-def _open_table(name: str, *, config: str | None, split: str, revision: str | None, shuffle_seed: int | None) -> Table:
-    path, exists = Path(name), os.path.exists(name)  # the function takes names that no path can have
-    if exists or path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
-        if not exists:
-            raise UserError(f"{name}: no such file or folder; correct dataset_name")
-        if revision is not None:
-            raise UserError(f"{name}: a local data set has no revisions; leave dataset_revision at none")
-        if path.is_dir():
-            from fisher_vmap.hf_datasets import open_folder  # the library takes half a second to import
-
-            return open_folder(path, config=config, split=split)
-        if not path.is_file():
-            raise UserError(f"{name}: neither a file nor a folder; correct dataset_name")
-        if config is not None or split != "train":
-            raise UserError(f"{name}: one file has no splits; leave dataset_config at none and dataset_split at train")
-        check_suffix(path)
-        return table_of_files(name, [path])
-    if name in _FORMATS or not _HUB_ID.fullmatch(name):
-        kinds = ", ".join(SUFFIXES)
-        raise UserError(
-            f"{name}: no data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a {kinds} file"
-        )
-    if name in _MISSPELT:
-        _log.info("dataset_name %s is taken for %s", name, _MISSPELT[name])
-        name = _MISSPELT[name]
-    from fisher_vmap.hf_datasets import open_hub
-
-    return open_hub(name, config=config, split=split, revision=revision, shuffle_seed=shuffle_seed)
-
-
 def read_prompts(
     dataset_name: str,
     *,
@@ -238,7 +201,7 @@ def read_prompts(
     Raises:
         UserError: the data set is missing, gated, empty or damaged, or has no such column, split or revision.
     """
-    table = _open_table(
+    table = open_table(
         dataset_name, config=dataset_config, split=dataset_split, revision=dataset_revision, shuffle_seed=shuffle_seed
     )
     column = _prompt_column(table, prompt_column)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fisher_vmap.command_line import start_logging, user_mistake
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.checking import check_sha256, damaged
 from fisher_vmap.storage.folding import running_sum, sum_is_sound
@@ -32,8 +33,8 @@ from fisher_vmap.storage.index import (
 )
 from fisher_vmap.storage.mean import is_ok, read_mean
 from fisher_vmap.storage.npz import npz_arrays
-from fisher_vmap.storage.products import readers
 from fisher_vmap.storage.reading import ShardReader, Stack
+from fisher_vmap.storage.shard_readers import readers
 from fisher_vmap.storage.table import common_schema, covered_mass, in_schema
 
 # Largest entry of V V^T - 1. A float16 number is off by up to 2^-11 of itself, a squared norm by twice that.
@@ -73,17 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             bad += _check_kl(arguments)
         except UserError as error:
-            print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            return user_mistake(error)
     print(f"{folder} is sound" if not bad else f"{folder}: {bad} checks failed")
     return 1 if bad else 0
 
 
 def _check_kl(arguments: argparse.Namespace) -> int:
     """Print how well the matrices predict, and draw it; returns the number of layers where they do not."""
-    from fisher_vmap.kl_verify import check_kl, plot_kl
+    from fisher_vmap.kl_outcome import plot_kl
+    from fisher_vmap.kl_verify import check_kl
     from fisher_vmap.results import open_results
-    from fisher_vmap.run import start_logging
 
     start_logging()
     if arguments.prompts < 1:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fisher_vmap.config import RunOptions, Settings
+from benchmarks.accuracy_page import page as accuracy_page
+from fisher_vmap.config import Settings
+from fisher_vmap.run_options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -21,6 +23,11 @@ def test_the_page_is_written_from_the_measured_numbers(name):
     spec.loader.exec_module(module)
     numbers = json.loads((DOCS / f"{name}.json").read_text("utf-8"))
     assert module.page(numbers) == (DOCS / f"{name}.md").read_text("utf-8")
+
+
+def test_the_page_of_accuracy_is_written_from_the_measured_numbers():
+    numbers = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text("utf-8"))
+    assert accuracy_page(numbers) == (DOCS / "accuracy.md").read_text("utf-8")
 
 
 def test_the_cluster_in_the_docs_is_one_that_ray_takes():

@@ -77,6 +77,7 @@ def test_any_other_token(inputs, tmp_path, capsys):
     table = results.to_pandas()
     assert table[f"{LAYER}/trace_full"].isna().all() and (table[f"{LAYER}/share_kept"] > 0.999).all()
     assert results.stack().Q.shape == (7, 7, 7)
+    assert results.stack(where=lambda row: False).Q.shape == (0, 7, 7)
     capsys.readouterr()
     assert verify([str(tmp_path / "out")]) == 0
 

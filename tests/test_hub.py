@@ -20,6 +20,7 @@ from fisher_vmap.hub import address
 from fisher_vmap.info import main as info
 from fisher_vmap.report.command import main as report
 from fisher_vmap.results import open_results
+from fisher_vmap.storage.writer import ResultsWriter
 from fisher_vmap.verify import main as verify
 
 SOURCE = "lmsys/lmsys-chat-1m"
@@ -56,7 +57,7 @@ class Hub:
         (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
 
     def upload_folder(
-        self, *, folder_path, allow_patterns, delete_patterns, repo_id, repo_type, revision, commit_message
+        self, *, folder_path, allow_patterns, repo_id, repo_type, revision, commit_message, delete_patterns=()
     ):
         target = self.root / repo_id
         for path in [p for p in target.rglob("*") if p.is_file()]:
@@ -157,6 +158,37 @@ def test_without_text_nothing_of_it_leaves(hub, results, capsys):
         "SECRET" not in (folder / "README.md").read_text() and "text is left out" in (folder / "README.md").read_text()
     )
     assert results.folder.joinpath("prompts.parquet").exists() and open_results(results.folder, check="full")
+
+
+PATHS = {
+    "model_path": "/home/ada/models/tiny",
+    "adapter_path": "../ada/adapter",
+    "dataset_name": "/home/ada/prompts.jsonl",
+    "output_dir": "/scratch/ada/out",
+    "prefill": "/no_think",
+    "hook_layer_name": ["m"],
+}
+
+
+@pytest.mark.parametrize("share_text", [True, False])
+def test_paths_of_this_machine_stay_here(hub, tmp_path, monkeypatch, caplog, share_text):
+    folder, layout = tmp_path / "out", folder_of(tmp_path, ON_HUB, monkeypatch).index.layout
+    (folder / "metadata.yaml").unlink()
+    writer = ResultsWriter.open(folder, layout=layout, shard_size=32, fingerprint=ON_HUB, settings=PATHS)
+    writer.finish(settings=PATHS, export_npz=False)
+    results = open_results(folder, check="full")
+    assert results.metadata["settings"] == results.index.settings == PATHS
+    with caplog.at_level(logging.INFO):
+        results.push_to_hub("me/fisher", share_text=share_text)
+    assert "model_path, adapter_path, dataset_name, output_dir, paths of this machine" in caplog.text
+    assert b"/ada" in bytes_of(results.folder) and b"/ada" not in bytes_of(hub.root)
+    assert "| `prefill` | `/no_think` |" in (hub.root / "me/fisher/README.md").read_text()  # no path
+    back = open_results("hf://datasets/me/fisher", check="full")
+    shared = PATHS | {"model_path": "tiny", "adapter_path": "adapter", "dataset_name": "prompts.jsonl",
+                      "output_dir": "out"}  # fmt: skip
+    assert back.metadata["settings"] == back.index.settings == shared
+    assert verify([str(hub.root / "me/fisher")]) == 0
+    assert open_results(results.folder, check="full").metadata["settings"] == PATHS
 
 
 @pytest.mark.parametrize("data", [None, "local sha256:12", "hub open/data commit:1 config:a split:b"])

@@ -11,7 +11,8 @@ from oracles import bias_added, log_probabilities
 
 from fisher_vmap import open_results
 from fisher_vmap.kl import measured_kl
-from fisher_vmap.kl_verify import PREDICTED, Directions, check_kl
+from fisher_vmap.kl_outcome import PREDICTED, Directions
+from fisher_vmap.kl_verify import check_kl
 from fisher_vmap.verify import main
 
 

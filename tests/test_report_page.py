@@ -19,7 +19,7 @@ from results_cases import (
 )
 
 from fisher_vmap.report.command import main
-from fisher_vmap.report.figures import short_names
+from fisher_vmap.report.distributions import short_names
 from fisher_vmap.report.page import render_page, sampling_notes
 from fisher_vmap.report.parts import log_axis, typed
 from fisher_vmap.report.similarity import compare_prompts

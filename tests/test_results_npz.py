@@ -20,7 +20,7 @@ from results_cases import (
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import open_results
 from fisher_vmap.storage import npz
-from fisher_vmap.storage.products import readers
+from fisher_vmap.storage.shard_readers import readers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

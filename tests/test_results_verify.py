@@ -18,8 +18,9 @@ from results_cases import (
 from fisher_vmap.storage.atomic import sha256_of
 from fisher_vmap.storage.index import FileEntry, read_index, write_index
 from fisher_vmap.storage.npz import write_npz
-from fisher_vmap.storage.products import readers, write_product, write_table
+from fisher_vmap.storage.products import write_product, write_table
 from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.storage.shard_readers import readers
 from fisher_vmap.verify import main
 
 NPZ = "fisher_matrices_compressed.npz"

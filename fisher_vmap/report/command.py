@@ -2,11 +2,11 @@
 
 import argparse
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fisher_vmap.command_line import user_mistake
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import open_results
 
@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in write_report(arguments):
             print(line)
     except UserError as error:
-        print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return user_mistake(error)
     return 0
 
 

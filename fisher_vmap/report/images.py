@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fisher_vmap.report.figures import LINES, UNIT, group_values, short_names
+from fisher_vmap.report.distributions import LINES, UNIT, short_names
+from fisher_vmap.report.prompt_maps import group_values
 from fisher_vmap.report.survey import LayerSurvey, Survey
 from fisher_vmap.storage.atomic import readable_write_errors, replacing
 

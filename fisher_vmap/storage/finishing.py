@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.storage.fingerprint import compare_fingerprints
 from fisher_vmap.storage.folder import remove_leftovers
 from fisher_vmap.storage.folding import fold
-from fisher_vmap.storage.index import Index, compare_fingerprints, read_index, write_index
+from fisher_vmap.storage.index import Index, read_index, write_index
 from fisher_vmap.storage.lock import folder_lock
 from fisher_vmap.storage.products import Save, is_whole, product_names, write_product
 

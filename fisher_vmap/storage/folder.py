@@ -6,13 +6,13 @@ from pathlib import Path
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import TEMPORARY_NAME, readable_write_errors, remove_stale_temporaries
 from fisher_vmap.storage.entries import SHARD_FOLDER
+from fisher_vmap.storage.fingerprint import compare_fingerprints
 from fisher_vmap.storage.index import (
     INDEX_NAME,
     MEAN_NAME,
     METADATA_NAME,
     TABLE_NAME,
     Index,
-    compare_fingerprints,
     is_index,
     read_index,
     sum_name,

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fisher_vmap.storage.entries import ShardEntry
+from fisher_vmap.storage.fingerprint import compare_fingerprints
 from fisher_vmap.storage.folding import fold
-from fisher_vmap.storage.index import INDEX_NAME, Index, compare_fingerprints, read_index, read_index_file, write_index
+from fisher_vmap.storage.index import INDEX_NAME, Index, read_index, read_index_file, write_index
 from fisher_vmap.storage.lock import folder_lock
 
 LAG = 8  # index.json may lag behind by one in so many shards

@@ -8,7 +8,8 @@ import yaml
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.atomic import replacing
-from fisher_vmap.storage.index import Index, plain_values
+from fisher_vmap.storage.fingerprint import plain_values
+from fisher_vmap.storage.index import Index
 from fisher_vmap.storage.reading import ShardReader
 
 

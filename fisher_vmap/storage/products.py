@@ -16,6 +16,7 @@ from fisher_vmap.storage.mean import RunningSum, add_shards, write_mean
 from fisher_vmap.storage.metadata import describe_run, write_metadata
 from fisher_vmap.storage.npz import write_npz
 from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.storage.shard_readers import readers
 from fisher_vmap.storage.table import common_schema, in_schema
 
 Save = Literal["both", "prompts", "mean"]
@@ -26,11 +27,6 @@ GROUP_SHARDS, GROUP_BYTES = 100, 8 * 2**20
 def wants_npz(export_npz: bool | Literal["auto"], save: Save, num_prompts: int) -> bool:
     """Whether a run writes the npz: what its setting says; auto: unless the mean alone is kept or the prompts many."""
     return (save != "mean" and num_prompts <= NPZ_PROMPTS) if export_npz == "auto" else export_npz
-
-
-def readers(folder: Path, index: Index, verify: bool = True) -> Iterator[ShardReader]:
-    """The shards of an index in order, each opened when its turn comes and not kept."""
-    return (ShardReader(folder, entry, index.layout, verify) for entry in index.shards)
 
 
 def product_names(index: Index, save: Save, export_npz: bool) -> list[str]:

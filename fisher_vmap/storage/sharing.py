@@ -1,18 +1,22 @@
-"""A copy of a results folder without the prompts' text, sound in itself: for sharing what may be shared."""
+"""What may be shared of a results folder, sound in itself: a copy without the prompts' text, or with other settings."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_vmap.storage.atomic import readable_write_errors, replacing, sha256_of
 from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry
-from fisher_vmap.storage.index import TABLE_NAME, FileEntry, Index, sum_name, write_index
-from fisher_vmap.storage.products import readers, write_table
+from fisher_vmap.storage.index import METADATA_NAME, TABLE_NAME, FileEntry, Index, sum_name, write_index
+from fisher_vmap.storage.metadata import write_metadata
+from fisher_vmap.storage.products import write_table
 from fisher_vmap.storage.reading import ShardReader
+from fisher_vmap.storage.shard_readers import readers
+from fisher_vmap.storage.summaries import metadata_of
 
 
 def copy_without_text(folder: Path, index: Index, target: Path) -> Index:
@@ -40,10 +44,41 @@ def copy_without_text(folder: Path, index: Index, target: Path) -> Index:
     copied = index.model_copy(update={"shards": shards, "layout": layout})
     if TABLE_NAME in index.files:
         write_table(target / TABLE_NAME, lambda: readers(target, copied), copied)
-        entry = FileEntry(sha256=sha256_of(target / TABLE_NAME), bytes=(target / TABLE_NAME).stat().st_size)
-        copied = copied.model_copy(update={"files": {**copied.files, TABLE_NAME: entry}})
+        copied = _with_file(copied, target / TABLE_NAME)
     write_index(target, copied)
     return copied
+
+
+def copy_descriptions(
+    folder: Path, index: Index, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Index:
+    """Write metadata.yaml and index.json, which hold a run's settings, with the settings changed; nothing else.
+
+    Args:
+        folder: the finished folder.
+        index: its index.
+        target: the folder that is made, for these two files alone.
+        change: gives the settings to write for those that were stored.
+
+    Returns:
+        The index that is written: of `folder`'s other files, and of the new metadata.yaml.
+
+    Raises:
+        UserError: metadata.yaml is damaged, or the files cannot be written.
+    """
+    metadata = metadata_of(folder, index)
+    with readable_write_errors(target):
+        target.mkdir(parents=True)
+    write_metadata(target / METADATA_NAME, {**metadata, "settings": change(metadata["settings"])})
+    settings = None if index.settings is None else change(index.settings)
+    written = _with_file(index.model_copy(update={"settings": settings}), target / METADATA_NAME)
+    write_index(target, written)
+    return written
+
+
+def _with_file(index: Index, path: Path) -> Index:
+    entry = FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)
+    return index.model_copy(update={"files": {**index.files, path.name: entry}})
 
 
 def _sums(index: Index) -> Iterator[str]:

@@ -10,25 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
-from fisher_vmap.storage.entries import SHARD_FOLDER, ShardEntry, read_entry, remove_entries
+from fisher_vmap.storage.beginning import begin_folder
+from fisher_vmap.storage.entries import ShardEntry, read_entry, remove_entries
+from fisher_vmap.storage.fingerprint import plain_values
 from fisher_vmap.storage.finishing import finish_folder
-from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
 from fisher_vmap.storage.folding import sum_is_sound
-from fisher_vmap.storage.index import (
-    Index,
-    compare_fingerprints,
-    plain_values,
-    read_index,
-    write_index,
-)
+from fisher_vmap.storage.index import Index, read_index
 from fisher_vmap.storage.ledger import Ledger
 from fisher_vmap.storage.lock import folder_lock
 from fisher_vmap.storage.products import Save
-from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.records import PromptResult, ShardLayout
 from fisher_vmap.storage.shards import stage_shard
-from fisher_vmap.storage.versions import installed_versions
+from fisher_vmap.storage.soundness import Soundness
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +40,7 @@ class ResultsWriter:
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder = folder
         self._ledger = Ledger(folder, index)
-        self._verified: set[ShardEntry] = set()  # compared with their SHA-256 by this process, or written by it
+        self._shards = Soundness(folder, index.layout)
 
     @property
     def index(self) -> Index:
@@ -92,36 +85,15 @@ class ResultsWriter:
                 else, its index is damaged, or it cannot be written.
         """
         folder = Path(folder)
-        layout.check()
-        fingerprint = plain_values(fingerprint)
-        inspect_folder(folder, fingerprint, overwrite)
-        with readable_write_errors(folder):
-            (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder):
-            # Looked at again, since another process may have begun the same run a moment ago.
-            index = inspect_folder(folder, fingerprint, overwrite)
-            if index is None:
-                index = Index(
-                    shard_size=shard_size,
-                    layout=layout,
-                    fingerprint=fingerprint,
-                    resolved=None if resolved is None else plain_values(resolved),
-                    versions=installed_versions(),
-                    settings=None if settings is None else plain_values(settings),
-                )
-                write_index(folder, index)
-            else:
-                compare_fingerprints(folder, _shape(index.shard_size, index.layout), _shape(shard_size, layout))
-                if settings is not None and plain_values(settings) != index.settings:
-                    index = index.model_copy(update={"settings": plain_values(settings)})
-                    write_index(folder, index)
-            if overwrite:
-                remove_leftovers(folder, index)
-            else:  # shards without an entry stay: a worker may have stored them a moment ago
-                with readable_write_errors(folder):
-                    remove_stale_temporaries(folder)
-                    remove_stale_temporaries(folder / SHARD_FOLDER)
-        _tell_versions(folder, index.versions)
+        index = begin_folder(
+            folder,
+            layout=layout,
+            shard_size=shard_size,
+            fingerprint=fingerprint,
+            resolved=resolved,
+            settings=settings,
+            overwrite=overwrite,
+        )
         writer = cls(folder, index)
         if resolved is not None:
             writer.settle(resolved)
@@ -169,7 +141,7 @@ class ResultsWriter:
         """
         self.refresh()
         mine = [entry for entry in self._ledger.listed.shards if among is None or among(entry.number)]
-        broken = {entry.number: entry for entry in mine if not self._is_sound(entry)}
+        broken = {entry.number: entry for entry in mine if not self._shards.is_sound(entry)}
         for entry in broken.values():
             logger.warning("%s in %s is damaged or missing, and is computed again", entry.file, self.folder)
         folded = self._ledger.listed.folded
@@ -203,7 +175,7 @@ class ResultsWriter:
         For runs that do not know their number of prompts beforehand; others ask `missing_shards` once.
         """
         entry = self._ledger.find(number) or read_entry(self.folder, number, self._ledger.listed.mark)
-        return entry is not None and entry.start == start and entry.stop >= stop and self._is_sound(entry)
+        return entry is not None and entry.start == start and entry.stop >= stop and self._shards.is_sound(entry)
 
     def add(self, number: int, results: Sequence[PromptResult]) -> ShardEntry:
         """Store a computed shard; afterwards it survives whatever happens to the process.
@@ -220,11 +192,11 @@ class ResultsWriter:
         with stage_shard(self.folder, number, results, self._ledger.listed.layout) as shard, folder_lock(self.folder):
             self._ledger.follow()
             listed = self._ledger.listed.find(number)
-            if listed is not None and listed.stop >= shard.entry.stop and self._reader(listed).is_there():
+            if listed is not None and listed.stop >= shard.entry.stop and self._shards.is_there(listed):
                 return listed
             entry = shard.commit(self.folder, self._ledger.listed.mark)
             if entry == shard.entry:
-                self._verified.add(entry)
+                self._shards.know([entry])
             self._count([entry])
             return entry
 
@@ -236,7 +208,7 @@ class ResultsWriter:
         """
         added = list(entries)
         for entry in added:
-            self._reader(entry).check_sizes()
+            self._shards.check_sizes(entry)
         with folder_lock(self.folder):
             self._ledger.follow()
             self._count(added)
@@ -268,27 +240,4 @@ class ResultsWriter:
         self._ledger.count(entries)
         index = self._ledger.listed
         if index.folded > folded:  # what was folded was read, and compared with its checksums
-            self._verified.update(index.shards[: index.folded])
-
-    def _is_sound(self, entry: ShardEntry) -> bool:
-        reader = self._reader(entry)
-        if entry in self._verified:
-            return reader.is_there()
-        sound = reader.is_sound()
-        if sound:
-            self._verified.add(entry)
-        return sound
-
-    def _reader(self, entry: ShardEntry) -> ShardReader:
-        return ShardReader(self.folder, entry, self._ledger.listed.layout)
-
-
-def _shape(shard_size: int, layout: ShardLayout) -> dict[str, Any]:
-    shape = layout.model_dump()
-    return {"shard_size": shard_size, "save": "mean" if shape.pop("means_only") else "both or prompts", **shape}
-
-
-def _tell_versions(folder: Path, stored: dict[str, str]) -> None:
-    here = installed_versions()
-    if other := [f"{name} {stored[name]} (now {here.get(name)})" for name in stored if here.get(name) != stored[name]]:
-        logger.warning("%s was begun with %s: numbers may differ in their last digits", folder, ", ".join(other))
+            self._shards.know(index.shards[: index.folded])

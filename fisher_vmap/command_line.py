@@ -1,0 +1,55 @@
+"""What the commands have in common: what they log, how a mistake is told, and those that take a folder and no more."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from fisher_vmap.errors import UserError, WorkerError
+
+
+def start_logging() -> None:
+    """Our own lines on standard error; of the libraries only warnings, and none of their progress bars."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("fisher_vmap").setLevel(logging.INFO)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def user_mistake(error: UserError | WorkerError) -> int:
+    """Show a mistake as one line; returns exit code 2."""
+    print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def folder_command(
+    name: str, description: str, lines_of: Callable[[Path], Iterable[str]], argv: Sequence[str] | None
+) -> int:
+    """A command whose only argument is a results folder.
+
+    Args:
+        name: of its module.
+        description: for --help.
+        lines_of: does the work, and gives the lines that are printed.
+        argv: the command line's arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake of the user's.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m fisher_vmap.{name}",
+        description=description,
+        epilog=f"example: python -m fisher_vmap.{name} fisher_results",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    folder: Path = parser.parse_args(argv).folder
+    try:
+        print("\n".join(lines_of(folder)))
+    except UserError as error:
+        return user_mistake(error)
+    return 0
