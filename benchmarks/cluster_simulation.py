@@ -20,10 +20,10 @@ import psutil
 
 from benchmarks.sleeping_worker import LAYOUT, SHARD_SIZE, SleepingWorker
 from benchmarks.timing import machine
-from fisher_vmap.cluster import drive
 from fisher_vmap.engines.ray import Pool, RayEngine, connected
 from fisher_vmap.storage.index import read_index_file
 from fisher_vmap.storage.writer import ResultsWriter
+from fisher_vmap.workers.cluster import drive
 
 MEASURED_S = 8.4  # a shard of 32 of the demo's prompts on two CPU cores: 3.8 prompts a second
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_vmap.devices import choose_device
+from fisher_vmap.loading.devices import choose_device
 from fisher_vmap.models import load_model
 
 FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight filled with this period are equal

@@ -15,9 +15,9 @@ import torch
 from fisher_vmap import open_results, steer
 from fisher_vmap.demo import demo_model, most_torn
 from fisher_vmap.demo import main as run_demo
-from fisher_vmap.kl import measured_kl
 from fisher_vmap.models import load_model
-from fisher_vmap.tokens import Renderer
+from fisher_vmap.prompts.tokens import Renderer
+from fisher_vmap.verification.kl import measured_kl
 
 HERE = Path(__file__).parent
 LAYER = "model.layers.15"

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from fisher_vmap import open_results, steer
-from fisher_vmap.blocks import output_of
-from fisher_vmap.command_line import start_logging
+from fisher_vmap.anatomy.blocks import output_of
 from fisher_vmap.config import Settings
 from fisher_vmap.demo import PROMPTS, demo_model
 from fisher_vmap.models import load_model
+from fisher_vmap.prompts.tokens import Renderer
 from fisher_vmap.run import run
-from fisher_vmap.tokens import Renderer
+from fisher_vmap.settings.command_line import start_logging
 
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir(), "fisher_vmap-study")  # the results stay here: a run that was stopped carries on

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fisher_vmap.attention_blocks import AttentionKind, keys_seen, probabilities, query_blocks
-from fisher_vmap.attention_push import AttentionPushforward
-from fisher_vmap.pointwise import softmax_pullback
-from fisher_vmap.pullback import Derived, Pullback, cotangent_dim
-from fisher_vmap.ragged import Group
-from fisher_vmap.scratch import Scratch
+from fisher_vmap.pullbacks.attention_blocks import AttentionKind, keys_seen, probabilities, query_blocks
+from fisher_vmap.pullbacks.attention_push import AttentionPushforward
+from fisher_vmap.pullbacks.pointwise import softmax_pullback
+from fisher_vmap.pullbacks.pullback import Derived, Pullback, cotangent_dim
+from fisher_vmap.pullbacks.ragged import Group
+from fisher_vmap.pullbacks.scratch import Scratch
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fisher_vmap.run_options import RunOptions
-from fisher_vmap.setting_types import (
+from fisher_vmap.settings.run_options import RunOptions
+from fisher_vmap.settings.setting_types import (
     AllOrCount,
     AutoOrCount,
     AutoOrCountFromZero,
@@ -38,7 +38,7 @@ from fisher_vmap.setting_types import (
     Seed,
     TrueOrFalse,
 )
-from fisher_vmap.settings_input import load, written
+from fisher_vmap.settings.settings_input import load, written
 
 
 def _setting(default: Any, description: str) -> Any:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fisher_vmap.command_line import start_logging, user_mistake
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
-from fisher_vmap.kl import measured_kl
 from fisher_vmap.models import Loaded, load_model
+from fisher_vmap.prompts.tokens import Renderer
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.run import run
+from fisher_vmap.settings.command_line import start_logging, user_mistake
 from fisher_vmap.storage.prompt_record import PromptRecord
-from fisher_vmap.tokens import Renderer
+from fisher_vmap.verification.kl import measured_kl
 
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 LAYER = "model.layers.15"

@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.layers import resolve_layers
+from fisher_vmap.anatomy.layout import Layout, lay_out, select
+from fisher_vmap.anatomy.recording import StructureChanged
+from fisher_vmap.anatomy.rotary import batches_apart, join_prompts
+from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.decomposition import float64_device
 from fisher_vmap.head import Reading
 from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fall_back, prompt_seeds
-from fisher_vmap.layers import resolve_layers
-from fisher_vmap.layout import Layout, lay_out, select
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
-from fisher_vmap.positions import Summed
-from fisher_vmap.probe import probe, undisturbed
-from fisher_vmap.recording import StructureChanged
-from fisher_vmap.rotary import batches_apart, join_prompts
+from fisher_vmap.proofs.probe import probe, undisturbed
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper import Upper
-from fisher_vmap.wrappers import names_inside, unwrapped
+from fisher_vmap.upper_network.positions import Summed
 
 START_ITERATIONS = 1  # of the subspace iteration for C's leading eigenvectors
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisher_vmap.command_line import user_mistake
-from fisher_vmap.control_vectors import save_control_vector, save_directions
 from fisher_vmap.errors import UserError
 from fisher_vmap.hub import HUB, push_to_hub
 from fisher_vmap.results import Results, open_results
+from fisher_vmap.settings.command_line import user_mistake
+from fisher_vmap.sharing.control_vectors import save_control_vector, save_directions
 from fisher_vmap.storage.npz import write_npz
 from fisher_vmap.storage.selection import Where
 

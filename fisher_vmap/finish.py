@@ -4,8 +4,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fisher_vmap.command_line import folder_command
 from fisher_vmap.errors import UserError
+from fisher_vmap.settings.command_line import folder_command
 from fisher_vmap.storage.finishing import finish_folder
 from fisher_vmap.storage.index import Index, read_index
 from fisher_vmap.storage.products import wants_npz

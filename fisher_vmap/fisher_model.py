@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.batches import batch_tokens_for
-from fisher_vmap.conversations import SkippedPrompt
+from fisher_vmap.anatomy.layers import resolve_layers
+from fisher_vmap.anatomy.layout import lay_out
+from fisher_vmap.anatomy.placement import input_device
+from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
 from fisher_vmap.estimators import Estimate, fisher_full, topk
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
 from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
-from fisher_vmap.layers import resolve_layers
-from fisher_vmap.layout import lay_out
 from fisher_vmap.linearized import LinearizedNetwork, linearize
-from fisher_vmap.pieces import Pieces
-from fisher_vmap.placement import input_device
-from fisher_vmap.probe import layer_widths, probe, undisturbed
-from fisher_vmap.prompt_numbers import PromptNumbers, numbers_of
-from fisher_vmap.prompt_windows import in_windows
+from fisher_vmap.prompts.batches import batch_tokens_for
+from fisher_vmap.prompts.conversations import SkippedPrompt
+from fisher_vmap.prompts.pieces import Pieces
+from fisher_vmap.prompts.prompt_numbers import PromptNumbers, numbers_of
+from fisher_vmap.prompts.prompt_windows import in_windows
+from fisher_vmap.prompts.tokens import Renderer
+from fisher_vmap.proofs.probe import layer_widths, probe, undisturbed
 from fisher_vmap.scores import Scores
-from fisher_vmap.tokens import Renderer
-from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
 
 TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fisher_vmap.pieces import Pieces
-from fisher_vmap.prompt_numbers import PromptNumbers
+from fisher_vmap.prompts.pieces import Pieces
+from fisher_vmap.prompts.prompt_numbers import PromptNumbers
+from fisher_vmap.prompts.tokens import TokenizedPrompt
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.records import LayerResult
 from fisher_vmap.storage.table import covered_mass, how_good
-from fisher_vmap.tokens import TokenizedPrompt
 
 
 @dataclass(frozen=True)

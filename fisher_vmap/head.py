@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from fisher_vmap.placement import weights_at_hand
+from fisher_vmap.anatomy.placement import weights_at_hand
 
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fisher_vmap.data_card import data_card
 from fisher_vmap.errors import UserError
-from fisher_vmap.local_paths import is_local_path, without_local_paths
+from fisher_vmap.sharing.data_card import data_card
+from fisher_vmap.sharing.local_paths import is_local_path, without_local_paths
 from fisher_vmap.storage.entries import SHARD_FOLDER
 from fisher_vmap.storage.index import INDEX_NAME, METADATA_NAME, Index, sum_name
 from fisher_vmap.storage.sharing import copy_descriptions, copy_without_text

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Iterator, Sequence
 
-from fisher_vmap.command_line import folder_command
 from fisher_vmap.config import Settings
+from fisher_vmap.planning.sizes import readable
 from fisher_vmap.results import Results, open_results
-from fisher_vmap.sizes import readable
+from fisher_vmap.settings.command_line import folder_command
 from fisher_vmap.storage.index import sum_name
 
 SHOWN = 5  # failed and skipped prompts, of each

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.attention_interface import attention_set_to
-from fisher_vmap.choice import KERNELS, choose_forms, run_form
-from fisher_vmap.layers import resolve_layers
-from fisher_vmap.layout import Layout, lay_out
+from fisher_vmap.anatomy.layers import resolve_layers
+from fisher_vmap.anatomy.layout import Layout, lay_out
+from fisher_vmap.anatomy.placement import input_device
+from fisher_vmap.anatomy.recording import StructureChanged
+from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted
-from fisher_vmap.placement import input_device
-from fisher_vmap.pointwise import compiled
-from fisher_vmap.positions import position_mask
-from fisher_vmap.probe import Probe, probe, undisturbed
-from fisher_vmap.recording import StructureChanged
+from fisher_vmap.proofs.choice import KERNELS, choose_forms, run_form
+from fisher_vmap.proofs.probe import Probe, probe, undisturbed
+from fisher_vmap.pullbacks.attention_interface import attention_set_to
+from fisher_vmap.pullbacks.pointwise import compiled
 from fisher_vmap.scores import Scores
-from fisher_vmap.wrappers import names_inside, unwrapped
+from fisher_vmap.upper_network.positions import position_mask
 
 log = logging.getLogger(__name__)
 

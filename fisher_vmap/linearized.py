@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.choice import budget_of, choose_forms
-from fisher_vmap.layout import Layout
-from fisher_vmap.memory import is_out_of_memory
+from fisher_vmap.anatomy.layout import Layout
+from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.anatomy.recording import StructureChanged
+from fisher_vmap.anatomy.rotary import batches_apart
 from fisher_vmap.metric import Metric, metric
-from fisher_vmap.probe import Probe, excerpt
-from fisher_vmap.recording import StructureChanged
-from fisher_vmap.rotary import batches_apart
+from fisher_vmap.proofs.choice import budget_of, choose_forms
+from fisher_vmap.proofs.probe import Probe, excerpt
 from fisher_vmap.upper import Choices, Upper, open_upper
 
 PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fisher_vmap.adapters import Base, adapter_files, base_of, find_adapter, with_adapter
-from fisher_vmap.causal_lm import refuse_foresight, refuse_other_kinds
-from fisher_vmap.devices import choose_device, placement_options, places_of
 from fisher_vmap.errors import UserError
-from fisher_vmap.loading import explained, quiet_progress
-from fisher_vmap.model_files import hashed, tokenizer_files
-from fisher_vmap.model_source import source_of_model, without_adapter_inside
-from fisher_vmap.quantized import CannotDifferentiate, quantized_linears, unpack
+from fisher_vmap.loading.adapters import Base, adapter_files, base_of, find_adapter, with_adapter
+from fisher_vmap.loading.causal_lm import refuse_foresight, refuse_other_kinds
+from fisher_vmap.loading.devices import choose_device, placement_options, places_of
+from fisher_vmap.loading.loader_errors import explained, quiet_progress
+from fisher_vmap.loading.model_files import hashed, tokenizer_files
+from fisher_vmap.loading.model_source import source_of_model, without_adapter_inside
+from fisher_vmap.pullbacks.quantized import CannotDifferentiate, quantized_linears, unpack
 
 log = logging.getLogger(__name__)
 

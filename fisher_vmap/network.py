@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.fused_block import Rules, pullback_by_rule
-from fisher_vmap.placement import weights_at_hand
-from fisher_vmap.recording import BlockCall, Recording, check_primal
-from fisher_vmap.scratch import Scratch
+from fisher_vmap.anatomy.placement import weights_at_hand
+from fisher_vmap.anatomy.recording import BlockCall, Recording, check_primal
+from fisher_vmap.pullbacks.fused_block import Rules, pullback_by_rule
+from fisher_vmap.pullbacks.scratch import Scratch
 
 # Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
 # prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fisher_vmap.compute import Progress, compute_shard
 from fisher_vmap.config import Settings
 from fisher_vmap.engines.local import Share, run_items
-from fisher_vmap.opening import Run
-from fisher_vmap.overlap import ahead, behind
+from fisher_vmap.running.compute import Progress, compute_shard
+from fisher_vmap.running.opening import Run
+from fisher_vmap.running.overlap import ahead, behind
 from fisher_vmap.storage.index import TABLE_NAME
 from fisher_vmap.storage.products import wants_npz
 from fisher_vmap.storage.records import PromptResult

@@ -13,16 +13,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from fisher_vmap.batches import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
 from fisher_vmap.config import Settings
 from fisher_vmap.fisher_model import TRACE_SAMPLES
-from fisher_vmap.flops import Work, unavoidable
-from fisher_vmap.from_settings import check_save, layout_of, make_renderer, model_of, open_model, source_of
 from fisher_vmap.models import Loaded
-from fisher_vmap.pieces import Pieces
-from fisher_vmap.plan_sample import Sample, TableBytes, sample_of, table_bytes
-from fisher_vmap.sizes import readable
-from fisher_vmap.skeleton import Skeleton, skeleton_of
+from fisher_vmap.planning.flops import Work, unavoidable
+from fisher_vmap.planning.plan_sample import Sample, TableBytes, sample_of, table_bytes
+from fisher_vmap.planning.sizes import readable
+from fisher_vmap.planning.skeleton import Skeleton, skeleton_of
+from fisher_vmap.prompts.batches import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.prompts.pieces import Pieces
+from fisher_vmap.running.from_settings import check_save, layout_of, make_renderer, model_of, open_model, source_of
 from fisher_vmap.storage.npz import npz_size
 from fisher_vmap.storage.products import Save, wants_npz
 from fisher_vmap.storage.records import ShardLayout

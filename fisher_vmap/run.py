@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisher_vmap.command_line import start_logging, user_mistake
 from fisher_vmap.config import Settings, load_command
 from fisher_vmap.errors import UserError, WorkerError
-from fisher_vmap.run_options import RunOptions
+from fisher_vmap.settings.command_line import start_logging, user_mistake
+from fisher_vmap.settings.run_options import RunOptions
 
 if TYPE_CHECKING:
     from fisher_vmap.pipeline import Summary
@@ -85,15 +85,15 @@ def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
         require_ray()
 
     from fisher_vmap.engines.local import Share
-    from fisher_vmap.from_settings import check_save, model_of, source_of
-    from fisher_vmap.opening import open_run
     from fisher_vmap.pipeline import run_prompts, shard_numbers
-    from fisher_vmap.progress import bar
+    from fisher_vmap.running.from_settings import check_save, model_of, source_of
+    from fisher_vmap.running.opening import open_run
+    from fisher_vmap.running.progress import bar
 
     check_save(settings)
     source = source_of(settings)
     if settings.engine == "ray":
-        from fisher_vmap.cluster import run_on_ray
+        from fisher_vmap.workers.cluster import run_on_ray
 
         summary = run_on_ray(settings, source, bar)
     else:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from fisher_vmap.arrivals import residual_norm, unit_rows
-from fisher_vmap.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.forms import rows_and_head
-from fisher_vmap.forward import record_forward
+from fisher_vmap.anatomy.layers import hooked
+from fisher_vmap.anatomy.layout import Layout, pack_rows
+from fisher_vmap.anatomy.old_functions import modernised
+from fisher_vmap.anatomy.placement import weights_at_hand
+from fisher_vmap.anatomy.rotary import forget_lengths
 from fisher_vmap.head import Head
-from fisher_vmap.layers import hooked
-from fisher_vmap.layout import Layout, pack_rows
 from fisher_vmap.network import Arrived
-from fisher_vmap.old_functions import modernised
-from fisher_vmap.passage import pullback_layers, pushforward_layer
-from fisher_vmap.placement import weights_at_hand
-from fisher_vmap.pointwise import compiled
-from fisher_vmap.positions import Summed, position_mask, sum_positions
-from fisher_vmap.probe import Probe, undisturbed
-from fisher_vmap.rotary import forget_lengths
-from fisher_vmap.whole import hooked_outputs, pullback_whole, with_biases, zero_biases
+from fisher_vmap.proofs.probe import Probe, undisturbed
+from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
+from fisher_vmap.pullbacks.pointwise import compiled
+from fisher_vmap.upper_network.arrivals import residual_norm, unit_rows
+from fisher_vmap.upper_network.forms import rows_and_head
+from fisher_vmap.upper_network.forward import record_forward
+from fisher_vmap.upper_network.passage import pullback_layers, pushforward_layer
+from fisher_vmap.upper_network.positions import Summed, position_mask, sum_positions
+from fisher_vmap.upper_network.whole import hooked_outputs, pullback_whole, with_biases, zero_biases
 
 
 class Choices(NamedTuple):

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_vmap.command_line import start_logging, user_mistake
 from fisher_vmap.errors import UserError
+from fisher_vmap.settings.command_line import start_logging, user_mistake
 from fisher_vmap.storage.checking import check_sha256, damaged
 from fisher_vmap.storage.folding import running_sum, sum_is_sound
 from fisher_vmap.storage.index import (
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_kl(arguments: argparse.Namespace) -> int:
     """Print how well the matrices predict, and draw it; returns the number of layers where they do not."""
-    from fisher_vmap.kl_outcome import plot_kl
-    from fisher_vmap.kl_verify import check_kl
     from fisher_vmap.results import open_results
+    from fisher_vmap.verification.kl_outcome import plot_kl
+    from fisher_vmap.verification.kl_verify import check_kl
 
     start_logging()
     if arguments.prompts < 1:

@@ -5,9 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
-from fisher_vmap import cluster
-from fisher_vmap.member import ShardWorker
 from fisher_vmap.run import main
+from fisher_vmap.workers import cluster
+from fisher_vmap.workers.member import ShardWorker
 
 
 class Throwing(ShardWorker):

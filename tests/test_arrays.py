@@ -115,7 +115,7 @@ def test_the_mean_alone_from_several_processes(model, data, alone, tmp_path, mon
 
 
 def test_prompts_whose_number_is_known_at_the_end_alone(model, data, alone, tmp_path, monkeypatch):
-    from fisher_vmap.sources import PromptSource
+    from fisher_vmap.prompts.sources import PromptSource
 
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
     for shards in ("2/2", "1/2"):
@@ -128,7 +128,7 @@ def test_the_choices_of_the_process_that_came_first_hold(model, data, tmp_path, 
     assert share(model, data, out, "1/2") == 0
     first = open_results(out, allow_incomplete=True).index.resolved
     # As if the folder had been begun since it was looked at, on a machine with other choices.
-    monkeypatch.setattr("fisher_vmap.opening.inspect_folder", lambda *args: None)
+    monkeypatch.setattr("fisher_vmap.running.opening.inspect_folder", lambda *args: None)
     monkeypatch.setattr("fisher_vmap.fisher_model.batch_tokens_for", lambda *args: 17)
     try:
         torch.set_num_threads(threads + 1)

@@ -9,11 +9,12 @@ from oracles import plain_scores, relative, softmax_attention
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from fisher_vmap import attention_blocks, fisher_scores
+from fisher_vmap import fisher_scores
+from fisher_vmap.anatomy.layout import lay_out, pack_rows
 from fisher_vmap.attention import attention
-from fisher_vmap.attention_blocks import AttentionKind
-from fisher_vmap.attention_interface import _attention_forward, prompts_packed
-from fisher_vmap.layout import lay_out, pack_rows
+from fisher_vmap.pullbacks import attention_blocks
+from fisher_vmap.pullbacks.attention_blocks import AttentionKind
+from fisher_vmap.pullbacks.attention_interface import _attention_forward, prompts_packed
 
 B, E, EV, K = 2, 6, 5, 4
 SCALE = 0.37  # not E ** -0.5: a scale that is forgotten shows

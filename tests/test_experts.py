@@ -6,7 +6,7 @@ from models import draw, padded, prompts
 from oracles import plain_scores, relative
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from fisher_vmap.experts import experts_apart
+from fisher_vmap.anatomy.experts import experts_apart
 from fisher_vmap.kernel import fisher_scores
 
 SIZES = {

@@ -23,7 +23,7 @@ from models import fresh
 
 from fisher_vmap import open_results
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.prompt_numbers import PromptNumbers
+from fisher_vmap.prompts.prompt_numbers import PromptNumbers
 from fisher_vmap.verify import main as verify
 
 resource = pytest.importorskip("resource", reason="needs a limit of the operating system's")

@@ -8,7 +8,7 @@ from oracles import plain_scores, relative
 from toys import ToyLM
 
 from fisher_vmap import FisherModel, compress, fisher_scores
-from fisher_vmap.probe import _PROBES
+from fisher_vmap.proofs.probe import _PROBES
 
 LENGTHS = (7, 1, 12, 3)
 WORDS = [f"w{i}" for i in range(99)]

@@ -16,7 +16,7 @@ RUN = """
 import resource, sys
 import numpy as np
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.prompt_numbers import PromptNumbers
+from fisher_vmap.prompts.prompt_numbers import PromptNumbers
 from fisher_vmap.run import main
 from fisher_vmap.storage.records import LayerResult
 

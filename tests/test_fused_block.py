@@ -5,10 +5,10 @@ import torch
 from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
-from fisher_vmap import fused_block, scratch
-from fisher_vmap.block_rule import BlockRule
 from fisher_vmap.kernel import fisher_scores
-from fisher_vmap.probe import _PROBES
+from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.pullbacks import fused_block, scratch
+from fisher_vmap.pullbacks.block_rule import BlockRule
 
 LENGTHS = (5, 1, 9, 14)
 OPEN_WINDOW = {"sliding_window": None}
@@ -185,7 +185,7 @@ def test_an_error_on_the_way_leaves_no_module_changed(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_vmap.arrivals.Collected.add", fail)
+    monkeypatch.setattr("fisher_vmap.upper_network.arrivals.Collected.add", fail)
     with pytest.raises(KeyboardInterrupt) as held:
         fisher_scores(model, torch.arange(12).view(2, 6), layers=[0], top_k=2)
     assert not any("forward" in vars(module) for module in model.modules())

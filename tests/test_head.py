@@ -9,7 +9,7 @@ from toys import ToyLM
 
 from fisher_vmap import fisher_scores, head
 from fisher_vmap.head import LogitsHead, Phi, Reading, UnembeddingHead, likeliest
-from fisher_vmap.probe import _PROBES
+from fisher_vmap.proofs.probe import _PROBES
 
 LENGTHS = (7, 1, 12, 3)
 

@@ -17,12 +17,17 @@ CORE = (
     "estimators",
     "quality",
 )  # these and all that they import are the maths
-BRIDGE = "attention_interface"  # the only one of them that may know transformers, and only when it is used
+BRIDGE = "pullbacks.attention_interface"  # the only one of them that may know transformers, and only when it is used
 
 
 def run(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def path_of(module: str) -> Path:
+    """The file of a module of the package, by its dotted name, with or without the package's."""
+    return PACKAGE.joinpath(*module.removeprefix("fisher_vmap.").split(".")).with_suffix(".py")
 
 
 def imported(path: Path, *, at_top_only: bool = False) -> set[str]:
@@ -36,8 +41,8 @@ def imported(path: Path, *, at_top_only: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
             base = node.module or ""
-            submodules = {f"{base}.{a.name}" for a in node.names if (PACKAGE / f"{a.name}.py").exists()}
-            found |= submodules if base == "fisher_vmap" and submodules else {base}
+            submodules = {f"{base}.{a.name}" for a in node.names if path_of(f"{base}.{a.name}").exists()}
+            found |= submodules or {base}
         if at_top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if at_top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -96,7 +101,7 @@ def maths() -> set[str]:
         name = stack.pop()
         if name not in reached:
             reached.add(name)
-            lower = (module.partition(".") for module in imported(PACKAGE / f"{name}.py"))
+            lower = (module.partition(".") for module in imported(path_of(name)))
             stack += [rest for root, _, rest in lower if root == "fisher_vmap" and rest]
     return reached
 
@@ -104,17 +109,19 @@ def maths() -> set[str]:
 @pytest.mark.parametrize("name", sorted(maths()))
 def test_maths_imports_only_torch_and_maths(name):
     allowed = {"fisher_vmap", "torch"} | ({"transformers"} if name == BRIDGE else set())
-    roots = {module.partition(".")[0] for module in imported(PACKAGE / f"{name}.py")}
+    roots = {module.partition(".")[0] for module in imported(path_of(name))}
     assert roots - sys.stdlib_module_names <= allowed
 
 
 def test_the_maths_is_what_the_design_says():
-    assert {"attention", "head", "network", "proof", "probe", BRIDGE} <= maths()
-    assert not {"config", "models", "tokens", "sources", "results", "pipeline", "run", "fisher_model"} & maths()
+    assert {"attention", "head", "network", "proofs.proof", "proofs.probe", BRIDGE} <= maths()
+    folders = {name.partition(".")[0] for name in maths() if "." in name}
+    assert folders == {"anatomy", "pullbacks", "upper_network", "proofs"}
+    assert not {"config", "models", "results", "pipeline", "run", "fisher_model"} & maths()
 
 
 def test_the_bridge_imports_transformers_only_when_it_is_used():
-    assert not any(m.startswith("transformers") for m in imported(PACKAGE / f"{BRIDGE}.py", at_top_only=True))
+    assert not any(m.startswith("transformers") for m in imported(path_of(BRIDGE), at_top_only=True))
 
 
 def test_imports_point_downward():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import ToyLM
 
 from fisher_vmap import fisher_scores
-from fisher_vmap.probe import _PROBES
+from fisher_vmap.proofs.probe import _PROBES
 
 KERNELS = ("auto", "layerwise", "whole", "loop")
 LENGTHS = (7, 1, 12, 3)  # the shortest and the longest are neither first nor last

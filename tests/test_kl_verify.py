@@ -10,9 +10,9 @@ from models import block, fresh, prompts, tiny
 from oracles import bias_added, log_probabilities
 
 from fisher_vmap import open_results
-from fisher_vmap.kl import measured_kl
-from fisher_vmap.kl_outcome import PREDICTED, Directions
-from fisher_vmap.kl_verify import check_kl
+from fisher_vmap.verification.kl import measured_kl
+from fisher_vmap.verification.kl_outcome import PREDICTED, Directions
+from fisher_vmap.verification.kl_verify import check_kl
 from fisher_vmap.verify import main
 
 

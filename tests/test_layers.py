@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from toys import ToyBlock, ToyLM
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.layers import decoder_blocks, layers_of, resolve_layers
-from fisher_vmap.streams import Place, place_of
+from fisher_vmap.anatomy.layers import decoder_blocks, layers_of, resolve_layers
+from fisher_vmap.anatomy.streams import Place, place_of
 
 LENGTHS = (6, 2, 9)
 

@@ -142,7 +142,7 @@ def test_a_gguf_file_on_the_hub_is_owner_name_and_file(tmp_path, monkeypatch):
         asked.append((repository, name, revision))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("fisher_vmap.model_source.hf_hub_download", download)
+    monkeypatch.setattr("fisher_vmap.loading.model_source.hf_hub_download", download)
     agrees(run("owner/name/file.gguf", tmp_path, model_revision="v2"), oracle, 2e-4)
     assert asked == [("owner/name", "file.gguf", "v2")]
 

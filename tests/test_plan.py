@@ -7,14 +7,15 @@ import transformers
 from command_cases import VOCABULARY, arguments, run_here, save_model, texts, write_prompts
 from models import FAMILIES, fresh, tiny
 
-from fisher_vmap import open_results, plan_sample
+from fisher_vmap import open_results
+from fisher_vmap.anatomy.layers import decoder_blocks, resolve_layers
 from fisher_vmap.config import load_settings
-from fisher_vmap.flops import Work, unavoidable
-from fisher_vmap.layers import decoder_blocks, resolve_layers
 from fisher_vmap.plan import plan, planned, readable
-from fisher_vmap.probe import layer_widths
+from fisher_vmap.planning import plan_sample
+from fisher_vmap.planning.flops import Work, unavoidable
+from fisher_vmap.planning.skeleton import skeleton_of
+from fisher_vmap.proofs.probe import layer_widths
 from fisher_vmap.run import main
-from fisher_vmap.skeleton import skeleton_of
 
 PROMPTS = [*texts(61), "", "x" * 300]
 
@@ -109,7 +110,7 @@ def test_a_sample_of_many_prompts(model, data, monkeypatch):
 
 
 def test_a_stream_whose_end_is_not_known(model, data, monkeypatch):
-    from fisher_vmap.sources import PromptSource
+    from fisher_vmap.prompts.sources import PromptSource
 
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
     settings = settings_of(model, data)

@@ -10,9 +10,10 @@ import torch
 from models import block, padded, prompts, tiny
 from oracles import plain_scores, relative
 
-from fisher_vmap import FisherModel, fisher_full, fisher_scores, pointwise
-from fisher_vmap.compiling import worth_compiling
-from fisher_vmap.scratch import Scratch
+from fisher_vmap import FisherModel, fisher_full, fisher_scores
+from fisher_vmap.pullbacks import pointwise
+from fisher_vmap.pullbacks.scratch import Scratch
+from fisher_vmap.running.compiling import worth_compiling
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
@@ -111,7 +112,7 @@ def test_the_other_ways_in_compile_as_well():
 def test_without_a_compiler_one_line_says_so(tmp_path):
     code = (
         "import torch\n"
-        "from fisher_vmap.pointwise import compiled\n"
+        "from fisher_vmap.pullbacks.pointwise import compiled\n"
         "try:\n"
         "    with compiled(True, torch.device('cpu')): pass\n"
         "except ValueError as error:\n"
@@ -154,7 +155,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     clock.done = []
-    monkeypatch.setattr("fisher_vmap.compiling.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("fisher_vmap.running.compiling.time.perf_counter", lambda: clock.now)
     return clock
 
 

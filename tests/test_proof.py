@@ -775,14 +775,14 @@ def test_numbers_that_are_not_finite_decide_nothing(caplog):
 
 
 def assert_under_eager(opened: FisherModel, layer: str) -> None:
-    from fisher_vmap.probe import _PROBES
+    from fisher_vmap.proofs.probe import _PROBES
 
     assert _PROBES[opened.model].attention == "eager" and opened.forms[layer]["form"] == "layerwise"
 
 
 def test_an_attention_of_ours_that_is_not_the_models_gives_way_to_the_plain_one(monkeypatch):
     """Caught by numbers: the blocks are whole, so layerwise is tried again, under transformers' own attention."""
-    from fisher_vmap import attention_interface
+    from fisher_vmap.pullbacks import attention_interface
 
     right = attention_interface._attention_forward
     monkeypatch.setattr(
@@ -804,7 +804,7 @@ def test_an_attention_of_ours_that_is_not_the_models_gives_way_to_the_plain_one(
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "indices", "sparse_indices", "block_indices"])
 def test_what_a_model_hands_to_attention_and_ours_does_not_heed(name):
     """Keys chosen by an index, say, of which no short prompt has too many: no number could tell."""
-    from fisher_vmap.attention_interface import UnsupportedAttention, _attention_forward
+    from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, _attention_forward
 
     q = torch.randn(1, 2, 3, 4)
     _attention_forward(nn.Identity(), q, q, q, None, **{name: None})
@@ -814,7 +814,7 @@ def test_what_a_model_hands_to_attention_and_ours_does_not_heed(name):
 
 def test_a_mask_that_is_computed_from_the_residual_stream():
     """Its gradient is not ours to drop."""
-    from fisher_vmap.attention_interface import UnsupportedAttention, _attention_forward
+    from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, _attention_forward
 
     q = torch.randn(1, 2, 3, 4)
     mask = torch.zeros(1, 1, 3, 3)

@@ -8,12 +8,18 @@ from test_attention import SCALE, block_elements, causal, draw, no_vmap_fallback
 from test_fused_attention import packed_prompts
 from torch.func import jacrev, jvp, vjp, vmap
 
+from fisher_vmap.anatomy.layout import lay_out, pack_rows
 from fisher_vmap.attention import attention
-from fisher_vmap.attention_blocks import AttentionKind
-from fisher_vmap.attention_interface import NAME, _attention_forward, against_keys, attention_set_to, prompts_packed
-from fisher_vmap.fused import fused_forward
-from fisher_vmap.fused_attention import fused_attention_forward
-from fisher_vmap.layout import lay_out, pack_rows
+from fisher_vmap.pullbacks.attention_blocks import AttentionKind
+from fisher_vmap.pullbacks.attention_interface import (
+    NAME,
+    _attention_forward,
+    against_keys,
+    attention_set_to,
+    prompts_packed,
+)
+from fisher_vmap.pullbacks.fused import fused_forward
+from fisher_vmap.pullbacks.fused_attention import fused_attention_forward
 
 K, TOLERANCE = 4, 1e-11
 

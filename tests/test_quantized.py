@@ -19,8 +19,8 @@ from torch import nn
 
 from fisher_vmap import FisherModel, fisher_scores
 from fisher_vmap.models import load_model
-from fisher_vmap.probe import _PROBES
-from fisher_vmap.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
+from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.pullbacks.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
 
 LAYERS = ["model.layers.0", "model.layers.3"]
 LENGTHS = (5, 9, 3)

@@ -22,13 +22,14 @@ from command_cases import (
     write_shards,
 )
 
-from fisher_vmap import cluster, open_results
+from fisher_vmap import open_results
 from fisher_vmap.engines.ray import Pool, RayEngine
 from fisher_vmap.errors import UserError, WorkerError
-from fisher_vmap.member import ShardWorker, begin
 from fisher_vmap.run import main
 from fisher_vmap.storage.tries import begin_shard, times_begun
 from fisher_vmap.storage.writer import ResultsWriter
+from fisher_vmap.workers import cluster
+from fisher_vmap.workers.member import ShardWorker, begin
 
 pytest.importorskip("ray")
 ray_nodes = importlib.import_module("ray_nodes")
@@ -285,8 +286,8 @@ def test_ray_is_imported_where_it_is_asked_for_alone(model, data, tmp_path):
 
 
 def test_a_fraction_of_a_gpu_is_a_fraction_of_its_batches(settings, monkeypatch):
-    from fisher_vmap.from_settings import model_of, source_of
-    from fisher_vmap.opening import open_run
+    from fisher_vmap.running.from_settings import model_of, source_of
+    from fisher_vmap.running.opening import open_run
 
     monkeypatch.setattr("fisher_vmap.fisher_model.batch_tokens_for", lambda *args: 10_000)
     run = open_run(settings, model_of(settings), source_of(settings), device_share=0.25)

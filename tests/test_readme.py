@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fisher_vmap
 from fisher_vmap.config import Settings
-from fisher_vmap.settings_input import written
+from fisher_vmap.settings.settings_input import written
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,14 +24,34 @@ def test_public_names_are_there():
         assert set(name.replace(" ", "").split(",")) <= set(fisher_vmap.__all__)
 
 
+def tree() -> dict[str, set[str]]:
+    """The files that README's tree names, by their folder in the package; "" is the package itself."""
+    block, found, folder = README.split("## Where things are")[1].split("    benchmarks/ ")[0], {}, ""
+    for line in block.splitlines():
+        if re.match(r" {6}\S", line):
+            start = re.match(r" {6}(\w+)/ ", line)
+            folder = start[1] if start else ""
+        found.setdefault(folder, set()).update(re.findall(r"(?<![\w.])(\w+\.py)\b", line))
+    return found
+
+
 def test_every_file_it_names_is_there():
-    block = README.split("## Where things are")[1]
-    for name in re.findall(r"\b[\w/]+\.py\b", block):
-        assert (ROOT / "fisher_vmap" / name).is_file(), name
+    for folder, names in tree().items():
+        for name in names - {"__init__.py", "attention.py"}:
+            assert (ROOT / "fisher_vmap" / folder / name).is_file(), f"{folder}/{name}"
 
 
 def test_every_module_has_its_line():
-    block = README.split("## Where things are")[1]
-    named = set(re.findall(r"\b(\w+\.py)\b", block))
-    missing = {path.name for path in (ROOT / "fisher_vmap").glob("[a-z]*.py")} - named
-    assert not missing, f"README's tree does not name {sorted(missing)}"
+    named = tree()
+    listed_elsewhere = {"storage", "report", "engines"}
+    for folder in {path.parent for path in (ROOT / "fisher_vmap").rglob("*.py")}:
+        name = "" if folder.name == "fisher_vmap" else folder.name
+        assert name in named or name == "engines", f"README's tree does not name {name}/"
+        if name not in listed_elsewhere:
+            missing = {path.name for path in folder.glob("[a-z]*.py")} - named[name]
+            assert not missing, f"README's tree does not name {sorted(missing)} of {name or 'the package'}"
+
+
+def test_the_storage_folder_says_what_each_of_its_files_is():
+    text = (ROOT / "fisher_vmap" / "storage" / "__init__.py").read_text()
+    assert {path.stem for path in (ROOT / "fisher_vmap" / "storage").glob("[a-z]*.py")} <= set(re.findall(r"\w+", text))

@@ -240,7 +240,7 @@ def test_ctrl_c_before_anything_is_stored(model, data, tmp_path, monkeypatch, ca
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_vmap.from_settings.load_model", interrupted)
+    monkeypatch.setattr("fisher_vmap.running.from_settings.load_model", interrupted)
     assert run_here(model, data, tmp_path / "out") == 130
     assert "begins again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -291,7 +291,7 @@ def test_another_form_of_the_kernel_than_the_stored_one_is_refused(model, data, 
 
 
 def test_a_damaged_shard_of_data_of_unknown_length_is_computed_again(model, data, tmp_path, monkeypatch):
-    from fisher_vmap.sources import PromptSource
+    from fisher_vmap.prompts.sources import PromptSource
 
     out = tmp_path / "out"
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
@@ -358,7 +358,7 @@ def test_four_prompts_on_the_demo_model(tmp_path):
 def test_the_demo_model_in_float32_against_plain_autograd_in_float64(tmp_path):
     from fisher_vmap.demo import demo_model
     from fisher_vmap.models import load_model
-    from fisher_vmap.tokens import Renderer
+    from fisher_vmap.prompts.tokens import Renderer
 
     assert main(demo_arguments(tmp_path)) == 0
     loaded = load_model(str(demo_model()), dtype="float32", device="cpu")

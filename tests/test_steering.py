@@ -6,10 +6,10 @@ import torch
 from models import BLOCKS, VOCABULARY, WIDTH, block, fresh, prompts, tiny
 
 from fisher_vmap import FisherModel
-from fisher_vmap.blocks import hidden_of
-from fisher_vmap.kl import measured_kl
-from fisher_vmap.layers import decoder_blocks
+from fisher_vmap.anatomy.blocks import hidden_of
+from fisher_vmap.anatomy.layers import decoder_blocks
 from fisher_vmap.steering import steer
+from fisher_vmap.verification.kl import measured_kl
 
 V = np.random.default_rng(0).normal(size=WIDTH)
 

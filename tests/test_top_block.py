@@ -9,9 +9,10 @@ from models import block, fresh, padded, prompts
 from oracles import plain_scores, relative
 from torch import Tensor, nn
 
-from fisher_vmap import fisher_scores, top_block
-from fisher_vmap.probe import _PROBES
-from fisher_vmap.recording import hooks
+from fisher_vmap import fisher_scores
+from fisher_vmap.anatomy.recording import hooks
+from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.upper_network import top_block
 
 LENGTHS = (6, 2, 9)
 

@@ -11,8 +11,8 @@ from source_cases import base
 from torch import nn
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.probe import _PROBES
-from fisher_vmap.wrappers import names_inside, tokenizer_of, unwrapped
+from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
+from fisher_vmap.proofs.probe import _PROBES
 
 LAYERS = ["model.layers.0", "model.layers.2"]
 

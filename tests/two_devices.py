@@ -11,7 +11,7 @@ from models import VOCABULARY, block, padded, prompts, tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.probe import _PROBES
+from fisher_vmap.proofs.probe import _PROBES
 
 LENGTHS = (5, 9, 3)
 PLACES = {

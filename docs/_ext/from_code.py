@@ -18,7 +18,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from fisher_vmap.cli import COMMANDS
 from fisher_vmap.config import Settings
-from fisher_vmap.settings_input import written
+from fisher_vmap.settings.settings_input import written
 
 GROUP_OR_NAME = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): \w)", re.MULTILINE)
 LINE = "90"  # columns of the help texts

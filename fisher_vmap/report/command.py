@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fisher_vmap.command_line import user_mistake
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import open_results
+from fisher_vmap.settings.command_line import user_mistake
 
 EXTRA = ("plotly", "matplotlib", "scipy")
 

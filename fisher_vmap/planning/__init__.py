@@ -1,0 +1,1 @@
+"""What a run will take, counted on a model without weights."""

@@ -1,0 +1,197 @@
+"""What is known of a model: its blocks, its head, what reaches what. Found out once, remembered as long as it lives."""
+
+import logging
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.anatomy.experts import experts_apart
+from fisher_vmap.anatomy.layers import decoder_blocks, hooked
+from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows
+from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.anatomy.old_functions import old_functions
+from fisher_vmap.anatomy.placement import input_device, placed
+from fisher_vmap.anatomy.recording import StructureChanged, run_blocks
+from fisher_vmap.proofs.proof import Reach, block_reach
+from fisher_vmap.proofs.tail import watch
+from fisher_vmap.pullbacks import attention_interface
+from fisher_vmap.pullbacks.attention_interface import (
+    UnsupportedAttention,
+    attention_set_to,
+    noting_odd_masks,
+    prompts_packed,
+    supports_ours,
+)
+from fisher_vmap.pullbacks.block_rule import rules_for
+from fisher_vmap.pullbacks.fused import Forward, fused_forward
+from fisher_vmap.pullbacks.fused_attention import fused_attention_forward, proven_attentions
+from fisher_vmap.pullbacks.fused_block import Rules, proven_blocks
+from fisher_vmap.pullbacks.quantized import quantized_pullbacks
+from fisher_vmap.upper_network.model_parts import Parts
+from fisher_vmap.upper_network.whole import hooked_outputs, rows_from_logits
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Probe:
+    """What is known of one model.
+
+    Attributes:
+        parts: its blocks, their order and its head.
+        reach: the structural proof.
+        attention: the attention implementation that the forms run under.
+        why_no_head: why the head could not be taken apart; empty where it could.
+        made_of: the signature of the model that was looked at.
+        forms: the form chosen for each (layer, kernel asked for), and why.
+        adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
+    """
+
+    parts: Parts
+    reach: Reach
+    attention: str | None
+    why_no_head: str
+    made_of: int
+    forms: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    adjoint: set[tuple[str, str]] = field(default_factory=set)
+
+
+_PROBES: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and differentiable layers within the context; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with placed(model), quantized_pullbacks(model), experts_apart(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def probe(model: nn.Module, layout: Layout) -> Probe:
+    """What is known of the model; found out at the first call, and again when the model has been rebuilt since."""
+    found = _PROBES.get(model)
+    made_of = signature(model)
+    if found is None or found.made_of != made_of:
+        found = _PROBES[model] = _look(model, excerpt(layout, tokens=8).input_ids, made_of)
+    return found
+
+
+def signature(model: nn.Module) -> int:
+    """Changes when a module of the model is exchanged, hooked, patched or moved; weights may change freely."""
+    parts: list[object] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
+    for module in model.modules():
+        parts += [id(module), type(module), id(vars(module).get("forward"))]
+        parts += [tuple(module._forward_hooks), tuple(module._forward_pre_hooks)]
+    parts += [(p.dtype, p.device) for p in model.parameters()]
+    return hash(tuple(parts))
+
+
+def look_again_under_eager(model: nn.Module, known: Probe, layout: Layout, why: str) -> None:
+    """Our attention is not what this model's is: find everything out again under transformers' plain one."""
+    again = _look_under("eager", model, excerpt(layout, tokens=8).input_ids, known.made_of, why)
+    known.parts, known.reach, known.attention = again.parts, again.reach, again.attention
+    known.why_no_head, known.forms = again.why_no_head, {}
+
+
+def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
+    why = "the model has no attention that ours could stand in for"
+    if supports_ours(model):
+        try:
+            return _look_under(attention_interface.NAME, model, input_ids, made_of, "")
+        except (UnsupportedAttention, StructureChanged, RuntimeError, TypeError, ValueError, AssertionError) as reason:
+            if is_out_of_memory(reason):
+                raise
+            log.info("attention: eager, because %s", reason)
+            why = " ".join(str(reason).split())[:120] or type(reason).__name__
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return _look_under("eager" if current is not None else None, model, input_ids, made_of, why)
+
+
+def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made_of: int, why_not_ours: str) -> Probe:
+    blocks = decoder_blocks(model)
+    with attention_set_to(model, attention), noting_odd_masks() as odd:
+        watched = watch(model, blocks, input_ids)
+    why_not_packed = why_not_ours or (odd[0] if odd else "")
+    parts = Parts(
+        blocks=blocks,
+        call_order=tuple(watched.call_order),
+        head=watched.head,
+        vocabulary=watched.vocabulary,
+        why_not_packed=why_not_packed,
+        gather=watched.gather,
+        above=watched.above,
+        fused=_fused(blocks),
+        rules={},
+        old_functions=old_functions(model),
+    )
+    if not why_not_packed:
+        with attention_set_to(model, attention):
+            attentions, rules = _proven_packed(model, parts, input_ids)
+        parts = replace(parts, fused=[*parts.fused, *attentions], rules=rules)
+    reach: Reach = []
+    why_no_head = watched.why_not
+    try:
+        with attention_set_to(model, attention):
+            reach = block_reach(model, blocks, input_ids)
+    except (RuntimeError, TypeError, AssertionError) as reason:
+        if is_out_of_memory(reason) or attention == attention_interface.NAME:
+            raise
+        why_no_head = f"the chain of blocks cannot be proven whole ({type(reason).__name__}: {str(reason)[:80]})"
+        parts = replace(parts, head=None)
+    return Probe(parts, reach, attention, why_no_head, made_of)
+
+
+def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
+    """The modules inside the blocks that have a fused pullback."""
+    inside = {id(module): module for block in blocks.values() for module in block.modules()}
+    return [(module, forward) for module in inside.values() if (forward := fused_forward(module)) is not None]
+
+
+def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[list[tuple[nn.Module, Forward]], Rules]:
+    """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end."""
+    inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
+    forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
+    candidates = {block: list(rules_for(block)) for block in parts.blocks.values()}
+    packed = pack_rows(lay_out(input_ids, None))
+    try:
+        with torch.no_grad(), prompts_packed(packed):
+
+            def run() -> object:
+                return run_blocks(model, parts.blocks, parts.call_order, packed)
+
+            return list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
+    except (UnsupportedAttention, StructureChanged, TypeError) as reason:  # then nothing will be packed either
+        log.debug("no fused attention: %s", reason)
+        return [], {}
+
+
+def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
+    """D of each hooked module, by running the model on two tokens.
+
+    Raises:
+        ValueError: a module's output is not [B, T, D], or it is not called.
+    """
+    layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), None)
+    with torch.no_grad(), undisturbed(model):
+        outputs = hooked_outputs(rows_from_logits(model, layout, gather=False), hooked(model, layers), layout)
+    return {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
+
+
+def excerpt(layout: Layout, tokens: int) -> Layout:
+    """Two short prompts of unequal length out of a batch: its shortest and its longest, cut to a few tokens."""
+    order = sorted(layout.ranges(), key=lambda r: r[0] - r[1])
+    longest, shortest = (layout.input_ids.flatten()[a : min(z, a + tokens)] for a, z in (order[0], order[-1]))
+    if len(shortest) == len(longest) and len(shortest) > 1:
+        shortest = shortest[: (len(shortest) + 1) // 2]
+    mask = torch.zeros(2, len(longest), dtype=torch.int64, device=longest.device)
+    mask[0], mask[1, : len(shortest)] = 1, 1
+    return lay_out(torch.stack([longest, torch.nn.functional.pad(shortest, (0, len(longest) - len(shortest)))]), mask)

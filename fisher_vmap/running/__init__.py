@@ -1,0 +1,1 @@
+"""A run in one process: opened from its settings, its batches computed while the next are made."""

@@ -1,0 +1,236 @@
+"""Before a run begins: the model opened, the kernel proven, the folder compared, and all that can refuse has spoken."""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.config import Settings
+from fisher_vmap.errors import UserError
+from fisher_vmap.fisher_model import FisherModel
+from fisher_vmap.models import Loaded
+from fisher_vmap.prompts.sources import PromptSource, SourcePrompt
+from fisher_vmap.prompts.tokens import Renderer
+from fisher_vmap.running.compiling import worth_compiling
+from fisher_vmap.running.compute import PreparedShard, Splits, prepare
+from fisher_vmap.running.from_settings import check_save, layout_of, make_renderer, open_model
+from fisher_vmap.storage.folder import inspect_folder
+from fisher_vmap.storage.writer import ResultsWriter
+
+log = logging.getLogger(__name__)
+
+PROOF_TOKENS = 64  # of each of the two prompts that the forms of the kernel are proven on when a run begins
+# Settings that do not change a prompt's results: where and how many, but not what.
+NOT_IN_FINGERPRINT = {
+    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
+    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
+    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
+    *("vectors_dtype", "store_text", "keep_columns", "save"),  # in the layout, which is compared as well
+    "prompt_column",  # the column that it led to is there
+    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
+}
+
+
+class ShardPrompts:
+    """The prompts of each shard, read from the data set in order; one that lies further back begins it anew.
+
+    Attributes:
+        total: the number of prompts: where it is not known beforehand, None until the end has been read.
+    """
+
+    def __init__(self, source: PromptSource, shard_size: int) -> None:
+        self.total = source.total
+        self._source, self._size = source, shard_size
+        self._stream: Iterator[SourcePrompt] = iter(())
+        self._place = -1  # in prompts; before the first reading
+        self._last: tuple[int, list[SourcePrompt]] = (-1, [])
+
+    def of(self, number: int) -> list[SourcePrompt]:
+        """The prompts of a shard: fewer than its size, or none, at the end of the data.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        if self._last[0] == number:
+            return self._last[1]
+        start = number * self._size
+        if not 0 <= self._place <= start:
+            self._stream, self._place = iter(self._source), 0
+        self._place += sum(1 for _ in islice(self._stream, start - self._place))
+        prompts = list(islice(self._stream, self._size)) if self._place == start else []
+        self._place += len(prompts)
+        if len(prompts) < self._size:
+            self.total = self._place
+        self._last = number, prompts
+        return prompts
+
+
+class Run(NamedTuple):
+    """A run that nothing stands in the way of: the model, the folder, and the prompts, tokenised as they are needed."""
+
+    settings: Settings
+    fisher: FisherModel
+    writer: ResultsWriter
+    prompts: ShardPrompts
+    renderer: Renderer
+    splits: Splits
+
+    def prepared(self, numbers: Iterator[int]) -> Iterator[PreparedShard]:
+        """The shards of these numbers, to the end of the data; of a stored one nothing is rendered or skipped."""
+        for number in numbers:
+            prompts = self.prompts.of(number)
+            if not prompts:
+                return
+            if self.writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
+                yield PreparedShard(number, prompts, {}, {})
+            else:
+                yield prepare(self.renderer, number, prompts)
+
+
+def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device_share: float = 1.0) -> Run:
+    """Everything that can refuse, before anything is written: the layers, the kernel's proof, the folder.
+
+    What is chosen automatically is what the folder has stored, or is stored there now: the same for a run that carries
+    on, and for all processes that fill the folder together, whichever of them came first.
+
+    Args:
+        settings: of the run.
+        loaded: the model and its tokenizer.
+        source: the prompts.
+        device_share: the part of its device's memory that this process may use, where others share it.
+
+    Raises:
+        UserError: settings do not fit the model, the data or the folder.
+    """
+    check_save(settings)
+    fisher = open_model(settings, loaded)
+    if settings.max_batch_tokens == "auto" and device_share < 1:
+        fisher.max_batch_tokens = max(256, int(device_share * fisher.max_batch_tokens))
+    marks = fingerprint(settings, loaded, source, fisher)
+    found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
+    stored = (found.resolved or {}) if found else {}
+    _set_threads(stored.get("threads", torch.get_num_threads()))
+    renderer = make_renderer(settings, loaded, source, stored.get("template_date"))
+
+    prompts = ShardPrompts(source, settings.shard_size)
+    first_shard = prepare(renderer, 0, prompts.of(0))
+    few = _excerpt(fisher, first_shard, renderer)
+    forms = _prove(fisher, few)
+    _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    if "compile" in stored:
+        fisher.compile = stored["compile"]
+    else:
+        fisher.compile = _compiling(settings, fisher, few, first_shard, source.total)
+    writer = ResultsWriter.open(
+        settings.output_dir,
+        layout=layout_of(settings, fisher.widths),
+        shard_size=settings.shard_size,
+        fingerprint=marks,
+        resolved={
+            "max_batch_tokens": fisher.max_batch_tokens,
+            "template_date": renderer.template_date,
+            "device": str(fisher.device),
+            "model_type": getattr(loaded.model.config, "model_type", None),
+            "threads": torch.get_num_threads(),
+            "forms": forms,
+            "compile": fisher.compile,
+        },
+        settings=settings.model_dump(),
+        overwrite=settings.overwrite,
+    )
+    resolved = writer.resolved or {}
+    # Another process may have begun the run since the folder was looked at: its choices hold.
+    _compare_forms(settings.output_dir, resolved.get("forms"), forms)
+    fisher.max_batch_tokens, fisher.compile = resolved["max_batch_tokens"], resolved.get("compile", fisher.compile)
+    _set_threads(resolved.get("threads", torch.get_num_threads()))
+    if resolved.get("template_date") != renderer.template_date:
+        renderer = make_renderer(settings, loaded, source, resolved.get("template_date"))
+    known = {tuple(batch) for batch in resolved.get("splits", [])}
+    return Run(settings, fisher, writer, prompts, renderer, Splits(known, lambda batch: writer.note("splits", [batch])))
+
+
+def _set_threads(threads: int) -> None:
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
+
+
+class Excerpt(NamedTuple):
+    """Two prompts of the run, cut short: input_ids [2, T] and attention_mask [2, T]."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def _excerpt(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> Excerpt:
+    """The shortest and the longest of the run's first prompts, wherever a resumed run carries on."""
+    known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    every = [prompt.ids[:PROOF_TOKENS] for prompt in shard.rendered.values() if max(prompt.ids) < known]
+    every = sorted(every or [renderer.render("Hello").ids], key=len)
+    few = torch.zeros(2, len(every[-1]), dtype=torch.int64, device=fisher.device)
+    mask = torch.zeros_like(few)
+    for row, ids in enumerate((every[0], every[-1])):
+        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+    return Excerpt(few, mask)
+
+
+def _prove(fisher: FisherModel, few: Excerpt) -> dict[str, dict[str, str]]:
+    """Choose the kernel's form for each layer, by what it gives for the excerpt.
+
+    Raises:
+        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
+    """
+    try:
+        fisher.scores(*few)
+        if fisher.estimator == "full":
+            fisher.estimate(*few, rank=1)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory on two prompts of {few.input_ids.shape[1]} tokens; try dtype bfloat16, fewer layers or "
+            "top_k_tokens, or another device"
+        ) from error
+    return fisher.forms
+
+
+def _compiling(settings: Settings, fisher: FisherModel, few: Excerpt, first: PreparedShard, total: int | None) -> bool:
+    """Whether to compile, by the setting, or by what the excerpt takes."""
+    if settings.compile != "auto":
+        return settings.compile
+
+    def job(compiled: bool) -> None:
+        fisher.compile = compiled
+        fisher.estimate(*few, rank=settings.num_singular_values)
+
+    tokens = [len(prompt.ids) for prompt in first.rendered.values()]
+    mean = sum(tokens) / max(1, len(first.prompts))
+    jobs = None if total is None else total * mean / int(few.attention_mask.sum())
+    return worth_compiling(job, jobs)
+
+
+def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:
+    for layer, here in chosen.items():
+        there = (stored or {}).get(layer, here)
+        if there["form"] != here["form"]:
+            raise UserError(
+                f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
+                f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
+            )
+
+
+def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
+    """Everything that decides a prompt's results: the settings that do, and what model and data set they led to."""
+    chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
+    return chosen | {
+        "model": loaded.identity,
+        "layers": fisher.layers,
+        "data": source.fingerprint,
+        "column": source.column,
+        "device_type": fisher.device.type,
+    }

@@ -1,0 +1,1 @@
+"""What leaves this machine: data cards, files of directions, and paths that stay here."""

@@ -1,0 +1,51 @@
+"""How far a step along a direction really moves the next-token distribution, to set beside what F predicts."""
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.anatomy.layers import hooked, resolve_layers
+from fisher_vmap.anatomy.layout import lay_out
+from fisher_vmap.proofs.probe import undisturbed
+from fisher_vmap.upper_network.positions import position_mask
+from fisher_vmap.upper_network.whole import rows_from_logits, with_biases
+
+ROWS_AT_A_TIME = 1024  # tokens of all steps that go through the model together
+
+
+def measured_kl(
+    model: nn.Module, input_ids: Tensor, layer: str | int, steps: Tensor, positions: str | Tensor = "all"
+) -> Tensor:
+    """KL(p_0 || p_step) of one prompt for each step added to the residual stream.
+
+    To second order it is 1/2 step^T F step with the Fisher matrix F of the whole vocabulary. It is summed in float64 as
+    sum_v p_v (e^d - 1 - d) with d = log p_step - log p_0: no term is negative, so that small values do not cancel.
+
+    Args:
+        model: a causal LM; float32 if small steps are to be seen.
+        input_ids: [T] int64, the prompt.
+        layer: the hooked layer.
+        steps: [N, D], the steps.
+        positions: where they are added: "all", "last", or a mask [1, T].
+
+    Returns:
+        [N] float64, in nats.
+    """
+    (name,) = resolve_layers(model, layer)
+    T = len(input_ids)
+    mask_T = position_mask(positions, lay_out(input_ids[None], None))
+    where_1T1 = (torch.ones(T) if mask_T is None else mask_T).to(input_ids.device)[None, :, None]
+    modules = hooked(model, [name])
+
+    def log_p(steps_nD: Tensor) -> Tensor:
+        layout = lay_out(input_ids.expand(len(steps_nD), T), None)
+        function = with_biases(rows_from_logits(model, layout, gather=True), modules)
+        biases = steps_nD.to(input_ids.device)[:, None] * where_1T1.to(steps_nD.dtype)
+        return function({name: biases}).double().log_softmax(1)
+
+    with torch.no_grad(), undisturbed(model):
+        (origin_V,) = log_p(torch.zeros_like(steps[:1]))
+        found = []
+        for some in steps.split(max(1, ROWS_AT_A_TIME // T)):
+            change_nV = log_p(some) - origin_V
+            found.append((origin_V.exp() * (torch.expm1(change_nV) - change_nV)).sum(1))
+    return torch.cat(found).cpu()

@@ -1,0 +1,101 @@
+"""A worker of a run that is spread over machines: the model loaded once, then shards by their numbers.
+
+What it computes it writes straight to the results folder, which all machines see; it gives back one small account a
+shard, and leaves index.json to the driver.
+"""
+
+import os
+import socket
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from fisher_vmap.config import Settings
+from fisher_vmap.errors import UserError
+from fisher_vmap.pipeline import compute_shards
+from fisher_vmap.running.compute import Progress
+from fisher_vmap.running.from_settings import model_of, source_of
+from fisher_vmap.running.opening import open_run
+from fisher_vmap.storage.entries import read_entry
+from fisher_vmap.storage.records import PromptResult
+from fisher_vmap.storage.shards import write_shard
+from fisher_vmap.storage.tries import begin_shard, end_shard, forget, times_begun
+
+MOST_DEATHS = 3  # of processes over one shard, before it is given up
+
+
+def begin(settings: Settings, device_share: float) -> None:
+    """Open the run once, before there are workers: what can refuse does, and the folder has what was chosen.
+
+    Raises:
+        UserError: as `open_run`.
+    """
+    run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
+    forget(run.writer.folder)
+
+
+class ShardWorker:
+    """Computes shards of a run that `begin` has opened."""
+
+    def __init__(self, settings: Settings, device_share: float) -> None:
+        self.run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
+        self._split: list[list[int]] = []
+        self.run.splits.store = self._split.append  # the driver keeps them
+
+    def __call__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Compute and store the shards of these numbers that are not there yet.
+
+        Returns:
+            An account of each: "number" and "entry", the entry that it has in the index, or "error", why it has none,
+            with "user_error" where the user can mend that; "prompts" and "tokens" that were computed; "splits", batches
+            that ran out of memory.
+        """
+        begun = [times_begun(self.run.writer.folder, number) for number in numbers]
+        try:
+            if len(numbers) == 1 and begun[0] >= MOST_DEATHS:
+                raise UserError(f"{begun[0]} processes have died over it, as they do where memory runs out")
+            if len(numbers) == 1 or not any(begun):
+                return self._compute(numbers)
+        except Exception as error:
+            if len(numbers) == 1:
+                return [self._failed(numbers[0], error)]
+        # One of several failed, or a process died over one: each by itself. What is stored is not computed again.
+        return [account for number in numbers for account in self([number])]
+
+    def _compute(self, numbers: list[int]) -> list[dict[str, Any]]:
+        index, folder = self.run.writer.index, self.run.writer.folder
+
+        def store(number: int, results: Sequence[PromptResult]) -> None:
+            write_shard(folder, number, results, index.layout, index.mark)
+
+        for number in numbers:
+            begin_shard(folder, number)
+        accounts = []
+        for done in list(compute_shards(self.run, store, _nothing, iter(numbers))):  # all of them are stored then
+            entry = read_entry(folder, done.number, index.mark)
+            assert entry is not None, f"shard {done.number} was written, but its entry is not there"
+            end_shard(folder, done.number)
+            accounts.append(
+                {"number": done.number, "prompts": done.prompts, "tokens": done.tokens, "entry": entry.model_dump()}
+            )
+        if len(accounts) < len(numbers):
+            raise UserError(f"the data ended before shard {numbers[len(accounts)]}: were they changed during the run?")
+        accounts[0]["splits"] = self._split.copy()
+        self._split.clear()
+        return accounts
+
+    def _failed(self, number: int, error: Exception) -> dict[str, Any]:
+        end_shard(self.run.writer.folder, number)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, UserError) else f" ({os.path.basename(place.filename)}, line {place.lineno})"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return {
+            "number": number,
+            "error": f"{kind}{' '.join(str(error).split())}{where}",
+            "user_error": isinstance(error, UserError),
+            "worker": f"process {os.getpid()} on {socket.gethostname()}",
+        }
+
+
+def _nothing(step: Progress) -> None:
+    """Steps are the local run's: here a shard's account is one."""
