@@ -59,7 +59,8 @@ def measure():
     found = {
         "prompt": record.text, "layer": LAYER, "residual_norm": record.residual_norm, "mean_norm": mean_norm,
         "first_norm": float(norms[0]), "median_norm": float(norms.median()), "mass": record.mass,
-        "lengths": LENGTHS, "predicted": {}, "measured": {}, "next": {}, "text": {},
+        "average": record.trace / len(record.V[0]), "lengths": LENGTHS,
+        "predicted": {}, "measured": {}, "next": {}, "text": {},
         "plain": {"next": next_tokens(random, 0.0), "text": text(random, 0.0)},
     }  # fmt: skip
     for name, v in directions.items():
@@ -113,7 +114,9 @@ def page(found):
         np.mean(found["measured"][name], axis=0)[2] / np.mean(found["measured"]["random"], axis=0)[2]
         for name in ("prompt", "mean")
     ]
+    leading = 2 * found["predicted"]["prompt"][0] / found["lengths"][0] ** 2  # v^T F v
     return PAGE.format(
+        times=leading / found["average"],
         table="\n".join(lines), tokens="\n".join(tokens), texts="\n".join(texts), ratio=ratio, **found,
         off=[found["predicted"][n][2] / np.mean(found["measured"][n], axis=0)[2] for n in NAMES],
         large=found["predicted"]["prompt"][-1] / np.mean(found["measured"]["prompt"], axis=0)[-1],
@@ -169,8 +172,11 @@ KL(p || p_steered) of the next token in float32, the mean of both signs.
 
 {table}
 
-At a length of 0.4 the prompt's own direction does {ratio[0]:,.0f} times what the random one does, and the mean's
-{ratio[1]:,.0f} times. Predicted over measured is {off[0]:.2f}, {off[1]:.2f} and {off[2]:.2f} there: F holds the top 10
+At a length of 0.4 the prompt's own direction does {ratio[0]:,.0f} times what this random one does, and the mean's
+{ratio[1]:,.0f} times. What one random direction does is luck: on average over all directions v^T F v is trace / D, and
+the prompt's own direction has {times:,.0f} times that.
+
+Predicted over measured is {off[0]:.2f}, {off[1]:.2f} and {off[2]:.2f} there: F holds the top 10
 tokens, {mass:.0%} of the probability, so what a step does to the others is missing, most of all for the random one. At
 the largest step the quadratic form overstates the prompt's own direction {large:.1f}-fold: once the distribution has
 tipped over, KL divergence grows more slowly than the square of the length.

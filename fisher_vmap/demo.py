@@ -22,6 +22,7 @@ from fisher_vmap.verification.kl import measured_kl
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 LAYER = "model.layers.15"
 PREDICTED_KL = 0.01  # nats: small enough for the quadratic, large enough to be seen in float32
+RANDOM = 8  # directions to compare with: what one does is luck, an order of magnitude either way
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +76,9 @@ def finding(results: Results, loaded: Loaded) -> str:
     quote = (record.text or "").strip().replace("\n", " ")
     lines = [
         "",
-        f'For the prompt "{quote[:90]}{"..." if len(quote) > 90 else ""}"',
-        f"the model hesitates between a few openings. A push of the residual stream at {record.layer} along the",
+        f"The prompt of these {len(results)} whose leading direction trades most probability:",
+        f'"{quote[:90]}{"..." if len(quote) > 90 else ""}"',
+        f"The model hesitates between a few openings. A push of the residual stream at {record.layer} along the",
         "leading direction v of its Fisher matrix trades them against each other (d log p for a step of length 1):",
         "",
     ]
@@ -84,21 +86,24 @@ def finding(results: Results, loaded: Loaded) -> str:
         token = tokenizer.decode([int(record.token_ids[t])])
         lines.append(f"    {token!r:>16}   p = {np.exp(record.log_probs[t]):5.1%}   {per_unit[t]:+.3f} nats")
     v = record.V[0].astype(np.float64)
-    random = np.random.default_rng(0).standard_normal(len(v))
-    random /= np.linalg.norm(random)
+    random = np.random.default_rng(0).standard_normal((RANDOM, len(v)))
+    directions = np.stack([v, *(random / np.linalg.norm(random, axis=1, keepdims=True))])
     step = float(np.sqrt(2 * PREDICTED_KL / record.S[0]))
-    predicted = [0.5 * step**2 * float(d @ record.matvec(d)) for d in (v, random)]
-    measured = kl_both_ways(loaded, record.text or "", record.layer, step * np.stack([v, random]))
+    predicted = [0.5 * step**2 * record.quadratic(d) for d in directions]
+    both = np.stack([predicted, kl_both_ways(loaded, record.text or "", record.layer, step * directions)])
+    times = record.S[0] * len(v) / record.trace  # trace / D is the mean of v^T F v over all directions
     lines += [
         "",
         f"A step of length {step:.2f}, {step / record.residual_norm:.2%} of the residual stream's norm, changes the",
         "next token's distribution by (KL divergence in nats, mean of both signs):",
         "",
         "                          predicted, 1/2 eps^2 v^T F v      measured, float32",
-        f"    leading direction             {predicted[0]:.2e}                    {measured[0]:.2e}",
-        f"    random direction              {predicted[1]:.2e}                    {measured[1]:.2e}",
+        *(
+            f"    {name:<24}      {kl[0].mean():.2e}                    {kl[1].mean():.2e}"
+            for name, kl in (("leading direction", both[:, :1]), (f"{RANDOM} random ones, mean", both[:, 1:]))
+        ),
         "",
-        f"The direction does {measured[0] / measured[1]:.0f} times what a random one does. The matrix holds the top",
+        f"By F the direction does {times:.0f} times what random ones do on average. The matrix holds the top",
         f"{len(record.token_ids)} tokens, {record.mass:.0%} of the probability here: what is missing is in the tail.",
     ]
     return "\n".join(lines)
