@@ -11,7 +11,7 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.loading.adapters import Base, adapter_files, base_of, find_adapter, with_adapter
 from fisher_vmap.loading.causal_lm import refuse_foresight, refuse_other_kinds
 from fisher_vmap.loading.devices import choose_device, placement_options, places_of
-from fisher_vmap.loading.loader_errors import explained, quiet_progress
+from fisher_vmap.loading.loader_errors import explained, quiet_progress, refuse_empty
 from fisher_vmap.loading.model_files import hashed, tokenizer_files
 from fisher_vmap.loading.model_source import source_of_model, without_adapter_inside
 from fisher_vmap.pullbacks.quantized import CannotDifferentiate, quantized_linears, unpack
@@ -96,6 +96,7 @@ def load_model(
                     str(adapter), "tokenizer", transformers.AutoTokenizer.from_pretrained, str(adapter)
                 )
             identity["adapter"] = hashed([*adapter_files(adapter), *tokenizer_files(adapter)])
+    refuse_empty(model_path, tokenizer)
     if "hub" in identity:
         identity["commit"] = getattr(model.config, "_commit_hash", None) or base.revision
     if dequantize:

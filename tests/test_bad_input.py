@@ -22,6 +22,8 @@ from command_cases import (
 )
 from models import FAMILIES, tiny
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fisher_vmap import open_results
 from fisher_vmap.run import main
@@ -184,6 +186,26 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
+def gpt2():
+    return tiny("gpt2", torch.float32, vocab_size=VOCABULARY)
+
+
+def gemma2():
+    return tiny("gemma2", torch.float32, vocab_size=VOCABULARY)
+
+
+def another_tokenizer(alphabet):
+    """One that knows these letters and drops every other."""
+
+    def spoil(case):
+        core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+        folder = case.model()
+        PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+        return {"model": folder, "chat_template": "false"}
+
+    return spoil
+
+
 def vision():
     return transformers.ViTModel(
         transformers.ViTConfig(
@@ -219,6 +241,9 @@ CASES = {
     "a setting given twice": (settings_file("strict: true\nstrict: false"), ["line 2", "strict"]),
     "a setting of the wrong type": (settings_file("batch_size: [8]"), ["batch_size", "whole number"]),
     "an object in YAML": (settings_file("seed: !!python/object/apply:os.getcwd []"), ["not YAML"]),
+    "settings of another program": (
+        settings_file("learning_rate: 0.1"), ["'learning_rate'; --help lists every setting"],
+    ),
     "no settings file": (lambda case: {"argv": ["--config", case.tmp_path / "no.yaml"]}, ["no.yaml", "--config"]),
     "an unknown flag": (lambda case: {"argv": ["--layer", "3"]}, ["--layer", "hook_layer_name"]),
     "a word that is no flag": (lambda case: {"argv": ["prompts.jsonl"]}, ["prompts.jsonl", "--NAME VALUE"]),
@@ -265,6 +290,23 @@ CASES = {
     "a gguf file that is none": (lambda case: {"model": case.write("a.gguf", GARBAGE)}, ["a.gguf", "again"]),
     "a gguf file cut short": (lambda case: {"model": case.write("a.gguf", GGUF)}, ["a.gguf", "again"]),
     "a gguf header of nonsense": (lambda case: {"model": case.write("a.gguf", GGUF + GARBAGE)}, ["a.gguf", "again"]),
+    "a file of weights": (
+        lambda case: {"model": case.model() / "model.safetensors"},
+        ["model.safetensors is a single file", "give the folder that it lies in"],
+    ),
+    "a model saved without its tokenizer": (
+        other_model(gpt2, tokenizer=False),
+        ["the tokenizer of ", "no tokens for any text", "save its tokenizer into the folder"],
+    ),
+    "a model saved without its tokenizer, whose class knows an unknown token": (
+        other_model(gemma2, tokenizer=False),
+        ["the tokenizer of ", "no tokens for any text"],
+    ),
+    "a tokenizer without any letter": (another_tokenizer("~"), ["no tokens for any text"]),
+    "a tokenizer of a larger model": (
+        other_model(lambda: tiny("llama", torch.float32, vocab_size=20)),
+        ["the tokenizer of ", "does not fit the model", "knows 20 tokens"],
+    ),
     # the data
     "no such file": (lambda case: {"data": case.tmp_path / "no.jsonl"}, ["no.jsonl", "no such file"]),
     "no such hub data set": (setting(data="nobody/nothing"), ["nobody/nothing"]),

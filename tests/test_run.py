@@ -187,7 +187,7 @@ def test_more_prompts_extend_a_run_and_other_settings_are_refused(model, data, t
     for change, words in (
         ({"top_k_tokens": 5}, ["top_k_tokens is 5 here but 6"]),
         ({"num_singular_values": 3, "bias_positions": "last"}, ["num_singular_values", "bias_positions is last here"]),
-        ({"hook_layer_name": 2}, ["layers is ['model.layers.2'] here"]),
+        ({"hook_layer_name": 2}, ["hook_layer_name is ['model.layers.2'] here"]),
         ({"dtype": "float64"}, ["dtype is float64 here"]),
         ({"batch_size": 2}, ["batch_size"]),
         ({"shard_size": 5}, ["shard_size is 5 here but 4"]),

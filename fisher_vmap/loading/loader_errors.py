@@ -23,6 +23,15 @@ def quiet_progress() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
+def refuse_empty(model_path: str, tokenizer: Any) -> None:
+    """Raise UserError for the tokenizer that transformers makes of no files: special tokens, and no others."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(
+            f"the tokenizer of {model_path} gives no tokens for any text; save its tokenizer into the folder "
+            "(tokenizer.save_pretrained)"
+        )
+
+
 def explained(model_path: str, what: str, load: Any, *source: Any, **options: Any) -> Any:
     """Load a part; what can go wrong outside this package becomes one line."""
     try:

@@ -44,6 +44,11 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
             hint = f"give the file {local / ggufs[0]}" if ggufs else "expected a folder as save_pretrained writes it"
             raise UserError(f"model_path {model_path} has no config.json; {hint}")
         return str(local), {"files": hashed(model_files(local))}
+    if local.is_file():
+        todo = "expected a hub id, a folder or a .gguf file"
+        if (local.parent / "config.json").is_file():
+            todo = f"give the folder that it lies in, {Path(model_path).parent}"
+        raise UserError(f"model_path {model_path} is a single file; {todo}")
     if local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
         raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
     return model_path, {"hub": model_path}

@@ -13,6 +13,7 @@ from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.models import Loaded
+from fisher_vmap.prompts.conversations import SkippedPrompt
 from fisher_vmap.prompts.sources import PromptSource, SourcePrompt
 from fisher_vmap.prompts.tokens import Renderer
 from fisher_vmap.running.compiling import worth_compiling
@@ -118,7 +119,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
 
     prompts = ShardPrompts(source, settings.shard_size)
     first_shard = prepare(renderer, 0, prompts.of(0))
-    few = _excerpt(fisher, first_shard, renderer)
+    few = _excerpt(settings, fisher, first_shard, renderer)
     forms = _prove(fisher, few)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
     if "compile" in stored:
@@ -165,16 +166,36 @@ class Excerpt(NamedTuple):
     attention_mask: torch.Tensor
 
 
-def _excerpt(fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> Excerpt:
-    """The shortest and the longest of the run's first prompts, wherever a resumed run carries on."""
+def _excerpt(settings: Settings, fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> Excerpt:
+    """The shortest and the longest of the run's first prompts, wherever a resumed run carries on.
+
+    Raises:
+        UserError: neither a prompt nor a plain word becomes tokens that the model knows.
+    """
     known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     every = [prompt.ids[:PROOF_TOKENS] for prompt in shard.rendered.values() if max(prompt.ids) < known]
-    every = sorted(every or [renderer.render("Hello").ids], key=len)
+    every = sorted(every or [_plain_word(settings, renderer, known)], key=len)
     few = torch.zeros(2, len(every[-1]), dtype=torch.int64, device=fisher.device)
     mask = torch.zeros_like(few)
     for row, ids in enumerate((every[0], every[-1])):
         few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
     return Excerpt(few, mask)
+
+
+def _plain_word(settings: Settings, renderer: Renderer, known: int) -> list[int]:
+    try:
+        ids = renderer.render("Hello").ids
+    except SkippedPrompt as skip:
+        raise UserError(
+            f"the tokenizer of {settings.model_path} gives no tokens for any text ({skip}); save its tokenizer into "
+            "the folder"
+        ) from skip
+    if max(ids) >= known:
+        raise UserError(
+            f"the tokenizer of {settings.model_path} does not fit the model: it gives token {max(ids)} for a plain "
+            f"word, and the model knows {known} tokens; save the model's own tokenizer into the folder"
+        )
+    return ids
 
 
 def _prove(fisher: FisherModel, few: Excerpt) -> dict[str, dict[str, str]]:

@@ -22,6 +22,8 @@ from fisher_vmap.settings.setting_types import Expected
 
 _log = logging.getLogger(__name__)
 
+_UNASKED = "it was read because it lies in the working folder, and --config FILE names another"
+
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
@@ -80,11 +82,11 @@ def _underscored(argument: str) -> str:
 
 def _nearest(word: str, words: Iterable[str]) -> str:
     word, words = word.replace("-", "_"), list(words)
-    # A slip of the fingers first, then a part of a name, and only then what looks a little like it.
+    # A slip of the fingers first, then a part of a name; what looks a little like one would be nonsense.
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
     near = near or [name for name in words if word and word in name.split("_")]
-    near = near or [name for name in words if word and word in name]
-    near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    bare = word.replace("_", "")
+    near = near or [name for name in words if len(bare) > 2 and bare in name.replace("_", "")]
     return f"did you mean {near[0]!r}?" if near else "--help lists every setting"
 
 
@@ -203,10 +205,15 @@ def load(
     file = Path(working_directory, "config.yaml" if named is None else named)
     values: dict[str, Any] = {}
     if named is not None or file.exists():
-        values = read_settings_file(file, settings.model_fields)
+        try:
+            values = read_settings_file(file, settings.model_fields)
+        except UserError as error:
+            raise error if named is not None else UserError(f"{error}; {_UNASKED}") from error
         _log.info("settings read from %s", file)
     try:
         return settings(**(values | flags)), options(**for_this_process)
     except ValidationError as error:
         fields = {**settings.model_fields, **options.model_fields}
-        raise UserError(explain(error, fields, flags | for_this_process, values, file)) from error
+        line = explain(error, fields, flags | for_this_process, values, file)
+        unasked = named is None and line.endswith(str(file))
+        raise UserError(f"{line}; {_UNASKED}" if unasked else line) from error

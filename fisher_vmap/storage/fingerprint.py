@@ -8,6 +8,9 @@ from typing import Any
 from fisher_vmap.errors import UserError
 
 _SHOWN = 60  # characters of a setting's value in an error
+# What is compared under a name that is no setting's: the setting that it comes from.
+_SETTINGS = {"layers": "hook_layer_name", "column": "prompt_column", "top_k": "top_k_tokens",
+             "rank": "num_singular_values", "device_type": "device"}  # fmt: skip
 
 
 def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +30,9 @@ def compare_fingerprints(folder: Path, stored: Mapping[str, Any], new: Mapping[s
     here, there = _flat(plain_values(new)), _flat(plain_values(stored))
     different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if different:
-        parts = [f"{key} is {_shown(here, key)} here but {_shown(there, key)}" for key in different]
+        parts = [
+            f"{_SETTINGS.get(key, key)} is {_shown(here, key)} here but {_shown(there, key)}" for key in different
+        ]
         raise UserError(f"{', '.join(parts)} in {folder}; use another --output_dir or --overwrite")
 
 
