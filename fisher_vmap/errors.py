@@ -1,5 +1,7 @@
 """The exceptions that are shown as a single line, without a traceback."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A mistake in what was asked for, which the user can mend: settings, model, data or folder.
@@ -11,3 +13,8 @@ class UserError(ValueError):
 
 class WorkerError(RuntimeError):
     """Work that failed on another process or machine: one line that names it with its reason. Exit code 1."""
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names for such a line: the first few, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
