@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisher_vmap.errors import UserError
+from fisher_vmap.errors import UserError, listed
 from fisher_vmap.hub import HUB, push_to_hub
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.settings.command_line import user_mistake
 from fisher_vmap.sharing.control_vectors import save_control_vector, save_directions
+from fisher_vmap.storage.layer_names import layer_named
+from fisher_vmap.storage.name_lists import several
 from fisher_vmap.storage.npz import write_npz
+from fisher_vmap.storage.prompt_record import was
 from fisher_vmap.storage.selection import Where
 
 Float64 = NDArray[np.float64]
@@ -54,16 +57,19 @@ def export(arguments: argparse.Namespace) -> str:
     if out.startswith(HUB):
         url = push_to_hub(results, out, private=not arguments.public, share_text=arguments.text)
         return f"{results.folder} is at {url}"
-    layers = [results.at(name).layer for name in arguments.layer] if arguments.layer else list(results.layers)
+    layers = [layer_named(name, results.layers, results.folder) for name in arguments.layer or results.layers]
     suffix = Path(out).suffix
+    _refuse_what_is_not_for(suffix, arguments)
     if suffix == ".npz":
         if len(layers) > 1:
-            raise UserError(f"an npz is of one layer; name it with --layer: {', '.join(layers)}")
+            raise UserError(f"an npz is of one layer; name it with --layer: {several(layers)}")
         write_npz(Path(out), results.shards(), layers[0])
         return f"{out}: U, S and V of {len(results):,} prompts at {layers[0]}"
     if suffix not in (".safetensors", ".gguf"):
         raise UserError(f"{out} ends in {suffix or 'nothing'}; expected .safetensors, .gguf, .npz or {HUB}OWNER/NAME")
-    count = arguments.directions if suffix == ".safetensors" else 1
+    if suffix == ".gguf" and not arguments.layer:
+        layers = _without_block_0(layers)
+    count = arguments.directions or 1
     found = {layer: _directions(results.at(layer), arguments, count) for layer in layers}
     where = arguments.where or (f"prompt {arguments.prompt}" if arguments.prompt is not None else "all prompts")
     what = f"{where}{f' against {arguments.against}' if arguments.against else ''}"
@@ -74,7 +80,34 @@ def export(arguments: argparse.Namespace) -> str:
         if model_type is None:
             raise UserError("the folder does not say what kind of model it is of; add --model-type, such as llama")
         save_control_vector(out, {layer: rows[0] for layer, rows in found.items()}, model_type)
-    return f"{out}: {count} direction{'s' * (count > 1)} of {what} at {', '.join(layers)}"
+    return f"{out}: {count} direction{'s' * (count > 1)} of {what} at {several(layers)}"
+
+
+def _refuse_what_is_not_for(suffix: str, arguments: argparse.Namespace) -> None:
+    """Raise UserError for a flag that a file of this kind has no use for, and for a value that no file has."""
+    if suffix == ".npz":
+        for name in ("prompt", "where", "against", "directions", "scale"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"an npz holds every prompt's U, S and V as they are; leave --{name} out")
+    if arguments.directions is not None and arguments.directions < 1:
+        raise UserError(f"--directions is {arguments.directions}; expected at least 1")
+    if suffix == ".gguf" and arguments.directions not in (None, 1):
+        raise UserError(
+            f"--directions is {arguments.directions}, but a control vector holds one direction a layer; leave it out "
+            "(--first chooses another one), or write a .safetensors file"
+        )
+    if arguments.first < 0:
+        raise UserError(f"--first is {arguments.first}; expected 0, the leading direction, or more")
+    if arguments.scale is not None and not (np.isfinite(arguments.scale) and arguments.scale):
+        raise UserError(f"--scale is {arguments.scale:g}; expected a length, such as 0.05 or -0.05 residual norms")
+
+
+def _without_block_0(layers: Sequence[str]) -> list[str]:
+    """The layers without block 0, unless there is no other: llama.cpp cannot steer it, and nobody named it."""
+    others = [layer for layer in layers if layer.rpartition(".")[2] != "0"]
+    if others and len(others) < len(layers):
+        print(f"fisher_vmap: {layers[0]} is left out: llama.cpp cannot steer block 0", file=sys.stderr)
+    return others or list(layers)
 
 
 def _directions(view: Results, arguments: argparse.Namespace, count: int) -> Float64:
@@ -85,7 +118,7 @@ def _directions(view: Results, arguments: argparse.Namespace, count: int) -> Flo
             raise UserError(f"there is no prompt {arguments.prompt}; there are 0 to {view.index.stop - 1}")
         record = view[arguments.prompt]
         if record.status != "ok":
-            raise UserError(f"prompt {arguments.prompt} has no directions: it {record.status} ({record.reason})")
+            raise UserError(f"prompt {arguments.prompt} has no directions: it {was(record.status)} ({record.reason})")
         have = int((record.S > 0).sum())
         rows, norm = record.V[first:last].astype(np.float64), record.residual_norm
     else:
@@ -116,11 +149,10 @@ def condition(results: Results, text: str | None) -> Where:
     column, equals, value = text.partition("=")
     table = results.table()
     if not equals or column not in table.schema.names:
-        raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {', '.join(table.schema.names)}")
+        raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {several(table.schema.names)}")
     values = {str(found) for found in table.column(column).unique().to_pylist()}
     if value not in values:
-        some = ", ".join(sorted(values)[:8]) + (", ..." if len(values) > 8 else "")
-        raise UserError(f"no prompt has {column} {value!r}; there is {some}")
+        raise UserError(f"no prompt has {column} {value!r}; there is {listed(sorted(values))}")
     chosen: Callable[[dict[str, Any]], bool] = lambda row: str(row[column]) == value  # noqa: E731
     return chosen
 
@@ -138,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
     parser.add_argument("out", metavar="OUT", help="where to; its ending says what")
-    parser.add_argument("--layer", action="append", help="a layer's name; may be repeated; by default all")
+    parser.add_argument("--layer", action="append", help="a layer's name or number; may be repeated; by default all")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--prompt", type=int, metavar="I", help="the directions of this prompt")
     which.add_argument("--where", metavar="COLUMN=VALUE", help="of the mean over these prompts; by default over all")
@@ -148,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ridge", type=float, default=0.01, help="of --against, a fraction of the mean eigenvalue (0.01)"
     )
-    parser.add_argument("--directions", type=int, default=1, metavar="N", help="how many, in a .safetensors (1)")
+    parser.add_argument("--directions", type=int, metavar="N", help="how many, in a .safetensors (1)")
     parser.add_argument("--first", type=int, default=0, metavar="R", help="the first of them, 0 the leading one")
     parser.add_argument("--scale", type=float, help="length in residual norms, either sign; by default length 1")
     parser.add_argument(

@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from fisher_vmap.config import Settings
 from fisher_vmap.planning.sizes import readable
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.settings.command_line import folder_command
 from fisher_vmap.storage.index import sum_name
+from fisher_vmap.storage.name_lists import RUN, natural, several
 
 SHOWN = 5  # failed and skipped prompts, of each
 
@@ -31,15 +34,25 @@ def describe(results: Results) -> Iterator[str]:
     ok = len(results) - len(failed) - len(skipped)
     yield f"prompts   {len(results):,}: {ok:,} with results, {len(failed):,} failed, {len(skipped):,} skipped"
     forms = (index.resolved or {}).get("forms", {})
-    for layer, width in index.layout.widths.items():
-        form = forms.get(layer, {}).get("form", "not known")
-        yield f"layer     {layer}: width {width:,}, kernel form {form}"
+    described = [
+        (layer, f"width {width:,}, kernel form {forms.get(layer, {}).get('form', 'not known')}")
+        for layer, width in index.layout.widths.items()
+    ]
+    for what, alike in groupby(described, key=itemgetter(1)):
+        names = [layer for layer, _ in alike]
+        for name in names if len(names) < RUN else [several(names)]:
+            yield f"layer     {name}: {what}"
     yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
     shards = sum(shard.table_bytes + (0 if shard.folded else shard.bytes) for shard in index.shards)
     sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}
     if index.sum is not None:
         sizes[f"{sum_name(index.folded)}: the sum over {index.sum.prompts:,} prompts, kept alone"] = index.sum.bytes
-    sizes |= {name: entry.bytes for name, entry in index.files.items()}
+    archives = sorted((name for name in index.files if name.endswith(".npz")), key=natural)
+    if len(archives) >= RUN:
+        sizes[several(archives)] = sum(index.files[name].bytes for name in archives)
+        archives = []
+    others = [name for name in index.files if not name.endswith(".npz")]
+    sizes |= {name: index.files[name].bytes for name in [*archives, *others]}
     for number, (name, size) in enumerate(sizes.items()):
         yield f"{'' if number else 'on disk':9} {readable(size):>8}  {name}"
     defaults = {name: field.default for name, field in Settings.model_fields.items()}

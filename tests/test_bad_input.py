@@ -242,7 +242,8 @@ CASES = {
     "a setting of the wrong type": (settings_file("batch_size: [8]"), ["batch_size", "whole number"]),
     "an object in YAML": (settings_file("seed: !!python/object/apply:os.getcwd []"), ["not YAML"]),
     "settings of another program": (
-        settings_file("learning_rate: 0.1"), ["'learning_rate'; --help lists every setting"],
+        settings_file("learning_rate: 0.1"),
+        ["'learning_rate'; --help lists every setting"],
     ),
     "no settings file": (lambda case: {"argv": ["--config", case.tmp_path / "no.yaml"]}, ["no.yaml", "--config"]),
     "an unknown flag": (lambda case: {"argv": ["--layer", "3"]}, ["--layer", "hook_layer_name"]),

@@ -125,6 +125,13 @@ def test_the_npz_of_a_folder_that_has_none(results, tmp_path):
         (["x.safetensors", "--prompt", "40"], "there is no prompt 40; there are 0 to 39"),
         (["x.safetensors", "--prompt", "4", "--first", "7", "--directions", "2"], "directions 7 to 8 were asked for"),
         (["x.safetensors", "--where", "kind"], "expected COLUMN=VALUE"),
+        (["x.safetensors", "--layer", "9"], "layer 9 was not hooked"),
+        (["x.gguf", "--directions", "3"], "a control vector holds one direction a layer"),
+        (["x.safetensors", "--directions", "0"], "--directions is 0; expected at least 1"),
+        (["x.safetensors", "--first", "-1"], "--first is -1; expected 0"),
+        (["x.gguf", "--scale", "0"], "--scale is 0; expected a length"),
+        (["x.safetensors", "--scale", "nan"], "--scale is nan; expected a length"),
+        (["x.npz", "--layer", "2", "--prompt", "3"], "every prompt's U, S and V as they are; leave --prompt out"),
         (["x.safetensors", "--where", "kind=9"], "no prompt has kind '9'; there is kind 0, kind 1, kind 2"),
     ],
 )
@@ -135,10 +142,32 @@ def test_mistakes_are_one_line(results, tmp_path, monkeypatch, capsys, arguments
     assert error.count("\n") == 1 and message in error and list(tmp_path.iterdir()) == []
 
 
+def test_a_layer_by_its_number(results, tmp_path):
+    run(results, tmp_path / "n.safetensors", "--layer", 5)
+    assert list(load_file(tmp_path / "n.safetensors")) == ["model.layers.5"]
+
+
+def test_block_0_is_left_out_of_a_control_vector_unless_it_is_named(tmp_path, capsys):
+    layers = {f"model.layers.{i}": planted("common", i, count=6, width=14)[0] for i in range(12)}
+    results, out = write_factors(tmp_path / "out", layers), tmp_path / "all.gguf"
+    run(results, out, "--model-type", "llama")
+    assert set(control_vector(out)[1]) == {f"direction.{i}" for i in range(1, 12)}
+    said = capsys.readouterr()
+    assert said.err == "fisher_vmap: model.layers.0 is left out: llama.cpp cannot steer block 0\n"
+    assert said.out.endswith(" at model.layers.1 ... model.layers.11, 11 in all\n")
+    for arguments in (["--layer", "0"], ["--layer", "0", "--layer", "3"]):
+        assert main([str(results.folder), str(out), "--model-type", "llama", *arguments]) == 2
+        assert "is block 0, which llama.cpp cannot steer; take a higher layer" in capsys.readouterr().err
+    run(results, tmp_path / "all.safetensors")
+    assert "model.layers.0" in load_file(tmp_path / "all.safetensors")
+
+
 def test_a_prompt_that_failed(tmp_path, capsys):
     write_folder(tmp_path / "out", 10, make_layout())
     assert main([str(tmp_path / "out"), str(tmp_path / "x.safetensors"), "--prompt", "2"]) == 2
     assert "prompt 2 has no directions: it failed (not finite)" in capsys.readouterr().err
+    assert main([str(tmp_path / "out"), str(tmp_path / "x.safetensors"), "--prompt", "3"]) == 2
+    assert "prompt 3 has no directions: it was skipped (empty prompt)" in capsys.readouterr().err
 
 
 def test_a_folder_that_kept_the_mean_alone(tmp_path):

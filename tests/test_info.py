@@ -27,6 +27,16 @@ def test_a_finished_folder(tmp_path, capsys):
     assert len(lines) < 25
 
 
+def test_many_layers_are_told_in_a_few_lines(tmp_path, capsys):
+    write_folder(tmp_path, 3, make_layout({f"h.{i}": 7 for i in range(12)}))
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layer     h.0 ... h.11, 12 in all: width 7, kernel form not known" in lines
+    assert sum("fisher_matrices_compressed.h.0.npz ... fisher_matrices_compressed.h.11.npz, 12 in all" in line
+               for line in lines) == 1  # fmt: skip
+    assert len(lines) < 20
+
+
 def test_an_unfinished_folder(tmp_path, capsys):
     write_folder(tmp_path / "out", 6, finish=False)
     assert main([str(tmp_path / "out")]) == 0

@@ -75,7 +75,7 @@ def test_the_command(folders, tmp_path, capsys):
     assert any(line.startswith(f"ok   KL at {LAYER}: 9 leading and 3 random directions") for line in lines)
     assert sum("1e-05" in line for line in lines) == 1 and lines[-1].endswith("is sound")
     assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
-    assert main([str(folders["full"]), "--kl", "--prompts", "1"]) == 0
+    assert main([str(folders["full"]), "--kl", "--prompts", "1", "--layer", "1"]) == 0
     assert (folders["full"] / "kl.png").exists()
     assert main([str(folders["full"])]) == 0  # a plot beside the results is no damage
     assert run_again(folders["full"])
@@ -92,6 +92,8 @@ def run_again(folder):
     [
         (["--prompts", "0"], "--prompts is 0; expected at least 1"),
         (["--layer", "model.layers.9"], "'model.layers.9' was not hooked"),
+        (["--layer", "9"], "layer 9 was not hooked"),
+        (["--dataset_name", "/nowhere/p.jsonl"], "/nowhere/p.jsonl: no such file"),
         (["--model_path", "/nowhere/model"], "model_path /nowhere/model is not there"),
         (["--plot", "/nowhere/kl.png", "--prompts", "1"], "the plot cannot be written to /nowhere/kl.png"),
     ],
@@ -114,6 +116,20 @@ def test_another_model_or_other_prompts_are_refused(inputs, tmp_path, capsys):
     data.write_text("".join(json.dumps({"prompt": row["prompt"] + " more"}) + "\n" for row in rows))
     assert main([str(tmp_path / "out"), "--kl"]) == 2
     assert "the data set has changed" in capsys.readouterr().err
+
+
+def test_prompts_and_a_model_that_have_moved(inputs, tmp_path, capsys):
+    model, data = save_model(tmp_path / "model"), write_prompts(tmp_path / "prompts.jsonl", texts(3))
+    out = tmp_path / "out"
+    assert run_here(model, data, out) == 0
+    data.rename(tmp_path / "moved.jsonl")
+    assert main([str(out), "--kl"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{data}, where the prompts of {out} came from, is not there" in error and "--dataset_name" in error
+    assert main([str(out), "--kl", "--prompts", "1", "--dataset_name", str(tmp_path / "moved.jsonl")]) == 0
+    model.rename(tmp_path / "moved")
+    assert main([str(out), "--kl"]) == 2
+    assert "say with --model_path where it is now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])

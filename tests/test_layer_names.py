@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fisher_vmap.errors import UserError, listed
-from fisher_vmap.storage.layer_names import layer_named, natural, several
+from fisher_vmap.storage.layer_names import layer_named
+from fisher_vmap.storage.name_lists import natural, several
 
 LAYERS = [f"model.layers.{i}" for i in (2, 15, 20)]
 HERE = Path("out")
@@ -22,8 +23,8 @@ def test_a_layer_by_name_and_by_number():
     [
         ("5", LAYERS, "layer 5 was not hooked in out; there is model.layers.2, model.layers.15, model.layers.20"),
         ("model.layers.5", LAYERS, "'model.layers.5' was not hooked in out; there is "),
-        (-1, LAYERS, "layer -1 counts from the model's top, which out does not know; there is "),
-        ("0", ["enc.0", "dec.0"], "layer 0 may be any of enc.0, dec.0 in out; give its name"),
+        (-1, LAYERS, "layer -1 counts from the model's top, which a results folder does not know; there is "),
+        ("0", ["enc.0", "dec.0"], "layer 0 may be enc.0 or dec.0; give the name"),
         ("mlp", ["h.1.mlp"], "'mlp' was not hooked"),
         ("99", [f"h.{i}" for i in range(40)], "there is h.0 ... h.39, 40 in all"),
     ],

@@ -187,14 +187,30 @@ def test_a_folder_with_failures_or_unfinished_or_without_text_or_tokens(tmp_path
     open_results(tmp_path / "a", check="full")
 
 
-def test_all_prompts_failed(tmp_path):
+def test_all_prompts_failed(tmp_path, capsys):
     from results_cases import open_writer, without_numbers
 
     writer = open_writer(tmp_path, shard_size=4)
     writer.missing_shards(3)
     writer.add(0, [without_numbers(i, "failed", "not finite") for i in range(3)])
     writer.finish(settings={})
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 2 and not (tmp_path / "report.html").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none of the 3 prompts" in error and "(the first failed: not finite)" in error
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--details"])
+def test_what_is_no_number_is_told_in_words(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), flag, "a"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "_indices" not in error and "_count" not in error and "'a'" in error
+
+
+def test_many_images_are_told_by_kind(tmp_path, capsys):
+    layers = {f"m.{i}": planted("common", i, count=8, width=14)[0] for i in range(5)}
+    assert main([str(write_factors(tmp_path, layers).folder)]) == 0
+    assert "images, spectra.LAYER.png, prompts.LAYER.png" in capsys.readouterr().out
 
 
 def test_a_folder_that_kept_the_mean_alone(tmp_path):

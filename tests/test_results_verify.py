@@ -12,6 +12,7 @@ from results_cases import (
     make_prompts,
     no_power_cuts,  # noqa: F401 (a fixture)
     open_writer,
+    without_numbers,
     write_folder,
 )
 
@@ -38,6 +39,44 @@ def test_a_sound_folder(tmp_path, capsys, dtype):
     assert all(line.startswith("ok   ") for line in lines[:-1]) and lines[-1] == f"{tmp_path} is sound"
     assert lines[1].endswith("prompts 0..3, 2 without numbers") and "60 arrays" not in lines[1]
     assert sum("the shards' arrays: 30 arrays" in line for line in lines) == 2
+
+
+def test_many_layers_are_told_a_line_a_kind(tmp_path, capsys):
+    write_folder(tmp_path, 10, make_layout({f"h.{i}": 5 for i in range(12)}))
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 15
+    for kind in (
+        "the npz of each layer",
+        "the npz of each layer = the shards' arrays",
+        "mean.safetensors, the mean of each layer",
+    ):
+        assert sum(line.startswith(f"ok   {kind}: 12 of 12, ") for line in lines) == 1, lines
+    for layer in (3, 7):
+        path = tmp_path / f"fisher_matrices_compressed.h.{layer}.npz"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert main([str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert "ok   the npz of each layer: 10 of 12, " in text
+    assert sum(line.startswith("BAD") for line in text.splitlines()) == 4  # each layer's bytes and arrays, in full
+    assert all(f"BAD  fisher_matrices_compressed.h.{layer}.npz: " in text for layer in (3, 7))
+
+
+@pytest.mark.parametrize("flag", ["--layer", "--prompts", "--model_path", "--dataset_name", "--plot"])
+def test_flags_of_the_check_against_the_model_need_it(tmp_path, capsys, flag):
+    write_folder(tmp_path)
+    assert main([str(tmp_path), flag, "15"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and f"{flag} is for" in said.err and "--kl" in said.err
+
+
+def test_a_folder_without_any_result(tmp_path, capsys):
+    writer = open_writer(tmp_path)
+    writer.missing_shards(2)
+    writer.add(0, [without_numbers(i, "skipped", "empty") for i in range(2)])
+    writer.finish(settings={})
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path} is sound, but none of its 2 prompts has results"
 
 
 def test_the_command(tmp_path):

@@ -9,7 +9,10 @@ from pathlib import Path
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import open_results
 from fisher_vmap.settings.command_line import user_mistake
+from fisher_vmap.storage.mean import is_ok
+from fisher_vmap.storage.prompt_record import was
 
+SHOWN = 10  # images that are named one by one
 EXTRA = ("plotly", "matplotlib", "scipy")
 
 
@@ -40,6 +43,12 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     results = open_results(arguments.folder, allow_incomplete=True)
     if not len(results):
         raise UserError(f"{arguments.folder} holds no prompts yet; there is nothing to report")
+    if not any(is_ok(reader).any() for reader in results.shards()):
+        first = results[results.index.shards[0].start]
+        raise UserError(
+            f"none of the {len(results)} prompts of {arguments.folder} has results (the first {was(first.status)}: "
+            f"{first.reason}); there is nothing to report"
+        )
     if outside := [index for index in arguments.prompts if not 0 <= index < results.index.stop]:
         raise UserError(
             f"there is no prompt {outside[0]} in {arguments.folder}, which has 0 to {results.index.stop - 1}"
@@ -54,7 +63,10 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     lines = [f"{page}: {size / 1e6:.1f} MB, {len(found.rows.index):,} prompts, {len(found.layers)} layers"]
     if arguments.images:
         images = write_images(page.with_suffix(""), found)
-        lines.append(f"{images[0].parent}: {', '.join(image.name for image in images)}")
+        names = [image.name for image in images]
+        kinds = dict.fromkeys(f"{name.split('.')[0]}{'.LAYER' * (name.count('.') > 1)}.png" for name in names)
+        many = f"{len(names)} images, {', '.join(kinds)}"
+        lines.append(f"{images[0].parent}: {', '.join(names) if len(names) <= SHOWN else many}")
     return [*lines, f"written in {time.perf_counter() - began:.1f} s"]
 
 
@@ -79,11 +91,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _indices(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no prompts' numbers; expected such as 12,40") from error
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if not 2 <= number <= 2000:
-        raise argparse.ArgumentTypeError(f"{number} is not from 2 to 2000")
-    return number
+    if not text.strip().isdecimal() or not 2 <= int(text) <= 2000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 2 to 2000")
+    return int(text)

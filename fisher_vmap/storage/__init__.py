@@ -3,9 +3,9 @@
 Reading back is `fisher_vmap.results`. Imports inside this folder point one way, each line on those before it:
 
     atomic, records, tensors, versions      whole files; what a prompt's results are; the tensor format
+    name_lists                              many names in a few words
     lock, checking, fingerprint             one writer at a time; is a file as written; is a folder of this run
-    entries, index, table                   what is stored; the table
-    layer_names                             a layer's number for its name; many names in a few words
+    entries, index, table, layer_names      what is stored; the table; which layer is meant
     shards, tries, folder                   writing a shard; who died over it; which files are ours
     reading, soundness, beginning           one shard, lazily; which shards are sound; a folder made or carried on
     shard_readers                           the shards of a folder

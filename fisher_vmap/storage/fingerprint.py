@@ -30,9 +30,7 @@ def compare_fingerprints(folder: Path, stored: Mapping[str, Any], new: Mapping[s
     here, there = _flat(plain_values(new)), _flat(plain_values(stored))
     different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if different:
-        parts = [
-            f"{_SETTINGS.get(key, key)} is {_shown(here, key)} here but {_shown(there, key)}" for key in different
-        ]
+        parts = [f"{_SETTINGS.get(key, key)} is {_shown(here, key)} here but {_shown(there, key)}" for key in different]
         raise UserError(f"{', '.join(parts)} in {folder}; use another --output_dir or --overwrite")
 
 

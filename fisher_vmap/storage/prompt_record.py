@@ -10,6 +10,11 @@ from fisher_vmap import algebra
 from fisher_vmap.storage.reading import Float32
 
 
+def was(status: str) -> str:
+    """A prompt's status as the end of a sentence: it failed, it was skipped."""
+    return f"was {status}" if status == "skipped" else status
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PromptRecord:
     """One prompt at one layer. Its arrays are NaN if the prompt failed or was skipped: `status` and `reason` say why.

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.storage.name_lists import several
 from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.table import common_schema, in_schema
 
@@ -32,7 +33,7 @@ def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Choose
         return lambda reader: np.array([bool(where(row)) for row in in_schema(reader.table, schema).to_pylist()], bool)
     for column in where:
         if column not in schema.names:
-            raise UserError(f"the prompts table has no column {column!r}; there is {', '.join(schema.names)}")
+            raise UserError(f"the prompts table has no column {column!r}; there is {several(schema.names)}")
 
     def equal(reader: ShardReader) -> NDArray[np.bool_]:
         table = in_schema(reader.table, schema)

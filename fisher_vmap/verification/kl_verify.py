@@ -5,6 +5,7 @@ directions and random ones. The KL divergence that it shows is set beside 1/2 ep
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.models import Loaded
+from fisher_vmap.prompts.local_files import SUFFIXES
 from fisher_vmap.results import Results
 from fisher_vmap.running.from_settings import make_renderer, model_of, source_of
 from fisher_vmap.storage.fingerprint import plain_values
@@ -23,7 +25,14 @@ from fisher_vmap.verification.kl_outcome import PREDICTED, Directions, KlCheck, 
 LEADING, RANDOM = 3, 1  # directions of each prompt
 
 
-def check_kl(results: Results, *, prompts: int = 8, layer: str | None = None, model_path: str | None = None) -> KlCheck:
+def check_kl(
+    results: Results,
+    *,
+    prompts: int = 8,
+    layer: str | None = None,
+    model_path: str | None = None,
+    dataset_name: str | None = None,
+) -> KlCheck:
     """Set predicted beside measured KL divergences, for a few prompts of a results folder.
 
     Args:
@@ -31,12 +40,13 @@ def check_kl(results: Results, *, prompts: int = 8, layer: str | None = None, mo
         prompts: how many prompts, spread evenly over those with results.
         layer: which hooked layer; None: the first.
         model_path: where the model is now; None: where it was.
+        dataset_name: where the prompts are now; None: where they were.
 
     Raises:
         UserError: the model or the prompts cannot be had, or are not those that the folder was made from.
     """
     results = results.at(layer or results.layer)
-    settings = _settings(results, model_path)
+    settings = _settings(results, model_path=model_path, dataset_name=dataset_name)
     chosen = _spread_over(
         [i for i, status in enumerate(results.table().column("status").to_pylist()) if status == "ok"], prompts
     )
@@ -68,10 +78,30 @@ def check_kl(results: Results, *, prompts: int = 8, layer: str | None = None, mo
     )
 
 
-def _settings(results: Results, model_path: str | None) -> Settings:
+def _settings(results: Results, **now: str | None) -> Settings:
+    """The folder's settings, with what has another place now.
+
+    Raises:
+        UserError: a file or folder is not where it was.
+    """
     values: dict[str, Any] = results.metadata["settings"]
     known = {name: value for name, value in values.items() if name in Settings.model_fields}
-    return Settings(**{**known, **({} if model_path is None else {"model_path": model_path})})
+    settings = Settings(**{**known, **{name: value for name, value in now.items() if value is not None}})
+    for name, what in (("model_path", "model"), ("dataset_name", "prompts")):
+        value = getattr(settings, name)
+        if now[name] is None and _is_a_path(value) and not Path(value).expanduser().exists():
+            raise UserError(
+                f"{value}, where the {what} of {results.folder} came from, is not there (seen from {Path.cwd()}); "
+                f"say with --{name} where it is now"
+            )
+    return settings
+
+
+def _is_a_path(value: str) -> bool:
+    """Whether a setting is a place on this machine; else it may be on the hub, or missing there."""
+    if Path(value).suffix == ".gguf":  # OWNER/NAME/FILE.gguf is on the hub
+        return value.count("/") != 2 or value.startswith((".", "/", "~"))
+    return Path(value).suffix.lower() in SUFFIXES or value.startswith((".", "/", "~"))
 
 
 def _widened(loaded: Loaded, settings: Settings) -> Any:
