@@ -4,6 +4,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fisher_vmap._version import __version__
+from fisher_vmap.settings.command_line import command
+
 COMMANDS = {
     "run": ("fisher_vmap.run", "compute the Fisher matrices of a data set's prompts"),
     "finish": ("fisher_vmap.finish", "complete a results folder that several processes have filled"),
@@ -15,12 +18,16 @@ COMMANDS = {
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand the rest of the command line to the command of that name; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fisher-vmap {__version__}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"fisher-vmap: there is no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -32,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:8} {what}" for name, (_module, what) in COMMANDS.items()]
-    return "usage: fisher-vmap COMMAND ...\n\n" + "\n".join(lines) + "\n\nfisher-vmap COMMAND --help tells more."
+    return (
+        "usage: fisher-vmap COMMAND ...\n\n"
+        + "\n".join(lines)
+        + "\n\nfisher-vmap COMMAND --help tells more; fisher-vmap --version."
+    )
 
 
 if __name__ == "__main__":

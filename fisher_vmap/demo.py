@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from fisher_vmap.models import Loaded, load_model
 from fisher_vmap.prompts.tokens import Renderer
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.run import run
-from fisher_vmap.settings.command_line import start_logging, user_mistake
+from fisher_vmap.settings.command_line import command, start_logging, user_mistake
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.verification.kl import measured_kl
 
@@ -25,6 +26,7 @@ PREDICTED_KL = 0.01  # nats: small enough for the quadratic, large enough to be 
 RANDOM = 8  # directions to compare with: what one does is luck, an order of magnitude either way
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of its command line."""
     parser = argparse.ArgumentParser(
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         run(settings)
         print(finding(open_results(arguments.output_dir), load_model(settings.model_path, dtype="bfloat16")))
-        print(how_to_open(arguments.output_dir))
+        print(how_to_open(arguments.output_dir, settings.model_path))
     except UserError as error:
         return user_mistake(error)
     except KeyboardInterrupt:
@@ -128,8 +130,8 @@ def kl_both_ways(loaded: Loaded, text: str, layer: str, steps: np.ndarray) -> np
     return kl.view(2, -1).mean(0).numpy()
 
 
-def how_to_open(output_dir: str) -> str:
-    """The closing lines: where the results are and how to go on in Python."""
+def how_to_open(output_dir: str, model_path: str) -> str:
+    """The closing lines: where the results are, how to go on in Python, and the command for prompts of one's own."""
     return f"""
 The results are in {output_dir}. In Python:
 
@@ -138,6 +140,10 @@ The results are in {output_dir}. In Python:
     record = results[0]              # S, V, U, Q, token_ids, log_probs, text, ...
     record.matrix()                  # F = U @ diag(S) @ V, [D, D]
     results.to_pandas()              # a row a prompt
+
+The same model on prompts of your own:
+
+    fisher-vmap run --model_path {shlex.quote(model_path)} --dataset_name prompts.jsonl --hook_layer_name 15
 """
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.hub import HUB, push_to_hub
 from fisher_vmap.results import Results, open_results
-from fisher_vmap.settings.command_line import user_mistake
+from fisher_vmap.settings.command_line import command, user_mistake
 from fisher_vmap.sharing.control_vectors import save_control_vector, save_directions
 from fisher_vmap.storage.layer_names import layer_named
 from fisher_vmap.storage.name_lists import several
@@ -36,6 +36,7 @@ examples:
   python -m fisher_vmap.export fisher_results hf://datasets/me/fisher --no-text"""
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Export what the command line asks for; returns the exit code: 0 done, 2 a mistake of the user's."""
     arguments = _parser().parse_args(argv)

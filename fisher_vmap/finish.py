@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.settings.command_line import folder_command
+from fisher_vmap.settings.command_line import command, folder_command
 from fisher_vmap.storage.finishing import finish_folder
 from fisher_vmap.storage.index import Index, read_index
 from fisher_vmap.storage.products import wants_npz
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Finish a results folder; returns the exit code."""
     what = "Write a results folder's index, table, mean and npz from its shards, once all of them are there."

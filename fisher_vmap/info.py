@@ -8,13 +8,14 @@ from operator import itemgetter
 from fisher_vmap.config import Settings
 from fisher_vmap.planning.sizes import readable
 from fisher_vmap.results import Results, open_results
-from fisher_vmap.settings.command_line import folder_command
+from fisher_vmap.settings.command_line import command, folder_command
 from fisher_vmap.storage.index import sum_name
 from fisher_vmap.storage.name_lists import RUN, natural, several
 
 SHOWN = 5  # failed and skipped prompts, of each
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a results folder holds, finished or not; returns the exit code."""
     what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."

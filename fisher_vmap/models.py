@@ -13,7 +13,7 @@ from fisher_vmap.loading.causal_lm import refuse_foresight, refuse_other_kinds
 from fisher_vmap.loading.devices import choose_device, placement_options, places_of
 from fisher_vmap.loading.loader_errors import explained, quiet_progress, refuse_empty
 from fisher_vmap.loading.model_files import hashed, tokenizer_files
-from fisher_vmap.loading.model_source import source_of_model, without_adapter_inside
+from fisher_vmap.loading.model_source import say_if_it_looks_local, source_of_model, without_adapter_inside
 from fisher_vmap.pullbacks.quantized import CannotDifferentiate, quantized_linears, unpack
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def load_model(
     if max_memory is not None and device_map is None:
         raise UserError("max_memory is for device_map; give device_map: auto as well")
     place = choose_device(device)
+    for path in filter(None, (model_path, adapter_path)):
+        say_if_it_looks_local(path)
     with quiet_progress():
         adapter = explained(
             adapter_path or model_path,

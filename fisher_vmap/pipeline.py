@@ -19,6 +19,7 @@ from fisher_vmap.running.opening import Run
 from fisher_vmap.running.overlap import ahead, behind
 from fisher_vmap.storage.index import TABLE_NAME
 from fisher_vmap.storage.products import wants_npz
+from fisher_vmap.storage.prompt_record import was
 from fisher_vmap.storage.records import PromptResult
 from fisher_vmap.storage.writer import ResultsWriter
 
@@ -39,6 +40,8 @@ class Summary:
     skipped: int = 0
     reasons: tuple[str, ...] = ()
     """Of the first few prompts that failed."""
+    without_results: str | None = None
+    """Why the first prompt has no results, where no prompt of the folder has any."""
     finished: bool = True
     """Whether the folder is complete: False where other processes have shards to compute yet."""
 
@@ -147,6 +150,9 @@ def count_problems(summary: Summary, writer: ResultsWriter, total: int) -> None:
     """Failed and skipped prompts of the whole run, those of earlier goes included, from the table."""
     table = pq.read_table(writer.folder / TABLE_NAME, columns=["prompt_index", "status", "reason"])
     table = table.filter((pc.field("prompt_index") < total) & (pc.field("status") != "ok"))
+    if table.num_rows == total > 0:
+        first = table.slice(0, 1).to_pylist()[0]
+        summary.without_results = f"prompt {first['prompt_index']} {was(first['status'])}: {first['reason']}"
     failed = table.filter(pc.field("status") == "failed")
     summary.failed, summary.skipped = failed.num_rows, table.num_rows - failed.num_rows
     rows = failed.slice(0, REASONS).to_pylist()

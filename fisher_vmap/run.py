@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fisher_vmap.config import Settings, load_command
 from fisher_vmap.errors import UserError, WorkerError
-from fisher_vmap.settings.command_line import start_logging, user_mistake
+from fisher_vmap.settings.command_line import command, start_logging, user_mistake
 from fisher_vmap.settings.run_options import RunOptions
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fisher_vmap")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
@@ -137,6 +138,9 @@ def tell(summary: "Summary", settings: Settings) -> None:
             Path(settings.output_dir, "metadata.yaml"),
         )
     log.info("results in %s", settings.output_dir)
+    if summary.without_results is not None:
+        none = summary.failed + summary.skipped
+        log.warning("none of %d prompts has results: %s", none, summary.without_results)
 
 
 if __name__ == "__main__":

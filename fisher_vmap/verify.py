@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.settings.command_line import start_logging, user_mistake
+from fisher_vmap.settings.command_line import command, start_logging, user_mistake
 from fisher_vmap.storage.index import INDEX_NAME, TABLE_NAME
 from fisher_vmap.storage.layer_names import layer_named
 from fisher_vmap.verification.folder_checks import Check, checks
@@ -24,6 +24,7 @@ PROMPTS = 8  # that --kl looks at
 MANY = 4  # checks of one kind, from which those that find nothing are told in one line
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Check a results folder, print a line a check, and return the exit code."""
     parser = argparse.ArgumentParser(

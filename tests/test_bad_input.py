@@ -468,9 +468,13 @@ def test_odd_rows_keep_their_index_and_say_why(case):
         assert words is None or words in record.reason
 
 
-def test_a_run_of_skipped_prompts_alone(case):
+def test_a_run_of_skipped_prompts_alone(case, caplog):
+    caplog.set_level("INFO", "fisher_vmap")
     assert case.run({"data": write_prompts(case.tmp_path / "blank.jsonl", ["", " ", None]), "strict": "true"}) == 0
     assert [record.status for record in open_results(case.out)] == ["skipped"] * 3
+    last = caplog.records[-1]
+    assert last.levelname == "WARNING"
+    assert last.getMessage() == "none of 3 prompts has results: prompt 0 was skipped: empty text"
 
 
 def test_settings_that_are_empty_leave_the_rest(case):
@@ -494,6 +498,15 @@ def test_a_prompt_longer_than_the_models_positions_is_cut(case, family):
     assert case.run({"model": folder, "data": data, "hook_layer_name": FAMILIES[family][2].format(1)}) == 0
     assert open_results(case.out).to_pandas()["tokens"][0] == 128
     assert [record.status for record in open_results(case.out)] == ["ok", "ok"]
+
+
+def test_a_folder_that_is_not_there_beside_others_is_looked_for_on_the_hub(case, caplog, monkeypatch):
+    monkeypatch.chdir(case.tmp_path)
+    caplog.set_level("INFO", "fisher_vmap")
+    said = "full/nope is no folder here (full is one); looking on the hub"
+    assert case.run({"model": "full/nope"}) == 2 and said in caplog.text
+    caplog.clear()
+    assert case.run({"model": "nobody/nope"}) == 2 and "looking on the hub" not in caplog.text
 
 
 def test_a_checkpoint_of_tensors_in_a_pickle_is_read(case):

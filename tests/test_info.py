@@ -1,15 +1,22 @@
 """The screen of `fisher-vmap info`, and the list of the console script's words."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+from command_cases import environment
 from results_cases import (
     make_layout,
     no_power_cuts,  # noqa: F401 (a fixture)
     write_folder,
 )
 
+import fisher_vmap
 from fisher_vmap.cli import COMMANDS
 from fisher_vmap.cli import main as command
 from fisher_vmap.info import main
+from fisher_vmap.settings.command_line import command as ends_quietly
 
 
 def test_a_finished_folder(tmp_path, capsys):
@@ -43,6 +50,26 @@ def test_an_unfinished_folder(tmp_path, capsys):
     assert "unfinished, of 6 prompts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["fisher_vmap.cli", "info"], ["fisher_vmap.info"], ["fisher_vmap.verify"]])
+def test_a_reader_who_has_enough_ends_it_quietly(tmp_path, words):
+    write_folder(tmp_path)
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", *words, str(tmp_path)], stdout=writes, stderr=subprocess.PIPE,
+                          text=True, env=environment(), timeout=100, check=False)  # fmt: skip
+    os.close(writes)
+    assert done.stderr == "" and done.returncode == 141
+
+
+def test_another_pipe_that_breaks_is_no_reader_who_has_enough():
+    @ends_quietly
+    def main(argv):
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        main([])
+
+
 def test_what_is_no_results_folder(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -61,5 +88,7 @@ def test_the_words_of_the_console_script(capsys):
     assert command([]) == 2 and command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in COMMANDS)
+    assert command(["--version"]) == 0
+    assert capsys.readouterr().out == f"fisher-vmap {fisher_vmap.__version__}\n"
     assert command(["frobnicate"]) == 2
     assert "run, finish, report" in capsys.readouterr().err

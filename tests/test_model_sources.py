@@ -6,11 +6,14 @@ adapter's product added by hand.
 
 import copy
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from command_cases import tiny_tokenizer
 from oracles import plain_scores, relative
 from safetensors.torch import load_file, save_file
@@ -130,6 +133,35 @@ def test_a_gguf_file_gives_the_scores_of_its_weights_unpacked(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     oracle = write_gguf(tmp_path / "tiny.gguf", base(), gguf.GGMLQuantizationType[kind])
     agrees(run(tmp_path / "tiny.gguf", tmp_path), oracle, 2e-4)
+
+
+def test_a_gguf_file_is_converted_once_wherever_it_lies_and_old_copies_go(tmp_path, monkeypatch, caplog):
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf (in the dev extra)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level("INFO", "fisher_vmap")
+    one, other = tmp_path / "one.gguf", tmp_path / "elsewhere" / "other.gguf"
+    write_gguf(one, base(), gguf.GGMLQuantizationType.F32)
+    load_model(str(one), dtype="float32")
+    (copy_of_it,) = (tmp_path / "cache" / "fisher_vmap").iterdir()
+    assert copy_of_it.name.endswith(f"-float32-transformers-{transformers.__version__}")
+    size = sum(file.stat().st_size for file in copy_of_it.iterdir()) / 1e6
+    assert f"one.gguf is kept, converted, in {copy_of_it}: {size:.0f} MB" in caplog.text
+    other.parent.mkdir()
+    shutil.copy(one, other)
+    before = time.time() - 30 * 24 * 3600
+    unused, used, of_another = (
+        copy_of_it.with_name(name)
+        for name in (f"{copy_of_it.name}.9", f"{copy_of_it.name}.8", copy_of_it.name.replace("-float32", "-float16"))
+    )
+    for folder in (unused, used, of_another):
+        shutil.copytree(copy_of_it, folder)
+    for folder in (unused, of_another, copy_of_it):
+        os.utime(folder, (before, before))
+    caplog.clear()
+    load_model(str(other), dtype="float32")
+    assert "converting" not in caplog.text
+    assert set(copy_of_it.parent.iterdir()) == {copy_of_it, used, of_another}
+    assert copy_of_it.stat().st_mtime > before + 1000  # it counts as used now
 
 
 def test_a_gguf_file_on_the_hub_is_owner_name_and_file(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """A .gguf file as an ordinary transformers folder: converted once, then read from the user's cache."""
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -19,6 +18,7 @@ from fisher_vmap.errors import UserError
 log = logging.getLogger(__name__)
 
 ABANDONED_AFTER_S = 24 * 3600.0
+UNUSED_AFTER_S = 7 * 24 * 3600.0
 
 
 def cache_folder() -> Path:
@@ -26,20 +26,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fisher_vmap"
 
 
-def converted(path: Path, dtype: torch.dtype) -> Path:
+def converted(path: Path, sha256: str, dtype: torch.dtype) -> Path:
     """The folder that holds the model and the tokenizer of a .gguf file, with its weights unpacked to `dtype`.
 
-    The conversion is kept for this file (path, size and time of change), dtype and version of transformers.
+    The conversion is kept for what the file holds, wherever it lies, the dtype, and the version of transformers, which
+    makes the model of it. What another version has made of the same is removed when nobody has used it for a week.
+
+    Args:
+        path: the file.
+        sha256: of the file.
+        dtype: of the weights.
 
     Raises:
         UserError: the file cannot be read as GGUF, or the package `gguf` is missing.
     """
-    stat = path.stat()
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {dtype} {transformers.__version__}"
-    folder = cache_folder() / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    content = f"gguf-{sha256[:16]}-{str(dtype).removeprefix('torch.')}-transformers-"
+    folder = cache_folder() / f"{content}{transformers.__version__}"
     if folder.is_dir():
+        with suppress(OSError):  # a cache that can only be read
+            os.utime(folder)
+            _remove_unused(folder, content)
         return folder
-    log.info("converting %s once, to %s", path.name, folder)
+    log.info("converting %s once", path.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent)
@@ -62,7 +70,24 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    log.info("%s is kept, converted, in %s: %.0f MB", path.name, folder, size / 1e6)
+    with suppress(OSError):
+        _remove_unused(folder, content)
     return folder
+
+
+def _remove_unused(folder: Path, content: str) -> None:
+    """Remove what other versions of transformers have made of the same file and nobody has used for a week.
+
+    A process that has opened such a copy keeps what it has mapped; one that is opening it has used it just now. The
+    copy first gets another name, at once, so that nobody finds half of it.
+    """
+    for other in folder.parent.glob(f"{content}*"):
+        if other != folder and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
+            gone = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent)) / other.name
+            other.rename(gone)
+            shutil.rmtree(gone.parent, ignore_errors=True)
 
 
 def _remove_abandoned(cache: Path) -> None:

@@ -1,5 +1,6 @@
 """Where a model's files are: on the hub, in a folder, or in a .gguf file, which is unpacked into a folder."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from fisher_vmap.loading.adapters import without_adapter
 from fisher_vmap.loading.gguf_model import converted
 from fisher_vmap.loading.loader_errors import explained, quiet_progress
 from fisher_vmap.loading.model_files import hashed, model_files
+
+log = logging.getLogger(__name__)
 
 
 def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
@@ -36,8 +39,9 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
             local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
         if not local.is_file():
             raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
+        sha256 = hashed([local])[local.name]
         with quiet_progress():
-            return str(converted(local, dtype)), {"gguf": hashed([local])[local.name]}
+            return str(converted(local, sha256, dtype)), {"gguf": sha256}
     if local.is_dir():
         if not (local / "config.json").is_file():
             ggufs = sorted(p.name for p in local.glob("*.gguf"))
@@ -52,6 +56,13 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
     if local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
         raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
     return model_path, {"hub": model_path}
+
+
+def say_if_it_looks_local(model_path: str) -> None:
+    """Tell who gives a folder that is not there, beside others that are, that the hub is asked: that may take a while."""
+    path = Path(model_path)
+    if len(path.parts) == 2 and path.parent.is_dir() and not path.exists():
+        log.info("%s is no folder here (%s is one); looking on the hub", model_path, path.parent)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import open_results
-from fisher_vmap.settings.command_line import user_mistake
+from fisher_vmap.settings.command_line import command, user_mistake
 from fisher_vmap.storage.mean import is_ok
 from fisher_vmap.storage.prompt_record import was
 
@@ -16,6 +16,7 @@ SHOWN = 10  # images that are named one by one
 EXTRA = ("plotly", "matplotlib", "scipy")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; returns the exit code: 0 done, 2 a mistake of the user's."""
     arguments = _parser().parse_args(argv)

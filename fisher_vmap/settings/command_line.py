@@ -1,8 +1,10 @@
 """What the commands have in common: what they log, how a mistake is told, and those that take a folder and no more."""
 
 import argparse
+import functools
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +21,38 @@ def start_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command's main function that ends quietly when whoever reads its lines has enough, as in `... | head`.
+
+    Its exit code is then 141, which is what the shell says of a program that ended so.
+    """
+
+    @functools.wraps(main)
+    def whole(argv: Sequence[str] | None = None) -> int:
+        try:
+            try:
+                return main(argv)
+            finally:
+                if sys.stdout is not None:  # it is where the shell has closed it
+                    sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can catch it
+        except BrokenPipeError:
+            if not _nobody_reads_stdout():
+                raise  # it was another pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            return 141
+
+    return whole
+
+
+def _nobody_reads_stdout() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, AttributeError):  # it is no file here, or this is Windows
+        return False
+    return bool(poll.poll(0))
 
 
 def user_mistake(error: UserError | WorkerError) -> int:

@@ -23,8 +23,8 @@ from fisher_vmap.storage.index import (
     read_index,
     sum_name,
 )
-from fisher_vmap.storage.name_lists import natural
 from fisher_vmap.storage.mean import is_ok, read_mean
+from fisher_vmap.storage.name_lists import natural
 from fisher_vmap.storage.npz import npz_arrays
 from fisher_vmap.storage.reading import ShardReader, Stack
 from fisher_vmap.storage.shard_readers import readers
