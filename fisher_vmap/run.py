@@ -90,6 +90,7 @@ def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
     from fisher_vmap.running.from_settings import check_save, model_of, source_of
     from fisher_vmap.running.opening import open_run
     from fisher_vmap.running.progress import bar
+    from fisher_vmap.storage.lock import at_work
 
     check_save(settings)
     source = source_of(settings)
@@ -105,7 +106,13 @@ def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
         if share is not None and total is not None:
             numbers = share.of(shard_numbers(total, settings.shard_size))
             total = sum(min(settings.shard_size, total - number * settings.shard_size) for number in numbers)
-        with bar(total) as report:
+        with at_work(Path(settings.output_dir)) as others, bar(total) as report:
+            if others and share is None:
+                log.warning(
+                    "another process is computing in %s as well, and each computes all of it; "
+                    "use --shards i/n to share the work",
+                    settings.output_dir,
+                )
             summary = run_prompts(opened, report, share)
     tell(summary, settings)
     return summary

@@ -24,6 +24,7 @@ from models import fresh
 from fisher_vmap import open_results
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.prompts.prompt_numbers import PromptNumbers
+from fisher_vmap.storage.lock import at_work
 from fisher_vmap.verify import main as verify
 
 resource = pytest.importorskip("resource", reason="needs a limit of the operating system's")
@@ -207,6 +208,17 @@ def test_numbers_that_are_not_finite_fail_their_prompt(model, data, tmp_path, mo
     table = open_results(tmp_path / "out").to_pandas()
     assert ((table["status"] == "failed") == (table["tokens"] == 4)).all() and (table["tokens"] == 4).any()
     assert table["reason"][table["tokens"] == 4].str.contains("not finite").all()
+
+
+def test_a_second_run_in_a_folder_is_told_of_the_first(model, data, tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    told = "another process is computing in "
+    with at_work(tmp_path / "out"):
+        assert run_here(model, data, tmp_path / "out", shards="1/2") == 0 and told not in caplog.text
+        assert run_here(model, data, tmp_path / "out") == 0
+    assert caplog.text.count(told) == 1 and "--shards i/n" in caplog.text
+    caplog.clear()
+    assert run_here(model, data, tmp_path / "out") == 0 and told not in caplog.text
 
 
 def test_two_runs_in_one_folder(undisturbed, model, data, tmp_path):

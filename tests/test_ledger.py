@@ -18,6 +18,7 @@ from fisher_vmap.results import open_results
 from fisher_vmap.storage import ledger
 from fisher_vmap.storage.entries import entry_name, read_entries, read_entry
 from fisher_vmap.storage.index import read_index, read_index_file
+from fisher_vmap.storage.lock import AT_WORK_NAME, at_work
 from fisher_vmap.storage.shards import write_shard
 
 LAYOUT = make_layout()
@@ -43,6 +44,22 @@ def test_index_json_is_written_less_and_less_often(tmp_path, monkeypatch):
     assert len(read_index_file(tmp_path).shards) == written[-1]
     assert len(read_index(tmp_path).shards) == 100  # nothing that is stored is overlooked
     assert len(open_results(tmp_path, allow_incomplete=True)) == 400
+
+
+def test_who_fills_a_folder_sees_that_others_do(tmp_path):
+    for _ in range(2):
+        with at_work(tmp_path) as others:
+            assert not others
+            with at_work(tmp_path) as others_of_the_second:
+                assert others_of_the_second
+            with at_work(tmp_path) as others_of_the_third:
+                assert others_of_the_third
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / AT_WORK_NAME).touch()  # what one that was killed leaves
+    with at_work(tmp_path) as others:
+        assert not others
+    with at_work(tmp_path / "none") as others:  # it cannot be known there, and hinders nobody
+        assert not others
 
 
 def test_two_processes_lose_nothing_of_each_other(tmp_path):

@@ -59,7 +59,7 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
 
 
 def say_if_it_looks_local(model_path: str) -> None:
-    """Tell who gives a folder that is not there, beside others that are, that the hub is asked: that may take a while."""
+    """Tell who gives a folder that is not there, in one that is, that the hub is asked, which may take a while."""
     path = Path(model_path)
     if len(path.parts) == 2 and path.parent.is_dir() and not path.exists():
         log.info("%s is no folder here (%s is one); looking on the hub", model_path, path.parent)

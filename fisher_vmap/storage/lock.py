@@ -1,10 +1,10 @@
-"""One process at a time changes index.json: a file lock that dies with the process that holds it."""
+"""One process at a time changes index.json, and all that fill the folder can be told: file locks that die with them."""
 
 import errno
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +16,7 @@ except ImportError:  # Windows: files stay whole without the lock; only simultan
     fcntl = None  # type: ignore[assignment]
 
 LOCK_NAME = ".lock"
+AT_WORK_NAME = ".at-work"
 POLL_S = 0.02
 SAY_SO_AFTER_S = 5.0
 
@@ -38,6 +39,41 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         _release(file)
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[bool]:
+    """For the length of the block others can tell that this process fills the folder; gives whether one does already.
+
+    A lock that all of them share, and that the kernel drops when its holder dies: who could have it alone is alone.
+    Where there are no locks nobody is seen. The file goes with the last of them.
+    """
+    with ExitStack() as stack:
+        others = False
+        try:
+            file = stack.enter_context(open(folder / AT_WORK_NAME, "a+b"))
+            others = not _has_alone(file)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH)  # in place of the other; who stands in the way is looking, and no more
+                stack.callback(_leave, file, folder)
+        except OSError as error:
+            logger.debug("no telling who else fills %s: %s", folder, error)
+        yield others
+
+
+def _has_alone(file: BinaryIO) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _leave(file: BinaryIO, folder: Path) -> None:
+    with suppress(OSError):
+        if _has_alone(file):
+            (folder / AT_WORK_NAME).unlink(missing_ok=True)
 
 
 def _acquire(file: BinaryIO, folder: Path) -> None:
