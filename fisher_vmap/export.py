@@ -150,7 +150,9 @@ def condition(results: Results, text: str | None) -> Where:
     column, equals, value = text.partition("=")
     table = results.table()
     if not equals or column not in table.schema.names:
-        raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {several(table.schema.names)}")
+        kept = results.index.layout.keep_columns  # what people choose by comes first
+        names = [*kept, *(name for name in table.schema.names if name not in kept and "/" not in name)]
+        raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {listed(names)}")
     values = {str(found) for found in table.column(column).unique().to_pylist()}
     if value not in values:
         raise UserError(f"no prompt has {column} {value!r}; there is {listed(sorted(values))}")

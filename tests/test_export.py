@@ -124,7 +124,7 @@ def test_the_npz_of_a_folder_that_has_none(results, tmp_path):
         (["x.safetensors", "--layer", "model.layers.9"], "'model.layers.9' was not hooked"),
         (["x.safetensors", "--prompt", "40"], "there is no prompt 40; there are 0 to 39"),
         (["x.safetensors", "--prompt", "4", "--first", "7", "--directions", "2"], "directions 7 to 8 were asked for"),
-        (["x.safetensors", "--where", "kind"], "expected COLUMN=VALUE"),
+        (["x.safetensors", "--where", "kind"], "expected COLUMN=VALUE, of kind, prompt_index"),
         (["x.safetensors", "--layer", "9"], "layer 9 was not hooked"),
         (["x.gguf", "--directions", "3"], "a control vector holds one direction a layer"),
         (["x.safetensors", "--directions", "0"], "--directions is 0; expected at least 1"),
