@@ -92,7 +92,7 @@ class FisherModel:
         check_kernel(kernel)
         check_precision(precision)
         check_estimator(estimator, kernel, include_rest)
-        check_whole("top_k", top_k, 1)
+        check_whole("top_k", top_k)
         optional = {"batch_size": batch_size, "chunk_size": chunk_size, "max_batch_tokens": max_batch_tokens}
         for name, value in optional.items():
             if value is not None:

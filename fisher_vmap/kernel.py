@@ -81,7 +81,7 @@ def fisher_scores(
     check_precision(precision)
     check_whole("trace_samples", trace_samples, 0)
     if token_ids is None:
-        check_whole("top_k", top_k, 1)
+        check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
     device = input_device(model)  # raises where no weights are loaded
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model), compiled(compile, device):

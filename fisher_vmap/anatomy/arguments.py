@@ -30,13 +30,14 @@ def check_tensor(name: str, value: Any, expected: str) -> None:
     raise ValueError(f"{name} is {what}; expected a tensor {expected}: {do}")
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless a value is a whole number, of any library, and not below `least`."""
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Raise ValueError unless a value is a whole number, of any library, and not below `least`, where there is one."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r:.60}; expected a whole number, at least {least}") from None
-    if number < least:
+        bound = "" if least is None else f", at least {least}"
+        raise ValueError(f"{name} is {value!r:.60}; expected a whole number{bound}") from None
+    if least is not None and number < least:
         raise ValueError(f"{name} is {number}; expected at least {least}")
 
 
