@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fisher_vmap.group_means import Contrast, contrast, eigenvectors
-from fisher_vmap.low_rank import Float64, Spectrum, factors, matvec
+from fisher_vmap.low_rank import Float64, Spectrum, factors, matvec, vectors_of
 
 __all__ = [  # noqa: RUF022, the order of the reference
     "Spectrum",
@@ -46,7 +46,7 @@ def quadratic(matrix: Any, v: ArrayLike) -> Any:
         A number (an array of one dimension less than v) for one matrix; for n, [n] or [n, m].
     """
     S, V = factors(matrix)
-    along = V @ np.asarray(v, np.float64)  # [..., R] or [..., R, m]
+    along = V @ vectors_of(v, V.shape[-1])  # [..., R] or [..., R, m]
     weights = S if np.ndim(v) == 1 else S[..., None]
     return (weights * along**2).sum(S.ndim - 1)
 
@@ -140,7 +140,7 @@ def project(matrix: Any, x: ArrayLike, rank: int | None = None) -> Float64:
     """
     S, V = factors(matrix)
     V = V[: (S > 0).sum() if rank is None else rank]
-    return np.asarray(V.T @ (V @ np.asarray(x, np.float64)))
+    return np.asarray(V.T @ (V @ vectors_of(x, V.shape[-1])))
 
 
 def _leading(one: Any, other: Any, rank: int | None) -> tuple[Float64, Float64]:

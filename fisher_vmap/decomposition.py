@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisher_vmap.anatomy.arguments import check_tensor, check_whole
+from fisher_vmap.anatomy.autocast import autocast_off
+
 TOGETHER = 2**25  # elements of all factors that are decomposed in one batch
 
 
@@ -39,6 +42,7 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+@autocast_off()
 def compress(factor_BKD: Tensor, rank: int) -> LowRank:
     """The thin SVD A = Q Sigma V of each prompt's factor, truncated to `rank`: S = Sigma^2 belongs to F = A^T A.
 
@@ -56,12 +60,12 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
     Raises:
         ValueError: the factor is not three-dimensional or the rank is not positive.
     """
+    check_tensor("the factor", factor_BKD, "[B, K, D]")
     if factor_BKD.dim() != 3:
         raise ValueError(
             f"the factor has shape {tuple(factor_BKD.shape)}; expected [B, K, D]: unsqueeze a single prompt"
         )
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; expected at least 1")
+    check_whole("rank", rank, 1)
     device, (_, K, D) = factor_BKD.device, factor_BKD.shape
     out_dtype = torch.promote_types(factor_BKD.dtype, torch.float32)
     resolution = torch.finfo(out_dtype).eps

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.arguments import check_whole
 from fisher_vmap.anatomy.layers import resolve_layers
 from fisher_vmap.anatomy.layout import Layout, lay_out, select
 from fisher_vmap.anatomy.recording import StructureChanged
@@ -219,16 +220,15 @@ def fisher_full(
     check_precision(precision)
     bounds = (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1), ("top_k", top_k, 1))
     for name, value, least in (*bounds, ("trace_samples", trace_samples, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
+        check_whole(name, value, least)
     if kernel == "loop":
         raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use auto or whole")
     layout = lay_out(input_ids, attention_mask)
     given, model = model, unwrapped(model)
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
         names = resolve_layers(model, names_inside(given, model, layers))
-        known = probe(model, layout)
         check_inputs(model, layout, positions, chunk_size)
+        known = probe(model, layout)
 
         def of_group(group: list[int]) -> Estimate:
             part = select(layout, group)

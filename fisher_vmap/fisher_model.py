@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.layers import resolve_layers
+from fisher_vmap.anatomy.arguments import check_whole
+from fisher_vmap.anatomy.autocast import autocast_off
+from fisher_vmap.anatomy.layers import layers_of, resolve_layers
 from fisher_vmap.anatomy.layout import lay_out
 from fisher_vmap.anatomy.placement import input_device
+from fisher_vmap.anatomy.position_table import most_positions
 from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
 from fisher_vmap.estimators import Estimate, fisher_full, topk
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
-from fisher_vmap.kernel import check_kernel, check_precision, fisher_scores
+from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fisher_scores
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.prompts.batches import batch_tokens_for
-from fisher_vmap.prompts.conversations import SkippedPrompt
+from fisher_vmap.prompts.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.prompts.prompt_numbers import PromptNumbers, numbers_of
 from fisher_vmap.prompts.prompt_windows import in_windows
-from fisher_vmap.prompts.tokens import Renderer
+from fisher_vmap.prompts.tokens import MAX_LENGTH, Renderer
 from fisher_vmap.proofs.probe import layer_widths, probe, undisturbed
 from fisher_vmap.scores import Scores
 
@@ -89,13 +92,22 @@ class FisherModel:
         check_kernel(kernel)
         check_precision(precision)
         check_estimator(estimator, kernel, include_rest)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1, or None")
+        check_whole("top_k", top_k)
+        optional = {"batch_size": batch_size, "chunk_size": chunk_size, "max_batch_tokens": max_batch_tokens}
+        for name, value in optional.items():
+            if value is not None:
+                check_whole(name, value, 1)
+        for name, value, least in (("oversampling", oversampling, 0), ("passes", passes, 1)):
+            check_whole(name, value, least)
+        if trace_samples is not None:
+            check_whole("trace_samples", trace_samples, 0)
         if positions not in ("all", "last"):
             raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
-        self.tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
-        self.pieces = None if self.tokenizer is None else Pieces(self.tokenizer)
         given, model = model, unwrapped(model)
+        if isinstance(tokenizer, nn.Module):
+            raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}, a model; expected the model's tokenizer")
+        self.tokenizer = tokenizer_of(given) if tokenizer is None else tokenizer
+        self.pieces = None if self.tokenizer is None else Pieces(self.tokenizer)
         self.model = model
         self.device: torch.device = input_device(model)
         self.layers = resolve_layers(model, names_inside(given, model, layers))
@@ -150,6 +162,7 @@ class FisherModel:
         }
         return fisher_scores(self.model, input_ids, attention_mask, **(settings | choices))
 
+    @autocast_off()
     def estimate(self, input_ids: Tensor, attention_mask: Tensor | None = None, rank: int = 10) -> Estimate:
         """The factors of the batch's Fisher matrices, by this model's estimator and settings.
 
@@ -180,6 +193,7 @@ class FisherModel:
             compile=self.compile,
         )
 
+    @autocast_off()
     def numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int) -> list[PromptNumbers]:
         """One batch from token ids to compressed matrices.
 
@@ -200,22 +214,32 @@ class FisherModel:
     def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
         """The Fisher matrix of each prompt, in order, as it comes.
 
+        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as the command does.
+
         Args:
-            prompts: texts or lists of messages ({"role": ..., "content": ...}).
+            prompts: an iterable of texts or lists of messages ({"role": ..., "content": ...}).
             rank: R, how many singular values to keep.
 
         Yields:
             A record a prompt. One without text has status "skipped", one whose numbers are not finite "failed".
 
         Raises:
-            ValueError: the model was opened without a tokenizer.
+            ValueError: one prompt was given in place of several, or the model was opened without a tokenizer.
         """
+        check_prompts(prompts)
+        check_whole("rank", rank, 1)
         if self._renderer is None:
             if self.tokenizer is None:
                 raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
-            self._renderer = Renderer(self.tokenizer)
+            rooms = (MAX_LENGTH, most_positions(self.model), layers_of(self.model).positions)
+            self._renderer = Renderer(self.tokenizer, max_length=min(room for room in rooms if room is not None))
+        return self._records(prompts, self._renderer, rank)
+
+    def _records(
+        self, prompts: Iterable[str | Sequence[dict[str, str]]], renderer: Renderer, rank: int
+    ) -> Iterator[FisherRecord]:
         found = in_windows(
-            prompts, self._renderer, lambda ids: self.numbers(ids, rank), self.batch_size, self.max_batch_tokens
+            prompts, renderer, lambda ids: self.numbers(ids, rank), self.batch_size, self.max_batch_tokens
         )
         for index, prompt in enumerate(found):
             if isinstance(prompt, SkippedPrompt):
@@ -235,10 +259,12 @@ class FisherModel:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
         with torch.inference_mode(False), torch.no_grad(), undisturbed(self.model):
+            layout = lay_out(input_ids, attention_mask)
+            check_inputs(self.model, layout, self.positions, self.chunk_size)
             network = linearize(
                 self.model,
                 self._probe(),
-                lay_out(input_ids, attention_mask),
+                layout,
                 self.layers,
                 positions=self.positions,
                 chunk_size=self.chunk_size,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.layers import resolve_layers
+from fisher_vmap.anatomy.arguments import check_tensor, check_whole
+from fisher_vmap.anatomy.layers import layers_of, resolve_layers
 from fisher_vmap.anatomy.layout import Layout, lay_out
 from fisher_vmap.anatomy.placement import input_device
 from fisher_vmap.anatomy.recording import StructureChanged
@@ -78,8 +79,9 @@ def fisher_scores(
     """
     check_kernel(kernel)
     check_precision(precision)
-    if trace_samples < 0:
-        raise ValueError(f"trace_samples is {trace_samples}; expected 0 or more")
+    check_whole("trace_samples", trace_samples, 0)
+    if token_ids is None:
+        check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
     device = input_device(model)  # raises where no weights are loaded
     with torch.inference_mode(False), torch.no_grad(), undisturbed(model), compiled(compile, device):
@@ -146,21 +148,28 @@ def fall_back(known: Probe, group: Sequence[str], kernel: str, reason: Structure
 
 
 def check_inputs(model: Any, layout: Layout, positions: str | Tensor, chunk_size: int | None) -> None:
-    """Raise ValueError for tokens that the model does not know, positions that are none, or a chunk of nothing."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None")
+    """Raise ValueError for tokens or places that the model does not know, a bias nowhere, or a chunk of nothing."""
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size, 1)
     position_mask(positions, layout)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(embedding, "num_embeddings", None)
     lowest, highest = int(layout.input_ids.min()), int(layout.input_ids.max())
     if lowest < 0 or (size is not None and highest >= size):
         raise ValueError(f"input_ids run from {lowest} to {highest}; expected 0 to {size - 1 if size else '...'}")
+    room, longest = layers_of(model).positions, max(layout.lengths)
+    if room is not None and longest > room:
+        raise ValueError(
+            f"prompt {layout.lengths.index(longest)} of the batch has {longest} tokens, but this model has {room} "
+            f"positions; cut it to {room} tokens"
+        )
 
 
 def _check_chosen(token_ids: Tensor | None, layout: Layout, vocabulary: int) -> None:
     if token_ids is None:
         return
     B = len(layout.lengths)
+    check_tensor("token_ids", token_ids, f"[{B}, K] int64")
     if token_ids.dim() != 2 or len(token_ids) != B or token_ids.shape[1] == 0:
         raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}; expected [{B}, K]")
     if token_ids.dtype != torch.int64:

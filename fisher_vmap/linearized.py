@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.arguments import check_tensor
+from fisher_vmap.anatomy.autocast import autocast_off
 from fisher_vmap.anatomy.layout import Layout
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.recording import StructureChanged
@@ -43,6 +45,7 @@ class LinearizedNetwork:
         """The h of each prompt at bias zero, [B, D]; [B, V] where h is the logits."""
         return next(iter(self._uppers.values())).rows
 
+    @autocast_off()
     def pullback(
         self, cotangents: Tensor | None = None, layer: str | None = None, *, token_ids: Tensor | None = None
     ) -> Tensor:
@@ -67,6 +70,7 @@ class LinearizedNetwork:
         self._check(cotangents, self._uppers[name].rows.shape[-1])
         return self._uppers[name].pull(cotangents, [name])[name].gradients
 
+    @autocast_off()
     def pushforward(self, tangents: Tensor, layer: str | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """J v for each direction v of the bias; or what v does to the log-probabilities of tokens.
 
@@ -88,6 +92,7 @@ class LinearizedNetwork:
             return moved_BKX
         return torch.einsum("bkx,bnx->bkn", moved_BKX, self._token_rows(name, token_ids).to(moved_BKX))
 
+    @autocast_off()
     def metric(self, layer: str | None = None) -> Metric:
         """The output metric C at h, with which F = J^T C J is the Fisher matrix of the whole vocabulary."""
         upper = self._uppers[self._layer(layer)]
@@ -102,9 +107,12 @@ class LinearizedNetwork:
 
     def _token_rows(self, layer: str, token_ids: Tensor | None) -> Tensor:
         B = len(self.output)
-        if token_ids is None or token_ids.dim() != 2 or len(token_ids) != B or token_ids.is_floating_point():
-            shape = None if token_ids is None else tuple(token_ids.shape)
-            raise ValueError(f"token_ids has shape {shape}; expected [{B}, K] int64")
+        check_tensor("token_ids", token_ids, f"[{B}, K] int64")
+        assert token_ids is not None
+        if token_ids.dim() != 2 or len(token_ids) != B or token_ids.is_floating_point():
+            raise ValueError(
+                f"token_ids has shape {tuple(token_ids.shape)}, dtype {token_ids.dtype}; expected [{B}, K] int64"
+            )
         c = self.metric(layer)
         if bool(((token_ids < 0) | (token_ids >= c.probs.shape[1])).any()):
             raise ValueError(f"token_ids has an entry outside 0 to {c.probs.shape[1] - 1}, the model's vocabulary")
@@ -120,6 +128,7 @@ class LinearizedNetwork:
 
     def _check(self, vectors: Tensor, width: int) -> None:
         B = len(self.output)
+        check_tensor("the vectors", vectors, f"[{B}, K, {width}]")
         if vectors.dim() != 3 or vectors.shape[0] != B or vectors.shape[2] != width:
             raise ValueError(f"the vectors have shape {tuple(vectors.shape)}; expected [{B}, K, {width}]")
 

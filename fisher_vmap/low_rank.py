@@ -52,4 +52,16 @@ def matvec(matrix: Any, x: ArrayLike) -> Float64:
         Of x's shape.
     """
     S, V = factors(matrix)
-    return np.asarray(V.T @ ((V @ np.asarray(x, np.float64)).T * S).T)
+    return np.asarray(V.T @ ((V @ vectors_of(x, V.shape[-1])).T * S).T)
+
+
+def vectors_of(x: ArrayLike, width: int) -> Float64:
+    """Vectors in float64, [D] or [D, n].
+
+    Raises:
+        ValueError: it is of another width than the matrix.
+    """
+    array = np.asarray(x, np.float64)
+    if array.ndim not in (1, 2) or len(array) != width:
+        raise ValueError(f"x has shape {array.shape}; expected [{width}] or [{width}, n], as wide as the matrix")
+    return array

@@ -111,15 +111,6 @@ def load_model(
     return Loaded(model, tokenizer, identity)
 
 
-def most_positions(model: Any) -> int | None:
-    """The number of positions that a model was made for, or None where it has no such number.
-
-    Where positions are embedded one by one there are no others; elsewhere what stands further on is noise.
-    """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def _load(
     model_path: str,
     source: str,

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.arguments import listed_layers
+from fisher_vmap.anatomy.autocast import autocast_off
 from fisher_vmap.anatomy.blocks import forward_inputs, output_of
 from fisher_vmap.anatomy.causality import sees_ahead
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device
+from fisher_vmap.anatomy.position_table import PositionTables
 from fisher_vmap.anatomy.recording import hooks
 from fisher_vmap.anatomy.streams import Hooked, Place, place_of
 
@@ -32,6 +35,7 @@ class Layers(NamedTuple):
         names: the names of all entries of their list, called or not: a layer's number counts these.
         places: for each module that can be hooked, where its output has prompts and positions.
         others: for each other module that is called, what it returns, in words.
+        positions: the most tokens that its table of positions has room for; None: it has none, such as a rotary one.
         made_of: what the model was made of when it was looked at.
     """
 
@@ -39,6 +43,7 @@ class Layers(NamedTuple):
     names: list[str]
     places: dict[str, Place]
     others: dict[str, str]
+    positions: int | None
     made_of: int
 
 
@@ -75,8 +80,9 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        places, others = _watch(model)
-        ahead = sees_ahead(model)
+        with autocast_off():
+            places, others, positions = _watch(model)
+            ahead = sees_ahead(model)
     finally:
         for module in training:
             module.training = True
@@ -97,13 +103,13 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     for name in names:
         if name in places and modules[name] not in blocks.values():  # one module may stand in several places
             blocks[name] = modules[name]
-    return Layers(blocks, names, places, others, made_of)
+    return Layers(blocks, names, places, others, positions, made_of)
 
 
-def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str]]:
-    """The places of all modules that return one row a token, and what the others return, in one forward pass.
+def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str], int | None]:
+    """The places of all modules that return one row a token, what the others return, and the room for positions.
 
-    The tokens are nothing but zeros: what is looked at is shapes.
+    In one forward pass. The tokens are nothing but zeros: what is looked at is shapes.
     """
     ids = torch.zeros(PROMPTS, TOKENS, dtype=torch.int64, device=input_device(model))
     found: dict[int, Place] = {}
@@ -117,7 +123,8 @@ def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str]]:
         shape = type(output).__name__ if hidden is None else tuple(hidden.shape)
         returned[id(module)] = f"{shape} for {PROMPTS} prompts of {TOKENS} tokens"
 
-    with torch.no_grad(), hooks(*(module.register_forward_hook(look) for module in model.modules())):
+    tables = PositionTables(TOKENS)
+    with torch.no_grad(), tables, hooks(*(module.register_forward_hook(look) for module in model.modules())):
         try:
             output = model(**forward_inputs(model, ids))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
@@ -136,7 +143,8 @@ def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str]]:
         )
     named = {name: id(module) for name, module in model.named_modules(remove_duplicate=False) if name}
     places = {name: found[key] for name, key in named.items() if key in found}
-    return places, {name: returned[key] for name, key in named.items() if key in returned and key not in found}
+    others = {name: returned[key] for name, key in named.items() if key in returned and key not in found}
+    return places, others, tables.room
 
 
 def _stack(model: nn.Module, places: dict[str, Place]) -> str | None:
@@ -166,15 +174,16 @@ def resolve_layers(model: nn.Module, wanted: str | int | Sequence[str | int]) ->
 
     Raises:
         ValueError: a name or number that the model does not have (the message names the nearest and what can be
-            hooked), one that is never called or returns no row a token, or one given twice.
+            hooked), one that is never called or returns no row a token, one given twice, or neither name nor number.
     """
+    entries = listed_layers(wanted)
     found = layers_of(model)
-    if wanted == "all":
+    if entries == ["all"]:
         return list(found.blocks)
     modules = dict(model.named_modules(remove_duplicate=False))
     names = found.names
     resolved: list[str] = []
-    for entry in [wanted] if isinstance(wanted, str | int) else wanted:
+    for entry in entries:
         if isinstance(entry, str) and entry.lstrip("-").isdigit():
             entry = int(entry)
         if isinstance(entry, int):

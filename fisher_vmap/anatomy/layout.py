@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisher_vmap.anatomy.arguments import check_tensor
+
 
 class Layout(NamedTuple):
     """Prompts as the model sees them. Rows are counted through all of `input_ids`, flattened.
@@ -120,6 +122,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
     Raises:
         ValueError: shapes or dtypes are not these, a prompt is empty, or its real tokens have a gap.
     """
+    check_tensor("input_ids", input_ids, "[B, T] int64")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.numel() == 0:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}; expected [B, T] int64, not empty"
@@ -128,6 +131,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
     input_ids = input_ids.long()
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    check_tensor("attention_mask", attention_mask, "[B, T]")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, as input_ids"

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fisher_vmap.anatomy.arguments import listed_layers
+
 Layers = str | int | Sequence[str | int]
 
 # Adapters that act in the wrapper's own forward, not in the modules of the model: without it they would be lost.
@@ -28,7 +30,8 @@ def unwrapped(model: Any) -> nn.Module:
     while (inner := _inside(model)) is not None:
         model = inner
     if not isinstance(model, nn.Module):
-        raise ValueError(f"the model is a {type(model).__name__}; expected a causal LM of transformers")
+        order = "; the model comes first, its tokenizer after it" if hasattr(model, "convert_ids_to_tokens") else ""
+        raise ValueError(f"the model is a {type(model).__name__}; expected a causal LM of transformers{order}")
     if _package(model) == "transformer_lens":
         raise ValueError(
             f"the model is TransformerLens' {type(model).__name__}, which is no model of transformers; give the one it "
@@ -54,7 +57,7 @@ def names_inside(model: Any, inner: nn.Module, layers: Layers) -> Layers:
         inner: the model in it, from `unwrapped`.
         layers: as the user wrote them.
     """
-    if inner is model or not isinstance(model, nn.Module) or layers == "all":
+    if inner is model or not isinstance(model, nn.Module) or (isinstance(layers, str) and layers == "all"):
         return layers
     known = {name for name, _ in inner.named_modules()}
     outer = dict(model.named_modules(remove_duplicate=False))
@@ -66,7 +69,7 @@ def names_inside(model: Any, inner: nn.Module, layers: Layers) -> Layers:
         own: str = names.get(id(outer[layer]), layer)
         return own
 
-    return inside(layers) if isinstance(layers, str | int) else [inside(layer) for layer in layers]
+    return inside(layers) if isinstance(layers, str | int) else [inside(layer) for layer in listed_layers(layers)]
 
 
 def _inside(model: Any) -> Any:

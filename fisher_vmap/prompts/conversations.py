@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 Message = dict[str, str]
@@ -71,6 +71,18 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
         if role != "system" or content.strip():  # an empty system turn says nothing
             turns.append({"role": role, "content": content})
     return [*turns, {"role": "user", "content": _not_blank(_content(value[last], last))}]
+
+
+def check_prompts(prompts: object) -> None:
+    """Raise ValueError for what can be iterated over, but not prompt by prompt: one text, one conversation, a table."""
+    if isinstance(prompts, str | bytes):
+        raise ValueError("prompts is one text; give a list: fisher([text])")
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is a {type(prompts).__name__}; expected a list of texts or conversations")
+    if hasattr(prompts, "columns") or hasattr(prompts, "column_names"):
+        raise ValueError(f"prompts is a table ({type(prompts).__name__}); give its column of prompts")
+    if isinstance(prompts, Sequence) and prompts and all(_role(prompt) is not None for prompt in prompts):
+        raise ValueError("prompts is one conversation, a list of messages; give a list of those: fisher([messages])")
 
 
 def _role(turn: object) -> str | None:

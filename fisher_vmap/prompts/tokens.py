@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+MAX_LENGTH = 2048  # tokens of a prompt, where nothing else is said
 _MARK = "q7Zx probe"  # a text that no template contains by itself
 _FIRST_CUT = 8  # characters for each token of max_length that the search for a cut begins with
 
@@ -62,7 +63,7 @@ class Renderer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_length: int = 2048,
+        max_length: int = MAX_LENGTH,
         chat_template: bool | Literal["auto"] = "auto",
         column: str | None = None,
         system_prompt: str | None = None,

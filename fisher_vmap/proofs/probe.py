@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.autocast import autocast_off
 from fisher_vmap.anatomy.experts import experts_apart
 from fisher_vmap.anatomy.layers import decoder_blocks, hooked
 from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows
@@ -65,11 +66,11 @@ _PROBES: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and differentiable layers within the context; afterwards every module is as it was."""
+    """Evaluation mode, the model's dtypes and differentiable layers; afterwards every module is as it was."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with placed(model), quantized_pullbacks(model), experts_apart(model):
+        with autocast_off(), placed(model), quantized_pullbacks(model), experts_apart(model):
             yield
     finally:
         for module in training:

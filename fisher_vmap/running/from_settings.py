@@ -2,10 +2,11 @@
 
 import logging
 
+from fisher_vmap.anatomy.position_table import most_positions
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import TRACE_SAMPLES, FisherModel
-from fisher_vmap.models import Loaded, load_model, most_positions
+from fisher_vmap.models import Loaded, load_model
 from fisher_vmap.prompts.batches import batch_tokens_for
 from fisher_vmap.prompts.sources import PromptSource, read_prompts
 from fisher_vmap.prompts.tokens import Renderer

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisher_vmap.anatomy.arguments import check_tensor
 from fisher_vmap.anatomy.layout import Layout
 
 
@@ -33,6 +34,8 @@ def position_mask(positions: str | Tensor, layout: Layout) -> Tensor | None:
         if not bool(layout.to_caller(mask_N).any(1).all()):
             raise ValueError("positions selects no real token of some prompt; give at least one for each")
         return mask_N
+    if not isinstance(positions, str):
+        check_tensor("positions", positions, "[B, T], or 'all' or 'last'")
     if positions == "last":
         mask_N = torch.zeros(layout.input_ids.numel(), device=layout.device)
         mask_N[layout.last_rows(layout.device)] = 1

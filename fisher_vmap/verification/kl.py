@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.arguments import check_tensor
 from fisher_vmap.anatomy.layers import hooked, resolve_layers
 from fisher_vmap.anatomy.layout import lay_out
-from fisher_vmap.proofs.probe import undisturbed
+from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
+from fisher_vmap.kernel import check_inputs
+from fisher_vmap.proofs.probe import layer_widths, undisturbed
 from fisher_vmap.upper_network.positions import position_mask
 from fisher_vmap.upper_network.whole import rows_from_logits, with_biases
 
@@ -29,10 +32,21 @@ def measured_kl(
 
     Returns:
         [N] float64, in nats.
+
+    Raises:
+        ValueError: an argument is not as described.
     """
-    (name,) = resolve_layers(model, layer)
-    T = len(input_ids)
-    mask_T = position_mask(positions, lay_out(input_ids[None], None))
+    for argument, value, shape in (("input_ids", input_ids, "[T] int64"), ("steps", steps, "[N, D]")):
+        check_tensor(argument, value, shape)
+        if value.dim() != shape.count(",") + 1:
+            raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected {shape}, of one prompt")
+    given, model = model, unwrapped(model)
+    (name,) = resolve_layers(model, names_inside(given, model, layer))
+    T, prompt = len(input_ids), lay_out(input_ids[None], None)
+    check_inputs(model, prompt, positions, None)
+    if steps.shape[1] != (width := layer_widths(model, [name])[name]):
+        raise ValueError(f"steps has shape {tuple(steps.shape)}; expected [N, {width}], the width of {name}")
+    mask_T = position_mask(positions, prompt)
     where_1T1 = (torch.ones(T) if mask_T is None else mask_T).to(input_ids.device)[None, :, None]
     modules = hooked(model, [name])
 
