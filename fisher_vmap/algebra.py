@@ -1,7 +1,9 @@
 """Algebra of low-rank Fisher matrices, F = V^T diag(S) V, without forming them. Numpy only, in float64.
 
 A matrix is given as anything with S [R] and V [R, D] (a record of a results folder, a `Spectrum`), as a `LowRank`, or
-as a pair (S, V). Functions of many at once want S [n, R] and V [n, R, D]: `results.stack()`, or a batch's `LowRank`.
+as a pair (S, V). Functions of many at once want S [n, R] and V [n, R, D]: a batch's `LowRank`, or
+`results.stack(where={"status": "ok"})`, which leaves out prompts without numbers: those are NaN, and all that is
+computed from them.
 Units: F is in nats^2 per squared unit of the residual stream. `eigenvectors` and `contrast` take dense means of many.
 """
 
@@ -77,7 +79,7 @@ def inner_products(many: Any, others: Any = None) -> Float64:
     """tr(F_i G_j) of all pairs: [n, m], by products of blocks of V.
 
     Args:
-        many: S [n, R], V [n, R, D].
+        many: S [n, R], V [n, R, D], such as `results.stack(where={"status": "ok"})`; rows of NaN give NaN.
         others: S [m, R'], V [m, R', D]; None: `many` again.
     """
     S, V = factors(many)

@@ -4,21 +4,21 @@ import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
-from fisher_vmap.low_rank import Float64
 from fisher_vmap.storage.checking import check_sha256
 from fisher_vmap.storage.groups import mean_residual_norm, stack_of_all, stack_of_chosen
 from fisher_vmap.storage.index import Index, read_index, sum_name
+from fisher_vmap.storage.layer_names import layer_named
 from fisher_vmap.storage.mean import add_shards
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.storage.reading import Float32, ShardReader, Stack
-from fisher_vmap.storage.selection import Chooser, Where, chooser, others
+from fisher_vmap.storage.selection import Where, chooser, others, why_nobody
 from fisher_vmap.storage.shard_readers import OpenShards, readers
 from fisher_vmap.storage.summaries import mean_of, metadata_of, table_of
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Check = Literal["sizes", "full", "none"]
+Layer = str | SupportsIndex
 
 
 def open_results(
@@ -86,11 +87,15 @@ class Results:
         """Names of the hooked layers."""
         return self.index.layers
 
-    def at(self, layer: str) -> "Results":
+    def at(self, layer: Layer) -> "Results":
         """The same results, with records of another layer.
 
+        Args:
+            layer: its name, or its block's number, also as digits: 15 is the one hooked layer whose name ends in ".15".
+                A negative number would count from the model's top, which the folder does not know.
+
         Raises:
-            UserError: the layer was not hooked.
+            UserError: the layer was not hooked, or several have this number.
         """
         return Results(self.folder, self.index, verify=self._verify, layer=self._layer(layer))
 
@@ -128,26 +133,30 @@ class Results:
             index=number, layer=self.layer, token_ids=token_ids, log_probs=log_probs, row=row, **found._asdict()
         )
 
-    def stack(self, layer: str | None = None, where: Where = None) -> Stack:
+    def stack(self, layer: Layer | None = None, where: Where = None) -> Stack:
         """Prompts at one layer, in memory; NaN where a prompt has no numbers.
 
+        NaN comes first where numbers are sorted highest first, and spreads through products such as
+        `algebra.cosines`: `where={"status": "ok"}` leaves those prompts out.
+
         Args:
-            layer: its name; by default this view's layer.
-            where: which prompts, as for `mean`; None takes all.
+            layer: its name or number, as for `at`; by default this view's layer.
+            where: which prompts, as for `mean`, such as {"status": "ok"}, those with numbers; None takes all. Row i of
+                the stack is then the i-th that is taken: `to_pandas().query("status == 'ok'")` has the same rows.
 
         Returns:
             A named tuple: S [n, R], V [n, R, D], Q [n, K, R], float32.
         """
-        layer = self._layer(layer)
+        name = self._layer(layer)
         if where is None:
-            return stack_of_all(self.shards(), layer, self.index.layout, len(self))
-        return stack_of_chosen(self.shards(), layer, self.index.layout, chooser(where, self.shards))
+            return stack_of_all(self.shards(), name, self.index.layout, len(self))
+        return stack_of_chosen(self.shards(), name, self.index.layout, chooser(where, self.shards))
 
-    def mean(self, layer: str | None = None, where: Where = None) -> Float32:
+    def mean(self, layer: Layer | None = None, where: Where = None) -> Float32:
         """The mean Fisher matrix over prompts: [D, D] float32, summed in float64.
 
         Args:
-            layer: its name; by default this view's layer.
+            layer: its name or number, as for `at`; by default this view's layer.
             where: which prompts: a function of the table's row (a dict), a dict of column == value, or a mask, [n]
                 booleans. None takes all, from mean.safetensors where there is one. Prompts without numbers are left
                 out. A run with `save: mean` has the mean over all alone.
@@ -158,31 +167,34 @@ class Results:
         Raises:
             UserError: unknown layer or column, a mask of the wrong length, or a damaged folder.
         """
-        layer = self._layer(layer)
+        name = self._layer(layer)
         if where is None or not self.index.shards:
-            return mean_of(self.folder, self.index, layer, self._verify)
-        return self._mean(layer, chooser(where, self.shards)).astype(np.float32)
+            return mean_of(self.folder, self.index, name, self._verify)
+        return add_shards(None, self.shards(), name, chooser(where, self.shards)).mean().astype(np.float32)
 
-    def directions(self, rank: int = 10, *, layer: str | None = None, where: Where = None) -> algebra.Spectrum:
+    def directions(self, rank: int = 10, *, layer: Layer | None = None, where: Where = None) -> algebra.Spectrum:
         """The leading eigenvalues and eigenvectors of the mean Fisher matrix: what a group of prompts shares.
 
         An eigenvalue is the mean over the prompts of v^T F v, in nats^2 per squared unit of the residual stream.
 
         Args:
             rank: how many.
-            layer: its name; by default this view's layer.
+            layer: its name or number, as for `at`; by default this view's layer.
             where: which prompts, as for `mean`.
 
         Returns:
             S [rank], V [rank, D], float64.
 
         Raises:
-            ValueError: no prompt is chosen, or rank is above D; else as `mean`.
+            ValueError: no prompt is chosen (the line says what there is), or rank is above D; else as `mean`.
         """
-        return algebra.eigenvectors(self.mean(layer, where), rank)
+        matrix = self.mean(layer, where)
+        if np.isnan(matrix).all():
+            raise UserError(why_nobody(where, self.shards))
+        return algebra.eigenvectors(matrix, rank)
 
     def contrast(
-        self, where: Where, against: Where = None, *, layer: str | None = None, rank: int = 5, ridge: float = 0.01
+        self, where: Where, against: Where = None, *, layer: Layer | None = None, rank: int = 5, ridge: float = 0.01
     ) -> algebra.Contrast:
         """Directions to which one group's outputs are sensitive and another's are not.
 
@@ -192,7 +204,7 @@ class Results:
         Args:
             where: the one group, as for `mean`.
             against: the other group; None: all prompts that `where` leaves out.
-            layer: its name; by default this view's layer.
+            layer: its name or number, as for `at`; by default this view's layer.
             rank: how many directions.
             ridge: r as a fraction of B's mean eigenvalue.
 
@@ -200,21 +212,26 @@ class Results:
             A named tuple: ratios [R], directions [R, D], inside and outside [R], and r; float64.
 
         Raises:
-            ValueError: a group is empty; else as `mean`.
+            ValueError: a group is empty (the line says what there is); else as `mean`.
         """
-        layer = self._layer(layer)
-        chosen = chooser(where, self.shards)
-        other = others(chosen) if against is None else chooser(against, self.shards)
-        return algebra.contrast(self._mean(layer, chosen), self._mean(layer, other), rank, ridge)
+        name, chosen = self._layer(layer), chooser(where, self.shards)
+        inside = add_shards(None, self.shards(), name, chosen)
+        if not inside.prompts:
+            raise UserError(why_nobody(where, self.shards))
+        outside = add_shards(
+            None, self.shards(), name, others(chosen) if against is None else chooser(against, self.shards)
+        )
+        if not outside.prompts and against is None:
+            raise UserError("the group has every prompt that has numbers: there is none to contrast it with")
+        if not outside.prompts:
+            raise UserError(why_nobody(against, self.shards))
+        return algebra.contrast(inside.mean(), outside.mean(), rank, ridge)
 
-    def _mean(self, layer: str, chosen: Chooser) -> Float64:
-        return add_shards(None, self.shards(), layer, chosen).mean()
-
-    def residual_norm(self, layer: str | None = None, where: Where = None) -> float:
+    def residual_norm(self, layer: Layer | None = None, where: Where = None) -> float:
         """The mean over prompts of the residual stream's mean norm at a layer; NaN without prompts.
 
         Args:
-            layer: its name; by default this view's layer.
+            layer: its name or number, as for `at`; by default this view's layer.
             where: which prompts, as for `mean`.
         """
         return mean_residual_norm(self.shards(), self._layer(layer), chooser(where, self.shards))
@@ -256,8 +273,5 @@ class Results:
             f"rank {layout.rank}, width {widths}, {layout.vectors_dtype}, {state})"
         )
 
-    def _layer(self, layer: str | None) -> str:
-        layer = self.layer if layer is None else layer
-        if layer not in self.index.layout.widths:
-            raise UserError(f"{layer!r} was not hooked in {self.folder}; there is {', '.join(self.layers)}")
-        return layer
+    def _layer(self, layer: Layer | None) -> str:
+        return self.layer if layer is None else layer_named(layer, self.layers, self.folder)

@@ -62,7 +62,7 @@ def test_directions_of_a_group(results, layer):
     values = np.linalg.eigvalsh(mean_of(results, group, layer))[::-1]
     np.testing.assert_allclose(found.S, values[:4], rtol=1e-5)
     np.testing.assert_allclose(mean_of(results, group, layer) @ found.V.T, found.V.T * found.S, atol=1e-4)
-    with pytest.raises(ValueError, match="a mean over no prompts is NaN"):
+    with pytest.raises(ValueError, match="no prompt is chosen, of 12"):
         results.directions(4, where=lambda row: False)
 
 
@@ -89,6 +89,72 @@ def test_stacks_of_a_group(results):
     np.testing.assert_allclose(
         algebra.cosines(some)[0, 1], results.at("b")[odd[0]].cosine(results.at("b")[odd[1]]), rtol=1e-6
     )
+
+
+def test_a_group_that_nobody_is_in_says_who_there_is(results):
+    assert np.isnan(results.mean(where={"kind": "nope"})).all()
+    line = "no prompt has kind == 'nope'; there are kind 0, kind 1"
+    for call in (
+        lambda: results.directions(2, where={"kind": "nope"}),
+        lambda: results.contrast({"kind": "nope"}),
+        lambda: results.contrast({"kind": "kind 0"}, {"kind": "nope"}),
+    ):
+        with pytest.raises(UserError, match=f"^{line}$"):
+            call()
+    with pytest.raises(
+        UserError, match="no prompt has kind == 'kind 0' and status == 'lost'; there are failed, ok, sk"
+    ):
+        results.directions(2, where={"kind": "kind 0", "status": "lost"})
+    with pytest.raises(UserError, match=r"no prompt has kind == 'kind 0' and prompt_index == 1$"):
+        results.contrast({"kind": "kind 0", "prompt_index": 1})
+    with pytest.raises(UserError, match=r"there are 0, 1, 10, 11, 2, 3, 4, 5, 6, 7 and 2 more$"):
+        results.directions(2, where={"prompt_index": 99})
+    with pytest.raises(UserError, match="no prompt is chosen, of 12"):
+        results.directions(2, where=np.zeros(12, bool))
+    with pytest.raises(UserError, match="none of the 1 prompts that are chosen has numbers"):
+        results.directions(2, where={"status": "failed"})
+    with pytest.raises(UserError, match="none to contrast it with"):
+        results.contrast({"status": "ok"})
+
+
+def test_prompts_without_numbers_are_left_out_by_their_status(results):
+    every, sound = results.stack(), results.stack(where={"status": "ok"})
+    assert np.isnan(every.S[[2, 3]]).all() and np.isnan(algebra.cosines(every)).any()
+    for whole, part in zip(every, sound, strict=True):
+        np.testing.assert_array_equal(whole[OK], part)
+    assert np.isfinite(algebra.cosines(sound)).all() and np.isfinite(algebra.trace(sound)).all()
+    rows = results.to_pandas().query("status == 'ok'")
+    assert rows["prompt_index"].tolist() == OK
+    best = rows.iloc[algebra.trace(sound).argsort()[::-1][0]]
+    assert results[int(best["prompt_index"])].S.sum() == pytest.approx(max(results[i].S.sum() for i in OK))
+
+
+def test_a_layer_by_its_number(tmp_path):
+    names = ["model.layers.1", "model.layers.11", "model.layers.11.mlp", "other.2", "again.2"]
+    write_folder(tmp_path, 5, make_layout(dict.fromkeys(names, 9), keep_columns=("kind",)))
+    results = open_results(tmp_path)
+    for number in (11, "11", np.int64(11)):
+        assert results.at(number).layer == "model.layers.11"
+    view = results.at(11)
+    assert view[0].layer == "model.layers.11" and results.at(1).layer == "model.layers.1"
+    np.testing.assert_array_equal(results.stack(layer=11).V, view.stack().V)
+    np.testing.assert_array_equal(results.mean(11), view.mean())
+    np.testing.assert_array_equal(results.directions(2, layer=11).V, view.directions(2).V)
+    where = {"kind": "kind 1"}
+    np.testing.assert_array_equal(results.contrast(where, layer=11).ratios, view.contrast(where).ratios)
+    assert results.residual_norm(11) == view.residual_norm()
+    assert not np.array_equal(results.mean(1), results.mean(11))
+    for wanted, said in (
+        (7, r"layer 7 was not hooked in .*; there is model\.layers\.1, model\.layers\.11, "),
+        ("7", "layer 7 was not hooked"),
+        (-1, "layer -1 counts from the model's top, which a results folder does not know; there is model"),
+        (2, r"layer 2 may be other\.2 or again\.2; give the name"),
+        (1.5, "1.5 was not hooked"),
+        ("mlp", "'mlp' was not hooked"),
+        (1.0, "1.0 was not hooked"),
+    ):
+        with pytest.raises(UserError, match=said):
+            results.at(wanted)
 
 
 def many_prompts(folder, count):

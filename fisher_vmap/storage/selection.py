@@ -1,4 +1,7 @@
-"""Choosing prompts by `where`: a function of the table's row, a dict of column == value, or a mask."""
+"""Choosing prompts by `where`: a function of the table's row, a dict of column == value, or a mask.
+
+And why a choice takes none.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +16,7 @@ from fisher_vmap.storage.table import common_schema, in_schema
 
 Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
 Chooser = Callable[[ShardReader], NDArray[np.bool_]]
+SHOWN = 10  # values that a message lists
 
 
 def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Chooser:
@@ -48,6 +52,24 @@ def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Choose
 def others(chosen: Chooser) -> Chooser:
     """All prompts that another choice leaves out."""
     return lambda reader: ~chosen(reader)
+
+
+def why_nobody(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> str:
+    """Why a choice takes no prompt that has numbers, in words that say what there is to choose from."""
+    sizes = [reader.table.num_rows for reader in shards()]
+    chosen = chooser(where, shards) if sizes else None
+    if chosen and (count := sum(int(chosen(reader).sum()) for reader in shards())):
+        return f"none of the {count} prompts that are chosen has numbers: they were skipped or have failed"
+    if not isinstance(where, Mapping) or not sizes:
+        return f"no prompt is chosen, of {sum(sizes)}"
+    line = f"no prompt has {' and '.join(f'{column} == {value!r}' for column, value in where.items())}"
+    for column, value in where.items():
+        there = {found for reader in shards() for found in reader.table.column(column).to_pylist()}
+        if value not in there:
+            named = sorted(map(str, there - {None}))
+            more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+            return f"{line}; there are {', '.join(named[:SHOWN])}{more}"
+    return line
 
 
 def _by_mask(mask: NDArray[Any], sizes: dict[int, int]) -> Chooser:
