@@ -14,7 +14,6 @@ from fisher_vmap.hub import HUB, push_to_hub
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.settings.command_line import command, user_mistake
 from fisher_vmap.sharing.control_vectors import save_control_vector, save_directions
-from fisher_vmap.storage.layer_names import layer_named
 from fisher_vmap.storage.name_lists import several
 from fisher_vmap.storage.npz import write_npz
 from fisher_vmap.storage.prompt_record import was
@@ -58,7 +57,7 @@ def export(arguments: argparse.Namespace) -> str:
     if out.startswith(HUB):
         url = push_to_hub(results, out, private=not arguments.public, share_text=arguments.text)
         return f"{results.folder} is at {url}"
-    layers = [layer_named(name, results.layers, results.folder) for name in arguments.layer or results.layers]
+    layers = [results.at(name).layer for name in arguments.layer or results.layers]
     suffix = Path(out).suffix
     _refuse_what_is_not_for(suffix, arguments)
     if suffix == ".npz":

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from fisher_vmap.errors import UserError
 from fisher_vmap.settings.command_line import command, start_logging, user_mistake
 from fisher_vmap.storage.index import INDEX_NAME, TABLE_NAME
-from fisher_vmap.storage.layer_names import layer_named
 from fisher_vmap.verification.folder_checks import Check, checks
 
 PROMPTS = 8  # that --kl looks at
@@ -107,7 +106,7 @@ def _check_kl(arguments: argparse.Namespace) -> int:
     found = check_kl(
         results,
         prompts=prompts,
-        layer=None if arguments.layer is None else layer_named(arguments.layer, results.layers, results.folder),
+        layer=arguments.layer,
         model_path=arguments.model_path,
         dataset_name=arguments.dataset_name,
     )

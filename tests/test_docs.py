@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,24 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_tables_of_the_peers_are_what_was_measured():
+    jobs = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text("utf-8"))["jobs"]
+    section = (ROOT / "benchmarks" / "README.md").read_text("utf-8").split("## Beside the peers")[1]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    ratios = {}
+    for job, found in jobs.items():
+        table = section.split(f"`{job}`: ")[1].split("\n\n")[1].splitlines()[2:]
+        shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+        assert len(shown) == len(found["rows"])
+        for (name, seconds, ratio, memory, lines, *_), row in zip(shown, found["rows"].values(), strict=True):
+            assert name.split(",")[0] == row["peer"]
+            measured = statistics.median(row["seconds"]), row["over_ours"]["median"]
+            assert (seconds, ratio) == tuple(f"{value:.2f}" for value in measured)
+            assert (memory, lines) == (f"{row['bytes_added_at_peak'] / 1e6:.0f}", str(row["lines"]))
+        ratios[job] = [row["over_ours"]["median"] for name, row in found["rows"].items() if not name.startswith("ours")]
+    real, tiny = ratios["top-k"] + ratios["leading"], ratios["whole"]
+    assert min(real + tiny) > 1  # "In time none does at these sizes"
+    assert f"{min(real):.1f} to {max(real):.0f} times faster on SmolLM2" in readme
+    assert f"{min(tiny):.1f} to {max(tiny):.0f} times for the dense matrix" in readme

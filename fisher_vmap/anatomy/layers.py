@@ -23,6 +23,7 @@ from fisher_vmap.anatomy.placement import input_device
 from fisher_vmap.anatomy.position_table import PositionTables
 from fisher_vmap.anatomy.recording import hooks
 from fisher_vmap.anatomy.streams import Hooked, Place, place_of
+from fisher_vmap.errors import listed
 
 PROMPTS, TOKENS = 5, 7  # of the forward pass that is watched: sizes that no other dimension of an output should have
 
@@ -218,5 +219,4 @@ def _hookable(found: Layers) -> str:
     inside = re.compile(re.escape(stack) + r"\.\d+")
     shown = list(dict.fromkeys(inside.sub(f"{stack}.N", name) for name in found.places))
     shown.sort(key=lambda name: name.count("."))  # outer ones first, those of one depth in the model's order
-    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
-    return f"what can be hooked: {', '.join(shown[:20])}{more} (N from 0 to {len(found.names) - 1})"
+    return f"what can be hooked: {listed(shown, 20)} (N from 0 to {len(found.names) - 1})"

@@ -16,6 +16,7 @@ from fisher_vmap.anatomy.placement import put_aside
 from fisher_vmap.anatomy.wrappers import why_not_in_modules
 from fisher_vmap.errors import UserError
 from fisher_vmap.pullbacks.quantized import quantized_linears
+from fisher_vmap.settings.path_names import spelt_as_path
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def find_adapter(path: str, revision: str | None) -> Path | None:
     local = Path(path).expanduser()
     if local.is_dir():
         return local if (local / CONFIG).is_file() else None
-    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if local.exists() or spelt_as_path(path) or path.count("/") > 1:
         return None
     config = transformers.utils.find_adapter_config_file(path, revision=revision)
     if config is None:

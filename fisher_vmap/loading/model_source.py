@@ -14,6 +14,7 @@ from fisher_vmap.loading.adapters import without_adapter
 from fisher_vmap.loading.gguf_model import converted
 from fisher_vmap.loading.loader_errors import explained, quiet_progress
 from fisher_vmap.loading.model_files import hashed, model_files
+from fisher_vmap.settings.path_names import spelt_as_path
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
     """
     local = Path(model_path).expanduser()
     if local.suffix == ".gguf":
-        if not local.exists() and model_path.count("/") == 2 and not model_path.startswith((".", "/", "~")):
+        if not local.exists() and model_path.count("/") == 2 and not spelt_as_path(model_path):
             repository, _, name = model_path.rpartition("/")
             local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
         if not local.is_file():
@@ -53,7 +54,7 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
         if (local.parent / "config.json").is_file():
             todo = f"give the folder that it lies in, {Path(model_path).parent}"
         raise UserError(f"model_path {model_path} is a single file; {todo}")
-    if local.exists() or model_path.startswith((".", "/", "~")) or model_path.count("/") > 1:
+    if local.exists() or spelt_as_path(model_path) or model_path.count("/") > 1:
         raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
     return model_path, {"hub": model_path}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fisher_vmap.errors import UserError
 from fisher_vmap.prompts.local_files import SUFFIXES, check_suffix
 from fisher_vmap.prompts.tables import Table, table_of_files
+from fisher_vmap.settings.path_names import spelt_as_path
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
         UserError: no such data set, one that cannot be read, or a choice that this kind of data set does not have.
     """
     path, exists = Path(name), os.path.exists(name)  # the function takes names that no path can have
-    if exists or path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
+    if exists or path.suffix.lower() in SUFFIXES or spelt_as_path(name):
         if not exists:
             raise UserError(f"{name}: no such file or folder; correct dataset_name")
         if revision is not None:

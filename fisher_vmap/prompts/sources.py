@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fisher_vmap.errors import UserError
+from fisher_vmap.errors import UserError, listed
 from fisher_vmap.prompts.conversations import Message, SkippedPrompt, extract_prompt
 from fisher_vmap.prompts.dataset_names import open_table
 from fisher_vmap.prompts.tables import Table
@@ -141,15 +141,11 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _listing(columns: Sequence[str]) -> str:
-    return ", ".join(columns[:20]) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
-
-
 def _check_column(table: Table, name: str, setting: str) -> None:
     if name not in table.columns:
         near = difflib.get_close_matches(name, table.columns, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"correct {setting}"
-        raise UserError(f"{table.name}: has no column {name!r}; its columns are: {_listing(table.columns)}; {hint}")
+        raise UserError(f"{table.name}: has no column {name!r}; its columns are: {listed(table.columns, 20)}; {hint}")
 
 
 def _prompt_column(table: Table, asked: str) -> str:
@@ -161,7 +157,7 @@ def _prompt_column(table: Table, asked: str) -> str:
             return name
     raise UserError(
         f"{table.name}: no column is named {', '.join(PROMPT_COLUMNS)}; "
-        f"set prompt_column to one of: {_listing(table.columns)}"
+        f"set prompt_column to one of: {listed(table.columns, 20)}"
     )
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fisher_vmap.errors import listed
 from fisher_vmap.results import Results
 from fisher_vmap.storage.mean import is_ok
 
@@ -193,5 +194,5 @@ def _reason(scores: Scores, name: str, i: int) -> str:
     if name == "distance":
         return f"unlike the mean of the others: cosine {1 - scores.distance[i]:.2f} ({z})"
     others = [j for j in scores.company[i] if j != scores.prompts[i]]
-    shown = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+    shown = listed([str(j) for j in others], 8)
     return f"{scores.share[i]:.0%} of its trace along a direction shared with {shown} and hardly anyone else ({z})"

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fisher_vmap.errors import UserError
+from fisher_vmap.errors import UserError, listed
 from fisher_vmap.storage.name_lists import several
 from fisher_vmap.storage.reading import ShardReader
 from fisher_vmap.storage.table import common_schema, in_schema
 
 Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
 Chooser = Callable[[ShardReader], NDArray[np.bool_]]
-SHOWN = 10  # values that a message lists
 
 
 def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Chooser:
@@ -66,9 +65,7 @@ def why_nobody(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> str
     for column, value in where.items():
         there = {found for reader in shards() for found in reader.table.column(column).to_pylist()}
         if value not in there:
-            named = sorted(map(str, there - {None}))
-            more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-            return f"{line}; there are {', '.join(named[:SHOWN])}{more}"
+            return f"{line}; there are {listed(sorted(map(str, there - {None})))}"
     return line
 
 

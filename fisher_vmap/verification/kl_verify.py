@@ -17,6 +17,7 @@ from fisher_vmap.models import Loaded
 from fisher_vmap.prompts.local_files import SUFFIXES
 from fisher_vmap.results import Results
 from fisher_vmap.running.from_settings import make_renderer, model_of, source_of
+from fisher_vmap.settings.path_names import spelt_as_path
 from fisher_vmap.storage.fingerprint import plain_values
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.verification.kl import measured_kl
@@ -100,8 +101,8 @@ def _settings(results: Results, **now: str | None) -> Settings:
 def _is_a_path(value: str) -> bool:
     """Whether a setting is a place on this machine; else it may be on the hub, or missing there."""
     if Path(value).suffix == ".gguf":  # OWNER/NAME/FILE.gguf is on the hub
-        return value.count("/") != 2 or value.startswith((".", "/", "~"))
-    return Path(value).suffix.lower() in SUFFIXES or value.startswith((".", "/", "~"))
+        return value.count("/") != 2 or spelt_as_path(value)
+    return Path(value).suffix.lower() in SUFFIXES or spelt_as_path(value)
 
 
 def _widened(loaded: Loaded, settings: Settings) -> Any:
