@@ -150,10 +150,6 @@ class Settings(BaseSettings):
         "auto", "How many tokens' gradients are pulled back at once; auto: by memory."
     )
 
-    compile: AutoOrTruth = _setting(
-        "auto", "Compile the elementwise work of the pullbacks; auto: for runs long enough, if it proves faster."
-    )
-
     # The results
     output_dir: PathName = _setting("fisher_results", "Folder of the results; the same command again carries on in it.")
     overwrite: TrueOrFalse = _setting(False, "Start anew in a folder that holds other results, which are lost.")

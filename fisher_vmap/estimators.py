@@ -185,7 +185,6 @@ def fisher_full(
     kernel: str = "auto",
     chunk_size: int | None = None,
     precision: str = "model",
-    compile: bool = False,
 ) -> Estimate:
     """Near the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a whole batch of prompts.
 
@@ -208,7 +207,6 @@ def fisher_full(
         kernel: "auto", or a form by name: "layerwise" or "whole".
         chunk_size: vectors at a time; None: as many as the device does well with.
         precision: "model", or "mixed": the forward in float32, from the same weights.
-        compile: as for `fisher_scores`.
 
     Returns:
         Estimate, with factors [B, R + oversampling, D].
@@ -238,7 +236,6 @@ def fisher_full(
                 "chunk_size": chunk_size,
                 "kernel": kernel,
                 "precision": precision,
-                "compile": compile,
             }
             probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
 

@@ -60,7 +60,6 @@ class FisherModel:
         passes: int = 1,
         trace_samples: int | None = None,
         precision: str = "model",
-        compile: bool = False,
     ) -> None:
         """Open a model: resolve its layers and check what can be checked without a prompt.
 
@@ -83,7 +82,6 @@ class FisherModel:
             passes: of full: rounds of push and pull.
             trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
             precision: "model", or "mixed": the forward in float32, from the same weights.
-            compile: compile the elementwise work of the pullbacks with torch.compile, once a process.
 
         Raises:
             ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, top_k above V, or
@@ -113,7 +111,7 @@ class FisherModel:
         self.layers = resolve_layers(model, names_inside(given, model, layers))
         self.widths = layer_widths(model, self.layers)
         self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
-        self.estimator, self.include_rest, self.precision, self.compile = estimator, include_rest, precision, compile
+        self.estimator, self.include_rest, self.precision = estimator, include_rest, precision
         self.oversampling, self.passes = oversampling, passes
         if trace_samples is None:
             trace_samples = TRACE_SAMPLES if estimator == "full" else 0
@@ -158,7 +156,6 @@ class FisherModel:
             "include_rest": self.include_rest,
             "trace_samples": self.trace_samples if self.estimator == "topk" else 0,
             "precision": self.precision,
-            "compile": self.compile,
         }
         return fisher_scores(self.model, input_ids, attention_mask, **(settings | choices))
 
@@ -190,7 +187,6 @@ class FisherModel:
             kernel=self.kernel,
             chunk_size=self.chunk_size,
             precision=self.precision,
-            compile=self.compile,
         )
 
     @autocast_off()
@@ -270,7 +266,6 @@ class FisherModel:
                 chunk_size=self.chunk_size,
                 kernel=self.kernel,
                 precision=self.precision,
-                compile=self.compile,
             )
         yield network
 

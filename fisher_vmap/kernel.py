@@ -24,7 +24,6 @@ from fisher_vmap.outcomes import Wanted
 from fisher_vmap.proofs.choice import KERNELS, choose_forms, run_form
 from fisher_vmap.proofs.probe import Probe, probe, undisturbed
 from fisher_vmap.pullbacks.attention_interface import attention_set_to
-from fisher_vmap.pullbacks.pointwise import compiled
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper_network.positions import position_mask
 
@@ -45,7 +44,6 @@ def fisher_scores(
     include_rest: bool = False,
     trace_samples: int = 0,
     precision: str = "model",
-    compile: bool = False,
 ) -> Scores:
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
@@ -67,15 +65,13 @@ def fisher_scores(
         include_rest: take "any other token" for one more outcome, the last, with token id -1.
         trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
         precision: "model", or "mixed": the forward in float32, from the same weights.
-        compile: compile the elementwise work of the pullbacks with torch.compile, once a process.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
         position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one more.
 
     Raises:
-        ValueError: an argument is not as described, the kernel asked for cannot be trusted with this model, or
-            torch cannot compile here.
+        ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
     """
     check_kernel(kernel)
     check_precision(precision)
@@ -83,8 +79,8 @@ def fisher_scores(
     if token_ids is None:
         check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
-    device = input_device(model)  # raises where no weights are loaded
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model), compiled(compile, device):
+    input_device(model)  # raises where no weights are loaded
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
         names = resolve_layers(model, names_inside(given, model, layers))
         layout = lay_out(input_ids, attention_mask)
         check_inputs(model, layout, positions, chunk_size)

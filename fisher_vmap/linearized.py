@@ -143,7 +143,6 @@ def linearize(
     chunk_size: int | None = None,
     kernel: str = "auto",
     precision: str = "model",
-    compile: bool = False,
 ) -> LinearizedNetwork:
     """Open the upper network of a batch, in the form that each layer is trusted with.
 
@@ -156,7 +155,6 @@ def linearize(
         chunk_size: vectors at a time.
         kernel: the form asked for.
         precision: "model", or "mixed": the forward in float32.
-        compile: whether the elementwise work of the pullbacks is compiled.
 
     Raises:
         ValueError: no form of the model has both products, or they are not adjoint to each other.
@@ -168,7 +166,7 @@ def linearize(
         )
     forms = choose_forms(model, known, layout, layers, kernel)
     _prove(model, known, layout, layers, forms)
-    return _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision, compile))
+    return _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision))
 
 
 def _opened(

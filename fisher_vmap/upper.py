@@ -18,7 +18,6 @@ from fisher_vmap.head import Head
 from fisher_vmap.network import Arrived
 from fisher_vmap.proofs.probe import Probe, undisturbed
 from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.pullbacks.pointwise import compiled
 from fisher_vmap.upper_network.arrivals import residual_norm, unit_rows
 from fisher_vmap.upper_network.forms import rows_and_head
 from fisher_vmap.upper_network.forward import record_forward
@@ -34,13 +33,11 @@ class Choices(NamedTuple):
         positions: where the bias is added.
         chunk_size: vectors at a time.
         precision: "model", or "mixed": the forward in float32.
-        compile: whether the elementwise work of the pullbacks is compiled.
     """
 
     positions: str | Tensor = "all"
     chunk_size: int | None = None
     precision: str = "model"
-    compile: bool = False
 
 
 class Upper(ABC):
@@ -73,7 +70,7 @@ class Upper(ABC):
     ) -> None:
         self.layout, self.layers = layout, list(layers)
         self._model, self._known = model, known
-        self._chunk_size, self._precision, self._compile = choices.chunk_size, choices.precision, choices.compile
+        self._chunk_size, self._precision = choices.chunk_size, choices.precision
         self._mask_N = position_mask(choices.positions, layout)
         with self._prepared():
             forget_lengths(model)
@@ -134,7 +131,6 @@ class Upper(ABC):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(undisturbed(self._model))
-            stack.enter_context(compiled(self._compile, self.layout.device))
             if self._at_once:
                 stack.enter_context(weights_at_hand(self._model))
             stack.enter_context(attention_set_to(self._model, self._known.attention))

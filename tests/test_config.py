@@ -264,3 +264,12 @@ def test_settings_survive_a_round_trip_through_yaml():
 def test_the_import_is_light():
     code = "import sys, fisher_vmap.config; print(*(set(sys.modules) & {'torch', 'transformers', 'datasets', 'numpy'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_a_setting_that_is_gone_is_left_out_with_one_line(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text("compile: auto\ntop_k_tokens: 3\n")
+    assert load_settings(["--compile", "--offset", "2"], working_directory=tmp_path).offset == 2
+    assert load_settings(["--compile=false"], working_directory=tmp_path).top_k_tokens == 3
+    told = [record.getMessage() for record in caplog.records if record.levelno > 20]
+    line = "the setting compile is left out: torch.compile is no longer used"
+    assert told == [f"{tmp_path / 'config.yaml'}: {line}", f"the command line: {line}"][::-1] * 2

@@ -319,3 +319,21 @@ def test_temporary_files_of_the_dead_are_removed(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {
             alive.name, elsewhere.name, "notes.tmp", stage.temporary.name
         }  # fmt: skip
+
+
+def test_a_folder_that_stored_a_setting_that_is_gone_is_carried_on_with_one_line(tmp_path, caplog):
+    """`compile` was one: its folders hold it in the fingerprint, and in what was resolved."""
+    out, old = tmp_path / "out", {"model": "m", "compile": "auto"}
+    writer = open_writer(out, fingerprint=old, resolved={"compile": True})
+    writer.add(0, make_prompts(0, 4, make_layout()))
+    caplog.clear()
+    writer = open_writer(out, fingerprint={"model": "m"})
+    assert [shard.number for shard in writer.missing_shards(8)] == [1]
+    assert [r.getMessage() for r in caplog.records if "compile" in r.getMessage()] == [
+        f"{out} was begun with the setting compile, which is gone: numbers may differ in their last digits"
+    ]
+    writer.add(1, make_prompts(4, 8, make_layout()))
+    writer.finish(8, settings={})
+    assert len(open_results(out)) == 8
+    with pytest.raises(UserError, match="model is n here but m"):
+        open_writer(out, fingerprint={"model": "n"})

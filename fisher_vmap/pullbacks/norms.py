@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.pullbacks.pointwise import add_norm_pullback, norm_pullback
+from fisher_vmap.pullbacks.pointwise import norm_pullback
 from fisher_vmap.pullbacks.pullback import Derived, Pullback, cotangent_dim
 from fisher_vmap.pullbacks.scratch import Scratch
 
@@ -98,7 +98,7 @@ class NormRows(NamedTuple):
 
     def add_pull(self, total: Tensor, g: Tensor, scratch: Scratch) -> None:
         """Add the pullback of g to `total`, in place."""
-        add_norm_pullback(total, g, *self, scratch)
+        total += norm_pullback(g, *self, scratch, "through")
 
 
 def norm_rows(x: Tensor, weight: Tensor, kind: NormKind, dtype: torch.dtype) -> NormRows:

@@ -90,7 +90,6 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             passes=settings.passes,
             trace_samples=None if settings.trace_samples == "auto" else settings.trace_samples,
             precision=settings.precision,
-            compile=settings.compile is True,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

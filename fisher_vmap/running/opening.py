@@ -16,7 +16,6 @@ from fisher_vmap.models import Loaded
 from fisher_vmap.prompts.conversations import SkippedPrompt
 from fisher_vmap.prompts.sources import PromptSource, SourcePrompt
 from fisher_vmap.prompts.tokens import Renderer
-from fisher_vmap.running.compiling import worth_compiling
 from fisher_vmap.running.compute import PreparedShard, Splits, prepare
 from fisher_vmap.running.from_settings import check_save, layout_of, make_renderer, open_model
 from fisher_vmap.storage.folder import inspect_folder
@@ -122,10 +121,6 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     few = _excerpt(settings, fisher, first_shard, renderer)
     forms = _prove(fisher, few)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
-    if "compile" in stored:
-        fisher.compile = stored["compile"]
-    else:
-        fisher.compile = _compiling(settings, fisher, few, first_shard, source.total)
     writer = ResultsWriter.open(
         settings.output_dir,
         layout=layout_of(settings, fisher.widths),
@@ -138,7 +133,6 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
             "model_type": getattr(loaded.model.config, "model_type", None),
             "threads": torch.get_num_threads(),
             "forms": forms,
-            "compile": fisher.compile,
         },
         settings=settings.model_dump(),
         overwrite=settings.overwrite,
@@ -146,7 +140,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     resolved = writer.resolved or {}
     # Another process may have begun the run since the folder was looked at: its choices hold.
     _compare_forms(settings.output_dir, resolved.get("forms"), forms)
-    fisher.max_batch_tokens, fisher.compile = resolved["max_batch_tokens"], resolved.get("compile", fisher.compile)
+    fisher.max_batch_tokens = resolved["max_batch_tokens"]
     _set_threads(resolved.get("threads", torch.get_num_threads()))
     if resolved.get("template_date") != renderer.template_date:
         renderer = make_renderer(settings, loaded, source, resolved.get("template_date"))
@@ -218,21 +212,6 @@ def _prove(fisher: FisherModel, few: Excerpt) -> dict[str, dict[str, str]]:
             "top_k_tokens, or another device"
         ) from error
     return fisher.forms
-
-
-def _compiling(settings: Settings, fisher: FisherModel, few: Excerpt, first: PreparedShard, total: int | None) -> bool:
-    """Whether to compile, by the setting, or by what the excerpt takes."""
-    if settings.compile != "auto":
-        return settings.compile
-
-    def job(compiled: bool) -> None:
-        fisher.compile = compiled
-        fisher.estimate(*few, rank=settings.num_singular_values)
-
-    tokens = [len(prompt.ids) for prompt in first.rendered.values()]
-    mean = sum(tokens) / max(1, len(first.prompts))
-    jobs = None if total is None else total * mean / int(few.attention_mask.sum())
-    return worth_compiling(job, jobs)
 
 
 def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:

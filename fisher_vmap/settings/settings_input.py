@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 _UNASKED = "it was read because it lies in the working folder, and --config FILE names another"
 
+# Settings of earlier versions that decide nothing any more: a file or a command line that has them still works.
+RETIRED = {"compile": "torch.compile is no longer used"}
+
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
@@ -120,13 +123,24 @@ def read_flags(
         UserError: an unknown flag, a flag without its value, or anything that is no flag.
         SystemExit: with code 0, after `--help` was printed.
     """
-    parsed, left_over = _parser(fields, others or {}).parse_known_args([_underscored(argument) for argument in argv])
+    parser = _parser(fields, others or {})
+    for name in RETIRED:
+        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+    parsed, left_over = parser.parse_known_args([_underscored(argument) for argument in argv])
     if left_over:
         first = left_over[0].partition("=")[0]
         if not first.startswith("-"):
             raise UserError(f"unexpected argument {_shown(first)}; settings are --NAME VALUE, a file is --config FILE")
         raise UserError(f"unknown flag {_shown(first)}; {_nearest(first.lstrip('-'), {**fields, **(others or {})})}")
-    return vars(parsed)
+    return {name: value for name, value in vars(parsed).items() if not _is_retired(name, "the command line")}
+
+
+def _is_retired(name: object, where: object) -> bool:
+    """Whether a setting is one of earlier versions; if so it is left out, and a line says so."""
+    if name not in RETIRED:
+        return False
+    _log.warning("%s: the setting %s is left out: %s", where, name, RETIRED[str(name)])
+    return True
 
 
 def read_settings_file(path: Path, fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
@@ -160,6 +174,7 @@ def read_settings_file(path: Path, fields: Mapping[str, FieldInfo]) -> dict[str,
             line = key_node.start_mark.line + 1
             raise UserError(f"{path}: line {line} sets {key_node.value!r} a second time; keep one of the two")
         seen.add(key_node.value)
+    values = {key: value for key, value in values.items() if not _is_retired(key, path)}
     for key in values:
         if key not in fields:
             raise UserError(f"{path}: unknown setting {_shown(key)}; {_nearest(str(key), fields)}")

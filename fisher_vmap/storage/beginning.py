@@ -6,7 +6,7 @@ from typing import Any
 
 from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
 from fisher_vmap.storage.entries import SHARD_FOLDER
-from fisher_vmap.storage.fingerprint import compare_fingerprints, plain_values
+from fisher_vmap.storage.fingerprint import RETIRED, compare_fingerprints, plain_values
 from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
 from fisher_vmap.storage.index import Index, write_index
 from fisher_vmap.storage.lock import folder_lock
@@ -60,6 +60,10 @@ def begin_folder(
                 remove_stale_temporaries(folder)
                 remove_stale_temporaries(folder / SHARD_FOLDER)
     _tell_versions(folder, index.versions)
+    for name in RETIRED:
+        if name in index.fingerprint:
+            what = "may differ in their last digits" if (index.resolved or {}).get(name) is True else "are the same"
+            logger.warning("%s was begun with the setting %s, which is gone: numbers %s", folder, name, what)
     return index
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from fisher_vmap.errors import UserError
 
+# Settings of earlier versions that decide nothing any more: folders that stored them are carried on.
+RETIRED = ("compile",)
 _SHOWN = 60  # characters of a setting's value in an error
 # What is compared under a name that is no setting's: the setting that it comes from.
 _SETTINGS = {"layers": "hook_layer_name", "column": "prompt_column", "top_k": "top_k_tokens",
@@ -28,7 +30,7 @@ def compare_fingerprints(folder: Path, stored: Mapping[str, Any], new: Mapping[s
         UserError: naming every setting that differs, in one line.
     """
     here, there = _flat(plain_values(new)), _flat(plain_values(stored))
-    different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    different = [key for key in {**here, **there} if key not in RETIRED and here.get(key) != there.get(key)]
     if different:
         parts = [f"{_SETTINGS.get(key, key)} is {_shown(here, key)} here but {_shown(there, key)}" for key in different]
         raise UserError(f"{', '.join(parts)} in {folder}; use another --output_dir or --overwrite")
