@@ -69,13 +69,14 @@ class Settings(BaseSettings):
     )
     dtype: Literal["bfloat16", "float32", "float16", "float64"] = _setting(
         "bfloat16",
-        "Number format of the model's weights and matrix products; the head always runs in float32 or wider.",
+        "Number format of the model's weights; precision says what they are computed in.",
     )
     dequantize: TrueOrFalse = _setting(
         False, "Unpack quantised weights to dtype when loading; needed for formats that round the inputs as well."
     )
-    precision: Literal["model", "mixed"] = _setting(
-        "model", "mixed: the forward in float32 from the same weights, only the gradients in dtype: nearly float32's."
+    precision: Literal["auto", "model", "mixed", "float32"] = _setting(
+        "auto",
+        "Computed in float32 from the same weights: all (float32), the forward (mixed), none (model); auto: by speed.",
     )
     device: Device = _setting("auto", "Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")
     device_map: DeviceMap = _setting(

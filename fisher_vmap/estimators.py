@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from fisher_vmap.anatomy.arguments import check_whole
 from fisher_vmap.anatomy.layers import resolve_layers
 from fisher_vmap.anatomy.layout import Layout, lay_out, select
+from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.recording import StructureChanged
 from fisher_vmap.anatomy.rotary import batches_apart, join_prompts
 from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.decomposition import float64_device
 from fisher_vmap.head import Reading
-from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fall_back, prompt_seeds
+from fisher_vmap.kernel import check_inputs, check_kernel, fall_back, prompt_seeds
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
 from fisher_vmap.proofs.probe import probe, undisturbed
@@ -184,7 +185,7 @@ def fisher_full(
     positions: str | Tensor = "all",
     kernel: str = "auto",
     chunk_size: int | None = None,
-    precision: str = "model",
+    precision: str = "auto",
 ) -> Estimate:
     """Near the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a whole batch of prompts.
 
@@ -206,7 +207,7 @@ def fisher_full(
         positions: where the bias is added: "all", "last" or a mask [B, T].
         kernel: "auto", or a form by name: "layerwise" or "whole".
         chunk_size: vectors at a time; None: as many as the device does well with.
-        precision: "model", or "mixed": the forward in float32, from the same weights.
+        precision: as for `fisher_scores`.
 
     Returns:
         Estimate, with factors [B, R + oversampling, D].
@@ -215,7 +216,6 @@ def fisher_full(
         ValueError: an argument is not as described, or the model has no forward derivatives.
     """
     check_kernel(kernel)
-    check_precision(precision)
     bounds = (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1), ("top_k", top_k, 1))
     for name, value, least in (*bounds, ("trace_samples", trace_samples, 0)):
         check_whole(name, value, least)
@@ -223,7 +223,8 @@ def fisher_full(
         raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use auto or whole")
     layout = lay_out(input_ids, attention_mask)
     given, model = model, unwrapped(model)
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
+    precision = choose_precision(model, precision).name
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, precision):
         names = resolve_layers(model, names_inside(given, model, layers))
         check_inputs(model, layout, positions, chunk_size)
         known = probe(model, layout)

@@ -14,10 +14,11 @@ from fisher_vmap.anatomy.layers import layers_of, resolve_layers
 from fisher_vmap.anatomy.layout import lay_out
 from fisher_vmap.anatomy.placement import input_device
 from fisher_vmap.anatomy.position_table import most_positions
+from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
 from fisher_vmap.estimators import Estimate, fisher_full, topk
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
-from fisher_vmap.kernel import check_inputs, check_kernel, check_precision, fisher_scores
+from fisher_vmap.kernel import check_inputs, check_kernel, fisher_scores
 from fisher_vmap.linearized import LinearizedNetwork, linearize
 from fisher_vmap.prompts.batches import batch_tokens_for
 from fisher_vmap.prompts.conversations import SkippedPrompt, check_prompts
@@ -39,6 +40,8 @@ class FisherModel:
         widths: the width D of each.
         vocabulary: how many tokens the model has.
         pieces: tokens as text; None without a tokenizer.
+        precision: "model", "mixed" or "float32": what it is computed in.
+        precision_why: why that.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class FisherModel:
         oversampling: int = 6,
         passes: int = 1,
         trace_samples: int | None = None,
-        precision: str = "model",
+        precision: str = "auto",
     ) -> None:
         """Open a model: resolve its layers and check what can be checked without a prompt.
 
@@ -81,14 +84,13 @@ class FisherModel:
             oversampling: of full: vectors beyond the rank.
             passes: of full: rounds of push and pull.
             trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
-            precision: "model", or "mixed": the forward in float32, from the same weights.
+            precision: as for `fisher_scores`; what it came to is an attribute.
 
         Raises:
             ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, top_k above V, or
                 settings that do not go together.
         """
         check_kernel(kernel)
-        check_precision(precision)
         check_estimator(estimator, kernel, include_rest)
         check_whole("top_k", top_k)
         optional = {"batch_size": batch_size, "chunk_size": chunk_size, "max_batch_tokens": max_batch_tokens}
@@ -108,10 +110,12 @@ class FisherModel:
         self.pieces = None if self.tokenizer is None else Pieces(self.tokenizer)
         self.model = model
         self.device: torch.device = input_device(model)
-        self.layers = resolve_layers(model, names_inside(given, model, layers))
-        self.widths = layer_widths(model, self.layers)
+        self.precision, self.precision_why, _ = choose_precision(model, precision)
+        with undisturbed(model, self.precision):
+            self.layers = resolve_layers(model, names_inside(given, model, layers))
+            self.widths = layer_widths(model, self.layers)
         self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
-        self.estimator, self.include_rest, self.precision = estimator, include_rest, precision
+        self.estimator, self.include_rest = estimator, include_rest
         self.oversampling, self.passes = oversampling, passes
         if trace_samples is None:
             trace_samples = TRACE_SAMPLES if estimator == "full" else 0
@@ -126,7 +130,7 @@ class FisherModel:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
 
     def _probe(self) -> Any:
-        with torch.no_grad(), undisturbed(self.model):
+        with torch.no_grad(), undisturbed(self.model, self.precision):
             return probe(self.model, lay_out(torch.arange(4, device=self.device)[None], None))
 
     @property
@@ -254,7 +258,7 @@ class FisherModel:
         Raises:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
-        with torch.inference_mode(False), torch.no_grad(), undisturbed(self.model):
+        with torch.inference_mode(False), torch.no_grad(), undisturbed(self.model, self.precision):
             layout = lay_out(input_ids, attention_mask)
             check_inputs(self.model, layout, self.positions, self.chunk_size)
             network = linearize(

@@ -17,6 +17,7 @@ from fisher_vmap.anatomy.arguments import check_tensor, check_whole
 from fisher_vmap.anatomy.layers import layers_of, resolve_layers
 from fisher_vmap.anatomy.layout import Layout, lay_out
 from fisher_vmap.anatomy.placement import input_device
+from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.recording import StructureChanged
 from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.metric import Probes
@@ -43,7 +44,7 @@ def fisher_scores(
     chunk_size: int | None = None,
     include_rest: bool = False,
     trace_samples: int = 0,
-    precision: str = "model",
+    precision: str = "auto",
 ) -> Scores:
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
@@ -64,7 +65,8 @@ def fisher_scores(
         chunk_size: how many cotangents to pull back at a time; None: as many as the device does well with.
         include_rest: take "any other token" for one more outcome, the last, with token id -1.
         trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
-        precision: "model", or "mixed": the forward in float32, from the same weights.
+        precision: what the model is computed in, from the same weights: "model", their own format; "float32"; "mixed",
+            the forward alone in float32; or "auto", float32 where this processor is faster in it, else "model".
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
@@ -74,13 +76,13 @@ def fisher_scores(
         ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
     """
     check_kernel(kernel)
-    check_precision(precision)
     check_whole("trace_samples", trace_samples, 0)
     if token_ids is None:
         check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
     input_device(model)  # raises where no weights are loaded
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model):
+    precision = choose_precision(model, precision).name
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, precision):
         names = resolve_layers(model, names_inside(given, model, layers))
         layout = lay_out(input_ids, attention_mask)
         check_inputs(model, layout, positions, chunk_size)
@@ -104,12 +106,6 @@ def check_kernel(kernel: str) -> None:
     """Raise ValueError unless a kernel has this name."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless a precision has this name."""
-    if precision not in ("model", "mixed"):
-        raise ValueError(f"precision is {precision!r}; expected 'model' or 'mixed'")
 
 
 def prompt_seeds(layout: Layout) -> list[int]:

@@ -154,7 +154,7 @@ def linearize(
         positions: where the bias is added.
         chunk_size: vectors at a time.
         kernel: the form asked for.
-        precision: "model", or "mixed": the forward in float32.
+        precision: "model", "float32", or "mixed": the forward alone in float32.
 
     Raises:
         ValueError: no form of the model has both products, or they are not adjoint to each other.
@@ -165,7 +165,7 @@ def linearize(
             "linearise those that are longer than the model was first trained on one at a time"
         )
     forms = choose_forms(model, known, layout, layers, kernel)
-    _prove(model, known, layout, layers, forms)
+    _prove(model, known, layout, layers, forms, precision)
     return _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision))
 
 
@@ -184,7 +184,9 @@ def _opened(
     return LinearizedNetwork({layer: uppers[layer] for layer in layers})
 
 
-def _prove(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], forms: Mapping[str, str]) -> None:
+def _prove(
+    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], forms: Mapping[str, str], precision: str
+) -> None:
     """U . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
     new = [layer for layer in layers if (layer, forms[layer]) not in known.adjoint]
     if not new:
@@ -192,7 +194,7 @@ def _prove(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str]
     few = excerpt(layout, PROOF_TOKENS)
     generator = torch.Generator().manual_seed(0)
     try:
-        net = _opened(model, known, few, new, forms, Choices())
+        net = _opened(model, known, few, new, forms, Choices(precision="model" if precision == "mixed" else precision))
         for layer in new:
             upper = net._uppers[layer]
             rows = upper.rows

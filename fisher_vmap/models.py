@@ -2,11 +2,14 @@
 
 import inspect
 import logging
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 
+from fisher_vmap.anatomy.precision import Precision, choose_precision
+from fisher_vmap.anatomy.widening import in_float32, widen_for_good
 from fisher_vmap.errors import UserError
 from fisher_vmap.loading.adapters import Base, adapter_files, base_of, find_adapter, with_adapter
 from fisher_vmap.loading.causal_lm import refuse_foresight, refuse_other_kinds
@@ -20,11 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, its tokenizer, and what identifies its weights."""
+    """A model in evaluation mode on its device, its tokenizer, what identifies its weights, and what it computes in."""
 
     model: Any
     tokenizer: Any
     identity: dict[str, Any]
+    precision: Precision = Precision("model", "nothing else was asked for")
 
 
 def load_model(
@@ -39,6 +43,7 @@ def load_model(
     adapter_path: str | None = None,
     adapter_revision: str | None = None,
     dequantize: bool = False,
+    precision: str = "model",
 ) -> Loaded:
     """Load a causal LM.
 
@@ -54,9 +59,12 @@ def load_model(
         adapter_path: a PEFT adapter, hub id or folder, to put on the model.
         adapter_revision: of an adapter on the hub.
         dequantize: whether quantised weights are unpacked to `dtype`.
+        precision: what it will be computed in, as for `fisher_scores`; where that is float32 and memory has room for
+            it, the weights are widened from `dtype`.
 
     Returns:
-        A named tuple: the model in evaluation mode on its device, its tokenizer, and what identifies its weights.
+        A named tuple: the model in evaluation mode on its device, its tokenizer, what identifies its weights, and its
+        precision with the reason.
 
     Raises:
         UserError: the model is missing, gated, damaged or not a causal LM; one line that says what to do.
@@ -106,9 +114,14 @@ def load_model(
     if not placed:
         model = explained(model_path, "model", model.to, place)
     model = model.eval()
-    refuse_foresight(model_path, model)
     log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, places_of(model, place))
-    return Loaded(model, tokenizer, identity)
+    try:
+        chosen = choose_precision(model, precision)
+    except ValueError as error:
+        raise UserError(f"{model_path}: {error}") from error
+    with in_float32(model) if chosen.name == "float32" and not widen_for_good(model) else nullcontext():
+        refuse_foresight(model_path, model)
+    return Loaded(model, tokenizer, identity, chosen)
 
 
 def _load(

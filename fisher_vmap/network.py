@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.anatomy.placement import weights_at_hand
+from fisher_vmap.anatomy.placement import weights_ready
 from fisher_vmap.anatomy.recording import BlockCall, Recording, check_primal
 from fisher_vmap.pullbacks.fused_block import Rules, pullback_by_rule
 from fisher_vmap.pullbacks.scratch import Scratch
@@ -66,7 +66,9 @@ def pullback_blocks(
             yield Arrived(call.name, expected, cotangents)
             cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
         cotangents = cotangents.to(call.hidden.device).contiguous()
-        if rule is None or not pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch):
+        with weights_ready(call.block):
+            by_rule = rule is not None and pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch)
+        if not by_rule:
             cotangents = pullback_block(call, expected, cotangents, chunk_size)
         expected = call.hidden
     check_primal(f"what {recording.below} returned", recording.bottom, expected)
@@ -75,7 +77,7 @@ def pullback_blocks(
 
 def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None) -> Tensor:
     """Cotangents of one block's output to those of its input, [B, T, K, D]; the primal must be the expected one."""
-    with weights_at_hand(call.block):
+    with weights_ready(call.block):
         primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
         check_primal(f"the replay of {call.name}", primal, expected)
         cotangents = cotangents.to(primal.device)
@@ -115,7 +117,7 @@ def pushforward_blocks(
 
 def pushforward_block(call: BlockCall, expected: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
     """Tangents of one block's input to those of its output, [B, T, K, D]; the primal must be the expected one."""
-    with weights_at_hand(call.block):
+    with weights_ready(call.block):
         return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
 
 

@@ -28,7 +28,7 @@ class Wanted:
         chunk_size: cotangents at a time.
         include_rest: whether "any other token" is an outcome as well.
         probes: random vectors of what the outcomes leave out; None: none.
-        precision: "model", or "mixed": the forward in float32.
+        precision: "model", "float32", or "mixed": the forward alone in float32.
     """
 
     top_k: int

@@ -12,7 +12,7 @@ from torch.func import jvp, vmap
 from fisher_vmap.anatomy.layers import hooked
 from fisher_vmap.anatomy.layout import Layout, pack_rows
 from fisher_vmap.anatomy.old_functions import modernised
-from fisher_vmap.anatomy.placement import weights_at_hand
+from fisher_vmap.anatomy.placement import weights_ready
 from fisher_vmap.anatomy.rotary import forget_lengths
 from fisher_vmap.head import Head
 from fisher_vmap.network import Arrived
@@ -32,7 +32,7 @@ class Choices(NamedTuple):
     Attributes:
         positions: where the bias is added.
         chunk_size: vectors at a time.
-        precision: "model", or "mixed": the forward in float32.
+        precision: "model", "float32", or "mixed": the forward alone in float32.
     """
 
     positions: str | Tensor = "all"
@@ -130,9 +130,9 @@ class Upper(ABC):
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(undisturbed(self._model))
+            stack.enter_context(undisturbed(self._model, self._precision))
             if self._at_once:
-                stack.enter_context(weights_at_hand(self._model))
+                stack.enter_context(weights_ready(self._model))
             stack.enter_context(attention_set_to(self._model, self._known.attention))
             stack.enter_context(prompts_packed(self.layout))
             stack.enter_context(modernised(self._known.parts.old_functions))
@@ -184,10 +184,10 @@ class Whole(Upper):
     _at_once = True
 
     def _open(self) -> None:
-        if self._precision != "model":
+        if self._precision == "mixed":
             raise ValueError(
                 f"precision {self._precision} needs the layerwise kernel, which {self.layers[0]} cannot have; "
-                "use dtype float32"
+                "use precision float32"
             )
         modules = hooked(self._model, self.layers)
         run, self.head = rows_and_head(self._model, self._known.parts, self.layout, modules)

@@ -8,7 +8,7 @@ from oracles import plain_scores, relative
 from toys import ToyLM
 
 from fisher_vmap import FisherModel, compress, fisher_scores
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 
 LENGTHS = (7, 1, 12, 3)
 WORDS = [f"w{i}" for i in range(99)]
@@ -190,7 +190,7 @@ def test_pulled_back_cotangents_of_the_head_are_the_scores(positions, side):
     ids, mask = padded(prompts(LENGTHS), side)
     scores = opened.scores(ids, mask)
     with opened.linearize(ids, mask) as net:
-        reading = _PROBES[opened.model].parts.head.read(net.output, 5, None)
+        reading = known_of(opened.model).parts.head.read(net.output, 5, None)
         assert torch.equal(reading.token_ids, scores.token_ids)
         for name in names:
             pulled = net.pullback(reading.cotangents.transpose(0, 1), name)

@@ -7,7 +7,7 @@ from torch.func import vjp, vmap
 
 from fisher_vmap.anatomy.layout import lay_out, pack_rows
 from fisher_vmap.kernel import fisher_scores
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 from fisher_vmap.pullbacks.attention_interface import NAME, attention_set_to, prompts_packed
 from fisher_vmap.pullbacks.fused_attention import fused_attention_forward, parts_of, proven_attentions
 
@@ -47,7 +47,7 @@ def test_it_is_the_pullback_of_each_prompt_alone(family):
 def test_the_kernel_uses_it_and_modules_with_more_parts_are_left_alone():
     model = tiny("llama")
     fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
-    fused = {id(module) for module, _ in _PROBES[model].parts.fused}
+    fused = {id(module) for module, _ in known_of(model).parts.fused}
     assert all(id(block.self_attn) in fused for block in model.model.layers)
     assert parts_of(tiny("gemma2").model.layers[0].self_attn) is not None  # its soft-cap keeps it out, not its parts
     assert parts_of(tiny("gpt2").transformer.h[0].attn) is None

@@ -6,7 +6,7 @@ from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap.kernel import fisher_scores
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 from fisher_vmap.pullbacks import fused_block, scratch
 from fisher_vmap.pullbacks.block_rule import BlockRule
 
@@ -25,7 +25,7 @@ def worst(model, exact, layers, rows, **choices) -> float:
 
 
 def rules_of(model) -> int:
-    return len(_PROBES[model].parts.rules)
+    return len(known_of(model).parts.rules)
 
 
 @pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", OPEN_WINDOW)])

@@ -9,7 +9,7 @@ from toys import ToyLM
 
 from fisher_vmap import fisher_scores, head
 from fisher_vmap.head import LogitsHead, Phi, Reading, UnembeddingHead, likeliest
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 
 LENGTHS = (7, 1, 12, 3)
 
@@ -208,8 +208,8 @@ def test_soft_caps_scales_and_biases(family, kernel):
     changes, phi = HEADS[family]
     model, rows, layer = tiny(family, **changes), prompts(LENGTHS), block(family, 1)
     scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=6, kernel=kernel)
-    assert _PROBES[model].parts.head.phi == phi  # taken apart, not left to the model
-    assert (_PROBES[model].parts.head.bias is not None) == (family == "phi")
+    assert known_of(model).parts.head.phi == phi  # taken apart, not left to the model
+    assert (known_of(model).parts.head.bias is not None) == (family == "phi")
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, layer, top_k=6)
         assert torch.equal(scores.token_ids[b], expected.token_ids)
@@ -225,7 +225,7 @@ def test_a_soft_cap_at_large_logits(kernel):
         model.lm_head.weight *= 20
     tokens = torch.stack(prompts((20,) * len(rows), seed=8))
     scores = fisher_scores(model, *padded(rows, "right"), layers=layer, token_ids=tokens, kernel=kernel)
-    assert _PROBES[model].parts.head.phi == Phi(1.0, 30.0)
+    assert known_of(model).parts.head.phi == Phi(1.0, 30.0)
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, layer, token_ids=tokens[b])
         assert relative(scores.gradients[layer][b], expected.gradients) < 1e-5
@@ -243,7 +243,7 @@ def test_a_head_that_the_first_prompts_do_not_show_is_found(seed):
         model.lm_head.weight *= 1e-4
     rows = prompts(LENGTHS, seed=seed)
     fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=6)
-    assert _PROBES[model].parts.head.phi == Phi(1.0, 30.0)
+    assert known_of(model).parts.head.phi == Phi(1.0, 30.0)
 
 
 def test_all_of_the_vocabulary_and_one_more():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import ToyLM
 
 from fisher_vmap import fisher_scores
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 
 KERNELS = ("auto", "layerwise", "whole", "loop")
 LENGTHS = (7, 1, 12, 3)  # the shortest and the longest are neither first nor last
@@ -425,7 +425,7 @@ def test_the_dtype_may_change_between_calls():
 def test_what_is_remembered_of_a_model_goes_with_it(family):
     model = fresh(family)
     fisher_scores(model, torch.tensor([[1, 2, 3]]), layers=[0, 2])
-    assert model in _PROBES
+    assert known_of(model)
     watched = weakref.ref(model)
     del model
     gc.collect()

@@ -775,9 +775,9 @@ def test_numbers_that_are_not_finite_decide_nothing(caplog):
 
 
 def assert_under_eager(opened: FisherModel, layer: str) -> None:
-    from fisher_vmap.proofs.probe import _PROBES
+    from fisher_vmap.proofs.probe import known_of
 
-    assert _PROBES[opened.model].attention == "eager" and opened.forms[layer]["form"] == "layerwise"
+    assert known_of(opened.model).attention == "eager" and opened.forms[layer]["form"] == "layerwise"
 
 
 def test_an_attention_of_ours_that_is_not_the_models_gives_way_to_the_plain_one(monkeypatch):

@@ -19,7 +19,7 @@ from torch import nn
 
 from fisher_vmap import FisherModel, fisher_scores
 from fisher_vmap.models import load_model
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 from fisher_vmap.pullbacks.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
 
 LAYERS = ["model.layers.0", "model.layers.3"]
@@ -40,7 +40,7 @@ def compare(model, oracle, budget, layers=LAYERS, **choices):
 
 
 def forms(model):
-    return {form for form, _ in _PROBES[model].forms.values()}
+    return {form for form, _ in known_of(model).forms.values()}
 
 
 # torchao puts another tensor into an ordinary nn.Linear

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisher_vmap import fisher_scores
 from fisher_vmap.anatomy.recording import hooks
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 from fisher_vmap.upper_network import top_block
 
 LENGTHS = (6, 2, 9)
@@ -39,7 +39,7 @@ def test_a_last_block_cut_at_the_wrong_rows_is_noticed(monkeypatch, caplog):
     model, layer, rows = fresh("llama"), "model.layers.1", prompts(LENGTHS)
     with caplog.at_level(logging.DEBUG, logger="fisher_vmap"):
         scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4)
-    assert "at the last positions" in caplog.text and _PROBES[model].parts.top_places is None
+    assert "at the last positions" in caplog.text and known_of(model).parts.top_places is None
     assert_right(scores, model, rows, layer, 1e-6)
 
 
@@ -90,7 +90,7 @@ def test_the_forward_is_not_cut_where_other_arguments_have_rows_than_when_it_was
     model, layer = fresh("llama"), "model.layers.1"
 
     def change(model):
-        known = _PROBES[model]
+        known = known_of(model)
         assert known.parts.top_places
         known.parts = replace(known.parts, top_places=known.parts.top_places | {(1, "a table", 0)})
 
@@ -115,5 +115,5 @@ def test_the_forward_is_not_cut_where_the_last_block_mixes_positions_above_its_a
     model.model.layers[3].mlp = Smeared(model.model.layers[3].mlp)
     rows = prompts(LENGTHS)
     scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4)
-    assert _PROBES[model].parts.top_places is None
+    assert known_of(model).parts.top_places is None
     assert_right(scores, model, rows, layer, 1e-6)

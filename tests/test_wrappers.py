@@ -12,7 +12,7 @@ from torch import nn
 
 from fisher_vmap import FisherModel, fisher_scores
 from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 
 LAYERS = ["model.layers.0", "model.layers.2"]
 
@@ -54,7 +54,7 @@ def by_hand(model, *names):
 def test_a_peft_model_is_its_base_with_the_active_adapter():
     model = lora()
     compare(model, by_hand(model, "default"))
-    assert {form for form, _ in _PROBES[model.get_base_model()].forms.values()} == {"packed"}
+    assert {form for form, _ in known_of(model.get_base_model()).forms.values()} == {"packed"}
 
 
 def test_the_adapter_that_is_active_now_counts():

@@ -11,7 +11,7 @@ from models import VOCABULARY, block, padded, prompts, tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.proofs.probe import _PROBES
+from fisher_vmap.proofs.probe import known_of
 
 LENGTHS = (5, 9, 3)
 PLACES = {
@@ -75,14 +75,14 @@ def check(family, places, kernel):
             expected = plain_scores(plain, row, layer, token_ids=scores.token_ids[b].cpu())
             worst = max(worst, relative(scores.gradients[layer][b].cpu(), expected.gradients))
     assert forwards == {name: vars(module).get("forward") for name, module in model.named_modules()}
-    probe = _PROBES[model]
+    probe = known_of(model)
     forms = {form for form, _ in probe.forms.values()}
     if kernel == "auto":
         numbers = opened.numbers([row.tolist() for row in rows], rank=2)
         assert all(n.reason is None for n in numbers)
         # Forward derivatives do not work on a device that is made up: torch decomposes them on one of its own.
         here = FisherModel(plain, layers=layers)
-        for known in (probe, _PROBES[plain]):
+        for known in (probe, known_of(plain)):
             known.adjoint |= {(layer, form) for layer in layers for form in ("packed", "layerwise")}
         few = torch.eye(tiny(family, torch.float32).config.hidden_size)[:2].expand(len(rows), -1, -1)
         with opened.linearize(ids, mask) as net, here.linearize(ids.cpu(), mask.cpu()) as one:

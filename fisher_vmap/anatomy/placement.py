@@ -8,12 +8,14 @@ block at a time. Everything else follows the tensors: cotangents move to what th
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fisher_vmap.anatomy.widening import saved_narrow, widened, widened_by_parts
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,7 +25,9 @@ _FORWARDS: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Forward]] = weak
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The number format that a model computes in: that of its first parameter that is not quantised."""
+    """The number format that a model computes in now: that of its first parameter that is not quantised."""
+    if widened_by_parts(model):
+        return torch.float32
     return next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
 
 
@@ -71,9 +75,16 @@ def weights_at_hand(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def weights_ready(*modules: nn.Module) -> Iterator[None]:
+    """Within the context the modules can be computed with: no weight is put aside, and none too narrow."""
+    with weights_at_hand(*modules), widened(*modules):
+        yield
+
+
 def saved_aside(model: nn.Module) -> AbstractContextManager[Any]:
-    """For plain autograd: its graph keeps every weight fetched, for which the CPU's memory has room."""
-    return torch.autograd.graph.save_on_cpu() if put_aside(model) else nullcontext()
+    """For plain autograd: its graph keeps every weight fetched, for which the CPU's memory has room, or narrow."""
+    return torch.autograd.graph.save_on_cpu() if put_aside(model) else saved_narrow()
 
 
 @contextmanager

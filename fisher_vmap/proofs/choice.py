@@ -11,7 +11,7 @@ from fisher_vmap.anatomy.layers import hooked, layers_of
 from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows, select
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.old_functions import modernised
-from fisher_vmap.anatomy.placement import model_dtype, put_aside, saved_aside, weights_at_hand
+from fisher_vmap.anatomy.placement import model_dtype, put_aside, saved_aside, weights_ready
 from fisher_vmap.anatomy.recording import StructureChanged, run_blocks
 from fisher_vmap.anatomy.rotary import batches_apart, forget_lengths, join_prompts
 from fisher_vmap.anatomy.streams import Place
@@ -129,7 +129,7 @@ def _run_together(
             log.debug("a batch is padded, not packed: %s", reason)
     if form in ("packed", "layerwise"):
         return layerwise(model, parts, layout, layers, wanted)
-    with weights_at_hand(model):
+    with weights_ready(model):
         return whole(model, parts, layout, layers, wanted, loop=form == "loop")
 
 

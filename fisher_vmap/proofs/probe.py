@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +15,9 @@ from fisher_vmap.anatomy.layers import decoder_blocks, hooked
 from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.old_functions import old_functions
-from fisher_vmap.anatomy.placement import input_device, placed
+from fisher_vmap.anatomy.placement import input_device, model_dtype, placed, weights_ready
 from fisher_vmap.anatomy.recording import StructureChanged, run_blocks
+from fisher_vmap.anatomy.widening import in_float32
 from fisher_vmap.proofs.proof import Reach, block_reach
 from fisher_vmap.proofs.tail import watch
 from fisher_vmap.pullbacks import attention_interface
@@ -27,7 +28,7 @@ from fisher_vmap.pullbacks.attention_interface import (
     prompts_packed,
     supports_ours,
 )
-from fisher_vmap.pullbacks.block_rule import rules_for
+from fisher_vmap.pullbacks.block_rule import BlockRule, rules_for
 from fisher_vmap.pullbacks.fused import Forward, fused_forward
 from fisher_vmap.pullbacks.fused_attention import fused_attention_forward, proven_attentions
 from fisher_vmap.pullbacks.fused_block import Rules, proven_blocks
@@ -61,16 +62,23 @@ class Probe:
     adjoint: set[tuple[str, str]] = field(default_factory=set)
 
 
-_PROBES: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+# By model, and the dtype that it is computed in.
+_PROBES: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, Probe]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, the model's dtypes and differentiable layers; afterwards every module is as it was."""
+def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
+    """Evaluation mode, the chosen dtypes and differentiable layers; afterwards every module is as it was.
+
+    Args:
+        model: a causal LM.
+        precision: as `choose_precision` gave it; with "float32" the model's weights are float32 inside.
+    """
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with autocast_off(), placed(model), quantized_pullbacks(model), experts_apart(model):
+        widened = in_float32(model) if precision == "float32" else nullcontext()
+        with autocast_off(), widened, placed(model), quantized_pullbacks(model), experts_apart(model):
             yield
     finally:
         for module in training:
@@ -79,20 +87,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def probe(model: nn.Module, layout: Layout) -> Probe:
     """What is known of the model; found out at the first call, and again when the model has been rebuilt since."""
-    found = _PROBES.get(model)
-    made_of = signature(model)
+    probes, dtype = _PROBES.setdefault(model, {}), model_dtype(model)
+    found, made_of = probes.get(dtype), signature(model)
     if found is None or found.made_of != made_of:
-        found = _PROBES[model] = _look(model, excerpt(layout, tokens=8).input_ids, made_of)
+        found = probes[dtype] = _look(model, excerpt(layout, tokens=8).input_ids, made_of)
     return found
 
 
+def known_of(model: nn.Module) -> Probe:
+    """What has been found out of a model in the precision that it is computed in now; KeyError: nothing yet."""
+    probes = _PROBES[model]
+    return probes[model_dtype(model)] if len(probes) != 1 else next(iter(probes.values()))
+
+
 def signature(model: nn.Module) -> int:
-    """Changes when a module of the model is exchanged, hooked, patched or moved; weights may change freely."""
+    """Changes when a module or a parameter is exchanged, hooked, patched or moved; values may change freely."""
     parts: list[object] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
     for module in model.modules():
         parts += [id(module), type(module), id(vars(module).get("forward"))]
         parts += [tuple(module._forward_hooks), tuple(module._forward_pre_hooks)]
-    parts += [(p.dtype, p.device) for p in model.parameters()]
+    parts += [(p.is_meta or id(p), p.dtype, p.device) for p in model.parameters()]  # put aside: another each time
     return hash(tuple(parts))
 
 
@@ -153,15 +167,23 @@ def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made
 
 def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
     """The modules inside the blocks that have a fused pullback."""
-    inside = {id(module): module for block in blocks.values() for module in block.modules()}
-    return [(module, forward) for module in inside.values() if (forward := fused_forward(module)) is not None]
+    found: dict[int, tuple[nn.Module, Forward]] = {}
+    for block in blocks.values():
+        with weights_ready(block):
+            for module in block.modules():
+                if id(module) not in found and (forward := fused_forward(module)) is not None:
+                    found[id(module)] = module, forward
+    return list(found.values())
 
 
 def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[list[tuple[nn.Module, Forward]], Rules]:
     """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end."""
     inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
     forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
-    candidates = {block: list(rules_for(block)) for block in parts.blocks.values()}
+    candidates: dict[nn.Module, list[BlockRule]] = {}
+    for block in parts.blocks.values():
+        with weights_ready(block):
+            candidates[block] = list(rules_for(block))
     packed = pack_rows(lay_out(input_ids, None))
     try:
         with torch.no_grad(), prompts_packed(packed):
@@ -175,14 +197,14 @@ def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[l
         return [], {}
 
 
-def layer_widths(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
+def layer_widths(model: nn.Module, layers: Sequence[str], precision: str = "model") -> dict[str, int]:
     """D of each hooked module, by running the model on two tokens.
 
     Raises:
         ValueError: a module's output is not [B, T, D], or it is not called.
     """
     layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), None)
-    with torch.no_grad(), undisturbed(model):
+    with torch.no_grad(), undisturbed(model, precision):
         outputs = hooked_outputs(rows_from_logits(model, layout, gather=False), hooked(model, layers), layout)
     return {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.placement import weights_ready
 from fisher_vmap.anatomy.recording import hooks
 from fisher_vmap.pullbacks.attention_interface import packed_now
 from fisher_vmap.pullbacks.quantized import has_matrix, runs_as_made
@@ -78,7 +79,8 @@ def proven_attentions(forwards: Forwards, run: Callable[[], object]) -> Forwards
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if kwargs.get("attention_mask") is not None:
             return
-        expected, found = output[0], forwards[module](*args, **kwargs)[0]
+        with weights_ready(module):
+            expected, found = output[0], forwards[module](*args, **kwargs)[0]
         if (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm():
             right[module] = forwards[module]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.anatomy.blocks import output_of, with_hidden
 from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.anatomy.placement import weights_ready
 from fisher_vmap.anatomy.recording import BlockCall, check_primal, hooks
 from fisher_vmap.pullbacks.attention_interface import packed_now
 from fisher_vmap.pullbacks.block_rule import BlockRule
@@ -40,7 +41,8 @@ def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable
             return
         for rule in candidates[block]:
             try:
-                found, _ = rule.forward(inner)
+                with weights_ready(block):
+                    found, _ = rule.forward(inner)
             except (RuntimeError, TypeError, ValueError) as error:  # the parts do not fit together like this
                 if is_out_of_memory(error):
                     raise

@@ -1,6 +1,7 @@
 """What the settings name, made: the prompts, the model, its hooked layers, the renderer, the layout of shards."""
 
 import logging
+from pathlib import Path
 
 from fisher_vmap.anatomy.position_table import most_positions
 from fisher_vmap.config import Settings
@@ -10,6 +11,7 @@ from fisher_vmap.models import Loaded, load_model
 from fisher_vmap.prompts.batches import batch_tokens_for
 from fisher_vmap.prompts.sources import PromptSource, read_prompts
 from fisher_vmap.prompts.tokens import Renderer
+from fisher_vmap.storage.index import stored_precision
 from fisher_vmap.storage.records import ShardLayout
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,14 @@ def source_of(settings: Settings) -> PromptSource:
 
 
 def model_of(settings: Settings) -> Loaded:
-    """The model that the settings name; errors as `load_model`."""
+    """The model that the settings name, in the precision of the run that its folder holds; errors as `load_model`.
+
+    What the folder has is no reason to refuse here: that is for `open_run`, which compares all of it.
+    """
+    precision: str = settings.precision
+    if precision == "auto" and not settings.overwrite and (stored := stored_precision(Path(settings.output_dir))):
+        log.info("precision: %s, as in %s", stored, settings.output_dir)
+        precision = stored
     return load_model(
         settings.model_path,
         revision=settings.model_revision,
@@ -44,6 +53,7 @@ def model_of(settings: Settings) -> Loaded:
         adapter_path=settings.adapter_path,
         adapter_revision=settings.adapter_revision,
         dequantize=settings.dequantize,
+        precision=precision,
     )
 
 
@@ -89,7 +99,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             oversampling=settings.oversampling,
             passes=settings.passes,
             trace_samples=None if settings.trace_samples == "auto" else settings.trace_samples,
-            precision=settings.precision,
+            precision=loaded.precision.name,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -133,6 +133,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
             "model_type": getattr(loaded.model.config, "model_type", None),
             "threads": torch.get_num_threads(),
             "forms": forms,
+            "precision": loaded.precision.stored(),
         },
         settings=settings.model_dump(),
         overwrite=settings.overwrite,
@@ -225,7 +226,7 @@ def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen
 
 
 def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
-    """Everything that decides a prompt's results: the settings that do, and what model and data set they led to."""
+    """Everything that decides a prompt's results: the settings that do, and what they led to."""
     chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
     return chosen | {
         "model": loaded.identity,
@@ -233,4 +234,5 @@ def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher
         "data": source.fingerprint,
         "column": source.column,
         "device_type": fisher.device.type,
+        "precision": fisher.precision,
     }

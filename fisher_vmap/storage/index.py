@@ -188,6 +188,15 @@ def read_index(folder: Path) -> Index:
     return index if index.complete else index.with_entries(read_entries(folder, index.mark))
 
 
+def stored_precision(folder: Path) -> str | None:
+    """What the run in a folder is computed in; None where there is none, or it cannot be read."""
+    try:
+        precision = read_index_file(folder).fingerprint.get("precision")
+    except UserError:
+        return None
+    return precision if isinstance(precision, str) else None
+
+
 def read_index_file(folder: Path) -> Index:
     """Read and check index.json alone.
 

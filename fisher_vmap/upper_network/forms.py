@@ -46,9 +46,9 @@ def whole(
     model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted, *, loop: bool = False
 ) -> Scores:
     """One batched call of the pullback of the whole upper network; with `loop`, K backward passes of plain autograd."""
-    if wanted.precision != "model":
+    if wanted.precision == "mixed":
         raise ValueError(
-            f"precision {wanted.precision} needs the layerwise kernel, which {layers[0]} cannot have; use dtype float32"
+            f"precision mixed needs the layerwise kernel, which {layers[0]} cannot have; use precision float32"
         )
     modules = hooked(model, layers)
     run, head = rows_and_head(model, parts, layout, modules)

@@ -7,9 +7,9 @@ from torch import nn
 
 from fisher_vmap.anatomy.layout import Layout
 from fisher_vmap.anatomy.memory import is_out_of_memory
-from fisher_vmap.anatomy.mixed import float32_forward
 from fisher_vmap.anatomy.placement import model_dtype, put_aside
 from fisher_vmap.anatomy.recording import Recording, record
+from fisher_vmap.anatomy.widening import forward_in_float32
 from fisher_vmap.pullbacks.fused import fused_pullbacks
 from fisher_vmap.pullbacks.fused_block import run_by_rules
 from fisher_vmap.upper_network.model_parts import Parts
@@ -26,7 +26,7 @@ def record_forward(
     Raises:
         ValueError: the model does not run with widened weights.
     """
-    if precision == "model":
+    if precision != "mixed":
         return record(
             model,
             parts.blocks,
@@ -40,14 +40,14 @@ def record_forward(
         raise ValueError("precision mixed needs all weights in memory, and some are put aside; use precision model")
     dtype = model_dtype(model)
     try:
-        with float32_forward(model, parts.blocks):
+        with forward_in_float32(model):
             return record(model, parts.blocks, parts.call_order, first, layout, narrow_to=dtype)
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(
             f"this model does not run in float32 on weights widened one block at a time ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:160]}); use precision model, or dtype float32"
+            f"{str(error).splitlines()[0][:160]}); use precision model or float32"
         ) from error
 
 
@@ -56,7 +56,7 @@ def record_needed(
 ) -> tuple[Recording, TopRows | None]:
     """Record the forward; where only the last rows of the last block are needed, these, and it is off the recording."""
     first = min(parts.call_order.index(layer) for layer in layers) + 1
-    needless = layout.packed and precision == "model" and parts.call_order[-1] not in layers and not put_aside(model)
+    needless = layout.packed and precision != "mixed" and parts.call_order[-1] not in layers and not put_aside(model)
     if needless and parts.top_places is not None:
         recording = record_forward(model, parts, layout, first, precision, stop_before_last=True)
         call = recording.calls[-1]

@@ -18,7 +18,7 @@ from torch.func import vjp, vmap
 
 from fisher_vmap.anatomy.blocks import with_hidden
 from fisher_vmap.anatomy.layout import Layout
-from fisher_vmap.anatomy.placement import weights_at_hand
+from fisher_vmap.anatomy.placement import weights_ready
 from fisher_vmap.anatomy.recording import BlockCall, StructureChanged, check_primal
 from fisher_vmap.network import push_function
 from fisher_vmap.pullbacks.attention_interface import KeysCaptured, against_keys, capturing_keys
@@ -52,12 +52,12 @@ def open_top(call: BlockCall, layout: Layout) -> TopRows:
     Raises:
         NotPositionwise: the block cannot be cut like this; run it whole.
     """
-    with weights_at_hand(call.block):
+    with weights_ready(call.block):
         primal, pullback = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
 
     def pull(cotangents_KBD: Tensor, chunk_size: int | None) -> Tensor:
         cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
-        with weights_at_hand(call.block):
+        with weights_ready(call.block):
             (below,) = vmap(pullback, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
         return below  # type: ignore[no-any-return]
 
@@ -131,7 +131,7 @@ def pushforward_top(call: BlockCall, layout: Layout, top: Tensor, tangents: Tens
     Arguments and errors as for `pullback_top`.
     """
     what, last = f"the replay of {call.name} at the last positions", layout.last_rows(top.device)
-    with weights_at_hand(call.block):
+    with weights_ready(call.block):
         moved = push_function(what, _at_last_rows(call, layout), call.hidden, top[:, last], tangents, chunk_size)
     return moved[0].transpose(0, 1)
 

@@ -1,0 +1,204 @@
+"""What a model is computed in: its own number format or float32, whichever is faster on this processor.
+
+Many processors have no arithmetic for bfloat16 or float16: there a matrix product in them is 3 to 100 times slower than
+in float32, and less exact. Which kind a processor is of is measured, on products of the job's own widths.
+"""
+
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.anatomy.placement import input_device, model_dtype, put_aside
+from fisher_vmap.anatomy.widening import NARROW, in_float32, narrow_tensors
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "model", "mixed", "float32")
+GAIN = 1.2  # so many times as fast must float32 be to be chosen
+WIDTHS = (256, 1024)  # least and most of a measured product: no call's overhead, and no second on the slowest processor
+ROWS = (64, 1024)
+ENOUGH_S = 0.01  # a product that takes so long has shown its rate
+
+
+class Rates(NamedTuple):
+    """Matrix products of this process on one device, in GFLOP/s: as x W^T and as g W, narrow and in float32."""
+
+    narrow: tuple[float, float]
+    float32: tuple[float, float]
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast float32 is, one product of each kind taken together."""
+        narrow, wide = (sum(1 / rate for rate in rates) for rates in self)
+        return narrow / wide
+
+
+class Precision(NamedTuple):
+    """What a model is computed in, and why.
+
+    Attributes:
+        name: "model", "mixed" or "float32".
+        why: in words.
+        rates: what was measured; None: nothing was.
+    """
+
+    name: str
+    why: str
+    rates: Rates | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """For index.json and metadata.yaml."""
+        told = {"chosen": self.name, "why": self.why}
+        if self.rates is None:
+            return told
+        return told | {"gflops": {kind: [round(r, 1) for r in rates] for kind, rates in self.rates._asdict().items()}}
+
+
+# By model: for a dtype and what was asked for. The choice is told once for each.
+_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, str], Precision]] = weakref.WeakKeyDictionary()
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless a precision has this name."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected 'auto', 'model', 'mixed' or 'float32'")
+
+
+def choose_precision(model: nn.Module, precision: str) -> Precision:
+    """What a model is computed in, for the precision asked for; the same for as long as the process and model live.
+
+    Args:
+        model: a causal LM.
+        precision: "auto", "model", "mixed" or "float32".
+
+    Raises:
+        ValueError: no such precision, or the weights cannot be widened.
+    """
+    check_precision(precision)
+    chosen, key = _CHOSEN.setdefault(model, {}), (model_dtype(model), precision)
+    if key not in chosen:
+        chosen[key] = _choose(model, precision)
+        level = logging.INFO if key[0] in NARROW and (precision == "auto" or chosen[key].rates) else logging.DEBUG
+        log.log(level, "precision: %s, because %s", chosen[key].name, chosen[key].why)
+    return chosen[key]
+
+
+def forget_choice(model: nn.Module) -> None:
+    """Choose anew at the next call: the model has been changed."""
+    _CHOSEN.pop(model, None)
+
+
+def _choose(model: nn.Module, precision: str) -> Precision:
+    dtype = model_dtype(model)
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in NARROW:
+        if precision == "float32" and dtype == torch.float64:
+            raise ValueError("precision float32 was asked for, and the weights are float64; use precision model")
+        return Precision("model" if precision == "auto" else precision, f"the weights are {name}")
+    if precision == "float32":
+        if put_aside(model):
+            raise ValueError("precision float32 needs all weights in memory, and some are put aside; use dtype float32")
+        return Precision("float32", "it was asked for")
+    device = input_device(model)
+    if _has_arithmetic(device, dtype):
+        return Precision("model" if precision == "auto" else precision, f"{device.type} has arithmetic for {name}")
+    rates = product_rates(device, dtype, *_widths(model))
+    told = (
+        f"products in float32 run at {_shown(rates.float32)} GFLOP/s here, in {name} at {_shown(rates.narrow)} "
+        "(as x W^T, g W)"
+    )
+    if precision != "auto":
+        if rates.gain < GAIN:
+            return Precision(precision, "it was asked for")
+        return Precision(precision, f"it was asked for, though {told}; float32 is faster, and no less exact", rates)
+    if rates.gain < GAIN:
+        return Precision("model", told, rates)
+    if (reason := why_not_widened(model)) is not None:
+        return Precision("model", f"{reason}, though {told}", rates)
+    return Precision("float32", told, rates)
+
+
+def _shown(rates: tuple[float, float]) -> str:
+    return " and ".join(f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in rates)
+
+
+def _has_arithmetic(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU is known to compute in the format; of a CPU it is measured."""
+    if device.type != "cuda":
+        return False
+    return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def why_not_widened(model: nn.Module) -> str | None:
+    """Why a model's forward cannot be in float32; None where it can."""
+    if put_aside(model):
+        return "some weights are put aside"
+    plain = {id(tensor) for tensor in narrow_tensors(model)}
+    odd = [n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in plain and p.dtype != torch.float32]
+    if odd:
+        return f"{odd[0]} is quantised"
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+    try:
+        with torch.no_grad(), in_float32(model):
+            model(input_ids=ids, use_cache=False)
+    except (RuntimeError, TypeError, ValueError) as error:  # a hook with weights of its own, say
+        if is_out_of_memory(error):
+            return "there is no memory for it"
+        return f"this model does not run in float32 ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    return None
+
+
+def _widths(model: nn.Module) -> tuple[int, int]:
+    """In and out features of the linear layer that is most frequent: an MLP's, or a projection of attention."""
+    shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    least, most = WIDTHS
+    inner, outer = max(shapes, key=shapes.count, default=WIDTHS)
+    return min(max(inner, least), most), min(max(outer, least), most)
+
+
+@cache
+def product_rates(device: torch.device, dtype: torch.dtype, inner: int, outer: int) -> Rates:
+    """The rates of products [rows, inner] x [inner, outer], and of their pullbacks [rows, outer] x [outer, inner].
+
+    Measured once a process and device, in about a tenth of a second; on the slowest processors in half of one.
+    """
+    with torch.no_grad():
+        return Rates(_rates(device, dtype, inner, outer), _rates(device, torch.float32, inner, outer))
+
+
+def _rates(device: torch.device, dtype: torch.dtype, inner: int, outer: int) -> tuple[float, float]:
+    weight = torch.ones(outer, inner, device=device, dtype=dtype)
+    few = torch.ones(8, inner, device=device, dtype=dtype)
+    torch.nn.functional.linear(few, weight[:8])  # the library's start is not timed
+
+    def rate(product: Callable[[Tensor], Tensor], width: int) -> float:
+        rows, best = ROWS[0], 0.0
+        while True:
+            x = torch.ones(rows, width, device=device, dtype=dtype)
+            for _ in range(3):
+                seconds = _seconds(product, x)
+                best = max(best, 2e-9 * rows * inner * outer / seconds)
+                if seconds > 15 * ENOUGH_S:
+                    return best
+            if seconds > ENOUGH_S or rows >= ROWS[1]:
+                return best
+            rows *= 4
+
+    return rate(lambda x: torch.nn.functional.linear(x, weight), inner), rate(lambda g: torch.mm(g, weight), outer)
+
+
+def _seconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    began = time.perf_counter()
+    product(x)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    elif x.device.type == "mps":
+        torch.mps.synchronize()
+    return max(time.perf_counter() - began, 1e-9)
