@@ -13,6 +13,7 @@ from fisher_vmap.settings.command_line import command, start_logging, user_mista
 from fisher_vmap.settings.run_options import RunOptions
 
 if TYPE_CHECKING:
+    from fisher_vmap.models import Loaded
     from fisher_vmap.pipeline import Summary
 
 log = logging.getLogger("fisher_vmap")
@@ -59,12 +60,13 @@ def stopped(settings: Settings | None) -> str:
     return f"stopped; {stored} prompts are stored in {settings.output_dir}, and the same command carries on from there"
 
 
-def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
+def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded | None" = None) -> "Summary":
     """The main job with these settings.
 
     Args:
         settings: of the run.
         options: what is for this process alone: its share of the shards.
+        loaded: the settings' model, where it is loaded already.
 
     Raises:
         UserError: one line that says what is wrong with the settings, the model, the data or the folder.
@@ -99,7 +101,7 @@ def run(settings: Settings, options: RunOptions | None = None) -> "Summary":
 
         summary = run_on_ray(settings, source, bar)
     else:
-        opened = open_run(settings, model_of(settings), source)
+        opened = open_run(settings, loaded or model_of(settings), source)
         asked = source.total if source.total is not None else settings.num_prompts
         total = None if asked == "all" else int(asked)
         share = None if shards is None else Share(*shards)

@@ -355,13 +355,17 @@ def test_four_prompts_on_the_demo_model(tmp_path):
 
 @pytest.mark.slow
 @needs_demo_model
-def test_the_demo_model_in_float32_against_plain_autograd_in_float64(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_model_against_plain_autograd_in_float64(tmp_path, dtype, monkeypatch):
+    """With the default precision; bfloat16 weights as on a processor that has no arithmetic for them."""
+    from fisher_vmap.anatomy import precision
     from fisher_vmap.demo import demo_model
     from fisher_vmap.models import load_model
     from fisher_vmap.prompts.tokens import Renderer
 
-    assert main(demo_arguments(tmp_path)) == 0
-    loaded = load_model(str(demo_model()), dtype="float32", device="cpu")
+    monkeypatch.setattr(precision, "product_rates", lambda *_: precision.Rates((11.0, 1.1), (85.0, 85.0)))
+    assert main(demo_arguments(tmp_path, dtype=dtype)) == 0
+    loaded = load_model(str(demo_model()), dtype=dtype, device="cpu")
     model, renderer = loaded.model.double(), Renderer(loaded.tokenizer)
     model.set_attn_implementation("eager")
     for record in open_results(tmp_path / "out"):
