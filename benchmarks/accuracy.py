@@ -124,7 +124,7 @@ def memory_of(precision: str, layer: int) -> dict[str, float]:
 
 
 def print_memory(precision: str, layer: int) -> None:
-    workload = smollm2("float32" if precision == "float32" else "bfloat16")
+    workload = smollm2("float32" if precision == "float32" else "bfloat16", precision="model")
     weights = sum(p.numel() * p.element_size() for p in workload.model.parameters())
     choices = {"layers": workload.layer(layer), "precision": "mixed" if precision == "mixed" else "model"}
     for tokens in (16, MEMORY_TOKENS):
@@ -142,7 +142,7 @@ def fill(kept: dict[str, Any], cache: Path, until: float) -> bool:
     def model(dtype: str) -> Workload:
         if dtype not in loaded:
             loaded.clear()
-            loaded[dtype] = smollm2(dtype, "cpu")
+            loaded[dtype] = smollm2(dtype, "cpu", "model")
         return loaded[dtype]
 
     batch: Batch | None = None

@@ -34,14 +34,15 @@ class Choices(NamedTuple):
     device: str
     rounds: int
     mixed: bool
+    precision: str
 
     def smollm2(self) -> Workload:
         """SmolLM2, loaded once."""
-        return _smollm2(self.device)
+        return _smollm2(self.device, self.precision)
 
     def qwen(self) -> Workload:
         """Eight layers of Qwen2's shape, made once."""
-        return _qwen(self.device)
+        return _qwen(self.device, self.precision)
 
     def chat(self, workload: Workload) -> Batch:
         """Eight chat prompts, of like lengths or mixed ones."""
@@ -60,10 +61,10 @@ Outcome = tuple[list[Line], dict[str, Any]]
 
 
 @cache
-def _smollm2(device: str) -> Workload:
-    return smollm2(device=device)
+def _smollm2(device: str, precision: str) -> Workload:
+    return smollm2(device=device, precision=precision)
 
 
 @cache
-def _qwen(device: str) -> Workload:
-    return qwen2_shape(8, device=device)
+def _qwen(device: str, precision: str) -> Workload:
+    return qwen2_shape(8, device=device, precision=precision)

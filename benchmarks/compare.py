@@ -94,12 +94,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mixed", action="store_true", help="chat prompts of 31 to 240 tokens instead of 44 to 76")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    choices = Choices(args.device, args.rounds, args.mixed)
+    choices = Choices(args.device, args.rounds, args.mixed, args.precision)
     written: dict[str, Any] = {"machine": machine(), "choices": choices._asdict(), "rows": {}}
     print(f"{'row':16} {'ratio':44} {'asked':14} measured: median of rounds (extremes)")
     for name in args.rows:

@@ -72,6 +72,7 @@ def measure(workload: Workload, batch: Batch, hook: int, top_k: int, rounds: int
     return {
         "model": workload.name,
         "dtype": str(model.dtype),
+        "precision": workload.precision.stored(),
         "layer": layer,
         "top_k": top_k,
         "batch": batch.describe(),
@@ -120,16 +121,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="random prompts of this length instead of chat prompts")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.model == "smollm2":
-        workload, layer = smollm2(device=args.device), 15 if args.layer is None else args.layer
+        workload, layer = (
+            smollm2(device=args.device, precision=args.precision),
+            15 if args.layer is None else args.layer,
+        )
         batch = uniform(workload, args.prompts, args.tokens) if args.tokens else chat(workload, prompts=args.prompts)
     else:
-        workload, layer = qwen2_shape(args.blocks, device=args.device), 3 if args.layer is None else args.layer
+        workload, layer = (
+            qwen2_shape(args.blocks, device=args.device, precision=args.precision),
+            3 if args.layer is None else args.layer,
+        )
         batch = uniform(workload, args.prompts, args.tokens or 64)
     record = measure(workload, batch, layer, args.top_k, args.rounds)
     print(report(record))

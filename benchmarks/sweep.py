@@ -140,17 +140,30 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=("batch", "length", "top_k", "layer"))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sweep.jsonl"))
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    workload = models[args.model](dtype=args.dtype, device=args.device)
+    workload = models[args.model](dtype=args.dtype, device=args.device, precision=args.precision)
     costs, began = Costs(workload.blocks), time.perf_counter()
     todo = [cell for cell in cells(workload.blocks) if not args.axes or cell.axis in (*args.axes, "centre")]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w") as out:
-        out.write(json.dumps({"machine": machine(), "model": workload.name, "dtype": args.dtype}) + "\n")
+        out.write(
+            json.dumps(
+                {
+                    "machine": machine(),
+                    "model": workload.name,
+                    "dtype": args.dtype,
+                    "precision": workload.precision.stored(),
+                }
+            )
+            + "\n"
+        )
         for number, cell in enumerate(todo):
             left = args.budget - (time.perf_counter() - began)
             if left <= 0:

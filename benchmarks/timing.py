@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fisher_vmap.anatomy.precision import product_rates
+
 
 class Timed(NamedTuple):
     """Seconds of each function, a list with one entry a round, and what each returned in the last round."""
@@ -86,12 +88,17 @@ def by_turns(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: in
     return Timed(seconds, outputs)
 
 
+# What decides how fast products of each format are; those with bf16 in their name compute in bfloat16.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "asimd", "sve")
+
+
 def machine() -> dict[str, Any]:
     """What a number must be kept with: processor, threads, versions, and how busy the machine was."""
     return {
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_units": [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in _cpu_flags()],
+        "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in _cpu_flags()],
+        "gflops": product_rates(torch.device("cpu"), torch.bfloat16, 576, 1536)._asdict(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),

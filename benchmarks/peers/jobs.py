@@ -70,7 +70,7 @@ def real_model(folder: Path | None = None) -> Workload:
     if folder is None:
         return smollm2("float32", "cpu")
     loaded = load_model(str(folder), dtype="float32", device="cpu")
-    return Workload("SmolLM2-135M", loaded.model, loaded.tokenizer)
+    return Workload("SmolLM2-135M", loaded.model, loaded.tokenizer, loaded.precision)
 
 
 def top_k_job(workload: Workload, prompts: int = 3) -> Job:
