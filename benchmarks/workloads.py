@@ -19,9 +19,9 @@ FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight filled with this per
 
 
 class Workload(NamedTuple):
-    """A model, its tokenizer (None for a random model), the name of its numbers, and the precision of all that is timed.
+    """A model, its tokenizer (None for a random model), the name of its numbers, and the precision of what is timed.
 
-    The loops compute in that precision as well: where the package would choose float32, the model's weights are float32.
+    The loops compute in it as well: where the package would choose float32, the model's weights are float32.
     """
 
     name: str
