@@ -13,10 +13,11 @@ import torch
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.models import Loaded, load_model
+from fisher_vmap.progress import step
 from fisher_vmap.prompts.tokens import Renderer
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.run import run
-from fisher_vmap.settings.command_line import command, start_logging, user_mistake
+from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.storage.prompt_record import PromptRecord
 from fisher_vmap.verification.kl import measured_kl
 
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: python -m fisher_vmap.demo --output_dir demo_results",
     )
     parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
+    add_quiet(parser)
     arguments = parser.parse_args(argv)
-    start_logging()
+    start_logging(quiet=arguments.quiet)
     try:
         settings = Settings(
             model_path=str(demo_model()),
@@ -48,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=True,
         )
         run(settings)
-        print(finding(open_results(arguments.output_dir), load_model(settings.model_path, dtype="bfloat16")))
+        loaded = load_model(settings.model_path, dtype="bfloat16")
+        with step("looking for a prompt to show"):
+            found = finding(open_results(arguments.output_dir), loaded)
+        print(found)
         print(how_to_open(arguments.output_dir, settings.model_path))
     except UserError as error:
         return user_mistake(error)
