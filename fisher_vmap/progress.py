@@ -47,7 +47,7 @@ class Line:
 
     def drawn(self, now: float, columns: int, ascii_only: bool) -> str:
         """For a terminal of this width."""
-        return f"{self.what}: {duration(now - self.began)}"[:columns]
+        return f"{self.what} [{on_a_clock(now - self.began)}]"[:columns]
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Counted(Line):
 
     def drawn(self, now: float, columns: int, ascii_only: bool) -> str:
         """For a terminal of this width."""
-        text = f"{self._counted()}, {duration(now - self.began)}"
+        text = f"{self._counted()} [{on_a_clock(now - self.began)}]"
         return meter(self.what, self.done, self.total, text, columns, ascii_only)
 
     def _counted(self) -> str:
@@ -289,6 +289,13 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def on_a_clock(seconds: float) -> str:
+    """A time that is seen to move, such as 00:50 or 2:05:00."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
 def meter(what: str, done: int, total: int, text: str, columns: int, ascii_only: bool) -> str:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fisher_vmap.progress import Line, display, duration, meter
+from fisher_vmap.progress import Line, display, duration, meter, on_a_clock
 
 
 class Progress(NamedTuple):
@@ -128,11 +128,10 @@ class RunLine(Line):
         elif pace.tokens:
             parts.append(f"{pace.tokens:,} tokens")
         if rate is not None:
-            parts[-1] += f" at {_rate(rate)}/s"
-        parts.append(duration(now - self.began))
-        if (seconds := pace.seconds_left(now)) is not None:
-            parts.append(f"{duration(seconds)} left")
-        text = ", ".join(parts)
+            parts.append(f"{_rate(rate)}/s")
+        seconds = pace.seconds_left(now)
+        times = on_a_clock(now - self.began) + ("" if seconds is None else f"<{on_a_clock(seconds)}")
+        text = f"{', '.join(parts)} [{times}]"
         if pace.total is None:
             return f"{self.what}: {text}"[:columns]
         return meter(self.what, pace.prompts, pace.total, text, columns, ascii_only)
