@@ -6,20 +6,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
-from fisher_vmap.models import Loaded, load_model
 from fisher_vmap.progress import step
-from fisher_vmap.prompts.tokens import Renderer
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.run import run
 from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.storage.prompt_record import PromptRecord
-from fisher_vmap.verification.kl import measured_kl
+
+if TYPE_CHECKING:
+    from fisher_vmap.models import Loaded
 
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 LAYER = "model.layers.15"
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=True,
         )
         run(settings)
+        from fisher_vmap.models import load_model  # the run has loaded torch, with a word about it
+
         loaded = load_model(settings.model_path, dtype="bfloat16")
         with step("looking for a prompt to show"):
             found = finding(open_results(arguments.output_dir), loaded)
@@ -75,7 +77,7 @@ def demo_model() -> Path:
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def finding(results: Results, loaded: Loaded) -> str:
+def finding(results: Results, loaded: "Loaded") -> str:
     """What one prompt's leading direction does to the next token, and whether F predicts how much."""
     tokenizer, record = loaded.tokenizer, most_torn(results)
     per_unit = record.scores() @ record.V[0]  # d log p_t along the leading direction, nats per unit
@@ -127,8 +129,13 @@ def most_torn(results: Results) -> PromptRecord:
     return max((record for record in results if record.status == "ok"), key=traded)
 
 
-def kl_both_ways(loaded: Loaded, text: str, layer: str, steps: np.ndarray) -> np.ndarray:
+def kl_both_ways(loaded: "Loaded", text: str, layer: str, steps: np.ndarray) -> np.ndarray:
     """Measured KL of each step, [N], the mean of both signs: the odd terms of its expansion cancel."""
+    import torch
+
+    from fisher_vmap.prompts.tokens import Renderer
+    from fisher_vmap.verification.kl import measured_kl
+
     ids = torch.tensor(Renderer(loaded.tokenizer).render(text).ids, device=next(loaded.model.parameters()).device)
     both = torch.tensor(np.concatenate([steps, -steps]), dtype=torch.float32)
     kl = measured_kl(loaded.model.float(), ids, layer, both)

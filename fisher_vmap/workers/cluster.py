@@ -56,7 +56,6 @@ def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Calla
     pool = Pool(settings.ray_address, settings.ray_workers, settings.ray_gpus_per_worker, settings.ray_cpus_per_worker)
     with connected(pool) as engine:
         share = engine.gpus if 0 < engine.gpus < 1 else 1.0
-        log.info("the run is opened on a worker")
         with step("opening the run on a worker"):
             engine.call(begin, seen_from_anywhere(settings), share)
         writer = ResultsWriter.attach(settings.output_dir)
