@@ -14,7 +14,8 @@ from command_cases import arguments, environment, real_command, run_here, save_m
 
 from fisher_vmap import progress
 from fisher_vmap.finish import main as finish
-from fisher_vmap.progress import Counted, Display, Line, bar, duration, passing, step
+from fisher_vmap.progress import Display, bar, passing, step
+from fisher_vmap.progress_lines import Counted, Line, duration
 from fisher_vmap.running.progress import Pace, Progress, RunLine, run_bar
 from fisher_vmap.verify import main as verify
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fisher_vmap.progress import Line, display, duration, meter, on_a_clock
+from fisher_vmap.progress import display
+from fisher_vmap.progress_lines import Line, duration, meter, on_a_clock
 
 
 class Progress(NamedTuple):
