@@ -11,21 +11,21 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
-from fisher_vmap.models import Loaded
-from fisher_vmap.prompts.tokens import Renderer
+from fisher_vmap.progress import step
 from fisher_vmap.results import Results, open_results
 from fisher_vmap.run import run
-from fisher_vmap.running.from_settings import model_of, open_model
-from fisher_vmap.settings.command_line import command, start_logging, user_mistake
+from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.storage.folder import inspect_folder
 from fisher_vmap.storage.prompt_record import PromptRecord
-from fisher_vmap.verification.kl import measured_kl
+
+if TYPE_CHECKING:
+    from fisher_vmap.models import Loaded
 
 log = logging.getLogger("fisher_vmap")
 
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: python -m fisher_vmap.demo --output_dir demo_results",
     )
     parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
+    add_quiet(parser)
     arguments = parser.parse_args(argv)
-    start_logging()
+    start_logging(quiet=arguments.quiet)
     try:
         settings = Settings(
             model_path=str(demo_model()),
@@ -62,10 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=True,
         )
         inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading
+        with step("loading the libraries"):
+            from fisher_vmap.running.from_settings import model_of
         loaded = model_of(settings)
-        settings = settings.model_copy(update={"num_prompts": affordable(settings, loaded)})
+        with step("trying how fast this processor is"):
+            count = affordable(settings, loaded)
+        settings = settings.model_copy(update={"num_prompts": count})
         run(settings, loaded=loaded)
-        print(finding(open_results(arguments.output_dir), loaded))
+        with step("looking for a prompt to show"):
+            found = finding(open_results(arguments.output_dir), loaded)
+        print(found)
         print(how_to_open(arguments.output_dir, settings.model_path))
     except UserError as error:
         return user_mistake(error)
@@ -75,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def affordable(settings: Settings, loaded: Loaded) -> int:
+def affordable(settings: Settings, loaded: "Loaded") -> int:
     """How many of the prompts this machine computes in the time of the demo, and at least `LEAST`."""
+    from fisher_vmap.running.from_settings import open_model
+
     rows = [json.loads(line)["prompt"] for line in PROMPTS.read_text("utf-8").splitlines()]
     chats = [[{"role": "user", "content": rows[i]}] for i in np.random.RandomState(SEED).permutation(len(rows))]
     template = partial(loaded.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
@@ -105,7 +114,7 @@ def demo_model() -> Path:
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def finding(results: Results, loaded: Loaded) -> str:
+def finding(results: Results, loaded: "Loaded") -> str:
     """What one prompt's leading direction does to the next token, and whether F predicts how much."""
     tokenizer, record = loaded.tokenizer, most_torn(results, LEAST)
     per_unit = record.scores() @ record.V[0]  # d log p_t along the leading direction, nats per unit
@@ -157,8 +166,13 @@ def most_torn(results: Results, first: int | None = None) -> PromptRecord:
     return max((record for record in islice(results, first) if record.status == "ok"), key=traded)
 
 
-def kl_both_ways(loaded: Loaded, text: str, layer: str, steps: np.ndarray) -> np.ndarray:
+def kl_both_ways(loaded: "Loaded", text: str, layer: str, steps: np.ndarray) -> np.ndarray:
     """Measured KL of each step, [N], the mean of both signs: the odd terms of its expansion cancel."""
+    import torch
+
+    from fisher_vmap.prompts.tokens import Renderer
+    from fisher_vmap.verification.kl import measured_kl
+
     ids = torch.tensor(Renderer(loaded.tokenizer).render(text).ids, device=next(loaded.model.parameters()).device)
     both = torch.tensor(np.concatenate([steps, -steps]), dtype=torch.float32)
     kl = measured_kl(loaded.model.float(), ids, layer, both)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.hub import HUB, push_to_hub
+from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.results import Results, open_results
-from fisher_vmap.settings.command_line import command, user_mistake
+from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.sharing.control_vectors import save_control_vector, save_directions
 from fisher_vmap.storage.name_lists import several
 from fisher_vmap.storage.npz import write_npz
@@ -39,6 +40,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export what the command line asks for; returns the exit code: 0 done, 2 a mistake of the user's."""
     arguments = _parser().parse_args(argv)
+    start_logging(quiet=arguments.quiet)
     try:
         print(export(arguments))
     except UserError as error:
@@ -53,7 +55,9 @@ def export(arguments: argparse.Namespace) -> str:
         UserError: arguments that do not fit the folder or one another, a damaged folder, or a file that cannot be
             written.
     """
-    results, out = open_results(arguments.folder), str(arguments.out)
+    with step(f"opening {arguments.folder}"):
+        results = open_results(arguments.folder)
+    out = str(arguments.out)
     if out.startswith(HUB):
         url = push_to_hub(results, out, private=not arguments.public, share_text=arguments.text)
         return f"{results.folder} is at {url}"
@@ -63,14 +67,16 @@ def export(arguments: argparse.Namespace) -> str:
     if suffix == ".npz":
         if len(layers) > 1:
             raise UserError(f"an npz is of one layer; name it with --layer: {several(layers)}")
-        write_npz(Path(out), results.shards(), layers[0])
+        with bar(len(results.index.shards), "shards", f"writing {Path(out).name}") as advance:
+            write_npz(Path(out), passing(results.shards(), advance), layers[0])
         return f"{out}: U, S and V of {len(results):,} prompts at {layers[0]}"
     if suffix not in (".safetensors", ".gguf"):
         raise UserError(f"{out} ends in {suffix or 'nothing'}; expected .safetensors, .gguf, .npz or {HUB}OWNER/NAME")
     if suffix == ".gguf" and not arguments.layer:
         layers = _without_block_0(layers)
     count = arguments.directions or 1
-    found = {layer: _directions(results.at(layer), arguments, count) for layer in layers}
+    with bar(len(layers), "layers", "finding directions") as advance:
+        found = {layer: _directions(results.at(layer), arguments, count) for layer in passing(layers, advance)}
     where = arguments.where or (f"prompt {arguments.prompt}" if arguments.prompt is not None else "all prompts")
     what = f"{where}{f' against {arguments.against}' if arguments.against else ''}"
     if suffix == ".safetensors":
@@ -192,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", action="store_true", default=None, help="to the hub: share the prompts' text")
     text.add_argument("--no-text", dest="text", action="store_false", help="to the hub: leave the prompts' text out")
+    add_quiet(parser)
     return parser
 
 

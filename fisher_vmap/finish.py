@@ -15,7 +15,7 @@ from fisher_vmap.storage.products import wants_npz
 def main(argv: Sequence[str] | None = None) -> int:
     """Finish a results folder; returns the exit code."""
     what = "Write a results folder's index, table, mean and npz from its shards, once all of them are there."
-    return folder_command("finish", what, _lines, argv)
+    return folder_command("finish", what, _lines, argv, long=True)
 
 
 def _lines(folder: Path) -> Iterator[str]:

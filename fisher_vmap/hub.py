@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.planning.sizes import readable
+from fisher_vmap.progress import step
 from fisher_vmap.sharing.data_card import data_card
 from fisher_vmap.sharing.local_paths import is_local_path, without_local_paths
 from fisher_vmap.storage.entries import SHARD_FOLDER
@@ -58,7 +60,7 @@ def download(text: str, *, everything: bool = False, token: str | None = None) -
     from huggingface_hub import snapshot_download
 
     place = address(text)
-    with _readable_errors(place.repo_id):
+    with _readable_errors(place.repo_id), step(f"fetching {place.repo_id}"):
         folder = snapshot_download(
             place.repo_id,
             repo_type="dataset",
@@ -96,7 +98,8 @@ def push_to_hub(
     if not results.index.complete:
         raise UserError(f"{results.folder} is unfinished; run the same command again to finish it, then push it")
     api = HfApi(token=token)
-    texts = has_text(results)
+    with step("looking for the prompts' text"):
+        texts = has_text(results)
     if texts and share_text is not False:
         gate = gated(api, results)
         if gate and share_text is None:
@@ -110,23 +113,28 @@ def push_to_hub(
         folder, index = results.folder, results.index
         if texts and share_text is False:
             folder = Path(temporary, "results")
-            index = copy_without_text(results.folder, results.index, folder)
+            with step("copying the results without the text"):
+                index = copy_without_text(results.folder, results.index, folder)
         described = Path(temporary, "described")
         index = copy_descriptions(folder, index, described, without_local_paths)
         if cut := [name for name, value in results.metadata["settings"].items() if is_local_path(name, value)]:
             log.info("of %s, paths of this machine, only the last part is shared", ", ".join(cut))
         url = api.create_repo(place.repo_id, repo_type="dataset", private=private, exist_ok=True)
         where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
-        card = data_card(results, place.repo_id, with_text=texts and share_text is not False)
+        with step("writing the data card"):
+            card = data_card(results, place.repo_id, with_text=texts and share_text is not False)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message="Data card", **where)
+        names = [name for name in file_names(index) if name not in DESCRIPTIONS]
+        size = readable(sum((folder / name).stat().st_size for name in names))
         # Files that the repository has from an earlier run would not fit the index.
-        api.upload_folder(
-            folder_path=folder,
-            allow_patterns=[name for name in file_names(index) if name not in DESCRIPTIONS],
-            delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
-            commit_message="Fisher matrices",
-            **where,
-        )
+        with step(f"uploading {size} to {place.repo_id}"):
+            api.upload_folder(
+                folder_path=folder,
+                allow_patterns=names,
+                delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
+                commit_message="Fisher matrices",
+                **where,
+            )
         api.upload_folder(
             folder_path=described, allow_patterns=list(DESCRIPTIONS), commit_message="Index and settings", **where
         )

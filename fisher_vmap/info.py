@@ -19,7 +19,9 @@ SHOWN = 5  # failed and skipped prompts, of each
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a results folder holds, finished or not; returns the exit code."""
     what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."
-    return folder_command("info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv)
+    return folder_command(
+        "info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv, long=False
+    )
 
 
 def describe(results: Results) -> Iterator[str]:

@@ -17,6 +17,7 @@ from fisher_vmap.loading.devices import choose_device, placement_options, places
 from fisher_vmap.loading.loader_errors import explained, quiet_progress, refuse_empty
 from fisher_vmap.loading.model_files import hashed, tokenizer_files
 from fisher_vmap.loading.model_source import say_if_it_looks_local, source_of_model, without_adapter_inside
+from fisher_vmap.progress import step
 from fisher_vmap.pullbacks.quantized import CannotDifferentiate, quantized_linears, unpack
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Loaded(NamedTuple):
     precision: Precision = Precision("model", "nothing else was asked for")
 
 
+@step("loading the model")
 def load_model(
     model_path: str,
     *,

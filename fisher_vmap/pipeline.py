@@ -14,14 +14,16 @@ import pyarrow.parquet as pq
 
 from fisher_vmap.config import Settings
 from fisher_vmap.engines.local import Share, run_items
-from fisher_vmap.running.compute import Progress, compute_shard
+from fisher_vmap.progress import step
+from fisher_vmap.running.compute import compute_shard
 from fisher_vmap.running.opening import Run
 from fisher_vmap.running.overlap import ahead, behind
+from fisher_vmap.running.progress import Progress
 from fisher_vmap.storage.index import TABLE_NAME
 from fisher_vmap.storage.products import wants_npz
 from fisher_vmap.storage.prompt_record import was
 from fisher_vmap.storage.records import PromptResult
-from fisher_vmap.storage.writer import ResultsWriter
+from fisher_vmap.storage.writer import ResultsWriter, ShardRange
 
 REASONS = 5  # of prompts that failed, told at the end
 
@@ -72,7 +74,7 @@ def compute_shards(
     Args:
         run: what `open_run` gave.
         store: takes a shard's number and results.
-        report: called after each batch.
+        report: called as `compute_shard` does, for what is computed.
         numbers: of the shards, in order.
 
     Raises:
@@ -81,7 +83,6 @@ def compute_shards(
     with behind() as later, closing(ahead(run.prepared(numbers))) as shards:
         for shard in shards:
             if not (shard.rendered or shard.skipped):
-                report(Progress(len(shard.prompts), 0))
                 yield ShardDone(shard.number, len(shard.prompts), True)
                 continue
             results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.splits, report)
@@ -94,7 +95,7 @@ def run_prompts(run: Run, report: Callable[[Progress], None], share: Share | Non
 
     Args:
         run: what `open_run` gave.
-        report: called after each batch.
+        report: called with each step forward.
         share: which shards are this process's, where several fill the folder: the last of them finishes it.
 
     Raises:
@@ -103,11 +104,18 @@ def run_prompts(run: Run, report: Callable[[Progress], None], share: Share | Non
     writer, prompts = run.writer, run.prompts
     # A damaged shard leaves the index here: one that is listed is taken for stored.
     known = prompts.total is not None
-    writer.missing_shards(prompts.total or writer.index.stop, None if share is None else share.has)
+    with step("checking what is stored"):
+        missing = writer.missing_shards(prompts.total or writer.index.stop, None if share is None else share.has)
+    # What is stored is told beforehand, so that only what is to be computed counts for the time left.
+    numbers = shard_numbers(prompts.total, run.settings.shard_size)
+    told = _stored(missing, prompts.total, run.settings.shard_size, share) if known else {}
+    report(Progress(sum(told.values()), 0))
     summary, began = Summary(), time.perf_counter()
     compute = partial(compute_shards, run, writer.add, report)
-    for done in run_items(compute, shard_numbers(prompts.total, run.settings.shard_size), share):
+    for done in run_items(compute, numbers, share):
         add_up(summary, done)
+        if done.stored_before and done.number not in told:
+            report(Progress(done.prompts, 0))
     summary.seconds = time.perf_counter() - began
     assert prompts.total is not None  # the end has been read
     if not known:
@@ -119,6 +127,15 @@ def run_prompts(run: Run, report: Callable[[Progress], None], share: Share | Non
     finish(writer, run.settings, prompts.total)
     count_problems(summary, writer, prompts.total)
     return summary
+
+
+def _stored(missing: Sequence[ShardRange], total: int | None, size: int, share: Share | None) -> dict[int, int]:
+    """The prompts of each stored shard of this process, of a run of known length, by the shard's number."""
+    assert total is not None
+    lacking = {shard.number for shard in missing}
+    numbers = shard_numbers(total, size)
+    mine = numbers if share is None else share.of(numbers)
+    return {number: min(size, total - number * size) for number in mine if number not in lacking}
 
 
 def shard_numbers(total: int | None, shard_size: int) -> Iterable[int]:

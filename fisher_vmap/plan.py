@@ -20,6 +20,7 @@ from fisher_vmap.planning.flops import Work, unavoidable
 from fisher_vmap.planning.plan_sample import Sample, TableBytes, sample_of, table_bytes
 from fisher_vmap.planning.sizes import readable
 from fisher_vmap.planning.skeleton import Skeleton, skeleton_of
+from fisher_vmap.progress import step
 from fisher_vmap.prompts.batches import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
 from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.running.from_settings import check_save, layout_of, make_renderer, model_of, open_model, source_of
@@ -71,14 +72,17 @@ def plan(settings: Settings, rate: float | Literal["measure"] | None = None) -> 
     Raises:
         UserError: settings do not fit the model or the data.
     """
-    skeleton = skeleton_of(settings)
-    return list(described(settings, skeleton, planned(settings, skeleton, rate)))
+    with step("reading the model's configuration"):
+        skeleton = skeleton_of(settings)
+    found = planned(settings, skeleton, rate)
+    return list(described(settings, skeleton, found))
 
 
 def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measure"] | None = None) -> Plan:
     """The numbers of a plan; arguments and errors as `plan`."""
     check_save(settings)
-    source = source_of(settings)
+    with step("opening the data set"):
+        source = source_of(settings)
     renderer = make_renderer(settings, Loaded(skeleton.model, skeleton.tokenizer, {}), source, None)
     sample = sample_of(settings, source, renderer)
     lengths = np.array(sample.lengths, np.float64)
@@ -86,11 +90,14 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
     counted = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), COUNTED_PROMPTS)).astype(int)]
     operations = Counter[str]()
     blocks = list(skeleton.blocks.values())
-    for product in unavoidable(skeleton.model, blocks, counted.astype(int).tolist(), skeleton.hooks, work_of(settings)):
-        operations[product.kind.partition(",")[0]] += product.shape.flops
+    counted_ids = counted.astype(int).tolist()
+    with step("counting operations"):
+        for product in unavoidable(skeleton.model, blocks, counted_ids, skeleton.hooks, work_of(settings)):
+            operations[product.kind.partition(",")[0]] += product.shape.flops
     # The operations of the prompts counted, for all tokens: attention's go with the square, but in the same mixture.
     scale = float(lengths.sum() * share / max(1.0, counted.sum()))
-    rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
+    with step("measuring the table"):
+        rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
     error = 0.0 if sample.exact else float(lengths.std() * sample.total / max(1, len(lengths)) ** 0.5)
     return Plan(
         sample,
@@ -159,20 +166,24 @@ def measured_rate(settings: Settings, sample: Sample) -> float:
     Raises:
         UserError: as a run's.
     """
-    fisher = open_model(settings, model_of(settings))
+    loaded = model_of(settings)
+    with step("finding the layers"):
+        fisher = open_model(settings, loaded)
     batches = []
     for shard in sample.shards:
         ids = [prompt.ids for prompt in shard.rendered.values()]
         packed = pack([len(each) for each in ids], fisher.batch_size, fisher.max_batch_tokens)
         batches += [[ids[i] for i in batch] for batch in packed]
     rank = settings.num_singular_values
-    fisher.numbers(batches[0], rank)
+    with step("computing a first batch"):
+        fisher.numbers(batches[0], rank)
     tokens, began = 0, time.perf_counter()
-    for batch in cycle(batches):
-        fisher.numbers(batch, rank)
-        tokens += sum(map(len, batch))
-        if (seconds := time.perf_counter() - began) > MEASURED_S:
-            return tokens / seconds
+    with step("measuring"):
+        for batch in cycle(batches):
+            fisher.numbers(batch, rank)
+            tokens += sum(map(len, batch))
+            if (seconds := time.perf_counter() - began) > MEASURED_S:
+                return tokens / seconds
     raise AssertionError("there is no batch")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fisher_vmap.config import Settings, load_command
 from fisher_vmap.errors import UserError, WorkerError
+from fisher_vmap.progress import hide, step
 from fisher_vmap.settings.command_line import command, start_logging, user_mistake
 from fisher_vmap.settings.run_options import RunOptions
 
@@ -30,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = None
     try:
         settings, options = load_command(sys.argv[1:] if argv is None else argv)
+        if options.quiet:
+            hide()
         if options.plan or options.plan_rate is not None:
-            from fisher_vmap.plan import plan
+            with step("loading the libraries"):
+                from fisher_vmap.plan import plan
 
             print("\n".join(plan(settings, options.plan_rate)))
             return 0
@@ -87,28 +91,33 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
 
         require_ray()
 
-    from fisher_vmap.engines.local import Share
-    from fisher_vmap.pipeline import run_prompts, shard_numbers
-    from fisher_vmap.running.from_settings import check_save, model_of, source_of
-    from fisher_vmap.running.opening import open_run
-    from fisher_vmap.running.progress import bar
-    from fisher_vmap.storage.lock import at_work
+    with step("loading the libraries"):
+        from fisher_vmap.engines.local import Share
+        from fisher_vmap.pipeline import run_prompts, shard_numbers
+        from fisher_vmap.running.from_settings import check_save, model_of, source_of
+        from fisher_vmap.running.opening import open_run
+        from fisher_vmap.running.progress import run_bar
+        from fisher_vmap.storage.lock import at_work
 
     check_save(settings)
-    source = source_of(settings)
+    with step("opening the data set"):
+        source = source_of(settings)
     if settings.engine == "ray":
-        from fisher_vmap.workers.cluster import run_on_ray
+        with step("loading the libraries"):
+            from fisher_vmap.workers.cluster import run_on_ray
 
-        summary = run_on_ray(settings, source, bar)
+        summary = run_on_ray(settings, source, run_bar)
     else:
-        opened = open_run(settings, loaded or model_of(settings), source)
+        loaded = loaded or model_of(settings)
+        with step("opening the run"):
+            opened = open_run(settings, loaded, source)
         asked = source.total if source.total is not None else settings.num_prompts
         total = None if asked == "all" else int(asked)
         share = None if shards is None else Share(*shards)
         if share is not None and total is not None:
             numbers = share.of(shard_numbers(total, settings.shard_size))
             total = sum(min(settings.shard_size, total - number * settings.shard_size) for number in numbers)
-        with at_work(Path(settings.output_dir)) as others, bar(total) as report:
+        with at_work(Path(settings.output_dir)) as others, run_bar(total) as report:
             if others and share is None:
                 log.warning(
                     "another process is computing in %s as well, and each computes all of it; "

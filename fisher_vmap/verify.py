@@ -8,14 +8,15 @@ With `--kl` the model is loaded, and what the matrices predict is set beside wha
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.settings.command_line import command, start_logging, user_mistake
+from fisher_vmap.progress import aside, bar, step
+from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.storage.index import INDEX_NAME, TABLE_NAME
 from fisher_vmap.verification.folder_checks import Check, checks
 
@@ -42,14 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model_path", "--model-path", metavar="PATH", help="with --kl: where the model is now")
     parser.add_argument("--dataset_name", "--dataset-name", metavar="PATH", help="with --kl: where the prompts are now")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --kl: where the plot goes (DIR/kl.png)")
+    add_quiet(parser)
     arguments = parser.parse_args(argv)
+    start_logging(quiet=arguments.quiet)
     folder: Path = arguments.folder
     if not (folder / INDEX_NAME).exists():
         print(f"{folder} is not a results folder: it has no {INDEX_NAME}", file=sys.stderr)
         return 2
     try:
         _refuse_flags_of_kl(arguments)
-        bad = sum(_carry_out(list(alike)) for _, alike in groupby(checks(folder), key=_kind))
+        found = list(checks(folder))
+        with bar(sum(check.size for check in found), "B", "checking") as advance:
+            bad = sum(_carry_out(list(alike), advance) for _, alike in groupby(found, key=_kind))
         if arguments.kl and not bad:
             bad += _check_kl(arguments)
     except UserError as error:
@@ -69,22 +74,29 @@ def _kind(check: Check) -> object:
     return check.name if check.kind is None else check.kind
 
 
-def _carry_out(alike: Sequence[Check]) -> int:
+def _carry_out(alike: Sequence[Check], advance: Callable[[int], None]) -> int:
     """Do checks of one kind and print a line for each, or one for all of many that find nothing; returns the bad."""
     many, good, bad = len(alike) >= MANY, 0, 0
     for check in alike:
         try:
             found = check.look()
         except UserError as error:
-            print(f"BAD  {check.name}: {error}", flush=True)
+            _print(f"BAD  {check.name}: {error}")
             bad += 1
             continue
+        finally:
+            advance(check.size)
         good += 1
         if not many:
-            print(f"ok   {check.name}: {found}", flush=True)
+            _print(f"ok   {check.name}: {found}")
     if many and good:
-        print(f"ok   {alike[0].kind}: {good} of {len(alike)}, the last of them: {found}", flush=True)
+        _print(f"ok   {alike[0].kind}: {good} of {len(alike)}, the last of them: {found}")
     return bad
+
+
+def _print(line: str) -> None:
+    with aside():
+        print(line, flush=True)
 
 
 def _without_results(folder: Path) -> str:
@@ -94,11 +106,11 @@ def _without_results(folder: Path) -> str:
 
 def _check_kl(arguments: argparse.Namespace) -> int:
     """Print how well the matrices predict, and draw it; returns the number of layers where they do not."""
-    from fisher_vmap.results import open_results
-    from fisher_vmap.verification.kl_outcome import plot_kl
-    from fisher_vmap.verification.kl_verify import check_kl
+    with step("loading the libraries"):
+        from fisher_vmap.results import open_results
+        from fisher_vmap.verification.kl_outcome import plot_kl
+        from fisher_vmap.verification.kl_verify import check_kl
 
-    start_logging()
     prompts = PROMPTS if arguments.prompts is None else arguments.prompts
     if prompts < 1:
         raise UserError(f"--prompts is {prompts}; expected at least 1")
@@ -113,7 +125,8 @@ def _check_kl(arguments: argparse.Namespace) -> int:
     print("\n".join(found.lines()), flush=True)
     plot = arguments.plot or arguments.folder / "kl.png"
     try:
-        plot_kl(found, plot)
+        with step("drawing the plot"):
+            plot_kl(found, plot)
         print(f"     drawn in {plot}")
     except UserError as error:
         if arguments.plot is not None:

@@ -8,6 +8,7 @@ import pytest
 from fisher_vmap import demo
 from fisher_vmap.config import Settings
 from fisher_vmap.models import Loaded
+from fisher_vmap.running import from_settings
 from fisher_vmap.running.from_settings import source_of
 
 
@@ -31,7 +32,7 @@ def machine(monkeypatch):
                 batches.append(ids)
 
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-        monkeypatch.setattr(demo, "open_model", lambda *_: Fisher())
+        monkeypatch.setattr(from_settings, "open_model", lambda *_: Fisher())
         return demo.affordable(Settings(), Loaded(None, Tokenizer(), {})), batches[-1]
 
     return of

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from fisher_vmap.errors import UserError, WorkerError
+from fisher_vmap.progress import step
 
 OBJECT_STORE_BYTES = 200 * 2**20  # of a Ray of our own: what goes through it are numbers and lines of text
 ITEMS_AT_A_TIME = 4  # most items that a worker is handed at once, so that it can prepare one while it computes another
@@ -168,16 +169,18 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
     if pool.address is None:  # on loopback, as Ray does by itself on Windows and macOS; read when Ray is imported
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
+    with step("loading Ray"):
+        import ray
 
     ours = not ray.is_initialized()
     if ours:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         try:
-            if pool.address is None:
-                ray.init(address="local", **options, **_own_ray(pool))
-            else:
-                ray.init(address=pool.address, **options)
+            with step("starting Ray" if pool.address is None else "connecting to Ray"):
+                if pool.address is None:
+                    ray.init(address="local", **options, **_own_ray(pool))
+                else:
+                    ray.init(address=pool.address, **options)
         except Exception as error:
             # Exactly this class is what Ray raises where its processes take too long to start.
             if type(error) is not Exception and not isinstance(error, ConnectionError | ValueError | RuntimeError):
@@ -191,7 +194,8 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
         yield RayEngine(ray, pool)
     finally:
         if ours:
-            ray.shutdown()
+            with step("leaving Ray"):
+                ray.shutdown()
 
 
 def _own_ray(pool: Pool) -> dict[str, Any]:

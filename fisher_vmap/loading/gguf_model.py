@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.progress import step
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def converted(path: Path, sha256: str, dtype: torch.dtype) -> Path:
             f"cannot write to the cache folder {folder.parent} ({error.strerror}); set XDG_CACHE_HOME"
         ) from error
     try:
-        _convert(path, dtype, scratch)
+        with step(f"converting {path.name}"):
+            _convert(path, dtype, scratch)
         try:
             scratch.rename(folder)
         except OSError:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_vmap.config import Settings
+from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.prompts.sources import PromptSource, SourcePrompt
 from fisher_vmap.prompts.tokens import Renderer
@@ -56,21 +57,24 @@ def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> S
     """
     if source.total is None:
         stream: Iterator[SourcePrompt] = islice(iter(source), MOST_TOKENISED + 1)
-        chosen = list(stream)
+        with step("reading the prompts"):
+            chosen = list(stream)
         more = len(chosen) > MOST_TOKENISED
         if settings.num_prompts == "all" and more:
-            log.info("counting the prompts")
-            total = sum(1 for _ in source)
+            with step("counting the prompts"):
+                total = sum(1 for _ in source)
         else:
             total = int(settings.num_prompts) if more and settings.num_prompts != "all" else len(chosen)
         chosen = chosen[:MOST_TOKENISED]
     else:
         total = source.total
         wanted = set(np.linspace(0, total - 1, min(total, MOST_TOKENISED)).astype(int).tolist())
-        chosen = [prompt for prompt in source if prompt.index in wanted]
+        with step("reading the prompts"):
+            chosen = [prompt for prompt in source if prompt.index in wanted]
     size = settings.shard_size
     parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    shards = [prepare(renderer, number, part) for number, part in enumerate(parts)]
+    with bar(len(parts), "shards", "tokenising a sample") as advance:
+        shards = [prepare(renderer, number, part) for number, part in enumerate(passing(parts, advance))]
     exact = len(chosen) == total
     return Sample(total, shards, exact, source.total is None and not exact)
 

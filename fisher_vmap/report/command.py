@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.progress import step
 from fisher_vmap.results import open_results
-from fisher_vmap.settings.command_line import command, user_mistake
+from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.storage.mean import is_ok
 from fisher_vmap.storage.prompt_record import was
 
@@ -20,6 +21,7 @@ EXTRA = ("plotly", "matplotlib", "scipy")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; returns the exit code: 0 done, 2 a mistake of the user's."""
     arguments = _parser().parse_args(argv)
+    start_logging(quiet=arguments.quiet)
     try:
         for line in write_report(arguments):
             print(line)
@@ -36,12 +38,14 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     """
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise UserError(f"the report needs {', '.join(missing)}: pip install 'fisher_vmap[report]'")
-    from fisher_vmap.report.images import write_images
-    from fisher_vmap.report.page import write_page
-    from fisher_vmap.report.survey import Sampling, survey
+    with step("loading the libraries"):
+        from fisher_vmap.report.images import write_images
+        from fisher_vmap.report.page import write_page
+        from fisher_vmap.report.survey import Sampling, survey
 
     began = time.perf_counter()
-    results = open_results(arguments.folder, allow_incomplete=True)
+    with step(f"opening {arguments.folder}"):
+        results = open_results(arguments.folder, allow_incomplete=True)
     if not len(results):
         raise UserError(f"{arguments.folder} holds no prompts yet; there is nothing to report")
     if not any(is_ok(reader).any() for reader in results.shards()):
@@ -60,7 +64,8 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     found = survey(results, sampling)
     # What came from the hub lies in its cache, which is no place to write to.
     page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
-    size = write_page(page, found)
+    with step(f"writing {page.name}"):
+        size = write_page(page, found)
     lines = [f"{page}: {size / 1e6:.1f} MB, {len(found.rows.index):,} prompts, {len(found.layers)} layers"]
     if arguments.images:
         images = write_images(page.with_suffix(""), found)
@@ -88,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--similarity", type=_count, default=400, help="most prompts in the similarity map (400)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--no-images", dest="images", action="store_false", help="leave the PNGs out")
+    add_quiet(parser)
     return parser
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from fisher_vmap.progress import bar, passing
 from fisher_vmap.report.distributions import LINES, UNIT, short_names
 from fisher_vmap.report.prompt_maps import group_values
 from fisher_vmap.report.survey import LayerSurvey, Survey
@@ -34,12 +35,13 @@ def write_images(folder: Path, survey: Survey) -> list[Path]:
             FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
         found.append(folder / f"{name}.png")
 
-    for layer in survey.layers:
-        suffix = f".{layer.name}" if len(survey.layers) > 1 else ""
-        save(f"spectra{suffix}", _drawn(partial(_spectra, survey=survey, layer=layer), 2, layer.name))
-        save(f"prompts{suffix}", _drawn(partial(_prompts, survey=survey, layer=layer), 2, layer.name))
-        if layer.similarity is not None:
-            save(f"similarity{suffix}", _similarity(survey, layer))
+    with bar(len(survey.layers), "layers", "drawing") as advance:
+        for layer in passing(survey.layers, advance):
+            suffix = f".{layer.name}" if len(survey.layers) > 1 else ""
+            save(f"spectra{suffix}", _drawn(partial(_spectra, survey=survey, layer=layer), 2, layer.name))
+            save(f"prompts{suffix}", _drawn(partial(_prompts, survey=survey, layer=layer), 2, layer.name))
+            if layer.similarity is not None:
+                save(f"similarity{suffix}", _similarity(survey, layer))
     if len(survey.layers) > 1 and survey.rows.ok.any():
         save("layers", _drawn(partial(_layers, survey=survey), 3, "all layers"))
     return found

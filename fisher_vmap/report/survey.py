@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisher_vmap import algebra
+from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.report.outliers import Outlier, Scores, rank_outliers, score_prompts
 from fisher_vmap.report.rows import Rows, read_rows
 from fisher_vmap.report.similarity import Similarity, compare_prompts
@@ -71,11 +72,14 @@ def survey(results: Results, sampling: Sampling) -> Survey:
     Raises:
         UserError: the folder is damaged, or a prompt that is to be shown is not there.
     """
-    rows, rng = read_rows(results), np.random.default_rng(sampling.seed)
+    with step("reading the table"):
+        rows = read_rows(results)
+    rng = np.random.default_rng(sampling.seed)
     have = rows.index[rows.ok]
     few = len(results.layers) <= MANY_LAYERS
     compared = _sample(have, sampling.similarity if few else sampling.similarity // 2, rng)
-    layers = [_survey_layer(results, layer, compared) for layer in results.layers]
+    with bar(len(results.layers), "layers", "comparing the prompts") as advance:
+        layers = [_survey_layer(results, layer, compared) for layer in passing(results.layers, advance)]
     unlike = [outlier.index for layer in layers for outlier in layer.outliers]
     details = sampling.details if few else sampling.details // 3
     first = np.array(list(dict.fromkeys([*sampling.always, *unlike])), np.int64)

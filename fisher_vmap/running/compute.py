@@ -16,16 +16,10 @@ from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.prompts.prompt_numbers import PromptNumbers
 from fisher_vmap.prompts.sources import SourcePrompt
 from fisher_vmap.prompts.tokens import Renderer, TokenizedPrompt
+from fisher_vmap.running.progress import Progress
 from fisher_vmap.storage.records import PromptResult
 
 log = logging.getLogger(__name__)
-
-
-class Progress(NamedTuple):
-    """A step forward: prompts finished and the tokens computed for them (0 where they were stored before)."""
-
-    prompts: int
-    tokens: int
 
 
 class PreparedShard(NamedTuple):
@@ -78,13 +72,14 @@ def compute_shard(
         shard: the prompts.
         rank: R.
         splits: batches known to be too large for the memory; more are added.
-        report: called after each batch.
+        report: called when the work begins, and after each batch.
     """
     found = {i: reason for i, prompt in shard.rendered.items() if (reason := _not_in_vocabulary(fisher, prompt.ids))}
     numbers: dict[int, PromptNumbers | str] = dict(found)
     places = [i for i in shard.rendered if i not in found]
-    report(Progress(len(shard.prompts) - len(places), 0))
-    for batch in pack([len(shard.rendered[i].ids) for i in places], fisher.batch_size, fisher.max_batch_tokens):
+    lengths = [len(shard.rendered[i].ids) for i in places]
+    report(Progress(len(shard.prompts) - len(places), 0, len(places), sum(lengths)))
+    for batch in pack(lengths, fisher.batch_size, fisher.max_batch_tokens):
         ids = {places[j]: shard.rendered[places[j]].ids for j in batch}
         numbers.update(compute_batch(fisher, ids, rank, splits))
         report(Progress(len(ids), sum(map(len, ids.values()))))

@@ -13,6 +13,7 @@ from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.models import Loaded
+from fisher_vmap.progress import step
 from fisher_vmap.prompts.conversations import SkippedPrompt
 from fisher_vmap.prompts.sources import PromptSource, SourcePrompt
 from fisher_vmap.prompts.tokens import Renderer
@@ -107,7 +108,8 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
         UserError: settings do not fit the model, the data or the folder.
     """
     check_save(settings)
-    fisher = open_model(settings, loaded)
+    with step("finding the layers"):
+        fisher = open_model(settings, loaded)
     if settings.max_batch_tokens == "auto" and device_share < 1:
         fisher.max_batch_tokens = max(256, int(device_share * fisher.max_batch_tokens))
     marks = fingerprint(settings, loaded, source, fisher)
@@ -117,9 +119,11 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     renderer = make_renderer(settings, loaded, source, stored.get("template_date"))
 
     prompts = ShardPrompts(source, settings.shard_size)
-    first_shard = prepare(renderer, 0, prompts.of(0))
+    with step("reading the first prompts"):
+        first_shard = prepare(renderer, 0, prompts.of(0))
     few = _excerpt(settings, fisher, first_shard, renderer)
-    forms = _prove(fisher, few)
+    with step("proving the kernel"):
+        forms = _prove(fisher, few)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
     writer = ResultsWriter.open(
         settings.output_dir,

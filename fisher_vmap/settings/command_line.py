@@ -8,19 +8,35 @@ import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
+from fisher_vmap import progress
 from fisher_vmap.errors import UserError, WorkerError
 
 
-def start_logging() -> None:
-    """Our own lines on standard error; of the libraries only warnings, and none of their progress bars."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+class _BesideProgress(logging.StreamHandler[TextIO]):
+    """Writes its lines where no live line stands in the way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with progress.aside():
+            super().emit(record)
+
+
+def start_logging(*, quiet: bool = False) -> None:
+    """Our own lines on standard error; of the libraries only warnings, and none of their progress bars.
+
+    Args:
+        quiet: do not show what is under way.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_BesideProgress(sys.stderr)])
     logging.getLogger("fisher_vmap").setLevel(logging.INFO)
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not quiet:
+        progress.show()
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -35,6 +51,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             try:
                 return main(argv)
             finally:
+                progress.hide()
                 if sys.stdout is not None:  # it is where the shell has closed it
                     sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can catch it
         except BrokenPipeError:
@@ -61,8 +78,13 @@ def user_mistake(error: UserError | WorkerError) -> int:
     return 2
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet, which `start_logging` takes."""
+    parser.add_argument("--quiet", action="store_true", help="no bars and no lines about what is under way")
+
+
 def folder_command(
-    name: str, description: str, lines_of: Callable[[Path], Iterable[str]], argv: Sequence[str] | None
+    name: str, description: str, lines_of: Callable[[Path], Iterable[str]], argv: Sequence[str] | None, *, long: bool
 ) -> int:
     """A command whose only argument is a results folder.
 
@@ -71,6 +93,7 @@ def folder_command(
         description: for --help.
         lines_of: does the work, and gives the lines that are printed.
         argv: the command line's arguments; None: those of the process.
+        long: whether it may take a while, and shows what is under way.
 
     Returns:
         The exit code: 0 done, 2 a mistake of the user's.
@@ -81,7 +104,12 @@ def folder_command(
         epilog=f"example: python -m fisher_vmap.{name} fisher_results",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
-    folder: Path = parser.parse_args(argv).folder
+    if long:
+        add_quiet(parser)
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder
+    if long:
+        start_logging(quiet=arguments.quiet)
     try:
         print("\n".join(lines_of(folder)))
     except UserError as error:

@@ -16,6 +16,10 @@ class RunOptions(BaseModel):
         None,
         description="i/n: compute every n-th shard from the i-th on; n such processes fill one folder (a job array).",
     )
+    quiet: TrueOrFalse = Field(
+        False,
+        description="No bar and no lines about what is under way; what was done and what went wrong is still told.",
+    )
     plan: TrueOrFalse = Field(
         False,
         description="Compute nothing: print prompts, tokens, operations, storage and memory, without loading the "

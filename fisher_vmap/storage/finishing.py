@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.progress import step
 from fisher_vmap.storage.fingerprint import compare_fingerprints
 from fisher_vmap.storage.folder import remove_leftovers
 from fisher_vmap.storage.folding import fold
@@ -40,7 +41,7 @@ def finish_folder(
     Raises:
         UserError: a shard is missing or damaged, the disk is full, or the folder is of another run.
     """
-    with folder_lock(folder):
+    with step("finishing the folder"), folder_lock(folder):
         index = read_index(folder)
         compare_fingerprints(folder, index.fingerprint, fingerprint)
         total = max(index.num_prompts or 0 if num_prompts is None else num_prompts, index.stop)

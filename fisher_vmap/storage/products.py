@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.progress import bar, passing
 from fisher_vmap.storage.atomic import replacing, sha256_of
 from fisher_vmap.storage.checking import check_sha256
 from fisher_vmap.storage.folding import running_sum
@@ -68,21 +69,31 @@ def write_product(folder: Path, name: str, index: Index, settings: dict[str, Any
     """
     path = folder / name
     tensors: dict[str, int] = {}
-    if name == TABLE_NAME:
-        write_table(path, lambda: readers(folder, index), index)
-    elif name == MEAN_NAME:
-        tensors = write_mean(path, index.layout.widths, lambda layer: sum_over_all(folder, index, layer))
-    elif name == METADATA_NAME:
-        write_metadata(path, describe_run(index, readers(folder, index), settings))
-    else:
-        layer = next(layer for layer in index.layers if npz_name(layer, index.layers) == name)
-        write_npz(path, readers(folder, index), layer)
+    times = {TABLE_NAME: 2, MEAN_NAME: len(index.layers)}.get(name, 1)  # that each shard is read
+    with bar(times * len(index.shards), "shards", f"writing {name}") as advance:
+
+        def shards() -> Iterator[ShardReader]:
+            return passing(readers(folder, index), advance)
+
+        if name == TABLE_NAME:
+            write_table(path, shards, index)
+        elif name == MEAN_NAME:
+            tensors = write_mean(path, index.layout.widths, lambda layer: _sum(folder, index, layer, shards()))
+        elif name == METADATA_NAME:
+            write_metadata(path, describe_run(index, shards(), settings))
+        else:
+            layer = next(layer for layer in index.layers if npz_name(layer, index.layers) == name)
+            write_npz(path, shards(), layer)
     return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size, tensors=tensors)
 
 
 def sum_over_all(folder: Path, index: Index, layer: str, verify: bool = True) -> RunningSum:
     """The sum over all prompts with numbers at one layer: what has been folded, and the other shards."""
-    single = (reader for reader in readers(folder, index, verify) if not reader.entry.folded)
+    return _sum(folder, index, layer, readers(folder, index, verify), verify)
+
+
+def _sum(folder: Path, index: Index, layer: str, shards: Iterator[ShardReader], verify: bool = True) -> RunningSum:
+    single = (reader for reader in shards if not reader.entry.folded)
     return add_shards(running_sum(folder, index, layer, verify), single, layer)
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.storage.checking import check_sha256, damaged
+from fisher_vmap.storage.entries import ShardEntry
 from fisher_vmap.storage.folding import running_sum, sum_is_sound
 from fisher_vmap.storage.index import (
     INDEX_NAME,
@@ -41,11 +42,13 @@ class Check(NamedTuple):
         name: what it is called.
         look: returns what it found, or raises UserError.
         kind: the same in words for all that a folder has one of a layer; None: there are no others like it.
+        size: bytes that are read.
     """
 
     name: str
     look: Callable[[], str]
     kind: str | None = None
+    size: int = 0
 
 
 def checks(folder: Path) -> Iterator[Check]:
@@ -56,24 +59,32 @@ def checks(folder: Path) -> Iterator[Check]:
         yield Check(INDEX_NAME, partial(_fail, error))
         return
     yield Check(INDEX_NAME, partial(_check_index, folder, index))
-    for shard in readers(folder, index):
-        yield Check(shard.entry.file, partial(_check_shard, shard))
-    for layer in index.layers if index.sum else ():
+    tables = sum(shard.table_bytes for shard in index.shards)
+    arrays = sum(0 if shard.folded else shard.bytes for shard in index.shards)
+    for shard in index.shards:
+        size = shard.table_bytes + (0 if shard.folded else shard.bytes)
+        yield Check(shard.file, partial(_check_shard, folder, index, shard), size=size)
+    if index.sum is not None:
         name = sum_name(index.folded)
-        yield Check(f"{name}, {layer}", partial(_check_sum, folder, index, layer), f"{name}, the sum of each layer")
+        for layer in index.layers:
+            look = partial(_check_sum, folder, index, layer)
+            yield Check(f"{name}, {layer}", look, f"{name}, the sum of each layer", index.sum.bytes)
     archives = {npz_name(layer, index.layers): layer for layer in index.layers}
     for name in sorted(index.files, key=natural):
         kind = "the npz of each layer" if name in archives else None
-        yield Check(name, partial(_check_file, folder / name, index.files[name]), kind)
+        yield Check(name, partial(_check_file, folder / name, index.files[name]), kind, index.files[name].bytes)
     if TABLE_NAME in index.files:
-        yield Check(f"{TABLE_NAME} = the shards' rows", partial(_check_table, folder, index))
+        size = 2 * (index.files[TABLE_NAME].bytes + tables)
+        yield Check(f"{TABLE_NAME} = the shards' rows", partial(_check_table, folder, index), size=size)
     for layer in index.layers if MEAN_NAME in index.files else ():
         kind = f"{MEAN_NAME}, the mean of each layer"
-        yield Check(f"{MEAN_NAME}, {layer}", partial(_check_mean, folder, index, layer), kind)
+        size = index.files[MEAN_NAME].bytes // len(index.layers)
+        yield Check(f"{MEAN_NAME}, {layer}", partial(_check_mean, folder, index, layer), kind, size)
     for name, layer in archives.items():
         if name in index.files:
             look = partial(_check_npz, folder, index, layer)
-            yield Check(f"{name} = the shards' arrays", look, "the npz of each layer = the shards' arrays")
+            size = index.files[name].bytes + arrays // len(index.layers)
+            yield Check(f"{name} = the shards' arrays", look, "the npz of each layer = the shards' arrays", size)
 
 
 def _fail(error: UserError) -> str:
@@ -102,21 +113,22 @@ def _check_sum(folder: Path, index: Index, layer: str) -> str:
     return f"SHA-256 as recorded, {found.prompts} prompts of {index.folded} shards, trace {np.trace(found.total):.4g}"
 
 
-def _check_shard(shard: ShardReader) -> str:
+def _check_shard(folder: Path, index: Index, entry: ShardEntry) -> str:
+    shard = ShardReader(folder, entry, index.layout)
     shard.check_sha256()
-    prompts = f"prompts {shard.entry.start}..{shard.entry.stop - 1}"
-    if shard.entry.folded:
+    prompts = f"prompts {entry.start}..{entry.stop - 1}"
+    if entry.folded:
         return f"SHA-256 of its table; {prompts}, in the sum alone"
     ok = is_ok(shard)
     mass = shard.table.column("mass").to_pylist()
-    for row, index in enumerate(range(shard.entry.start, shard.entry.stop)):
-        token_ids, log_probs = shard.tokens(index)
+    for row, prompt in enumerate(range(entry.start, entry.stop)):
+        token_ids, log_probs = shard.tokens(prompt)
         if not ok[row]:
             continue
         covered = covered_mass(log_probs, token_ids)
         known = token_ids[: shard.layout.top_k]
         if not np.isfinite(log_probs).all() or (known < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
-            raise damaged(shard.path, f"the tokens of prompt {index} are not the table's")
+            raise damaged(shard.path, f"the tokens of prompt {prompt} are not the table's")
     for layer in shard.layout.layers:
         stack = shard.stack(layer)
         _check_numbers(shard, layer, Stack(*(part[ok] for part in stack)), np.flatnonzero(ok) + shard.entry.start)

@@ -14,6 +14,7 @@ import torch
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.models import Loaded
+from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.prompts.local_files import SUFFIXES
 from fisher_vmap.results import Results
 from fisher_vmap.running.from_settings import make_renderer, model_of, source_of
@@ -56,16 +57,18 @@ def check_kl(
     loaded = model_of(settings)
     if (now := plain_values(loaded.identity)) != (then := results.index.fingerprint.get("model")):
         raise UserError(f"the model at {settings.model_path} is not the folder's: {now} here, {then} there")
-    ids = _token_ids(results, settings, loaded, chosen)
+    with step("reading the prompts"):
+        ids = _token_ids(results, settings, loaded, chosen)
     model = _widened(loaded, settings)
     leading, random = [], []
-    for i in chosen:
-        record = results[i]
-        shown = _directions(record, i)
-        found = _steps(model, record, ids[i], shown, settings.bias_positions)
-        split = len(shown) - RANDOM
-        leading.append(Directions(*(x[:split] for x in found)))
-        random.append(Directions(*(x[split:] for x in found)))
+    with bar(len(chosen), "prompts", "running the model") as advance:
+        for i in passing(chosen, advance):
+            record = results[i]
+            shown = _directions(record, i)
+            found = _steps(model, record, ids[i], shown, settings.bias_positions)
+            split = len(shown) - RANDOM
+            leading.append(Directions(*(x[:split] for x in found)))
+            random.append(Directions(*(x[split:] for x in found)))
     mixed = settings.precision == "mixed" and settings.dtype in ("bfloat16", "float16")
     shares = [results[i].row.get(f"{results.layer}/share_full") for i in chosen]
     known = [share for share in shares if share is not None]

@@ -12,15 +12,16 @@ from fisher_vmap.config import Settings
 from fisher_vmap.engines.ray import Pool, RayEngine, connected
 from fisher_vmap.errors import UserError, WorkerError
 from fisher_vmap.pipeline import Summary, count_problems, finish
+from fisher_vmap.progress import step
 from fisher_vmap.prompts.sources import PromptSource
-from fisher_vmap.running.compute import Progress
+from fisher_vmap.running.progress import Progress
 from fisher_vmap.storage.entries import ShardEntry
 from fisher_vmap.storage.writer import ResultsWriter, ShardRange
 from fisher_vmap.workers.member import ShardWorker, begin
 
 MOST_FAILED = 10  # shards that may fail before the rest is not tried any more
 
-Bar = Callable[[int | None], AbstractContextManager[Callable[[Progress], None]]]
+Bar = Callable[[int | None, int], AbstractContextManager[Callable[[Progress], None]]]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Calla
     Args:
         settings: of the run.
         source: its prompts, which are counted here and read by the workers.
-        bar: makes the progress bar over so many prompts.
+        bar: makes the progress bar over so many prompts, computed by so many workers.
         worker: makes a worker, from the settings and its share of the device.
 
     Raises:
@@ -50,18 +51,19 @@ def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Calla
     """
     total = source.total
     if total is None:
-        log.info("counting the prompts")
-        total = sum(1 for _ in source)
+        with step("counting the prompts"):
+            total = sum(1 for _ in source)
     pool = Pool(settings.ray_address, settings.ray_workers, settings.ray_gpus_per_worker, settings.ray_cpus_per_worker)
     with connected(pool) as engine:
         share = engine.gpus if 0 < engine.gpus < 1 else 1.0
-        log.info("the run is opened on a worker")
-        engine.call(begin, seen_from_anywhere(settings), share)
+        with step("opening the run on a worker"):
+            engine.call(begin, seen_from_anywhere(settings), share)
         writer = ResultsWriter.attach(settings.output_dir)
-        missing = [shard for shard in writer.missing_shards(total) if shard.start < total]
+        with step("checking what is stored"):
+            missing = [shard for shard in writer.missing_shards(total) if shard.start < total]
         log.info("%s", _workers(engine, len(missing)))
         arguments = (seen_from_anywhere(settings, overwrite=False), share)
-        with bar(total) as report:
+        with bar(total, engine.most) as report:
             summary = drive(engine, worker, arguments, writer, missing, total, report)
     finish(writer, settings, total)
     count_problems(summary, writer, total)

@@ -13,9 +13,9 @@ from typing import Any
 from fisher_vmap.config import Settings
 from fisher_vmap.errors import UserError
 from fisher_vmap.pipeline import compute_shards
-from fisher_vmap.running.compute import Progress
 from fisher_vmap.running.from_settings import model_of, source_of
 from fisher_vmap.running.opening import open_run
+from fisher_vmap.running.progress import Progress
 from fisher_vmap.storage.entries import read_entry
 from fisher_vmap.storage.records import PromptResult
 from fisher_vmap.storage.shards import write_shard
