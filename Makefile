@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) -m fisher_vmap.demo
 
+# a process for each core, up to four; a file's tests stay together, since they share what is costly to make
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-all: $(VENV)/installed
 	$(RUN) -m pytest

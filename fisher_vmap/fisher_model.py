@@ -205,10 +205,10 @@ class FisherModel:
             For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
         """
         lengths = [len(ids) for ids in prompts_ids]
-        input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(input_ids)
         for b, ids in enumerate(prompts_ids):
-            input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids), 1
+            input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids, device="cpu"), 1
         return numbers_of(self.estimate(input_ids.to(self.device), mask.to(self.device), rank), lengths, rank)
 
     def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:

@@ -198,8 +198,8 @@ def _prove(
         for layer in new:
             upper = net._uppers[layer]
             rows = upper.rows
-            u = torch.randn(len(rows), 2, rows.shape[1], generator=generator).to(rows)
-            v = torch.randn(len(rows), 2, upper.widths[layer], generator=generator).to(rows)
+            u = torch.randn(len(rows), 2, rows.shape[1], generator=generator, device="cpu").to(rows)
+            v = torch.randn(len(rows), 2, upper.widths[layer], generator=generator, device="cpu").to(rows)
             moved, pulled = net.pushforward(v, layer).to(u.device), net.pullback(u, layer).to(u.device)
             left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
             right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())

@@ -25,6 +25,9 @@ class Metric(Protocol):
     probs: Tensor
     """[B, V], the next-token distribution."""
 
+    log_probs: Tensor
+    """[B, V], its logarithm, from the logits: finite where `probs` underflows."""
+
     def product(self, x_BmX: Tensor) -> Tensor:
         """C x for m vectors of each prompt, [B, m, X]."""
 
@@ -56,6 +59,7 @@ class UnembeddingMetric:
         self._norm_device = normed_BD.device
         self._normed_BD = normed_BD.to(place)
         z_BV, log_normaliser_B1, self._mean_BD = head.outputs(self._normed_BD)
+        self.log_probs = (z_BV - log_normaliser_B1).to(self._device)
         self._probs_BV = (z_BV - log_normaliser_B1).exp_()
         self._slope_BV = None if head.phi == Phi() else head.phi.derivative(head.raw(self._normed_BD))
         self.probs = self._probs_BV.to(self._device)
@@ -116,6 +120,7 @@ class LogitsMetric:
     """C of a head whose input is the logits themselves: diag p - p p^T, [V, V]."""
 
     def __init__(self, rows_BV: Tensor) -> None:
+        self.log_probs = rows_BV.log_softmax(1)
         self.probs = rows_BV.softmax(1)
 
     def product(self, x_BmX: Tensor) -> Tensor:
@@ -155,7 +160,7 @@ def leading_vectors(c: Metric, count: int, iterations: int) -> Tensor:
     a_BnX = c.rows(token_ids_Bn) * probs_BV.gather(1, token_ids_Bn).sqrt()[:, :, None]
     if n < count:  # fewer tokens than vectors: the rest are arbitrary
         generator = torch.Generator().manual_seed(0)
-        more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64).to(a_BnX)
+        more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(a_BnX)
         a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
     wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
     rows_are_fewer = wide.shape[1] <= wide.shape[2]  # of the two Gram matrices the smaller one
@@ -201,7 +206,9 @@ def probe_rows(c: Metric, probes: Probes, without_BK: Tensor | None = None, *, c
     """
     V = c.probs.shape[1]
     signs = [
-        torch.randint(0, 2, (probes.vectors, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+        torch.randint(
+            0, 2, (probes.vectors, V), generator=torch.Generator().manual_seed(seed), dtype=torch.int8, device="cpu"
+        )
         for seed in probes.seeds
     ]
     root_BV = c.probs.sqrt()

@@ -88,7 +88,9 @@ class Outcomes(NamedTuple):
         scores_BOD = gradients.new_empty(B, O, gradients.shape[2])
         scores_BOD.scatter_(1, at_Bn.to(gradients.device)[:, :, None].expand_as(gradients), gradients)
         combination_BC = derivation[0].to(gradients)
-        scores_BOD[torch.arange(B), self.derived.cpu()] = torch.einsum("bc,bcd->bd", combination_BC, pulled_BCD)
+        scores_BOD[torch.arange(B, device="cpu"), self.derived.cpu()] = torch.einsum(
+            "bc,bcd->bd", combination_BC, pulled_BCD
+        )
         return scores_BOD, random
 
 
@@ -106,7 +108,8 @@ def read_outcomes(head: Head, rows_BX: Tensor, wanted: Wanted) -> Outcomes:
         if token_ids.shape[1] >= c.probs.shape[1]:
             raise ValueError(f"include_rest with all {token_ids.shape[1]} tokens leaves no other one; lower top_k")
         # Its own mean over the rest, not what the tokens lack: that cancels where they hold almost everything.
-        share_BV = c.probs.log().scatter(1, token_ids.to(c.probs.device), -torch.inf).softmax(1)
+        # From the logits: their probabilities may all be too small for a number.
+        share_BV = c.log_probs.scatter(1, token_ids.to(c.log_probs.device), -torch.inf).softmax(1)
         rest_1BX = c.transposed(share_BV[:, None]).transpose(0, 1)
         log_probs = torch.cat([log_probs, log_rest_B[:, None]], 1)
         token_ids = torch.cat([token_ids, torch.full_like(token_ids[:, :1], REST)], 1)

@@ -697,7 +697,7 @@ def test_code_between_the_last_block_and_the_unembedding_runs_in_float32(caplog)
     rows, layer = prompts(LENGTHS), "blocks.2"
     narrow = TransformedHead().bfloat16()
     wide = copy.deepcopy(narrow).float()
-    scores = fisher_scores(narrow, *padded(rows, "left"), layers=layer, top_k=4)
+    scores = fisher_scores(narrow, *padded(rows, "left"), layers=layer, top_k=4, precision="model")
     with torch.no_grad():
         for b, row in enumerate(rows):
             top = narrow.walk(narrow.embed(row[None])).float()

@@ -54,6 +54,8 @@ def listed_layers(layers: Any) -> list[str | int]:
 
 def _number(layer: Any) -> int:
     try:
+        if type(layer).__name__ in ("bool", "bool_"):  # a truth value is no number, Python's and numpy's
+            raise TypeError
         return operator.index(layer)
     except TypeError:
         raise ValueError(

@@ -1,11 +1,26 @@
-"""torch.autocast around a call: off inside, since the dtype is the model's and the pullbacks by hand count on it."""
+"""What surrounds a call: torch.autocast is off, since the pullbacks count on the dtype; a model has one at a time."""
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, "threading.RLock"] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Within the context no other thread computes on the model with this package: its parts are exchanged meanwhile."""
+    with _MAKING:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.autocast import one_at_a_time
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device, model_dtype, put_aside
 from fisher_vmap.anatomy.widening import NARROW, in_float32, narrow_tensors
@@ -82,12 +83,13 @@ def choose_precision(model: nn.Module, precision: str) -> Precision:
         ValueError: no such precision, or the weights cannot be widened.
     """
     check_precision(precision)
-    chosen, key = _CHOSEN.setdefault(model, {}), (model_dtype(model), precision)
-    if key not in chosen:
-        chosen[key] = _choose(model, precision)
-        level = logging.INFO if key[0] in NARROW and (precision == "auto" or chosen[key].rates) else logging.DEBUG
-        log.log(level, "precision: %s, because %s", chosen[key].name, chosen[key].why)
-    return chosen[key]
+    with one_at_a_time(model):
+        chosen, key = _CHOSEN.setdefault(model, {}), (model_dtype(model), precision)
+        if key not in chosen:
+            chosen[key] = _choose(model, precision)
+            level = logging.INFO if key[0] in NARROW and (precision == "auto" or chosen[key].rates) else logging.DEBUG
+            log.log(level, "precision: %s, because %s", chosen[key].name, chosen[key].why)
+        return chosen[key]
 
 
 def _choose(model: nn.Module, precision: str) -> Precision:

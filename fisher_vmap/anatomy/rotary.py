@@ -35,7 +35,7 @@ def join_prompts(parts: list[Record], groups: list[list[int]]) -> Record:
     """The record of a batch, tensors with a row a prompt, from those of its groups, in the batch's order."""
     if len(parts) == 1:
         return parts[0]
-    order = torch.tensor([b for group in groups for b in group]).argsort()
+    order = torch.tensor([b for group in groups for b in group], device="cpu").argsort()
 
     def joined(pieces: Any) -> Any:
         if isinstance(pieces[0], dict):

@@ -18,6 +18,7 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
+        self._size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
         anchor = tokenizer.encode("a", add_special_tokens=False)
         self._anchor: list[int] = list(anchor)[-1:]
         self._anchor_text = self._decode(self._anchor)
@@ -27,6 +28,9 @@ class Pieces:
         if token < 0:
             return ANY_OTHER
         if token not in self._known:
+            if self._size is not None and token >= self._size:  # the model's vocabulary is larger, as if padded
+                self._known[token] = f"<{token}>"
+                return self._known[token]
             text = self._decode([*self._anchor, token])
             self._known[token] = text.removeprefix(self._anchor_text) if self._anchor else text
         return self._known[token]

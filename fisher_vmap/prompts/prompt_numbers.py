@@ -61,7 +61,7 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 
 def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | None:
-    if not np.isfinite(log_probs).all():
+    if np.isnan(log_probs).any() or not np.isfinite(log_probs[:1]).all():  # a banned token has probability 0
         return "the logits are not finite"
     for layer, result in layers.items():
         if not (np.isfinite(result.S).all() and np.isfinite(result.V).all()):

@@ -47,13 +47,14 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
     places = layers_of(model).places
     new = [layer for layer in layers if (layer, kernel) not in known.forms]
     found = {layer: _by_structure(known, places, layer, kernel) for layer in new}
-    unchecked = set(found)
+    unchecked, not_finite = set(found), set[str]()
     while unchecked:
         form = min((found[layer][0] for layer in unchecked), key=FORMS.index)
         group = [layer for layer in layers if layer in unchecked and found[layer][0] == form]
-        wrong = _compare(model, known, layout, group, form)
+        wrong, compared = _compare(model, known, layout, group, form)
         if wrong is None:
             unchecked -= set(group)
+            not_finite |= set() if compared else set(group)
             if form == "packed" and known.parts.top_places is None and not put_aside(model):
                 _prove_top(model, known, layout)
             continue
@@ -74,8 +75,9 @@ def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequenc
         log.log(level, "the %s kernel disagrees with plain autograd (%s): using %s for %s", form, wrong, lower, group)
         found |= dict.fromkeys(group, (lower, f"{form} disagreed with plain autograd: {wrong}"))
     for layer, choice in found.items():
-        known.forms[layer, kernel] = choice
-    return {layer: known.forms[layer, kernel][0] for layer in layers}
+        if layer not in not_finite:  # what held for these prompts alone is not kept
+            known.forms[layer, kernel] = choice
+    return {layer: (found.get(layer) or known.forms[layer, kernel])[0] for layer in layers}
 
 
 def _by_structure(known: Probe, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
@@ -145,8 +147,13 @@ def _of_prompts(wanted: Wanted, prompts: list[int]) -> Wanted:
     return replace(wanted, token_ids=token_ids, positions=positions, probes=probes)
 
 
-def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], form: str) -> str | None:
-    """None where a form agrees with plain autograd on an excerpt of the batch, else how it fails."""
+def _compare(
+    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], form: str
+) -> tuple[str | None, bool]:
+    """None where a form agrees with plain autograd on an excerpt of the batch, else how it fails.
+
+    And whether there were numbers to compare.
+    """
     few = excerpt(layout, CHECK_TOKENS)
     try:
         with attention_set_to(model, known.attention):
@@ -158,7 +165,8 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
             raise
         if form == FORMS[-1] and known.attention != NAME:
             raise _not_differentiable(model, layers, error) from error
-        return _first_line(error)
+        return _first_line(error), True
+    compared = False
     for b, length in enumerate(few.lengths):
         forget_lengths(model)
         one = lay_out(few.input_ids[b : b + 1, :length], None)
@@ -173,12 +181,13 @@ def _compare(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[st
             if not bool(want.isfinite().all()):
                 log.warning("the scores of a prompt are not finite under plain autograd: it could not be compared")
                 continue
+            compared = True
             distance = float((got - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))
             log.debug("%s at %s: %.1e from plain autograd", form, layer, distance)
             budget = budget_of(model)
             if not distance <= budget:
-                return f"scores at {layer} are {distance:.1e} away, more than {budget:.0e}"
-    return None
+                return f"scores at {layer} are {distance:.1e} away, more than {budget:.0e}", True
+    return None, compared
 
 
 def _prove_top(model: nn.Module, known: Probe, layout: Layout) -> None:

@@ -22,8 +22,8 @@ def find_phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi
     planted: list[Tensor] = []
 
     def plant(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        size = torch.logspace(-3, 3, output.numel(), dtype=torch.float64)
-        sign = torch.where(torch.arange(output.numel()) % 2 == 0, 1.0, -1.0)
+        size = torch.logspace(-3, 3, output.numel(), dtype=torch.float64, device="cpu")
+        sign = torch.where(torch.arange(output.numel(), device="cpu") % 2 == 0, 1.0, -1.0)
         planted.append((size * sign).view(output.shape).to(output))
         return planted[-1]
 

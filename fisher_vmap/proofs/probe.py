@@ -5,11 +5,12 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.autocast import autocast_off
+from fisher_vmap.anatomy.autocast import autocast_off, one_at_a_time
 from fisher_vmap.anatomy.experts import experts_apart
 from fisher_vmap.anatomy.layers import decoder_blocks, hooked
 from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows
@@ -38,6 +39,9 @@ from fisher_vmap.upper_network.whole import hooked_outputs, rows_from_logits
 
 log = logging.getLogger(__name__)
 
+# Values that change without the model's function changing: the mode, and what the package itself sets for a call.
+NOT_THE_MODEL = ("training", "_attn_implementation", "_attn_implementation_internal", "use_cache")
+
 
 @dataclass
 class Probe:
@@ -49,6 +53,7 @@ class Probe:
         attention: the attention implementation that the forms run under.
         why_no_head: why the head could not be taken apart; empty where it could.
         made_of: the signature of the model that was looked at.
+        finite: whether what was seen were numbers; else it holds for one batch alone.
         forms: the form chosen for each (layer, kernel asked for), and why.
         adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
     """
@@ -58,6 +63,7 @@ class Probe:
     attention: str | None
     why_no_head: str
     made_of: int
+    finite: bool
     forms: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     adjoint: set[tuple[str, str]] = field(default_factory=set)
 
@@ -70,10 +76,17 @@ _PROBES: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, Probe]] = weakre
 def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
     """Evaluation mode, the chosen dtypes and differentiable layers; afterwards every module is as it was.
 
+    Threads that compute on one model wait for one another here.
+
     Args:
         model: a causal LM.
         precision: as `choose_precision` gave it; with "float32" the model's weights are float32 inside.
     """
+    with one_at_a_time(model):
+        yield from _undisturbed(model, precision)
+
+
+def _undisturbed(model: nn.Module, precision: str) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -90,7 +103,10 @@ def probe(model: nn.Module, layout: Layout) -> Probe:
     probes, dtype = _PROBES.setdefault(model, {}), model_dtype(model)
     found, made_of = probes.get(dtype), signature(model)
     if found is None or found.made_of != made_of:
-        found = probes[dtype] = _look(model, excerpt(layout, tokens=8).input_ids, made_of)
+        found = _look(model, excerpt(layout, tokens=8).input_ids, made_of)
+        probes.pop(dtype, None)
+        if found.finite:
+            probes[dtype] = found
     return found
 
 
@@ -102,12 +118,25 @@ def known_of(model: nn.Module) -> Probe:
 
 def signature(model: nn.Module) -> int:
     """Changes when a module or a parameter is exchanged, hooked, patched or moved; values may change freely."""
-    parts: list[object] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    parts: list[object] = [getattr(config, "_attn_implementation", None), *_numbers(text)]
     for module in model.modules():
-        parts += [id(module), type(module), id(vars(module).get("forward"))]
+        parts += [id(module), type(module), id(vars(module).get("forward")), *_numbers(module)]
         parts += [tuple(module._forward_hooks), tuple(module._forward_pre_hooks)]
     parts += [(p.is_meta or id(p), p.dtype, p.device) for p in model.parameters()]  # put aside: another each time
     return hash(tuple(parts))
+
+
+def _numbers(thing: object) -> list[object]:
+    """The plain values that a module or a configuration has: a soft-cap, a scale, an epsilon, a window."""
+    plain = (bool, int, float, str, type(None))
+    values = vars(thing).items() if hasattr(thing, "__dict__") else ()
+    return [
+        (name, value)
+        for name, value in values
+        if type(value) in plain and name not in NOT_THE_MODEL and "cached" not in name
+    ]
 
 
 def look_again_under_eager(model: nn.Module, known: Probe, layout: Layout, why: str) -> None:
@@ -162,7 +191,7 @@ def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made
             raise
         why_no_head = f"the chain of blocks cannot be proven whole ({type(reason).__name__}: {str(reason)[:80]})"
         parts = replace(parts, head=None)
-    return Probe(parts, reach, attention, why_no_head, made_of)
+    return Probe(parts, reach, attention, why_no_head, made_of, watched.finite)
 
 
 def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:

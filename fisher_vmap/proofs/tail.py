@@ -42,6 +42,8 @@ class Watched(NamedTuple):
     vocabulary: int
     above: frozenset[int]
     gather: bool
+    finite: bool = True
+    """Whether what was seen were numbers; from others nothing can be told."""
 
 
 class _Event(NamedTuple):
@@ -80,7 +82,8 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
     if top:
         replay = Replay(weakref.ref(model), blocks, call_order, above)
         head, why_not = _take_apart(model, top[0], events, logits, input_ids, replay)
-    return Watched(call_order, head, why_not, logits.shape[-1], frozenset(above), gather)
+    finite = not bool(logits.isnan().any()) and all(bool(x.isfinite().all()) for x in top)
+    return Watched(call_order, head, why_not, logits.shape[-1], frozenset(above), gather, finite)
 
 
 def _take_apart(
@@ -99,9 +102,13 @@ def _take_apart(
     unembedding = output_embedding(model)
     if top.dim() != 3:
         return None, "what the blocks return is not [B, T, D]"
+    if not bool(top.isfinite().all()):
+        return None, "what the blocks return is not finite for these prompts"
     if unembedding is None or not has_matrix(unembedding) or not can_be_fetched(unembedding):
         return None, f"the output embedding is {_make_of(unembedding)}, not a plain Linear"
     assert isinstance(unembedding, nn.Linear)
+    if unembedding._forward_hooks or unembedding._forward_pre_hooks:
+        return None, "the output embedding has a hook, which may change single logits"
     calls = [event for event in events if event.module is unembedding]
     if len(calls) != 1:
         return None, f"the output embedding was called {len(calls)} times after the last block"

@@ -67,7 +67,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
         return False
     parts = MlpParts.of(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, parts.gate.in_features, generator=generator).to(parts.gate.weight)
+    x = torch.randn(3, parts.gate.in_features, generator=generator, device="cpu").to(parts.gate.weight)
     with torch.no_grad():
         try:
             return torch.equal(module(x), parts.forward(x)[0])

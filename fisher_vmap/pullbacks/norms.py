@@ -49,7 +49,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     if eps is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.numel(), generator=generator).add_(0.5).to(weight.device, weight.dtype)
+    x = torch.randn(3, weight.numel(), generator=generator, device="cpu").add_(0.5).to(weight.device, weight.dtype)
     with torch.no_grad():
         try:
             y = module(x)

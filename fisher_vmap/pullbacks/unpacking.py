@@ -93,9 +93,11 @@ def examine(layer: nn.Module, own: Forward, dtype: torch.dtype) -> Kind:
     """Compare a layer with its matrix, and its backward with that of the matrix where it is not the same."""
     generator = torch.Generator().manual_seed(0)
     features = int(layer.in_features)  # type: ignore[arg-type]
-    x = torch.randn(8, features, generator=generator)
+    x = torch.randn(8, features, generator=generator, device="cpu")
     # An outlier in each row: a format of 8 bits that has to reach it leaves little for the rest.
-    outliers = x * torch.where(torch.arange(features) == torch.arange(8)[:, None] * 5 % features, 100, 1)
+    outliers = x * torch.where(
+        torch.arange(features, device="cpu") == torch.arange(8, device="cpu")[:, None] * 5 % features, 100, 1
+    )
     x, outliers = x.to(device_of(layer), dtype), outliers.to(device_of(layer), dtype)
     try:
         with torch.no_grad():
@@ -119,13 +121,13 @@ def examine(layer: nn.Module, own: Forward, dtype: torch.dtype) -> Kind:
 def has_own_pullback(layer: nn.Module, own: Forward, dtype: torch.dtype) -> bool:
     """Whether a layer's own backward is the pullback of its matrix; some formats have none, or none that is right."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, int(layer.in_features), generator=generator).to(device_of(layer), dtype)  # type: ignore[arg-type]
+    x = torch.randn(2, 4, int(layer.in_features), generator=generator, device="cpu").to(device_of(layer), dtype)  # type: ignore[arg-type]
     try:
         with torch.no_grad(), without_bias(layer):
             weight = matrix_of(layer, own, dtype)
         with torch.enable_grad():
             y = own(x.requires_grad_())
-            g = torch.randn(y.shape, generator=generator).to(y)
+            g = torch.randn(y.shape, generator=generator, device="cpu").to(y)
             (dx,) = torch.autograd.grad(y, x, g)
     except FAILURES:
         return False

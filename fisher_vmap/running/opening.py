@@ -177,7 +177,7 @@ def _excerpt(settings: Settings, fisher: FisherModel, shard: PreparedShard, rend
     few = torch.zeros(2, len(every[-1]), dtype=torch.int64, device=fisher.device)
     mask = torch.zeros_like(few)
     for row, ids in enumerate((every[0], every[-1])):
-        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids, device="cpu"), 1
     return Excerpt(few, mask)
 
 

@@ -70,5 +70,6 @@ def measured_kl(
         found = []
         for some in steps.split(max(1, ROWS_AT_A_TIME // T)):
             change_nV = log_p(some) - origin_V
-            found.append((origin_V.exp() * (torch.expm1(change_nV) - change_nV)).sum(1))
+            terms_nV = origin_V.exp() * (torch.expm1(change_nV) - change_nV)
+            found.append(torch.where(origin_V > -torch.inf, terms_nV, 0).sum(1))  # a token that is banned stays so
     return torch.cat(found).cpu()
