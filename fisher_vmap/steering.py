@@ -42,11 +42,7 @@ def steer(
         name = given
     else:  # a number, or a name that is wrong: the model is looked at
         (name,) = resolve_layers(inner, given)
-    unit_D = (
-        torch.as_tensor(direction, device=None if isinstance(direction, torch.Tensor) else "cpu")
-        .detach()
-        .to("cpu", torch.float64)
-    )
+    unit_D = torch.as_tensor(direction, dtype=torch.float64, device="cpu").detach()
     length = float(unit_D.norm()) if unit_D.numel() else 0.0
     if unit_D.dim() != 1 or not 0 < length < float("inf"):
         raise ValueError(

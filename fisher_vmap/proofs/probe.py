@@ -39,8 +39,8 @@ from fisher_vmap.upper_network.whole import hooked_outputs, rows_from_logits
 
 log = logging.getLogger(__name__)
 
-# Values that change without the model's function changing: the mode, and what the package itself sets for a call.
-NOT_THE_MODEL = ("training", "_attn_implementation", "_attn_implementation_internal", "use_cache")
+# Of a configuration: what the package itself sets for a call, and what a call is given.
+NOT_THE_MODEL = ("_attn_implementation", "_attn_implementation_internal", "use_cache")
 
 
 @dataclass
@@ -120,23 +120,21 @@ def signature(model: nn.Module) -> int:
     """Changes when a module or a parameter is exchanged, hooked, patched or moved; values may change freely."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    parts: list[object] = [getattr(config, "_attn_implementation", None), *_numbers(text)]
+    parts: list[object] = [getattr(config, "_attn_implementation", None), *_plain_values(text)]
     for module in model.modules():
-        parts += [id(module), type(module), id(vars(module).get("forward")), *_numbers(module)]
+        parts += [id(module), type(module), id(vars(module).get("forward"))]
+        # A module's own numbers, such as an epsilon; whole ones may be counts of its calls.
+        parts += [(name, value) for name, value in vars(module).items() if type(value) is float]
         parts += [tuple(module._forward_hooks), tuple(module._forward_pre_hooks)]
     parts += [(p.is_meta or id(p), p.dtype, p.device) for p in model.parameters()]  # put aside: another each time
     return hash(tuple(parts))
 
 
-def _numbers(thing: object) -> list[object]:
-    """The plain values that a module or a configuration has: a soft-cap, a scale, an epsilon, a window."""
+def _plain_values(config: object) -> list[object]:
+    """What a configuration says of the model's function in plain values: a soft-cap, a scale, a window."""
     plain = (bool, int, float, str, type(None))
-    values = vars(thing).items() if hasattr(thing, "__dict__") else ()
-    return [
-        (name, value)
-        for name, value in values
-        if type(value) in plain and name not in NOT_THE_MODEL and "cached" not in name
-    ]
+    values = vars(config).items() if hasattr(config, "__dict__") else ()
+    return [(name, value) for name, value in values if type(value) in plain and name not in NOT_THE_MODEL]
 
 
 def look_again_under_eager(model: nn.Module, known: Probe, layout: Layout, why: str) -> None:
