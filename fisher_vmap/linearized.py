@@ -14,6 +14,7 @@ from fisher_vmap.anatomy.arguments import check_tensor
 from fisher_vmap.anatomy.autocast import autocast_off
 from fisher_vmap.anatomy.layout import Layout
 from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.recording import StructureChanged
 from fisher_vmap.anatomy.rotary import batches_apart
 from fisher_vmap.metric import Metric, metric
@@ -142,7 +143,7 @@ def linearize(
     positions: str | Tensor = "all",
     chunk_size: int | None = None,
     kernel: str = "auto",
-    precision: str = "model",
+    precision: str = "auto",
 ) -> LinearizedNetwork:
     """Open the upper network of a batch, in the form that each layer is trusted with.
 
@@ -154,11 +155,12 @@ def linearize(
         positions: where the bias is added.
         chunk_size: vectors at a time.
         kernel: the form asked for.
-        precision: "model", "float32", or "mixed": the forward alone in float32.
+        precision: as for `fisher_scores`.
 
     Raises:
         ValueError: no form of the model has both products, or they are not adjoint to each other.
     """
+    precision = choose_precision(model, precision).name
     if len(batches_apart(model, layout.lengths)) > 1:
         raise ValueError(
             "this model's rotary embedding depends on the longest prompt of a batch, and these prompts would differ: "

@@ -170,6 +170,11 @@ def test_what_cannot_be_widened_stays_as_it_is_and_says_why(rates, caplog):
     assert "precision: model, because this model does not run in float32 (RuntimeError" in caplog.text
     with pytest.raises(ValueError, match="precision is 'half'; expected 'auto', 'model', 'mixed' or 'float32'"):
         fisher_scores(model, torch.tensor([[3, 4, 5]]), layers=0, precision="half")
+    packed = fresh("llama", torch.bfloat16)
+    packed.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(58, 36, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"up_proj\.weight is quantised; use precision model, or load the model "):
+        choose_precision(packed, "float32")
+    assert choose_precision(packed, "auto").name == "model"
     with pytest.raises(ValueError, match="the weights are float64; use precision model"):
         fisher_scores(tiny("llama"), torch.tensor([[3, 4, 5]]), layers=0, precision="float32")
 

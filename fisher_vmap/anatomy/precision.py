@@ -102,6 +102,11 @@ def _choose(model: nn.Module, precision: str) -> Precision:
     if precision == "float32":
         if put_aside(model):
             raise ValueError("precision float32 needs all weights in memory, and some are put aside; use dtype float32")
+        if (name := _quantised(model)) is not None:
+            raise ValueError(
+                f"precision float32 was asked for, and {name} is quantised; use precision model, or load the model "
+                "with its weights unpacked (dequantize: true)"
+            )
         return Precision("float32", "it was asked for")
     faster = faster_precision(model, input_device(model), dtype)
     if precision != "auto":
@@ -145,10 +150,8 @@ def _why_not_widened(model: nn.Module) -> str | None:
     """Why a model's forward cannot be in float32; None where it can."""
     if put_aside(model):
         return "some weights are put aside"
-    plain = {id(tensor) for tensor in narrow_tensors(model)}
-    odd = [n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in plain and p.dtype != torch.float32]
-    if odd:
-        return f"{odd[0]} is quantised"
+    if (name := _quantised(model)) is not None:
+        return f"{name} is quantised"
     ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
     try:
         with torch.no_grad(), in_float32(model):
@@ -158,6 +161,14 @@ def _why_not_widened(model: nn.Module) -> str | None:
             return "there is no memory for it"
         return f"this model does not run in float32 ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     return None
+
+
+def _quantised(model: nn.Module) -> str | None:
+    """The name of the first matrix that holds no plain numbers; None where all do."""
+    plain = {id(tensor) for tensor in narrow_tensors(model)}
+    wide = (torch.float32, torch.float64)
+    odd = (n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in plain and p.dtype not in wide)
+    return next(odd, None)
 
 
 def product_widths(model: nn.Module) -> tuple[int, int]:
