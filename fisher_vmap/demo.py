@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num_prompts", "--num-prompts", choices=("auto", "all"), default="auto",
         help="auto: as many of the 64 as take about a minute with the rest; all, however long that is",
     )  # fmt: skip
+    precisions = get_args(Settings.model_fields["precision"].annotation)
+    parser.add_argument("--precision", choices=precisions, default="auto", help="as for a run")
     add_quiet(parser)
     arguments = parser.parse_args(argv)
     start_logging(quiet=arguments.quiet)
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_prompts="all",
             keep_columns=("kind",),
             output_dir=arguments.output_dir,
+            precision=arguments.precision,
             overwrite=True,
         )
         inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading

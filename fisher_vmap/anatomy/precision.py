@@ -102,9 +102,9 @@ def _choose(model: nn.Module, precision: str) -> Precision:
     if precision == "float32":
         if put_aside(model):
             raise ValueError("precision float32 needs all weights in memory, and some are put aside; use dtype float32")
-        if (name := _quantised(model)) is not None:
+        if (packed := _quantised(model)) is not None:
             raise ValueError(
-                f"precision float32 was asked for, and {name} is quantised; use precision model, or load the model "
+                f"precision float32 was asked for, and {packed} is quantised; use precision model, or load the model "
                 "with its weights unpacked (dequantize: true)"
             )
         return Precision("float32", "it was asked for")
@@ -150,8 +150,8 @@ def _why_not_widened(model: nn.Module) -> str | None:
     """Why a model's forward cannot be in float32; None where it can."""
     if put_aside(model):
         return "some weights are put aside"
-    if (name := _quantised(model)) is not None:
-        return f"{name} is quantised"
+    if (packed := _quantised(model)) is not None:
+        return f"{packed} is quantised"
     ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
     try:
         with torch.no_grad(), in_float32(model):
