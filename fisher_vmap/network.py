@@ -66,8 +66,10 @@ def pullback_blocks(
             yield Arrived(call.name, expected, cotangents)
             cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
         cotangents = cotangents.to(call.hidden.device).contiguous()
-        with weights_ready(call.block):
-            by_rule = rule is not None and pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch)
+        by_rule = False
+        if rule is not None:
+            with weights_ready(call.block):
+                by_rule = pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch)
         if not by_rule:
             cotangents = pullback_block(call, expected, cotangents, chunk_size)
         expected = call.hidden

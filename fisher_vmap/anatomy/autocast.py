@@ -1,4 +1,4 @@
-"""What surrounds a call: torch.autocast is off, since the pullbacks count on the dtype; a model has one at a time."""
+"""What surrounds a call: autocast off, since the pullbacks count on the dtype, and one call at a time on a model."""
 
 import threading
 import weakref

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 _UNASKED = "it was read because it lies in the working folder, and --config FILE names another"
 
-# Settings of earlier versions that decide nothing any more: a file or a command line that has them still works.
+# Settings of earlier versions that decide nothing any more: files, command lines and folders that have them still work.
 RETIRED = {"compile": "torch.compile is no longer used"}
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)

@@ -4,9 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fisher_vmap.settings.settings_input import RETIRED
 from fisher_vmap.storage.atomic import readable_write_errors, remove_stale_temporaries
 from fisher_vmap.storage.entries import SHARD_FOLDER
-from fisher_vmap.storage.fingerprint import RETIRED, compare_fingerprints, plain_values
+from fisher_vmap.storage.fingerprint import compare_fingerprints, plain_values
 from fisher_vmap.storage.folder import inspect_folder, remove_leftovers
 from fisher_vmap.storage.index import Index, write_index
 from fisher_vmap.storage.lock import folder_lock

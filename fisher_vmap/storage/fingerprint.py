@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.settings.settings_input import RETIRED
 
-# Settings of earlier versions that decide nothing any more: folders that stored them are carried on.
-RETIRED = ("compile",)
 _SHOWN = 60  # characters of a setting's value in an error
 # What is compared under a name that is no setting's: the setting that it comes from.
 _SETTINGS = {"layers": "hook_layer_name", "column": "prompt_column", "top_k": "top_k_tokens",
