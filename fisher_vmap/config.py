@@ -147,6 +147,9 @@ class Settings(BaseSettings):
     kernel: Literal["auto", "layerwise", "whole", "loop"] = _setting(
         "auto", "Form of the gradient computation; auto: the fastest that proves exact on this model."
     )
+    audit: Literal["auto", "always", "off"] = _setting(
+        "auto", "How often what is computed is compared with the untouched model: auto costs about a hundredth; off."
+    )
     cotangent_chunk: AutoOrCount = _setting(
         "auto", "How many tokens' gradients are pulled back at once; auto: by memory."
     )

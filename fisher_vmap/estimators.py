@@ -10,7 +10,7 @@ it never exceeds F, and rounding in the push costs accuracy only to second order
 wide need no search: with Z = 1 the formula is F itself, by one pullback of C^(1/2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 from fisher_vmap.anatomy.arguments import check_whole
 from fisher_vmap.anatomy.layers import resolve_layers
-from fisher_vmap.anatomy.layout import Layout, lay_out, select
+from fisher_vmap.anatomy.layout import lay_out, select
 from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.recording import StructureChanged
 from fisher_vmap.anatomy.rotary import batches_apart, join_prompts
 from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.decomposition import float64_device
 from fisher_vmap.head import Reading
-from fisher_vmap.kernel import check_inputs, check_kernel, fall_back, prompt_seeds
-from fisher_vmap.linearized import LinearizedNetwork, linearize
+from fisher_vmap.kernel import broken_off, check_inputs, check_kernel, prompt_seeds
+from fisher_vmap.linearized import LinearizedNetwork, OneAtATime, linearize
 from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
-from fisher_vmap.proofs.probe import probe, undisturbed
+from fisher_vmap.proofs.audit import check_audit
+from fisher_vmap.proofs.choice import choose_forms, give_up
+from fisher_vmap.proofs.probe import as_it_is, differentiable, probe
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper import Upper
 from fisher_vmap.upper_network.positions import Summed
@@ -186,6 +188,7 @@ def fisher_full(
     kernel: str = "auto",
     chunk_size: int | None = None,
     precision: str = "auto",
+    audit: str = "auto",
 ) -> Estimate:
     """Near the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a whole batch of prompts.
 
@@ -208,6 +211,7 @@ def fisher_full(
         kernel: "auto", or a form by name: "layerwise" or "whole".
         chunk_size: vectors at a time; None: as many as the device does well with.
         precision: as for `fisher_scores`.
+        audit: as for `fisher_scores`.
 
     Returns:
         Estimate, with factors [B, R + oversampling, D].
@@ -216,6 +220,7 @@ def fisher_full(
         ValueError: an argument is not as described, or the model has no forward derivatives.
     """
     check_kernel(kernel)
+    check_audit(audit)
     bounds = (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1), ("top_k", top_k, 1))
     for name, value, least in (*bounds, ("trace_samples", trace_samples, 0)):
         check_whole(name, value, least)
@@ -224,10 +229,11 @@ def fisher_full(
     layout = lay_out(input_ids, attention_mask)
     given, model = model, unwrapped(model)
     precision = choose_precision(model, precision).name
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, precision):
-        names = resolve_layers(model, names_inside(given, model, layers))
-        check_inputs(model, layout, positions, chunk_size)
-        known = probe(model, layout)
+    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, precision):
+        with differentiable(model):
+            names = resolve_layers(model, names_inside(given, model, layers))
+            check_inputs(model, layout, positions, chunk_size)
+            known = probe(model, layout)
 
         def of_group(group: list[int]) -> Estimate:
             part = select(layout, group)
@@ -237,6 +243,8 @@ def fisher_full(
                 "chunk_size": chunk_size,
                 "kernel": kernel,
                 "precision": precision,
+                "audit": audit,
+                "vectors": 2 * passes * (rank + oversampling) + trace_samples,
             }
             probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
 
@@ -247,16 +255,17 @@ def fisher_full(
             try:
                 return run()
             except StructureChanged as reason:
-                fall_back(known, names, kernel, reason)
+                with differentiable(model):
+                    forms = choose_forms(model, known, part, names, kernel)
+                    give_up(model, known, part, kernel, broken_off(known, forms, names, kernel, reason))
                 return run()
 
-        return apart(model, layout, of_group)
-
-
-def apart(model: nn.Module, layout: Layout, of_group: Callable[[list[int]], Estimate]) -> Estimate:
-    """A batch's estimate from those of its prompts that may be computed together."""
-    groups = batches_apart(model, layout.lengths)
-    return join_prompts([of_group(group) for group in groups], groups)
+        try:
+            groups = batches_apart(model, layout.lengths)
+            return join_prompts([of_group(group) for group in groups], groups)
+        except OneAtATime:
+            groups = [[b] for b in range(len(layout.lengths))]
+            return join_prompts([of_group(group) for group in groups], groups)
 
 
 def join_layers(parts: Sequence[Estimate]) -> Estimate:

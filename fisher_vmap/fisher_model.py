@@ -26,7 +26,8 @@ from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.prompts.prompt_numbers import PromptNumbers, numbers_of
 from fisher_vmap.prompts.prompt_windows import in_windows
 from fisher_vmap.prompts.tokens import MAX_LENGTH, Renderer
-from fisher_vmap.proofs.probe import layer_widths, probe, undisturbed
+from fisher_vmap.proofs.audit import ShardForms, check_audit, one_shard
+from fisher_vmap.proofs.probe import as_it_is, differentiable, known_of, layer_widths, probe, signature, undisturbed
 from fisher_vmap.scores import Scores
 
 TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
@@ -63,6 +64,7 @@ class FisherModel:
         passes: int = 1,
         trace_samples: int | None = None,
         precision: str = "auto",
+        audit: str = "auto",
     ) -> None:
         """Open a model: resolve its layers and check what can be checked without a prompt.
 
@@ -85,6 +87,7 @@ class FisherModel:
             passes: of full: rounds of push and pull.
             trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
             precision: as for `fisher_scores`; what it came to is an attribute.
+            audit: as for `fisher_scores`.
 
         Raises:
             ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, top_k above V, or
@@ -92,6 +95,7 @@ class FisherModel:
         """
         check_kernel(kernel)
         check_estimator(estimator, kernel, include_rest)
+        check_audit(audit)
         check_whole("top_k", top_k)
         optional = {"batch_size": batch_size, "chunk_size": chunk_size, "max_batch_tokens": max_batch_tokens}
         for name, value in optional.items():
@@ -116,7 +120,7 @@ class FisherModel:
             self.widths = layer_widths(model, self.layers)
         self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
         self.estimator, self.include_rest = estimator, include_rest
-        self.oversampling, self.passes = oversampling, passes
+        self.oversampling, self.passes, self.audit = oversampling, passes, audit
         if trace_samples is None:
             trace_samples = TRACE_SAMPLES if estimator == "full" else 0
         self.trace_samples = trace_samples
@@ -124,24 +128,27 @@ class FisherModel:
         vectors = top_k + trace_samples + (oversampling if estimator == "full" else 0)
         self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
         self._renderer = renderer
-        known = self._probe()
-        self.vocabulary = known.parts.vocabulary
+        self.vocabulary = layers_of(model).vocabulary
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
-
-    def _probe(self) -> Any:
-        with torch.no_grad(), undisturbed(self.model, self.precision):
-            return probe(self.model, lay_out(torch.arange(4, device=self.device)[None], None))
 
     @property
     def forms(self) -> dict[str, dict[str, str]]:
         """The kernel's form ("form") and why it was chosen ("why"), for each layer that has been computed."""
-        chosen = self._probe().forms
-        return {
-            layer: dict(zip(("form", "why"), chosen[layer, self.kernel], strict=True))
-            for layer in self.layers
-            if (layer, self.kernel) in chosen
-        }
+        with undisturbed(self.model, self.precision):
+            known = known_of(self.model)
+            chosen = known.forms if known is not None and known.made_of == signature(self.model) else {}
+        found = {layer: chosen[layer, self.kernel] for layer in self.layers if (layer, self.kernel) in chosen}
+        return {layer: {"form": choice.form, "why": choice.why} for layer, choice in found.items()}
+
+    @contextmanager
+    def one_shard(self, due: int) -> Iterator[ShardForms]:
+        """Within the context the batches are those of one shard of a run; `due` is the one whose scores are audited."""
+        with undisturbed(self.model, self.precision):
+            known = known_of(self.model)
+        assert known is not None, "a run's opening has computed something"
+        with one_shard(known, due) as forms:
+            yield forms
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None, **choices: Any) -> Scores:
         """`fisher_scores` with this model's layers and settings.
@@ -160,6 +167,7 @@ class FisherModel:
             "include_rest": self.include_rest,
             "trace_samples": self.trace_samples if self.estimator == "topk" else 0,
             "precision": self.precision,
+            "audit": self.audit,
         }
         return fisher_scores(self.model, input_ids, attention_mask, **(settings | choices))
 
@@ -191,6 +199,7 @@ class FisherModel:
             kernel=self.kernel,
             chunk_size=self.chunk_size,
             precision=self.precision,
+            audit=self.audit,
         )
 
     @autocast_off()
@@ -258,18 +267,21 @@ class FisherModel:
         Raises:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
-        with torch.inference_mode(False), torch.no_grad(), undisturbed(self.model, self.precision):
+        with torch.inference_mode(False), torch.no_grad(), as_it_is(self.model, self.precision):
             layout = lay_out(input_ids, attention_mask)
             check_inputs(self.model, layout, self.positions, self.chunk_size)
+            with differentiable(self.model):
+                known = probe(self.model, layout)
             network = linearize(
                 self.model,
-                self._probe(),
+                known,
                 layout,
                 self.layers,
                 positions=self.positions,
                 chunk_size=self.chunk_size,
                 kernel=self.kernel,
                 precision=self.precision,
+                audit=self.audit,
             )
         yield network
 

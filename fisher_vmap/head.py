@@ -8,7 +8,7 @@ and the second term is the same for every t: the work of size V is one product f
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 
 from fisher_vmap.anatomy.placement import weights_at_hand
+from fisher_vmap.anatomy.widening import widened
 
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
@@ -93,9 +94,12 @@ class UnembeddingHead:
             bias: Tensor | None = self.unembedding.bias
             return None if bias is None else bias.detach()
 
-    def at_hand(self) -> AbstractContextManager[None]:
-        """Within the context no weight of the head is put aside."""
-        return weights_at_hand(self.unembedding, *getattr(self.norm, "chain", ()))
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Within the context no weight of the head is put aside, and none of what the norm runs is too narrow."""
+        chain = getattr(self.norm, "chain", ())
+        with weights_at_hand(self.unembedding, *chain), widened(*chain, *getattr(self.norm, "runs", ())):
+            yield
 
     def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
         """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""

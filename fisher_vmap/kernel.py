@@ -4,9 +4,8 @@ The k backward passes of "gradient of log p_t for each of the top-k tokens" are 
 over `torch.func.vjp` with one-hot cotangents. The probe finds out which form of it a model may be trusted with.
 """
 
-import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +21,12 @@ from fisher_vmap.anatomy.recording import StructureChanged
 from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted
-from fisher_vmap.proofs.choice import KERNELS, choose_forms, run_form
-from fisher_vmap.proofs.probe import Probe, probe, undisturbed
-from fisher_vmap.pullbacks.attention_interface import attention_set_to
+from fisher_vmap.proofs.audit import Found, check_audit, plan_audit, remember_reach, why_wrong
+from fisher_vmap.proofs.choice import KERNELS, choose_forms, give_up
+from fisher_vmap.proofs.compare import run_choice
+from fisher_vmap.proofs.probe import Choice, Probe, as_it_is, differentiable, probe
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper_network.positions import position_mask
-
-log = logging.getLogger(__name__)
 
 
 def fisher_scores(
@@ -45,6 +43,7 @@ def fisher_scores(
     include_rest: bool = False,
     trace_samples: int = 0,
     precision: str = "auto",
+    audit: str = "auto",
 ) -> Scores:
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
@@ -67,39 +66,73 @@ def fisher_scores(
         trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
         precision: what the model is computed in, from the same weights: "model", their own format; "float32"; "mixed",
             the forward alone in float32; or "auto", float32 where this processor is faster in it, else "model".
+        audit: how often what is computed is compared with the model as it is and plain autograd: "auto", as often as
+            costs next to nothing; "always", in every call; or "off", only where a call reaches further than the proof.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
         position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one more.
 
     Raises:
-        ValueError: an argument is not as described, or the kernel asked for cannot be trusted with this model.
+        ValueError: an argument is not as described, the kernel asked for cannot be trusted with this model, or no
+            form of it agrees with the model itself.
     """
     check_kernel(kernel)
+    check_audit(audit)
     check_whole("trace_samples", trace_samples, 0)
     if token_ids is None:
         check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
     input_device(model)  # raises where no weights are loaded
     precision = choose_precision(model, precision).name
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, precision):
-        names = resolve_layers(model, names_inside(given, model, layers))
-        layout = lay_out(input_ids, attention_mask)
-        check_inputs(model, layout, positions, chunk_size)
-        known = probe(model, layout)
-        _check_chosen(token_ids, layout, known.parts.vocabulary)
-        forms = choose_forms(model, known, layout, names, kernel)
+    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, precision):
+        with differentiable(model):
+            names = resolve_layers(model, names_inside(given, model, layers))
+            layout = lay_out(input_ids, attention_mask)
+            check_inputs(model, layout, positions, chunk_size)
+            known = probe(model, layout)
+            _check_chosen(token_ids, layout, known.parts.vocabulary)
+            forms = choose_forms(model, known, layout, names, kernel)
         probes = Probes(trace_samples, prompt_seeds(layout)) if trace_samples else None
         wanted = Wanted(top_k, token_ids, positions, chunk_size, include_rest, probes, precision)
-        results: list[Scores] = []
-        with attention_set_to(model, known.attention):
-            for form in sorted(set(forms.values())):
-                group = [name for name in names if forms[name] == form]
-                results.append(_scores(form, model, known, layout, group, wanted, kernel))
-                # Two forms may round ties another way: the layers of a batch speak of the same tokens.
-                tokens = results[0].token_ids
-                wanted = replace(wanted, token_ids=tokens[:, :-1] if include_rest else tokens)
-    return _joined(results, names)
+        while True:
+            results, wrong = _computed(model, known, layout, names, forms, wanted, kernel)
+            if not wrong:
+                plan = plan_audit(model, known, layout, forms, top_k + trace_samples, audit)
+                for scores in results:
+                    found = Found(scores.log_probs, scores.token_ids, scores.gradients, token_ids is None)
+                    wrong |= why_wrong(model, known, layout, found, plan, positions)
+            if not wrong:
+                remember_reach(known, kernel, forms, layout, plan)
+                return _joined(results, names)
+            if kernel != "auto":
+                raise ValueError(f"kernel {kernel} is wrong: {next(iter(wrong.values()))}; use kernel auto")
+            with differentiable(model):
+                forms |= give_up(model, known, layout, kernel, wrong)
+
+
+def _computed(
+    model: nn.Module,
+    known: Probe,
+    layout: Layout,
+    names: Sequence[str],
+    forms: Mapping[str, Choice],
+    wanted: Wanted,
+    kernel: str,
+) -> tuple[list[Scores], dict[str, str]]:
+    """A record for each form; or the layers whose form broke off, and why."""
+    results: list[Scores] = []
+    for key in sorted({choice.key for choice in forms.values()}):
+        group = [name for name in names if forms[name].key == key]
+        try:
+            with differentiable(model):
+                results.append(run_choice(forms[group[0]], model, known, layout, group, wanted))
+        except StructureChanged as reason:
+            return [], broken_off(known, forms, group, kernel, reason)
+        # Two forms may round ties another way: the layers of a batch speak of the same tokens.
+        tokens = results[0].token_ids
+        wanted = replace(wanted, token_ids=tokens[:, :-1] if wanted.include_rest else tokens)
+    return results, {}
 
 
 def check_kernel(kernel: str) -> None:
@@ -114,29 +147,22 @@ def prompt_seeds(layout: Layout) -> list[int]:
     return [zlib.crc32(ids_N[first:stop].numpy().tobytes()) for first, stop in layout.ranges()]
 
 
-def _scores(
-    form: str, model: nn.Module, known: Probe, layout: Layout, group: list[str], wanted: Wanted, kernel: str
-) -> Scores:
-    """The scores of the layers of one form; where the model does not do what the probe saw, by the whole form."""
-    try:
-        return run_form(form, model, known.parts, layout, group, wanted)
-    except StructureChanged as reason:
-        fall_back(known, group, kernel, reason)
-        return run_form("whole", model, known.parts, layout, group, wanted)
-
-
-def fall_back(known: Probe, group: Sequence[str], kernel: str, reason: StructureChanged) -> None:
-    """From now on the model's own forward to the end, whatever its blocks do.
+def broken_off(
+    known: Probe, forms: Mapping[str, Choice], group: Sequence[str], kernel: str, reason: StructureChanged
+) -> dict[str, str]:
+    """From now on the model's own forward to the end, whatever its blocks do: for each layer that needs it, why.
 
     Raises:
         ValueError: a form was asked for by name.
     """
     if kernel != "auto":
         raise ValueError(f"kernel {kernel} broke off: {reason}; use kernel auto") from reason
-    log.warning("the kernel fell back to the whole form: %s", reason)
     known.parts, known.why_no_head = replace(known.parts, head=None), str(reason)
-    known.forms = {key: choice for key, choice in known.forms.items() if choice[0] in ("whole", "loop")}
-    known.forms |= {(name, kernel): ("whole", str(reason)) for name in group}
+    blockwise = ("packed", "layerwise")
+    wrong = {name for name, choice in forms.items() if name in group or choice.form in blockwise}
+    keys = {(name, kernel) for name in wrong}
+    known.forms = {key: choice for key, choice in known.forms.items() if key in keys or choice.form not in blockwise}
+    return {name: f"it broke off: {reason}" for name in forms if name in wrong}
 
 
 def check_inputs(model: Any, layout: Layout, positions: str | Tensor, chunk_size: int | None) -> None:

@@ -12,17 +12,24 @@ from torch import Tensor, nn
 
 from fisher_vmap.anatomy.arguments import check_tensor
 from fisher_vmap.anatomy.autocast import autocast_off
-from fisher_vmap.anatomy.layout import Layout
+from fisher_vmap.anatomy.layout import Layout, as_given
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.recording import StructureChanged
 from fisher_vmap.anatomy.rotary import batches_apart
+from fisher_vmap.anatomy.user_hooks import is_hooked
 from fisher_vmap.metric import Metric, metric
-from fisher_vmap.proofs.choice import budget_of, choose_forms
-from fisher_vmap.proofs.probe import Probe, excerpt
+from fisher_vmap.proofs.audit import Found, plan_audit, remember_reach, why_wrong
+from fisher_vmap.proofs.choice import choose_forms, give_up
+from fisher_vmap.proofs.distance import budget_of
+from fisher_vmap.proofs.probe import Choice, Probe, differentiable, excerpt
 from fisher_vmap.upper import Choices, Upper, open_upper
 
 PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
+
+
+class OneAtATime(ValueError):
+    """The prompts of a batch cannot be linearised together."""
 
 
 class LinearizedNetwork:
@@ -144,8 +151,10 @@ def linearize(
     chunk_size: int | None = None,
     kernel: str = "auto",
     precision: str = "auto",
+    audit: str = "auto",
+    vectors: int = 16,
 ) -> LinearizedNetwork:
-    """Open the upper network of a batch, in the form that each layer is trusted with.
+    """Open the upper network of a batch, in the form that each layer is trusted with; the model must be `as_it_is`.
 
     Args:
         model: the causal LM.
@@ -156,8 +165,11 @@ def linearize(
         chunk_size: vectors at a time.
         kernel: the form asked for.
         precision: as for `fisher_scores`.
+        audit: as for `fisher_scores`.
+        vectors: about how many will be pulled and pushed.
 
     Raises:
+        OneAtATime: the prompts can be computed one at a time alone.
         ValueError: no form of the model has both products, or they are not adjoint to each other.
     """
     precision = choose_precision(model, precision).name
@@ -166,9 +178,33 @@ def linearize(
             "this model's rotary embedding depends on the longest prompt of a batch, and these prompts would differ: "
             "linearise those that are longer than the model was first trained on one at a time"
         )
-    forms = choose_forms(model, known, layout, layers, kernel)
-    _prove(model, known, layout, layers, forms, precision)
-    return _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision))
+    while True:
+        with differentiable(model):
+            forms = choose_forms(model, known, layout, layers, kernel)
+            _prove(model, known, layout, layers, forms, precision)
+        net = _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision))
+        plan = plan_audit(model, known, layout, forms, vectors, audit)
+        wrong: dict[str, str] = {}
+        if plan.scores or plan.log_probs:
+            for upper in net.sharing():
+                found = _found(upper, scores=bool(plan.scores))
+                wrong |= why_wrong(model, known, layout, found, plan, positions)
+        if not wrong:
+            remember_reach(known, kernel, forms, layout, plan)
+            return net
+        if kernel != "auto":
+            raise ValueError(f"kernel {kernel} is wrong: {next(iter(wrong.values()))}; use kernel auto")
+        with differentiable(model):
+            give_up(model, known, layout, kernel, wrong)
+
+
+def _found(upper: Upper, scores: bool) -> Found:
+    """The likeliest token of each prompt, and its score where that is wanted, for the audit."""
+    reading = upper.head.read(upper.rows, 1, None)
+    summed = upper.pull(reading.cotangents.transpose(0, 1)) if scores else {}
+    device = upper.layout.device
+    gradients = {layer: summed[layer].gradients if scores else upper.rows[:, :0] for layer in upper.layers}
+    return Found(reading.log_probs.to(device), reading.token_ids.to(device), gradients, True)
 
 
 def _opened(
@@ -176,24 +212,29 @@ def _opened(
     known: Probe,
     layout: Layout,
     layers: Sequence[str],
-    forms: Mapping[str, str],
+    forms: Mapping[str, Choice],
     choices: Choices,
 ) -> LinearizedNetwork:
     uppers: dict[str, Upper] = {}
-    for form in dict.fromkeys(forms[layer] for layer in layers):
-        group = [layer for layer in layers if forms[layer] == form]
-        uppers |= dict.fromkeys(group, open_upper(form, model, known, layout, group, choices))
+    for key in dict.fromkeys(forms[layer].key for layer in layers):
+        group = [layer for layer in layers if forms[layer].key == key]
+        choice = forms[group[0]]
+        if choice.prompts == "alone" and len(layout.lengths) > 1:
+            raise OneAtATime(f"these prompts can only be linearised one at a time ({choice.why}); give one a batch")
+        stands = as_given(layout) if choice.prompts == "given" else layout
+        upper = open_upper(choice.form, model, known.under(choice.attention), stands, group, choices)
+        uppers |= dict.fromkeys(group, upper)
     return LinearizedNetwork({layer: uppers[layer] for layer in layers})
 
 
 def _prove(
-    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], forms: Mapping[str, str], precision: str
+    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], forms: Mapping[str, Choice], precision: str
 ) -> None:
     """U . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
-    new = [layer for layer in layers if (layer, forms[layer]) not in known.adjoint]
+    new = [layer for layer in layers if (layer, forms[layer].key) not in known.adjoint]
     if not new:
         return
-    few = excerpt(layout, PROOF_TOKENS)
+    few = layout if is_hooked(model) else excerpt(layout, PROOF_TOKENS)
     generator = torch.Generator().manual_seed(0)
     try:
         net = _opened(model, known, few, new, forms, Choices(precision="model" if precision == "mixed" else precision))
@@ -206,13 +247,13 @@ def _prove(
             left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
             right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())
             gap = float((left - right).norm() / right.norm().clamp(min=1e-30))
-            budget = budget_of(model)
+            budget = budget_of(model, layer, known.noise, known.log_probs_noise).scores
             if bool(right.isfinite().all()) and not gap <= budget:
                 raise ValueError(
                     f"at {layer} the forward derivatives are {gap:.1e} away from the backward ones, more than "
                     f"{budget:.0e}; use estimator topk"
                 )
-            known.adjoint.add((layer, forms[layer]))
+            known.adjoint.add((layer, forms[layer].key))
     except (StructureChanged, RuntimeError, NotImplementedError, TypeError) as error:
         if is_out_of_memory(error):
             raise

@@ -85,7 +85,7 @@ def compute_shards(
             if not (shard.rendered or shard.skipped):
                 yield ShardDone(shard.number, len(shard.prompts), True)
                 continue
-            results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.splits, report)
+            results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.notes, report)
             later(store, shard.number, results)
             yield _account(shard.number, results)
 

@@ -64,7 +64,7 @@ def test_the_exact_matrices_of_all_layers_take_one_pullback(kernel, monkeypatch)
     fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=1, kernel=kernel)  # proves J adjoint to J^T
     monkeypatch.setattr(Upper, "pull", counted)
     monkeypatch.setattr(Upper, "push", None)
-    found = fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=WIDTH - 6, kernel=kernel)
+    found = fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=WIDTH - 6, kernel=kernel, audit="off")
     assert pulls == [WIDTH]
     for layer in layers:
         for b, F in enumerate(hessians("gpt2", layer, rows)):
@@ -162,7 +162,7 @@ def test_state_that_begins_after_the_proof_is_caught_in_its_batch(caplog):
     fisher_full(model, ids, mask, layers=layer, rank=5)
     model.blocks[2].faulty = True
     found = fisher_full(model, ids, mask, layers=layer, rank=WIDTH - 1, oversampling=0, passes=2)
-    assert "fell back to the whole form: the replay of blocks.2" in caplog.text
+    assert "given up from here on: it broke off: the replay of blocks.2" in caplog.text
     for A, row in zip(found.factors[layer], rows, strict=True):
         assert relative(A.T @ A, plain_scores(model, row, layer).fisher) < 1e-8
     with pytest.raises(ValueError, match=r"disagrees|broke off|cannot be trusted"):
@@ -527,7 +527,7 @@ def test_mixed_precision_leaves_the_weights_alone_after_an_error():
 
     for target in ("model.layers.2.mlp", "model.layers.3", "model.embed_tokens"):
         handle = model.get_submodule(target).register_forward_hook(fail)
-        with pytest.raises(KeyError, match="planted"):
+        with pytest.raises(ValueError, match=f"the hook .*fail on {target} .*planted"):
             fisher_scores(model, torch.arange(6)[None], layers=0, precision="mixed")
         handle.remove()
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -279,12 +279,12 @@ def test_the_model_is_left_as_it_was_after_an_error(kernel):
         calls = iter(range(100))
 
         def fail(*_: object, calls=calls) -> None:
-            if next(calls) == 1:
+            if next(calls) >= 1:
                 raise KeyError("planted")
 
         handle = model.get_submodule(block("llama", 2)).register_forward_hook(fail)
         before = state(model)
-        with pytest.raises(KeyError, match="planted"):
+        with pytest.raises(ValueError, match="the hook test_the_model_is_left.*fail on .* planted|planted"):
             fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
             fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
         assert torch.is_grad_enabled()

@@ -47,7 +47,7 @@ def compare(model, oracle, budget, layers=LAYERS, own_logits=False, **choices):
 
 
 def forms(model):
-    return {form for form, _ in known_of(model).forms.values()}
+    return {choice.form for choice in known_of(model).forms.values()}
 
 
 # torchao puts another tensor into an ordinary nn.Linear

@@ -54,7 +54,7 @@ def by_hand(model, *names):
 def test_a_peft_model_is_its_base_with_the_active_adapter():
     model = lora()
     compare(model, by_hand(model, "default"))
-    assert {form for form, _ in known_of(model.get_base_model()).forms.values()} == {"packed"}
+    assert {choice.form for choice in known_of(model.get_base_model()).forms.values()} == {"packed"}
 
 
 def test_the_adapter_that_is_active_now_counts():

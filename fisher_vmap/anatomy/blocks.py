@@ -60,10 +60,19 @@ def with_output(output: Any, x: Tensor) -> Any:
     return type(output)([x, *output[1:]])
 
 
-def forward_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
-    """What a forward of the model is called with: tokens, no cache, and position ids where they are not its own."""
+def forward_inputs(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> dict[str, Any]:
+    """What a forward of the model is called with: tokens, no cache, and position ids where they are not its own.
+
+    With an attention mask a prompt's positions count from its first real token, as in `generate`.
+    """
     inputs: dict[str, Any] = {"input_ids": input_ids}
     taken = inspect.signature(model.forward).parameters
     if "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         inputs["use_cache"] = False
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+        if "position_ids" in taken and bool((attention_mask == 0).any()):
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return inputs if position_ids is None else inputs | {"position_ids": position_ids}

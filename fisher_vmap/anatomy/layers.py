@@ -23,6 +23,7 @@ from fisher_vmap.anatomy.placement import input_device
 from fisher_vmap.anatomy.position_table import PositionTables
 from fisher_vmap.anatomy.recording import hooks
 from fisher_vmap.anatomy.streams import Hooked, Place, place_of
+from fisher_vmap.anatomy.user_hooks import hooks_off
 from fisher_vmap.errors import listed
 
 PROMPTS, TOKENS = 5, 7  # of the forward pass that is watched: sizes that no other dimension of an output should have
@@ -37,6 +38,7 @@ class Layers(NamedTuple):
         places: for each module that can be hooked, where its output has prompts and positions.
         others: for each other module that is called, what it returns, in words.
         positions: the most tokens that its table of positions has room for; None: it has none, such as a rotary one.
+        vocabulary: V, the number of logits.
         made_of: what the model was made of when it was looked at.
     """
 
@@ -45,6 +47,7 @@ class Layers(NamedTuple):
     places: dict[str, Place]
     others: dict[str, str]
     positions: int | None
+    vocabulary: int
     made_of: int
 
 
@@ -81,8 +84,8 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with autocast_off():
-            places, others, positions = _watch(model)
+        with autocast_off(), hooks_off(model):
+            places, others, positions, vocabulary = _watch(model)
             ahead = sees_ahead(model)
     finally:
         for module in training:
@@ -104,11 +107,11 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     for name in names:
         if name in places and modules[name] not in blocks.values():  # one module may stand in several places
             blocks[name] = modules[name]
-    return Layers(blocks, names, places, others, positions, made_of)
+    return Layers(blocks, names, places, others, positions, vocabulary, made_of)
 
 
-def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str], int | None]:
-    """The places of all modules that return one row a token, what the others return, and the room for positions.
+def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str], int | None, int]:
+    """The places of all modules that return one row a token, what the others return, the room for positions, and V.
 
     In one forward pass. The tokens are nothing but zeros: what is looked at is shapes.
     """
@@ -145,7 +148,7 @@ def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str], int | No
     named = {name: id(module) for name, module in model.named_modules(remove_duplicate=False) if name}
     places = {name: found[key] for name, key in named.items() if key in found}
     others = {name: returned[key] for name, key in named.items() if key in returned and key not in found}
-    return places, others, tables.room
+    return places, others, tables.room, logits.shape[-1]
 
 
 def _stack(model: nn.Module, places: dict[str, Place]) -> str | None:

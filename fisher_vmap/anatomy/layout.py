@@ -5,7 +5,9 @@ padded    [B, T]: each prompt on the left, padding on the right. What stands to 
 packed    [1, N]: all prompts end to end, without padding; each has its own position ids, and the attention is told
           where each begins. It holds where positions meet in attention alone; the probe proves it before it is used.
 
-Both are one thing to the rest of the package: rows of tokens, of which prompt b owns a contiguous range.
+given     [B, T] with its attention mask, as the caller's tensor has it: for models with hooks that depend on that.
+
+All are one thing to the rest of the package: rows of tokens, of which prompt b owns a contiguous range.
 """
 
 from typing import NamedTuple
@@ -14,6 +16,13 @@ import torch
 from torch import Tensor
 
 from fisher_vmap.anatomy.arguments import check_tensor
+
+
+class Given(NamedTuple):
+    """What the caller gave: [B, T] each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
 
 
 class Layout(NamedTuple):
@@ -26,6 +35,8 @@ class Layout(NamedTuple):
         first_row: the row of each prompt's first token.
         start: the column of the caller's tensor in which each prompt began.
         width: the number of columns of the caller's tensor.
+        given: the caller's own tensors; None where these prompts are not all of theirs.
+        attention_mask: [B, T] where the model is to be told one: of prompts that stand as they were given.
     """
 
     input_ids: Tensor
@@ -34,6 +45,8 @@ class Layout(NamedTuple):
     first_row: tuple[int, ...]
     start: tuple[int, ...]
     width: int
+    given: Given | None = None
+    attention_mask: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -149,7 +162,22 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
     offset_BT = torch.minimum(torch.arange(T, device=input_ids.device), lengths[:, None] - 1)
     ids_BT = input_ids.gather(1, start[:, None] + offset_BT)
     first_rows = tuple(b * T for b in range(B))
-    return Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W)
+    given = Given(input_ids, attention_mask)
+    return Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W, given)
+
+
+def alone(layout: Layout, b: int) -> Layout:
+    """One prompt of a layout, unpadded."""
+    first, stop = layout.ranges()[b]
+    return lay_out(layout.input_ids.flatten()[None, first:stop], None)
+
+
+def as_given(layout: Layout) -> Layout:
+    """The same prompts where the caller's tensor has them, with its attention mask."""
+    assert layout.given is not None
+    ids, mask = layout.given
+    first_rows = tuple(b * layout.width + start for b, start in enumerate(layout.start))
+    return layout._replace(input_ids=ids, position_ids=None, first_row=first_rows, attention_mask=mask)
 
 
 def pack_rows(layout: Layout) -> Layout:

@@ -91,8 +91,8 @@ def hooks(*handles: Any) -> Iterator[None]:
 
 
 def inputs_of(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    """What a forward of the model is called with: tokens, position ids where prompts are packed, and no cache."""
-    return forward_inputs(model, layout.input_ids, layout.position_ids)
+    """What a forward of the model is called with: tokens, no cache, and the positions or the mask of the layout."""
+    return forward_inputs(model, layout.input_ids, layout.position_ids, layout.attention_mask)
 
 
 def run_blocks(

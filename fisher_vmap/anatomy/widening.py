@@ -99,11 +99,16 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes in float32, in its forward and in every derivative."""
+def in_float32(model: nn.Module, *, keep: bool = True) -> Iterator[None]:
+    """Within the context the model computes in float32, in its forward and in every derivative.
+
+    Args:
+        model: any.
+        keep: whether copies of the weights may be made that stay; else each part is widened when it is called.
+    """
     if widened_by_parts(model) or not (tensors := narrow_tensors(model)):
         yield
-    elif model in _COPIES or has_room(tensors):
+    elif keep and (model in _COPIES or has_room(tensors)):
         before = [(tensor, tensor.data) for tensor in tensors]
         try:
             for tensor, wide in zip(tensors, _copies(model, tensors), strict=True):

@@ -1,83 +1,190 @@
 """Which form of the kernel a layer gets: what the structure allows, once it has agreed with plain autograd."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import dropwhile
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fisher_vmap.anatomy.layers import hooked, layers_of
-from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows, select
+from fisher_vmap.anatomy.layers import layers_of
+from fisher_vmap.anatomy.layout import Layout, pack_rows
 from fisher_vmap.anatomy.memory import is_out_of_memory
-from fisher_vmap.anatomy.old_functions import modernised
-from fisher_vmap.anatomy.placement import model_dtype, put_aside, saved_aside, weights_ready
-from fisher_vmap.anatomy.recording import StructureChanged, run_blocks
-from fisher_vmap.anatomy.rotary import batches_apart, forget_lengths, join_prompts
+from fisher_vmap.anatomy.placement import put_aside
 from fisher_vmap.anatomy.streams import Place
-from fisher_vmap.outcomes import Wanted
-from fisher_vmap.proofs.probe import Probe, excerpt, look_again_under_eager
+from fisher_vmap.proofs.compare import Expected, attention_of, excerpt_for, expected_on, packable, why_wrong
+from fisher_vmap.proofs.plain import first_line
+from fisher_vmap.proofs.probe import Choice, Probe, look_under_plain
 from fisher_vmap.proofs.proof import chain_is_whole
-from fisher_vmap.pullbacks.attention_interface import NAME, UnsupportedAttention, attention_set_to, prompts_packed
-from fisher_vmap.pullbacks.quantized import quantized_linears
-from fisher_vmap.scores import Scores
-from fisher_vmap.upper_network.forms import layerwise, whole
+from fisher_vmap.pullbacks.attention_interface import NAME, attention_set_to, prompts_packed
 from fisher_vmap.upper_network.forward import prove_top
-from fisher_vmap.upper_network.model_parts import Parts
-from fisher_vmap.upper_network.whole import hooked_outputs, rows_from_logits, with_biases
 
 log = logging.getLogger(__name__)
 
 KERNELS = ("auto", "layerwise", "whole", "loop")
-FORMS = ("packed", "layerwise", "whole", "loop")  # fastest first; packed is layerwise on prompts laid end to end
-CHECK_TOKENS = 64  # of each prompt that is compared with plain autograd
-# Largest relative distance of a form's scores from plain autograd's in the same dtype; both round on their way down
-# through the blocks, and a wrong chain is wrong by order one. Many models compute parts in float32 in any dtype, and
-# kernels for quantised weights take another path, with other rounding, for a few rows than for many.
-BUDGET = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
-def choose_forms(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], kernel: str) -> dict[str, str]:
+class NoFormAgrees(ValueError):
+    """No form of the kernel that there is agrees with the model itself."""
+
+
+def choose_forms(
+    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], kernel: str
+) -> dict[str, Choice]:
     """The form for each layer, proven on this batch where it has not been before.
 
     Raises:
         ValueError: the kernel asked for by name cannot be trusted with one of the layers, or no form agrees with
             plain autograd.
     """
-    places = layers_of(model).places
     new = [layer for layer in layers if (layer, kernel) not in known.forms]
-    found = {layer: _by_structure(known, places, layer, kernel) for layer in new}
-    unchecked, not_finite = set(found), set[str]()
-    while unchecked:
-        form = min((found[layer][0] for layer in unchecked), key=FORMS.index)
-        group = [layer for layer in layers if layer in unchecked and found[layer][0] == form]
-        wrong, compared = _compare(model, known, layout, group, form)
-        if wrong is None:
-            unchecked -= set(group)
-            not_finite |= set() if compared else set(group)
-            if form == "packed" and known.parts.top_places is None and not put_aside(model):
-                _prove_top(model, known, layout)
-            continue
-        if form != "packed" and known.attention == NAME:
-            log.info(
-                "attention: eager, because under ours the %s kernel disagrees with plain autograd (%s)", form, wrong
-            )
-            look_again_under_eager(
-                model, known, layout, f"under our attention {form} disagreed with plain autograd: {wrong}"
-            )
-            return choose_forms(model, known, layout, layers, kernel)
-        if form == FORMS[-1] or (kernel != "auto" and form != "packed"):
-            raise ValueError(
-                f"the {form} kernel disagrees with plain autograd: {wrong}; try another `kernel`, or float32"
-            )
-        lower = FORMS[FORMS.index(form) + 1]
-        level = logging.INFO if form == "packed" else logging.WARNING
-        log.log(level, "the %s kernel disagrees with plain autograd (%s): using %s for %s", form, wrong, lower, group)
-        found |= dict.fromkeys(group, (lower, f"{form} disagreed with plain autograd: {wrong}"))
-    for layer, choice in found.items():
-        if layer not in not_finite:  # what held for these prompts alone is not kept
-            known.forms[layer, kernel] = choice
-    return {layer: (found.get(layer) or known.forms[layer, kernel])[0] for layer in layers}
+    found = _first_that_agree(model, known, layout, kernel, dict.fromkeys(new, "")) if new else {}
+    return {layer: found.get(layer) or known.forms[layer, kernel] for layer in layers}
+
+
+def give_up(model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: Mapping[str, str]) -> dict[str, Choice]:
+    """The next form down for layers whose form turned out wrong, proven on this batch.
+
+    Args:
+        model: the causal LM.
+        known: what the probe found.
+        layout: the batch.
+        kernel: as it was asked for.
+        wrong: for each of the layers, how its form is wrong.
+
+    Raises:
+        NoFormAgrees: there is none.
+    """
+    known.changes += 1
+    for layer, reason in wrong.items():
+        form = known.forms[layer, kernel].form if (layer, kernel) in known.forms else "present"
+        log.log(logging.DEBUG if (layer, form) in known.told else logging.WARNING,
+                "the %s kernel at %s is given up from here on: %s", form, layer, reason)  # fmt: skip
+        known.told.add((layer, form))
+    return _first_that_agree(model, known, layout, kernel, wrong)
+
+
+def _first_that_agree(
+    model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: Mapping[str, str]
+) -> dict[str, Choice]:
+    """For each layer the first form that agrees with plain autograd; after the one that is wrong, where it says so."""
+    left = {layer: _left(model, known, layout, layer, kernel, bool(reason)) for layer, reason in wrong.items()}
+    found: dict[str, Choice] = {}
+    reasons, excerpts = dict(wrong), dict[tuple[int, ...], Expected]()
+    waiting = {layer: _next(left[layer], layer, kernel, reasons[layer]) for layer in left}
+    while waiting:
+        choice = next(iter(waiting.values()))
+        group = [layer for layer, other in waiting.items() if other.key == choice.key]
+        why_not, few, finite = _compare(model, known, layout, list(left), group, choice, excerpts)
+        for layer in group:
+            candidate = waiting.pop(layer)
+            if why_not is None:
+                why = f"{reasons[layer]}; {candidate.why}" if reasons[layer] else candidate.why
+                length, rows = (max(few.lengths), sum(few.lengths)) if few is not None else (0, 0)
+                found[layer] = candidate._replace(why=why, length=length, rows=rows)
+                if finite:  # what held for these prompts alone is not kept
+                    known.forms[layer, kernel] = found[layer]
+            else:
+                reasons[layer] = f"{choice.form} disagreed with plain autograd: {why_not}"
+                waiting[layer] = _next(left[layer], layer, kernel, reasons[layer])
+        if why_not is not None:
+            expected = choice.form == "packed" or (choice.attention == "ours" and known.attention == NAME)
+            level = logging.INFO if expected else logging.WARNING
+            log.log(level, "the %s kernel disagrees with plain autograd at %s (%s)", choice.form, group, why_not)
+    return found
+
+
+def _left(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str, given_up: bool) -> Iterator[Choice]:
+    """The forms that a layer may have, from the first on, or after the one that it had."""
+    if given_up and (layer, kernel) in known.forms:
+        gone = known.forms[layer, kernel].key
+        after = dropwhile(lambda choice: choice.key != gone, _candidates(model, known, layout, layer, kernel))
+        if next(after, None) is not None:
+            return after
+    # Where the one that it had is no longer among them, the structure is seen another way now.
+    return _candidates(model, known, layout, layer, kernel)
+
+
+def _next(left: Iterator[Choice], layer: str, kernel: str, reason: str) -> Choice:
+    choice = next(left, None)
+    if choice is not None:
+        return choice
+    which = "no form of the kernel agrees" if kernel == "auto" else f"the {kernel} kernel disagrees"
+    raise NoFormAgrees(
+        f"{which} with plain autograd at {layer}: {reason}; try precision float32, another kernel or another layer"
+    )
+
+
+def _compare(
+    model: nn.Module,
+    known: Probe,
+    layout: Layout,
+    layers: Sequence[str],
+    group: Sequence[str],
+    choice: Choice,
+    excerpts: dict[tuple[int, ...], Expected],
+) -> tuple[str | None, Layout | None, bool]:
+    """How a form fails, if it does, on which excerpt, and whether there were numbers to compare."""
+    try:
+        few = excerpt_for(model, known, layout, choice)
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        return first_line(error), None, True
+    if few.lengths not in excerpts:
+        excerpts[few.lengths] = expected_on(model, few, layers)
+    expected = excerpts[few.lengths]
+    why_not = why_wrong(model, known, expected, group, choice)
+    if why_not is None and choice.form == "packed" and known.parts.top_places is None and not put_aside(model):
+        _prove_top(model, known, layout, choice)
+    return why_not, few, expected.finite
+
+
+def _prove_top(model: nn.Module, known: Probe, layout: Layout, choice: Choice) -> None:
+    """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
+    with attention_set_to(model, attention_of(choice, known)):
+        few = pack_rows(packable(model, known.parts, layout))
+        with prompts_packed(few):
+            known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
+
+
+def _candidates(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str) -> Iterator[Choice]:
+    """The forms that a layer may have, the fastest first; those after the first are looked for when they are needed.
+
+    Raises:
+        ValueError: kernel layerwise was asked for and the structure does not allow it.
+    """
+    places = layers_of(model).places
+    form, why = _by_structure(known, places, layer, kernel)
+    attention = "ours"
+    if kernel != "loop":
+        if form == "packed":
+            yield Choice("packed", attention, "together", why)
+            form, why = "layerwise", "the chain of blocks is whole"
+        yield Choice(form, attention, "together", why)
+        plain = look_under_plain(model, known, layout) or known
+        if plain is not known:
+            attention = "plain"
+            form, why = _by_structure(plain, places, layer, kernel)
+            why = f"under {plain.attention or 'its own'} attention; {why}"
+            yield Choice(form, attention, "together", why)
+        if form == "layerwise" and kernel == "auto":
+            yield Choice("whole", attention, "together", why)
+    if kernel in ("auto", "loop"):
+        yield Choice("loop", "own", "together", "asked for" if kernel == "loop" else "plain autograd, token by token")
+    by_itself = "each prompt by itself"
+    if kernel in ("auto", "layerwise") and form == "layerwise":
+        yield Choice("layerwise", attention, "alone", by_itself)
+    if kernel in ("auto", "whole"):
+        yield Choice("whole", attention, "alone", by_itself)
+    if kernel in ("auto", "loop"):
+        yield Choice("loop", "own", "alone", by_itself)
+    if layout.given is not None and kernel != "layerwise":
+        stands = "the prompts as the caller's batch has them, for which a hook is made"
+        if kernel != "loop":
+            yield Choice("whole", attention, "given", stands)
+        if kernel != "whole":
+            yield Choice("loop", "own", "given", stands)
 
 
 def _by_structure(known: Probe, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
@@ -100,147 +207,3 @@ def _by_structure(known: Probe, places: Mapping[str, Place], layer: str, kernel:
     if not known.parts.why_not_packed:
         return "packed", "the chain of blocks is whole, and positions meet in our attention alone"
     return "layerwise", f"the chain of blocks is whole; not packed: {known.parts.why_not_packed}"
-
-
-def run_form(
-    form: str, model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted
-) -> Scores:
-    """The scores by the form of that name.
-
-    A batch that cannot be packed (a prompt longer than an attention window) is padded instead, to the same result.
-    """
-    groups = batches_apart(model, layout.lengths)
-    parts_of = []
-    for group in groups:
-        forget_lengths(model)
-        together = select(layout, group)
-        with modernised(() if form == "loop" else parts.old_functions):
-            parts_of.append(_run_together(form, model, parts, together, layers, _of_prompts(wanted, group)))
-    return join_prompts(parts_of, groups)
-
-
-def _run_together(
-    form: str, model: nn.Module, parts: Parts, layout: Layout, layers: Sequence[str], wanted: Wanted
-) -> Scores:
-    if form == "packed":
-        try:
-            packed = pack_rows(layout)
-            with prompts_packed(packed):
-                return layerwise(model, parts, packed, layers, wanted)
-        except UnsupportedAttention as reason:
-            log.debug("a batch is padded, not packed: %s", reason)
-    if form in ("packed", "layerwise"):
-        return layerwise(model, parts, layout, layers, wanted)
-    with weights_ready(model):
-        return whole(model, parts, layout, layers, wanted, loop=form == "loop")
-
-
-def budget_of(model: nn.Module) -> float:
-    """The distance that rounding accounts for."""
-    return BUDGET[torch.bfloat16 if quantized_linears(model) else model_dtype(model)]
-
-
-def _of_prompts(wanted: Wanted, prompts: list[int]) -> Wanted:
-    token_ids = None if wanted.token_ids is None else wanted.token_ids[prompts]
-    positions = wanted.positions[prompts] if isinstance(wanted.positions, Tensor) else wanted.positions
-    probes = wanted.probes and wanted.probes._replace(seeds=[wanted.probes.seeds[b] for b in prompts])
-    return replace(wanted, token_ids=token_ids, positions=positions, probes=probes)
-
-
-def _compare(
-    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], form: str
-) -> tuple[str | None, bool]:
-    """None where a form agrees with plain autograd on an excerpt of the batch, else how it fails.
-
-    And whether there were numbers to compare.
-    """
-    few = excerpt(layout, CHECK_TOKENS)
-    try:
-        with attention_set_to(model, known.attention):
-            if form == "packed":
-                few = _packable(model, known.parts, layout)
-            found = run_form(form, model, known.parts, few, layers, Wanted(2, None, "all", None))
-    except (StructureChanged, RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        if form == FORMS[-1] and known.attention != NAME:
-            raise _not_differentiable(model, layers, error) from error
-        return _first_line(error), True
-    compared = False
-    for b, length in enumerate(few.lengths):
-        forget_lengths(model)
-        one = lay_out(few.input_ids[b : b + 1, :length], None)
-        try:
-            expected = plain_autograd(model, one, layers, found.token_ids[b])
-        except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise _not_differentiable(model, layers, error) from error
-        for layer in layers:
-            got, want = found.gradients[layer][b].double(), expected[layer].double().to(found.token_ids.device)
-            if not bool(want.isfinite().all()):
-                log.warning("the scores of a prompt are not finite under plain autograd: it could not be compared")
-                continue
-            compared = True
-            distance = float((got - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))
-            log.debug("%s at %s: %.1e from plain autograd", form, layer, distance)
-            budget = budget_of(model)
-            if not distance <= budget:
-                return f"scores at {layer} are {distance:.1e} away, more than {budget:.0e}", True
-    return None, compared
-
-
-def _prove_top(model: nn.Module, known: Probe, layout: Layout) -> None:
-    """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
-    with attention_set_to(model, known.attention):
-        few = pack_rows(_packable(model, known.parts, layout))
-        with prompts_packed(few):
-            known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
-
-
-def _not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} cannot be differentiated with respect to the output of {', '.join(layers)}, not even "
-        f"by plain autograd ({_first_line(error)}); hook another module, or give another model"
-    )
-
-
-def _packable(model: nn.Module, parts: Parts, layout: Layout) -> Layout:
-    """An excerpt of the batch that can be packed: what were padded instead (a window is short) would prove nothing.
-
-    Raises:
-        StructureChanged: none can, however short.
-    """
-    tokens = CHECK_TOKENS
-    while tokens >= 2:
-        few = excerpt(layout, tokens)
-        packed = pack_rows(few)
-        try:
-            with prompts_packed(packed):
-                run_blocks(model, parts.blocks, parts.call_order, packed)
-        except UnsupportedAttention as reason:
-            log.debug("prompts of %d tokens cannot be packed: %s", tokens, reason)
-            tokens //= 2
-        else:
-            return few
-    raise StructureChanged("no two prompts can be packed, however short")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def plain_autograd(model: nn.Module, layout: Layout, layers: Sequence[str], token_ids: Tensor) -> Mapping[str, Tensor]:
-    """Scores [K, D] of one unpadded prompt by the plainest means: the model's own attention, logits and backward."""
-    modules = hooked(model, layers)
-    run = rows_from_logits(model, layout, gather=False)
-    with torch.enable_grad(), saved_aside(model):
-        outputs = hooked_outputs(run, modules, layout)
-        biases = {layer: x.new_zeros(1, 1, x.shape[-1]).requires_grad_() for layer, x in outputs.items()}
-        rows = with_biases(run, modules)(biases)
-        log_p_V = rows[0].to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(0)
-        grads = [
-            torch.autograd.grad(log_p_V[token], list(biases.values()), retain_graph=True)
-            for token in token_ids.tolist()
-        ]
-    return {layer: torch.stack([g[i][0, 0] for g in grads]) for i, layer in enumerate(biases)}

@@ -59,6 +59,12 @@ class Replay:
     call_order: Sequence[str]
     above: Collection[int]
 
+    @property
+    def runs(self) -> tuple[nn.Module, ...]:
+        """The modules that are run."""
+        model = self.model()
+        return () if model is None else (model,)
+
     def __call__(self, rows: Tensor) -> Tensor:
         """[N, D] to [N, D']."""
         model = self.model()

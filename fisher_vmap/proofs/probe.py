@@ -5,25 +5,25 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.anatomy.autocast import autocast_off, one_at_a_time
 from fisher_vmap.anatomy.experts import experts_apart
-from fisher_vmap.anatomy.layers import decoder_blocks, hooked
+from fisher_vmap.anatomy.layers import decoder_blocks, hooked, layers_of
 from fisher_vmap.anatomy.layout import Layout, lay_out, pack_rows
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.old_functions import old_functions
 from fisher_vmap.anatomy.placement import input_device, model_dtype, placed, weights_ready
-from fisher_vmap.anatomy.recording import StructureChanged, run_blocks
+from fisher_vmap.anatomy.recording import run_blocks
+from fisher_vmap.anatomy.user_hooks import hook_behind, hooks_off, is_hooked
 from fisher_vmap.anatomy.widening import in_float32
 from fisher_vmap.proofs.proof import Reach, block_reach
 from fisher_vmap.proofs.tail import watch
 from fisher_vmap.pullbacks import attention_interface
 from fisher_vmap.pullbacks.attention_interface import (
-    UnsupportedAttention,
     attention_set_to,
     noting_odd_masks,
     prompts_packed,
@@ -39,8 +39,36 @@ from fisher_vmap.upper_network.whole import hooked_outputs, rows_from_logits
 
 log = logging.getLogger(__name__)
 
+STANDARD = ("eager", "sdpa", "flash", "flex", "paged")  # beginnings of the names of transformers' own attention
+HOOKED_LOGITS = 2**26  # most logits of a hooked model's batch that it is watched on
+
 # Of a configuration: what the package itself sets for a call, and what a call is given.
 NOT_THE_MODEL = ("_attn_implementation", "_attn_implementation_internal", "use_cache")
+
+
+class Choice(NamedTuple):
+    """How the scores at a layer are computed, and how far that is proven.
+
+    Attributes:
+        form: "packed", "layerwise", "whole" or "loop".
+        attention: "ours", "plain" (transformers' eager, or the model's own), or "own".
+        prompts: "together", "alone" (one at a time) or "given" (as the caller's tensor has them).
+        why: this one.
+        length: of the longest prompt that it was proven on.
+        rows: of the largest packed batch that it was proven on.
+    """
+
+    form: str
+    attention: str
+    prompts: str
+    why: str
+    length: int = 0
+    rows: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What is run."""
+        return self.form, self.attention, self.prompts
 
 
 @dataclass
@@ -56,6 +84,13 @@ class Probe:
         finite: whether what was seen were numbers; else it holds for one batch alone.
         forms: the form chosen for each (layer, kernel asked for), and why.
         adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
+        plain: what is known of the model under an attention other than ours; None: not looked at, or this is it.
+        noise: for each layer, the relative distance that rounding accounts for, where it was measured.
+        log_probs_noise: the same of log-probabilities, in standard deviations over the vocabulary.
+        calls: how many batches have been computed.
+        due: the batch of a run's shard whose scores are audited; None: of a process, those numbered 1, 2, 4, ...
+        changes: how often a form was given up after it had been chosen.
+        told: the changes that have been told.
     """
 
     parts: Parts
@@ -64,8 +99,19 @@ class Probe:
     why_no_head: str
     made_of: int
     finite: bool
-    forms: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
-    adjoint: set[tuple[str, str]] = field(default_factory=set)
+    forms: dict[tuple[str, str], Choice] = field(default_factory=dict)
+    adjoint: set[tuple[str, tuple[str, str, str]]] = field(default_factory=set)
+    plain: "Probe | None" = None
+    noise: dict[str, float] = field(default_factory=dict)
+    log_probs_noise: float = 0.0
+    calls: int = 0
+    due: int | None = None
+    changes: int = 0
+    told: set[tuple[str, str]] = field(default_factory=set)
+
+    def under(self, attention: str) -> "Probe":
+        """What is known under "ours", or "plain": the model's own attention, or transformers' eager in its place."""
+        return self if attention == "ours" or self.plain is None else self.plain
 
 
 # By model, and the dtype that it is computed in.
@@ -73,8 +119,8 @@ _PROBES: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, Probe]] = weakre
 
 
 @contextmanager
-def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
-    """Evaluation mode, the chosen dtypes and differentiable layers; afterwards every module is as it was.
+def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
+    """Evaluation mode and the chosen dtypes, and nothing else of ours; afterwards every module is as it was.
 
     Threads that compute on one model wait for one another here.
 
@@ -83,19 +129,29 @@ def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
         precision: as `choose_precision` gave it; with "float32" the model's weights are float32 inside.
     """
     with one_at_a_time(model):
-        yield from _undisturbed(model, precision)
+        training = [module for module in model.modules() if module.training]
+        try:
+            model.eval()
+            widened = in_float32(model) if precision == "float32" else nullcontext()
+            with autocast_off(), widened:
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
-def _undisturbed(model: nn.Module, precision: str) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        widened = in_float32(model) if precision == "float32" else nullcontext()
-        with autocast_off(), widened, placed(model), quantized_pullbacks(model), experts_apart(model):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+@contextmanager
+def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
+    """As `as_it_is`, with every layer differentiable by `torch.func`, and weights where they are needed."""
+    with as_it_is(model, precision), differentiable(model):
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Within the context every layer can be differentiated by `torch.func`, and weights are where they are needed."""
+    with placed(model), quantized_pullbacks(model), experts_apart(model):
+        yield
 
 
 def probe(model: nn.Module, layout: Layout) -> Probe:
@@ -103,17 +159,17 @@ def probe(model: nn.Module, layout: Layout) -> Probe:
     probes, dtype = _PROBES.setdefault(model, {}), model_dtype(model)
     found, made_of = probes.get(dtype), signature(model)
     if found is None or found.made_of != made_of:
-        found = _look(model, excerpt(layout, tokens=8).input_ids, made_of)
+        found = _look(model, looked_at(model, layout), made_of)
         probes.pop(dtype, None)
         if found.finite:
             probes[dtype] = found
     return found
 
 
-def known_of(model: nn.Module) -> Probe:
-    """What has been found out of a model in the precision that it is computed in now; KeyError: nothing yet."""
-    probes = _PROBES[model]
-    return probes[model_dtype(model)] if len(probes) != 1 else next(iter(probes.values()))
+def known_of(model: nn.Module) -> Probe | None:
+    """What has been found out of a model in the precision that it is computed in now; None: nothing yet."""
+    probes = _PROBES.get(model, {})
+    return probes.get(model_dtype(model)) if len(probes) != 1 else next(iter(probes.values()))
 
 
 def signature(model: nn.Module) -> int:
@@ -137,11 +193,30 @@ def _plain_values(config: object) -> list[object]:
     return [(name, value) for name, value in values if type(value) in plain and name not in NOT_THE_MODEL]
 
 
-def look_again_under_eager(model: nn.Module, known: Probe, layout: Layout, why: str) -> None:
-    """Our attention is not what this model's is: find everything out again under transformers' plain one."""
-    again = _look_under("eager", model, excerpt(layout, tokens=8).input_ids, known.made_of, why)
-    known.parts, known.reach, known.attention = again.parts, again.reach, again.attention
-    known.why_no_head, known.forms = again.why_no_head, {}
+def looked_at(model: nn.Module, layout: Layout) -> Tensor:
+    """The tokens, [B, T], that a model is watched on: a few, or the batch where hooks may be made for its shape."""
+    if is_hooked(model) and layout.input_ids.numel() * layers_of(model).vocabulary <= HOOKED_LOGITS:
+        return layout.input_ids
+    return excerpt(layout, tokens=8).input_ids
+
+
+def look_under_plain(model: nn.Module, known: Probe, layout: Layout) -> Probe | None:
+    """What is known of the model under another attention than ours; None where it has been looked at under that alone.
+
+    That is transformers' eager attention, which `torch.func` can transform; the model's own where that is of the
+    user's making.
+    """
+    if known.attention != attention_interface.NAME:
+        return None
+    if known.plain is None:
+        input_ids = looked_at(model, layout)
+        known.plain = _look_under(_plain_attention(model), model, input_ids, known.made_of, "not under our attention")
+    return known.plain
+
+
+def _plain_attention(model: nn.Module) -> str | None:
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return "eager" if isinstance(current, str) and current.startswith(STANDARD) else None
 
 
 def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
@@ -149,13 +224,22 @@ def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
     if supports_ours(model):
         try:
             return _look_under(attention_interface.NAME, model, input_ids, made_of, "")
-        except (UnsupportedAttention, StructureChanged, RuntimeError, TypeError, ValueError, AssertionError) as reason:
+        except Exception as reason:  # a hook of the user may raise anything
             if is_out_of_memory(reason):
                 raise
             log.info("attention: eager, because %s", reason)
             why = " ".join(str(reason).split())[:120] or type(reason).__name__
-    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return _look_under("eager" if current is not None else None, model, input_ids, made_of, why)
+    try:
+        return _look_under(_plain_attention(model), model, input_ids, made_of, why)
+    except Exception as reason:
+        if is_out_of_memory(reason) or not is_hooked(model):
+            raise
+        behind = hook_behind(model, reason) or "a hook"
+        why = f"{behind} cannot be run on other prompts than its own ({type(reason).__name__})"
+        with hooks_off(model):
+            found = _look_under(_plain_attention(model), model, input_ids, made_of, why)
+        found.parts, found.why_no_head = replace(found.parts, head=None, gather=False), why
+        return found
 
 
 def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made_of: int, why_not_ours: str) -> Probe:
@@ -219,7 +303,9 @@ def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[l
                 return run_blocks(model, parts.blocks, parts.call_order, packed)
 
             return list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
-    except (UnsupportedAttention, StructureChanged, TypeError) as reason:  # then nothing will be packed either
+    except Exception as reason:  # then nothing will be packed either; a hook of the user may raise anything
+        if is_out_of_memory(reason):
+            raise
         log.debug("no fused attention: %s", reason)
         return [], {}
 
@@ -231,7 +317,7 @@ def layer_widths(model: nn.Module, layers: Sequence[str], precision: str = "mode
         ValueError: a module's output is not [B, T, D], or it is not called.
     """
     layout = lay_out(torch.zeros(1, 2, dtype=torch.int64, device=input_device(model)), None)
-    with torch.no_grad(), undisturbed(model, precision):
+    with torch.no_grad(), undisturbed(model, precision), hooks_off(model):
         outputs = hooked_outputs(rows_from_logits(model, layout, gather=False), hooked(model, layers), layout)
     return {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
 

@@ -100,6 +100,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             passes=settings.passes,
             trace_samples=None if settings.trace_samples == "auto" else settings.trace_samples,
             precision=loaded.precision.name,
+            audit=settings.audit,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -1,7 +1,7 @@
 """Before a run begins: the model opened, the kernel proven, the folder compared, and all that can refuse has spoken."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +14,19 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.models import Loaded
 from fisher_vmap.progress import step
+from fisher_vmap.prompts.batches import pack
 from fisher_vmap.prompts.conversations import SkippedPrompt
 from fisher_vmap.prompts.sources import PromptSource, SourcePrompt
 from fisher_vmap.prompts.tokens import Renderer
-from fisher_vmap.running.compute import PreparedShard, Splits, prepare
+from fisher_vmap.running.compute import Notes, PreparedShard, prepare
 from fisher_vmap.running.from_settings import check_save, layout_of, make_renderer, open_model
 from fisher_vmap.storage.folder import inspect_folder
 from fisher_vmap.storage.writer import ResultsWriter
 
 log = logging.getLogger(__name__)
 
-PROOF_TOKENS = 64  # of each of the two prompts that the forms of the kernel are proven on when a run begins
+PROOF_TOKENS = 64  # of each of two prompts, where a whole batch does not fit into memory
+PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
 # Settings that do not change a prompt's results: where and how many, but not what.
 NOT_IN_FINGERPRINT = {
     *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
@@ -78,7 +80,7 @@ class Run(NamedTuple):
     writer: ResultsWriter
     prompts: ShardPrompts
     renderer: Renderer
-    splits: Splits
+    notes: Notes
 
     def prepared(self, numbers: Iterator[int]) -> Iterator[PreparedShard]:
         """The shards of these numbers, to the end of the data; of a stored one nothing is rendered or skipped."""
@@ -121,9 +123,9 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     prompts = ShardPrompts(source, settings.shard_size)
     with step("reading the first prompts"):
         first_shard = prepare(renderer, 0, prompts.of(0))
-    few = _excerpt(settings, fisher, first_shard, renderer)
+    excerpts = _excerpts(settings, fisher, first_shard, renderer)
     with step("proving the kernel"):
-        forms = _prove(fisher, few)
+        forms = _prove(fisher, excerpts)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
     writer = ResultsWriter.open(
         settings.output_dir,
@@ -150,7 +152,8 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     if resolved.get("template_date") != renderer.template_date:
         renderer = make_renderer(settings, loaded, source, resolved.get("template_date"))
     known = {tuple(batch) for batch in resolved.get("splits", [])}
-    return Run(settings, fisher, writer, prompts, renderer, Splits(known, lambda batch: writer.note("splits", [batch])))
+    notes = Notes(known, lambda name, item: writer.note(name, [item]))
+    return Run(settings, fisher, writer, prompts, renderer, notes)
 
 
 def _set_threads(threads: int) -> None:
@@ -159,24 +162,32 @@ def _set_threads(threads: int) -> None:
 
 
 class Excerpt(NamedTuple):
-    """Two prompts of the run, cut short: input_ids [2, T] and attention_mask [2, T]."""
+    """Prompts of the run: input_ids [B, T] and attention_mask [B, T]."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
 
 
-def _excerpt(settings: Settings, fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> Excerpt:
-    """The shortest and the longest of the run's first prompts, wherever a resumed run carries on.
+def _excerpts(settings: Settings, fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> list[Excerpt]:
+    """The run's first batch, wherever a resumed run carries on; and two short prompts, if that does not fit.
+
+    The first batch, since a proof holds as far as it was made: for such long prompts, and so many rows.
 
     Raises:
         UserError: neither a prompt nor a plain word becomes tokens that the model knows.
     """
     known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    every = [prompt.ids[:PROOF_TOKENS] for prompt in shard.rendered.values() if max(prompt.ids) < known]
-    every = sorted(every or [_plain_word(settings, renderer, known)], key=len)
-    few = torch.zeros(2, len(every[-1]), dtype=torch.int64, device=fisher.device)
+    every = [prompt.ids for prompt in shard.rendered.values() if max(prompt.ids) < known]
+    every = every or [_plain_word(settings, renderer, known)]
+    batch = [every[i] for i in pack([len(ids) for ids in every], fisher.batch_size, fisher.max_batch_tokens)[0]]
+    short = sorted((ids[:PROOF_TOKENS] for ids in every), key=len)
+    return [_padded(fisher, batch), _padded(fisher, [short[0], short[-1]])]
+
+
+def _padded(fisher: FisherModel, rows: list[list[int]]) -> Excerpt:
+    few = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=fisher.device)
     mask = torch.zeros_like(few)
-    for row, ids in enumerate((every[0], every[-1])):
+    for row, ids in enumerate(rows):
         few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids, device="cpu"), 1
     return Excerpt(few, mask)
 
@@ -197,14 +208,15 @@ def _plain_word(settings: Settings, renderer: Renderer, known: int) -> list[int]
     return ids
 
 
-def _prove(fisher: FisherModel, few: Excerpt) -> dict[str, dict[str, str]]:
-    """Choose the kernel's form for each layer, by what it gives for the excerpt.
+def _prove(fisher: FisherModel, excerpts: Sequence[Excerpt]) -> dict[str, dict[str, str]]:
+    """Choose the kernel's form for each layer, by what it gives for the first excerpt that fits into memory.
 
     Raises:
         UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
     """
+    few, *others = excerpts
     try:
-        fisher.scores(*few)
+        fisher.scores(*few, top_k=min(fisher.top_k, PROOF_TOP))
         if fisher.estimator == "full":
             fisher.estimate(*few, rank=1)
     except ValueError as error:
@@ -212,11 +224,14 @@ def _prove(fisher: FisherModel, few: Excerpt) -> dict[str, dict[str, str]]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory on two prompts of {few.input_ids.shape[1]} tokens; try dtype bfloat16, fewer layers or "
-            "top_k_tokens, or another device"
-        ) from error
-    return fisher.forms
+        if not others:
+            raise UserError(
+                f"out of memory on two prompts of {few.input_ids.shape[1]} tokens; try dtype bfloat16, fewer layers or "
+                "top_k_tokens, or another device"
+            ) from error
+    else:
+        return fisher.forms
+    return _prove(fisher, others)  # outside of the handler, whose traceback holds on to the tensors in the way
 
 
 def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:

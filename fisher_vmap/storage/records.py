@@ -15,7 +15,7 @@ FloatArray = NDArray[np.floating[Any]]
 
 # Columns that every prompts table has; a kept column may not take their names.
 TABLE_COLUMNS = (
-    *("prompt_index", "source_row", "text", "status", "reason", "tokens", "truncated", "mass", "crc32"),
+    *("prompt_index", "source_row", "text", "status", "reason", "audit", "tokens", "truncated", "mass", "crc32"),
     *("top_tokens", "prompt_tokens"),
 )
 
@@ -58,6 +58,8 @@ class PromptResult:
     reason: str | None = None
     num_tokens: int = 0
     truncated: bool = False
+    audit: str | None = None
+    """What the audit changed in how it was computed, and why; None: nothing."""
     token_ids: NDArray[np.integer[Any]] | None = None
     """[K] int64; with `include_rest` one more, -1, for any other token."""
     log_probs: FloatArray | None = None

@@ -1,6 +1,7 @@
 """The prompts table: one row a prompt, stored beside each shard and joined into prompts.parquet at the end.
 
-Columns: prompt_index, source_row, text, the kept columns, status, reason, tokens, truncated, mass (the probability that
+Columns: prompt_index, source_row, text, the kept columns, status, reason, audit (what it
+changed in how the prompt was computed, and why), tokens, truncated, mass (the probability that
 the K tokens cover), top_tokens and prompt_tokens (the K tokens and the prompt's own, as text), and for each layer
 "<layer>/trace", "<layer>/trace_norm2" (trace x residual_norm^2, comparable between layers), "<layer>/effective_rank",
 "<layer>/share_kept" (sum of S / trace); and, where random vectors were drawn for it, estimates: "<layer>/trace_full" of
@@ -37,6 +38,7 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
     columns |= {
         "status": pa.array([r.status for r in results], pa.string()),
         "reason": pa.array([_encodable(r.reason) for r in results], pa.string()),
+        "audit": pa.array([_encodable(r.audit) for r in results], pa.string()),
         "tokens": pa.array([r.num_tokens for r in results], pa.int64()),
         "truncated": pa.array([r.truncated for r in results], pa.bool_()),
         "mass": pa.array(

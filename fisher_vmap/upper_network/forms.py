@@ -51,7 +51,11 @@ def whole(
             f"precision mixed needs the layerwise kernel, which {layers[0]} cannot have; use precision float32"
         )
     modules = hooked(model, layers)
-    run, head = rows_and_head(model, parts, layout, modules)
+    head: Head
+    if loop:  # the last resort: the model's own forward to the end
+        run, head = rows_from_logits(model, layout, gather=False), LogitsHead()
+    else:
+        run, head = rows_and_head(model, parts, layout, modules)
     outputs = hooked_outputs(run, modules, layout)
     zeros = zero_biases(outputs)
     rows, pullback = (pullback_loop if loop else pullback_whole)(with_biases(run, modules), zeros)

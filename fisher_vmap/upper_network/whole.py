@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from fisher_vmap.anatomy.blocks import forward_inputs, output_embedding, output_of, with_output
+from fisher_vmap.anatomy.blocks import output_embedding, output_of, with_output
 from fisher_vmap.anatomy.layout import Layout
-from fisher_vmap.anatomy.recording import StructureChanged, hooks, run_blocks
+from fisher_vmap.anatomy.recording import StructureChanged, hooks, inputs_of, run_blocks
 from fisher_vmap.anatomy.streams import Hooked
 
 Biases = dict[str, Tensor]  # [B, T, D] for each hooked module
@@ -47,7 +47,7 @@ def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Calla
     def run() -> Tensor:
         handles = [] if unembedding is None else [unembedding.register_forward_pre_hook(gather_last)]
         with hooks(*handles):
-            logits: Tensor = model(**forward_inputs(model, layout.input_ids)).logits
+            logits: Tensor = model(**inputs_of(model, layout)).logits
         return logits[:, 0] if logits.shape[1] == 1 else layout.last(logits)
 
     return run

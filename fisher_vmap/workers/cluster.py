@@ -96,9 +96,11 @@ def drive(
                 break
             continue
         writer.record([ShardEntry.model_validate(account["entry"])])
-        if account.get("splits"):
-            log.warning("out of memory on %d batches: they were computed in halves", len(account["splits"]))
-            writer.note("splits", account["splits"])
+        notes = account.get("notes", [])
+        if split := sum(name == "splits" for name, _ in notes):
+            log.warning("out of memory on %d batches: they were computed in halves", split)
+        for name, item in notes:
+            writer.note(name, [item])
         summary.tokens += account["tokens"]
         report(Progress(lacking.pop(account["number"], 0), account["tokens"]))
     if failed:

@@ -39,16 +39,16 @@ class ShardWorker:
 
     def __init__(self, settings: Settings, device_share: float) -> None:
         self.run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
-        self._split: list[list[int]] = []
-        self.run.splits.store = self._split.append  # the driver keeps them
+        self._notes: list[tuple[str, list[Any]]] = []
+        self.run.notes.store = lambda name, item: self._notes.append((name, item))  # the driver keeps them
 
     def __call__(self, numbers: list[int]) -> list[dict[str, Any]]:
         """Compute and store the shards of these numbers that are not there yet.
 
         Returns:
             An account of each: "number" and "entry", the entry that it has in the index, or "error", why it has none,
-            with "user_error" where the user can mend that; "prompts" and "tokens" that were computed; "splits", batches
-            that ran out of memory.
+            with "user_error" where the user can mend that; "prompts" and "tokens" that were computed; "notes", what
+            the run is to remember, as the name of a list and an item for it.
         """
         begun = [times_begun(self.run.writer.folder, number) for number in numbers]
         try:
@@ -80,8 +80,8 @@ class ShardWorker:
             )
         if len(accounts) < len(numbers):
             raise UserError(f"the data ended before shard {numbers[len(accounts)]}: were they changed during the run?")
-        accounts[0]["splits"] = self._split.copy()
-        self._split.clear()
+        accounts[0]["notes"] = self._notes.copy()
+        self._notes.clear()
         return accounts
 
     def _failed(self, number: int, error: Exception) -> dict[str, Any]:

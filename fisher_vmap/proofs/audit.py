@@ -1,0 +1,296 @@
+"""The audit: what was computed, compared with the model itself while it is being used.
+
+A proof is made once, on some prompts, and trusted afterwards. What it did not reach, and what has changed since, shows
+here. Of a batch one prompt goes through the model as it is, by itself, and the log-probabilities are compared; now and
+then, and whenever a batch reaches further than the proof, a token's scores are compared with plain autograd.
+"""
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.anatomy.layers import decoder_blocks
+from fisher_vmap.anatomy.layout import Layout
+from fisher_vmap.anatomy.memory import is_out_of_memory
+from fisher_vmap.anatomy.user_hooks import is_hooked
+from fisher_vmap.proofs.distance import (
+    arithmetic,
+    budget_of,
+    can_be_widened,
+    deviations,
+    in_wide,
+    measured_budget,
+    noise_between,
+    relative,
+)
+from fisher_vmap.proofs.plain import (
+    Plain,
+    Reference,
+    first_line,
+    plain_autograd,
+    plain_log_probs,
+    positions_in,
+    reference_of,
+)
+from fisher_vmap.proofs.probe import Choice, Probe
+from fisher_vmap.pullbacks.quantized import quantized_pullbacks
+
+log = logging.getLogger(__name__)
+
+AUDITS = ("auto", "always", "off")
+SHARE = 0.015  # of a batch's work that its audit may take; where it would take more, only some batches are audited
+ALONE = 1.5  # times as long as its share of a batch takes one prompt by itself
+MOST_BATCHES = 64  # at least one of so many batches is audited
+
+
+class Plan(NamedTuple):
+    """What of a batch is audited: the prompts whose log-probabilities are compared, and those whose scores are."""
+
+    log_probs: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+    beyond: bool = False
+    """Whether the batch reaches further than the proof."""
+
+
+@dataclass
+class Found:
+    """What was computed for a batch at layers of one form.
+
+    Attributes:
+        log_probs: [B, K].
+        token_ids: [B, K] int64; negative ones are no tokens.
+        gradients: for each layer, [B, K, D].
+        likeliest: whether the tokens are to be the K likeliest.
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
+    gradients: dict[str, Tensor]
+    likeliest: bool
+
+
+def check_audit(audit: str) -> None:
+    """Raise ValueError unless an audit has this name."""
+    if audit not in AUDITS:
+        raise ValueError(f"audit is {audit!r}; expected 'auto', 'always' or 'off'")
+
+
+def plan_audit(
+    model: nn.Module, known: Probe, layout: Layout, forms: Mapping[str, Choice], vectors: int, audit: str
+) -> Plan:
+    """What of a batch is audited: it depends on the batch, and on how many came before in the shard, or at all.
+
+    Args:
+        model: a causal LM.
+        known: what the probe found.
+        layout: the batch.
+        forms: what each layer is computed by.
+        vectors: K, how many are pulled back.
+        audit: "auto", "always" or "off".
+    """
+    B, total = len(layout.lengths), sum(layout.lengths)
+    longest, last = max(range(B), key=lambda b: layout.lengths[b]), B - 1
+    slack = 1 if is_hooked(model) else 2
+    packed = any(choice.form == "packed" for choice in forms.values())
+    length, rows = (min(getattr(choice, name) for choice in forms.values()) for name in ("length", "rows"))
+    beyond = layout.lengths[longest] > slack * length or (packed and total > slack * rows)
+    furthest = tuple(sorted({longest, last}))
+    reach = furthest if beyond else ()
+    if audit == "off":
+        return Plan((), reach, beyond)
+    mark = zlib.crc32(layout.input_ids.cpu().numpy().tobytes())
+    one = (mark // MOST_BATCHES) % B
+    if audit == "always":
+        return Plan((), tuple(sorted({one, *reach})), beyond)
+    calls = known.calls + 1
+    if calls == known.due or (known.due is None and calls & (calls - 1) == 0):
+        further = known.due is None and (layout.lengths[longest] > length or (packed and total > rows))
+        return Plan((), furthest if further or beyond else (one,), beyond)
+    if reach or mark % _batches_apart(model, known, layout, list(forms), vectors) != 0:
+        return Plan((), reach, beyond)
+    return Plan((one,), (), beyond)
+
+
+def _batches_apart(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], vectors: int) -> int:
+    """One of how many batches is audited, a power of two: so that it is a small share of the work."""
+    order, blocks = list(known.parts.call_order), len(decoder_blocks(model))
+    above = max(len(order) - 1 - order.index(layer) if layer in order else blocks for layer in layers)
+    share = ALONE * blocks / (len(layout.lengths) * (blocks + above * (1 + vectors)))
+    return int(min(MOST_BATCHES, 2 ** max(0, math.ceil(math.log2(share / SHARE)))))
+
+
+def remember_reach(known: Probe, kernel: str, forms: Mapping[str, Choice], layout: Layout, plan: Plan) -> None:
+    """Note that a batch has been computed, and that its forms are proven as far as the scores of it that agreed."""
+    known.calls += 1
+    longest = max((layout.lengths[b] for b in plan.scores), default=0)
+    rows = sum(layout.lengths) if len(layout.lengths) - 1 in plan.scores else 0
+    for layer, choice in forms.items():
+        if (layer, kernel) in known.forms:
+            length, rows = max(choice.length, longest), max(choice.rows, rows)
+            known.forms[layer, kernel] = choice._replace(length=length, rows=rows)
+
+
+class ShardForms:
+    """The forms of one shard of a run, which begins with those of the run's opening whatever the others found.
+
+    So a shard's results are the same whichever process computes it, and after whichever others.
+    """
+
+    def __init__(self, known: Probe) -> None:
+        self._known = known
+        self._before = dict(known.forms)
+        self._changes = known.changes
+
+    def begin(self) -> None:
+        """Before the first batch, be it for the first time or again."""
+        self._known.calls, self._changes = 0, self._known.changes
+
+    def changed(self) -> bool:
+        """Whether a form was given up since the beginning: then what was computed before is in doubt."""
+        return self._known.changes != self._changes
+
+    def given_up(self) -> dict[str, tuple[str, str]]:
+        """For each layer whose form is another than at the opening: the form, and why."""
+        forms = self._known.forms.items()
+        return {
+            layer: (choice.form, choice.why)
+            for (layer, kernel), choice in forms
+            if (layer, kernel) in self._before and self._before[layer, kernel].key != choice.key
+        }
+
+
+@contextmanager
+def one_shard(known: Probe, due: int) -> Iterator[ShardForms]:
+    """Within the context the batches are those of one shard of a run.
+
+    Args:
+        known: what the probe found.
+        due: the number of the batch whose scores are audited, from 1.
+    """
+    before = known.parts, known.why_no_head, known.forms, known.due
+    known.forms, known.due = dict(known.forms), due
+    try:
+        yield ShardForms(known)
+    finally:
+        known.parts, known.why_no_head, known.forms, known.due = before
+
+
+def why_wrong(
+    model: nn.Module, known: Probe, layout: Layout, found: Found, plan: Plan, positions: str | Tensor
+) -> dict[str, str]:
+    """For each layer whose numbers are not the model's, how; the model must be as it is, with nothing of ours in it.
+
+    Args:
+        model: a causal LM.
+        known: what the probe found, and what noise was measured.
+        layout: the batch.
+        found: what was computed.
+        plan: what is audited.
+        positions: where the bias is added.
+    """
+    layers = list(found.gradients)
+    for b in plan.log_probs:
+        reference = reference_of(model, layout, b)
+        wrong = _log_probs_wrong(model, known, reference, plain_log_probs(model, reference), found, b)
+        if wrong is not None:
+            return dict.fromkeys(layers, wrong)
+    wrong_at: dict[str, str] = {}
+    for b in plan.scores:
+        wrong_at |= _scores_wrong(model, known, layout, found, b, positions)
+    return wrong_at
+
+
+def _scores_wrong(
+    model: nn.Module, known: Probe, layout: Layout, found: Found, b: int, positions: str | Tensor
+) -> dict[str, str]:
+    layers = list(found.gradients)
+    reference = reference_of(model, layout, b)
+    tokens_K = found.token_ids[b][found.token_ids[b] >= 0]
+    rank = (sum(layout.lengths) + b) % len(tokens_K)
+    if not bool(found.log_probs[b, rank].isfinite()):
+        rank = 0
+    token_1 = tokens_K[rank : rank + 1]
+    where = positions_in(reference, positions, layout, b)
+
+    def plainly() -> Plain:
+        # Some quantised layers have no backward, and autograd does not say so: theirs is of their matrix.
+        with quantized_pullbacks(model):
+            return plain_autograd(model, reference, layers, token_1, where)
+
+    try:
+        plain = plainly()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("the scores of a prompt cannot be audited: %s", first_line(error))
+        plain = Plain(plain_log_probs(model, reference), {})
+    if (wrong := _log_probs_wrong(model, known, reference, plain.log_probs, found, b)) is not None:
+        return dict.fromkeys(layers, wrong)
+    wrong_at: dict[str, str] = {}
+    measured: tuple[Plain, dict[str, float]] | None = None
+    for layer, expected in plain.scores.items():
+        got = found.gradients[layer][b, rank : rank + 1]
+        distance = relative(got, expected)
+        allowed = budget_of(model, layer, known.noise, known.log_probs_noise).scores
+        if distance <= allowed or not bool(expected.isfinite().all()):
+            continue
+        if can_be_widened(model) and measured is None and (wide := in_wide(model, plainly)) is not None:
+            measured = wide, noise_between([plain], [wide], token_1[None])[0]
+        if measured is not None:  # the noise of this very prompt
+            distance = relative(got, measured[0].scores[layer])
+            allowed = measured_budget(arithmetic(model), measured[1][layer], 0.0).scores
+        if not distance <= allowed:
+            wrong_at[layer] = (
+                f"the audit found the score of token {int(token_1)} of a prompt of {layout.lengths[b]} tokens "
+                f"{distance:.1e} away from plain autograd, more than {allowed:.0e}"
+            )
+    return wrong_at
+
+
+def _log_probs_wrong(
+    model: nn.Module, known: Probe, reference: Reference, log_probs_V: Tensor, found: Found, b: int
+) -> str | None:
+    if bool(log_probs_V.isnan().any()):
+        return None
+    distance = _log_probs_distance(found, b, log_probs_V)
+    layer = next(iter(found.gradients))
+    allowed = budget_of(model, layer, known.noise, known.log_probs_noise).log_probs
+    if distance > allowed and can_be_widened(model):
+        wide = in_wide(model, lambda: plain_log_probs(model, reference))
+        if wide is not None:  # the noise of this very prompt
+            tokens = found.token_ids[b][found.token_ids[b] >= 0]
+            noise = deviations(log_probs_V[tokens], wide, tokens)
+            distance = _log_probs_distance(found, b, wide)
+            allowed = measured_budget(arithmetic(model), 0.0, noise).log_probs
+    if distance <= allowed:
+        return None
+    return (
+        f"the audit found the log-probabilities of a prompt of {reference.layout.lengths[reference.b]} tokens "
+        f"{distance:.1e} standard deviations away from the model's own, more than {allowed:.0e}"
+    )
+
+
+def _log_probs_distance(found: Found, b: int, log_probs_V: Tensor) -> float:
+    """The largest distance of the log-probabilities, or of a token that is likelier than those that were taken."""
+    tokens, log_probs_V = found.token_ids[b], log_probs_V.to(found.token_ids.device)
+    real = tokens >= 0
+    distance = deviations(found.log_probs[b][real], log_probs_V, tokens[real])
+    if not found.likeliest:
+        return distance
+    others_V = log_probs_V.index_fill(0, tokens[real], -torch.inf)
+    least, other = log_probs_V[tokens[real]].min(), others_V.max()
+    if bool(other > least):
+        finite_V = log_probs_V[log_probs_V.isfinite()]
+        distance = max(distance, float((other - least) / finite_V.double().std().clamp(min=1e-30)))
+    if not bool(real.all()):
+        rest, expected = found.log_probs[b][~real], others_V.logsumexp(0)
+        scale = max(1.0, abs(float(expected)))
+        distance = max(distance, float((rest[0] - expected).abs()) / scale if bool(expected.isfinite()) else 0.0)
+    return distance
