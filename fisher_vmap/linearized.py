@@ -20,7 +20,7 @@ from fisher_vmap.anatomy.rotary import batches_apart
 from fisher_vmap.anatomy.user_hooks import is_hooked
 from fisher_vmap.metric import Metric, metric
 from fisher_vmap.proofs.audit import Found, plan_audit, remember_reach, why_wrong
-from fisher_vmap.proofs.choice import choose_forms, give_up
+from fisher_vmap.proofs.choice import NoFormAgrees, choose_forms, give_up
 from fisher_vmap.proofs.distance import budget_of
 from fisher_vmap.proofs.probe import Choice, Probe, differentiable, excerpt
 from fisher_vmap.upper import Choices, Upper, open_upper
@@ -193,7 +193,7 @@ def linearize(
             remember_reach(known, kernel, forms, layout, plan)
             return net
         if kernel != "auto":
-            raise ValueError(f"kernel {kernel} is wrong: {next(iter(wrong.values()))}; use kernel auto")
+            raise NoFormAgrees(f"kernel {kernel} is wrong: {next(iter(wrong.values()))}; use kernel auto")
         with differentiable(model):
             give_up(model, known, layout, kernel, wrong)
 
@@ -204,7 +204,7 @@ def _found(upper: Upper, scores: bool) -> Found:
     summed = upper.pull(reading.cotangents.transpose(0, 1)) if scores else {}
     device = upper.layout.device
     gradients = {layer: summed[layer].gradients if scores else upper.rows[:, :0] for layer in upper.layers}
-    return Found(reading.log_probs.to(device), reading.token_ids.to(device), gradients, True)
+    return Found(reading.log_probs.to(device), reading.token_ids.to(device), gradients, upper.residual_norm, True)
 
 
 def _opened(

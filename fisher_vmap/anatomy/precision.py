@@ -8,6 +8,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fisher_vmap.anatomy.autocast import one_at_a_time
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device, model_dtype, put_aside
+from fisher_vmap.anatomy.user_hooks import hooks_off
 from fisher_vmap.anatomy.widening import NARROW, in_float32, narrow_tensors
 
 log = logging.getLogger(__name__)
@@ -152,14 +154,25 @@ def _why_not_widened(model: nn.Module) -> str | None:
         return "some weights are put aside"
     if (packed := _quantised(model)) is not None:
         return f"{packed} is quantised"
+    error = _error_of_a_run(model, in_float32(model))
+    if error is not None and _error_of_a_run(model, nullcontext()) is not None:  # a hook made for other prompts
+        with hooks_off(model):
+            error = _error_of_a_run(model, in_float32(model))
+    if error is None:
+        return None
+    if is_out_of_memory(error):
+        return "there is no memory for it"
+    return f"this model does not run in float32 ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+
+
+def _error_of_a_run(model: nn.Module, around: AbstractContextManager[Any]) -> Exception | None:
+    """The error of a forward on two tokens, if it is one: a hook may have weights of its own, or read position 5."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
     try:
-        with torch.no_grad(), in_float32(model):
+        with torch.no_grad(), around:
             model(input_ids=ids, use_cache=False)
-    except (RuntimeError, TypeError, ValueError) as error:  # a hook with weights of its own, say
-        if is_out_of_memory(error):
-            return "there is no memory for it"
-        return f"this model does not run in float32 ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    except Exception as error:  # a hook of the user may raise anything
+        return error
     return None
 
 

@@ -55,8 +55,6 @@ class Plan(NamedTuple):
 
     log_probs: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
-    beyond: bool = False
-    """Whether the batch reaches further than the proof."""
 
 
 @dataclass
@@ -67,12 +65,14 @@ class Found:
         log_probs: [B, K].
         token_ids: [B, K] int64; negative ones are no tokens.
         gradients: for each layer, [B, K, D].
+        norms: for each layer, [B], the mean norm of its output.
         likeliest: whether the tokens are to be the K likeliest.
     """
 
     log_probs: Tensor
     token_ids: Tensor
     gradients: dict[str, Tensor]
+    norms: dict[str, Tensor]
     likeliest: bool
 
 
@@ -95,27 +95,27 @@ def plan_audit(
         vectors: K, how many are pulled back.
         audit: "auto", "always" or "off".
     """
-    B, total = len(layout.lengths), sum(layout.lengths)
-    longest, last = max(range(B), key=lambda b: layout.lengths[b]), B - 1
-    slack = 1 if is_hooked(model) else 2
+    B, rows, lengths = len(layout.lengths), sum(layout.lengths), layout.lengths
     packed = any(choice.form == "packed" for choice in forms.values())
-    length, rows = (min(getattr(choice, name) for choice in forms.values()) for name in ("length", "rows"))
-    beyond = layout.lengths[longest] > slack * length or (packed and total > slack * rows)
-    furthest = tuple(sorted({longest, last}))
-    reach = furthest if beyond else ()
+    least = min((choice for choice in forms.values()), key=lambda choice: (choice.length, choice.rows))
+    hooked = is_hooked(model)
+    further = max(lengths) > least.length or (packed and rows > least.rows)
+    beyond = max(lengths) > 2 * least.length or (packed and rows > 2 * least.rows) or (hooked and further)
+    furthest = tuple(sorted({max(range(B), key=lambda b: lengths[b]), B - 1}))  # the longest prompt, and the last row
     if audit == "off":
-        return Plan((), reach, beyond)
+        return Plan((), furthest if beyond else ())
     mark = zlib.crc32(layout.input_ids.cpu().numpy().tobytes())
-    one = (mark // MOST_BATCHES) % B
-    if audit == "always":
-        return Plan((), tuple(sorted({one, *reach})), beyond)
+    one = ((mark // MOST_BATCHES) % B,)
     calls = known.calls + 1
-    if calls == known.due or (known.due is None and calls & (calls - 1) == 0):
-        further = known.due is None and (layout.lengths[longest] > length or (packed and total > rows))
-        return Plan((), furthest if further or beyond else (one,), beyond)
-    if reach or mark % _batches_apart(model, known, layout, list(forms), vectors) != 0:
-        return Plan((), reach, beyond)
-    return Plan((one,), (), beyond)
+    scored = calls == known.due or (known.due is None and calls & (calls - 1) == 0) or audit == "always"
+    if hooked and (beyond or scored):  # what a hook does may depend on the whole batch, and change unseen
+        return Plan(tuple(range(B)), furthest)
+    if beyond or (scored and further and known.due is None):
+        return Plan((), furthest)
+    if scored:
+        return Plan((), one)
+    apart = 1 if hooked else _batches_apart(model, known, layout, list(forms), vectors)
+    return Plan(one) if mark % apart == 0 else Plan()
 
 
 def _batches_apart(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], vectors: int) -> int:
@@ -230,21 +230,22 @@ def _scores_wrong(
         if is_out_of_memory(error):
             raise
         log.info("the scores of a prompt cannot be audited: %s", first_line(error))
-        plain = Plain(plain_log_probs(model, reference), {})
+        plain = Plain(plain_log_probs(model, reference), {}, {})
     if (wrong := _log_probs_wrong(model, known, reference, plain.log_probs, found, b)) is not None:
         return dict.fromkeys(layers, wrong)
     wrong_at: dict[str, str] = {}
     measured: tuple[Plain, dict[str, float]] | None = None
     for layer, expected in plain.scores.items():
         got = found.gradients[layer][b, rank : rank + 1]
-        distance = relative(got, expected)
+        distance = max(relative(got, expected), _norm_distance(found, plain, layer, b))
         allowed = budget_of(model, layer, known.noise, known.log_probs_noise).scores
         if distance <= allowed or not bool(expected.isfinite().all()):
             continue
-        if can_be_widened(model) and measured is None and (wide := in_wide(model, plainly)) is not None:
-            measured = wide, noise_between([plain], [wide], token_1[None])[0]
+        if can_be_widened(model) and measured is None and (again := in_wide(model, plainly)) is not None:
+            measured = again, noise_between([plain], [again], token_1[None])[0]
         if measured is not None:  # the noise of this very prompt
-            distance = relative(got, measured[0].scores[layer])
+            wide = measured[0]
+            distance = max(relative(got, wide.scores[layer]), _norm_distance(found, wide, layer, b))
             allowed = measured_budget(arithmetic(model), measured[1][layer], 0.0).scores
         if not distance <= allowed:
             wrong_at[layer] = (
@@ -252,6 +253,11 @@ def _scores_wrong(
                 f"{distance:.1e} away from plain autograd, more than {allowed:.0e}"
             )
     return wrong_at
+
+
+def _norm_distance(found: Found, plain: Plain, layer: str, b: int) -> float:
+    expected = plain.norms[layer]
+    return abs(float(found.norms[layer][b]) - expected) / max(abs(expected), 1e-30)
 
 
 def _log_probs_wrong(

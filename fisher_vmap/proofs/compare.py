@@ -19,6 +19,7 @@ from fisher_vmap.outcomes import Wanted
 from fisher_vmap.proofs.distance import (
     LOG_PROBS,
     SCORES,
+    TINY,
     Budget,
     arithmetic,
     can_be_widened,
@@ -161,7 +162,8 @@ def _distances(
     name = str(dtype).removeprefix("torch.")
     for b, one in zip(expected.prompts, plain, strict=True):
         for layer in layers:
-            distance = relative(found.gradients[layer][b], one.scores[layer])
+            norm = abs(float(found.residual_norm[layer][b]) - one.norms[layer]) / max(one.norms[layer], TINY)
+            distance = max(relative(found.gradients[layer][b], one.scores[layer]), norm)
             log.debug("%s: %.1e from plain autograd in %s", layer, distance, name)
             if not distance <= budgets[layer].scores:
                 return f"scores at {layer} are {distance:.1e} away in {name}, more than {budgets[layer].scores:.0e}"

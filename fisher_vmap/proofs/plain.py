@@ -21,6 +21,7 @@ from fisher_vmap.anatomy.recording import hooks, inputs_of
 from fisher_vmap.anatomy.rotary import forget_lengths
 from fisher_vmap.anatomy.streams import Place
 from fisher_vmap.anatomy.user_hooks import hook_behind, is_hooked
+from fisher_vmap.upper_network.arrivals import residual_norm
 from fisher_vmap.upper_network.positions import position_mask
 from fisher_vmap.upper_network.whole import rows_from_logits
 
@@ -45,10 +46,17 @@ class Reference(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """What plain autograd gives for one prompt: log p of every token, [V], and of some the scores, [K, D] a layer."""
+    """What plain autograd gives for one prompt.
+
+    Attributes:
+        log_probs: log p of every token, [V].
+        scores: of some tokens, for each layer [K, D].
+        norms: for each layer the mean norm of its output over the prompt's tokens.
+    """
 
     log_probs: Tensor
     scores: Mapping[str, Tensor]
+    norms: Mapping[str, float]
 
 
 def reference_of(model: nn.Module, layout: Layout, b: int) -> Reference:
@@ -121,11 +129,13 @@ def plain_autograd(
     layout, b = reference
     run = rows_from_logits(model, layout, gather=False)
     biases: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
 
     def add(name: str, place: Place) -> Callable[..., Any]:
         def after(_module: nn.Module, _args: Any, output: Any) -> Any:
             hidden = output_of(output)
             assert hidden is not None
+            norms[name] = float(residual_norm(place.gathered(hidden.detach()), layout)[b])
             if name not in biases:
                 biases[name] = hidden.new_zeros(1, 1, hidden.shape[-1]).requires_grad_()
             return with_output(output, hidden + place.spread(_spread(biases[name], positions, layout, b)))
@@ -143,7 +153,7 @@ def plain_autograd(
         leaves = [biases[layer] for layer in layers]
         grads = [torch.autograd.grad(log_p_V[token], leaves, retain_graph=True) for token in token_ids.tolist()]
     scores = {layer: torch.stack([g[i][0, 0] for g in grads]) for i, layer in enumerate(layers)}
-    return Plain(log_p_V.detach(), scores)
+    return Plain(log_p_V.detach(), scores, norms)
 
 
 def positions_in(reference: Reference, positions: str | Tensor, layout: Layout, b: int) -> str | Tensor:
