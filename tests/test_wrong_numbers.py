@@ -191,3 +191,25 @@ def test_a_token_that_the_tokenizer_does_not_know_is_shown_by_its_number():
     tokenizer = tiny_tokenizer()
     pieces = Pieces(tokenizer)
     assert pieces.single(len(tokenizer)) == f"<{len(tokenizer)}>" and pieces.single(len(tokenizer) - 1)
+
+
+def test_a_model_that_is_run_in_another_thread_meanwhile_says_so():
+    model, (row,), said = fresh("llama"), prompts((9,)), []
+
+    def run():
+        try:
+            model(row[None])
+        except RuntimeError as error:
+            said.append(str(error))
+
+    def beside(_module, _args, _output):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+
+    handle = model.model.norm.register_forward_hook(beside)
+    fisher_scores(model, row[None], layers=1, top_k=3)
+    handle.remove()
+    assert any("fisher_vmap computes on this model in another thread" in line for line in said)
+    model(row[None])  # and now it runs

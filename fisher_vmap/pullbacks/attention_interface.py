@@ -32,6 +32,7 @@ class Packed:
 _PACKED: ContextVar[Packed | None] = ContextVar("packed prompts", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
 _KEYS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("keys and values of all positions", default=None)
+_IN_A_CALL: ContextVar[bool] = ContextVar("this thread has exchanged a model's attention", default=False)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
 
 
@@ -50,7 +51,16 @@ def _attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers' attention modules call: [B, H, T, E] each, out comes [B, T, H, E]."""
+    """The function that transformers' attention modules call: [B, H, T, E] each, out comes [B, T, H, E].
+
+    Raises:
+        RuntimeError: called by a thread that has not exchanged the attention: it runs a model that another computes on.
+    """
+    if not _IN_A_CALL.get():
+        raise RuntimeError(
+            "fisher_vmap computes on this model in another thread, and has exchanged its attention meanwhile; run the "
+            "model when that call has returned, or give one of the two a copy of the model"
+        )
     for name in ("softcap", "s_aux", "sinks", "position_bias", "indices", "sparse_indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"{type(module).__name__} uses {name}")
@@ -164,11 +174,13 @@ def attention_set_to(model: torch.nn.Module, implementation: str | None) -> Iter
         register()
     configs = {id(config): config for module in model.modules() if (config := _config_of(module)) is not None}
     before = [(config, config._attn_implementation) for config in configs.values()]
+    token = _IN_A_CALL.set(implementation == NAME or _IN_A_CALL.get())
     try:
         for config in configs.values():
             config._attn_implementation = implementation
         yield
     finally:
+        _IN_A_CALL.reset(token)
         for config, name in before:  # in the order of model.modules(): an inner config's own value comes last
             config._attn_implementation = name
 
