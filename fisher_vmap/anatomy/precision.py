@@ -6,7 +6,6 @@ in float32, and less exact. Which kind a processor is of is measured, on product
 
 import logging
 import time
-import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fisher_vmap.anatomy.autocast import one_at_a_time
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device, model_dtype, put_aside
+from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.widening import NARROW, in_float32, narrow_tensors
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Precision(NamedTuple):
 
 
 # By model: for a dtype and what was asked for. The choice is told once for each.
-_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, str], Precision]] = weakref.WeakKeyDictionary()
+_CHOSEN: Remembered[dict[tuple[torch.dtype, str], Precision]] = Remembered()
 
 
 def check_precision(precision: str) -> None:
