@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.widening import saved_narrow, widened, widened_by_parts
+from fisher_vmap.anatomy.wrapped_forwards import innermost, is_of_class
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -98,8 +99,8 @@ def placed(model: nn.Module) -> Iterator[None]:
     before = {module: vars(module)["forward"] for module in hooked}
     try:
         for module in hooked:
-            own = getattr(module, "_old_forward", None)
-            if getattr(own, "__func__", None) is type(module).forward:
+            own = innermost(module, getattr(module, "_old_forward", None))
+            if is_of_class(module, own):
                 del module.forward
             elif own is not None:  # somebody had exchanged the forward before accelerate came
                 module.forward = own

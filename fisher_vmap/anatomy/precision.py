@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.autocast import one_at_a_time
+from fisher_vmap.anatomy.autocast import autocast_off, one_at_a_time
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device, model_dtype, put_aside
 from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.widening import NARROW, in_float32, narrow_tensors
+from fisher_vmap.anatomy.wrapped_forwards import own_forwards
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def choose_precision(model: nn.Module, precision: str) -> Precision:
     with one_at_a_time(model):
         chosen, key = _CHOSEN.setdefault(model, {}), (model_dtype(model), precision)
         if key not in chosen:
-            chosen[key] = _choose(model, precision)
+            with autocast_off(), own_forwards(model):
+                chosen[key] = _choose(model, precision)
             level = logging.INFO if key[0] in NARROW and (precision == "auto" or chosen[key].rates) else logging.DEBUG
             log.log(level, "precision: %s, because %s", chosen[key].name, chosen[key].why)
         return chosen[key]
