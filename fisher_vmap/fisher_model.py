@@ -118,6 +118,7 @@ class FisherModel:
         with undisturbed(model, self.precision):
             self.layers = resolve_layers(model, names_inside(given, model, layers))
             self.widths = layer_widths(model, self.layers)
+            self.vocabulary = layers_of(model).vocabulary
         self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
         self.estimator, self.include_rest = estimator, include_rest
         self.oversampling, self.passes, self.audit = oversampling, passes, audit
@@ -128,7 +129,6 @@ class FisherModel:
         vectors = top_k + trace_samples + (oversampling if estimator == "full" else 0)
         self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
         self._renderer = renderer
-        self.vocabulary = layers_of(model).vocabulary
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
 

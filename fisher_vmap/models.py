@@ -17,6 +17,7 @@ from fisher_vmap.loading.devices import choose_device, placement_options, places
 from fisher_vmap.loading.loader_errors import explained, quiet_progress, refuse_empty
 from fisher_vmap.loading.model_files import hashed, tokenizer_files
 from fisher_vmap.loading.model_source import say_if_it_looks_local, source_of_model, without_adapter_inside
+from fisher_vmap.loading.one_dtype import to_one_dtype
 from fisher_vmap.progress import step
 from fisher_vmap.pullbacks.quantized import CannotDifferentiate, quantized_linears, unpack
 
@@ -164,6 +165,7 @@ def _load(
         except CannotDifferentiate as error:
             raise UserError(f"{model_path}: {error}") from error
         log.info("%s: %d quantised layers unpacked to %s", model_path, len(unpacked), weights_dtype)
+        to_one_dtype(model, weights_dtype)
     return model, tokenizer
 
 

@@ -1,25 +1,23 @@
 """What surrounds a call: autocast off, since the pullbacks count on the dtype, and one call at a time on a model."""
 
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from fisher_vmap.anatomy.remembered import Remembered
+
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, "threading.RLock"] = weakref.WeakKeyDictionary()
-_MAKING = threading.Lock()
+_LOCKS: Remembered["threading.RLock"] = Remembered()
 
 
 @contextmanager
 def one_at_a_time(model: nn.Module) -> Iterator[None]:
     """Within the context no other thread computes on the model with this package: its parts are exchanged meanwhile."""
-    with _MAKING:
-        lock = _LOCKS.setdefault(model, threading.RLock())
-    with lock:
+    with _LOCKS.setdefault(model, threading.RLock()):
         yield
 
 

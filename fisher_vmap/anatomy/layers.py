@@ -7,7 +7,6 @@ them. A list inside such an entry (experts, say) is not looked at.
 
 import difflib
 import re
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +21,10 @@ from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device
 from fisher_vmap.anatomy.position_table import PositionTables
 from fisher_vmap.anatomy.recording import hooks
+from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.streams import Hooked, Place, place_of
 from fisher_vmap.anatomy.user_hooks import hooks_off
+from fisher_vmap.anatomy.wrapped_forwards import own_forwards
 from fisher_vmap.errors import listed
 
 PROMPTS, TOKENS = 5, 7  # of the forward pass that is watched: sizes that no other dimension of an output should have
@@ -51,7 +52,7 @@ class Layers(NamedTuple):
     made_of: int
 
 
-_LAYERS: weakref.WeakKeyDictionary[nn.Module, Layers] = weakref.WeakKeyDictionary()
+_LAYERS: Remembered[Layers] = Remembered()
 
 
 def layers_of(model: nn.Module) -> Layers:
@@ -84,7 +85,7 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with autocast_off(), hooks_off(model):
+        with autocast_off(), own_forwards(model), hooks_off(model):
             places, others, positions, vocabulary = _watch(model)
             ahead = sees_ahead(model)
     finally:

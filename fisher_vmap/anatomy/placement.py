@@ -6,7 +6,6 @@ on another device the inputs are moved, and weights that are put aside are fetch
 block at a time. Everything else follows the tensors: cotangents move to what they are multiplied with.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.widening import saved_narrow, widened, widened_by_parts
+from fisher_vmap.anatomy.wrapped_forwards import innermost, is_of_class
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Forward = Callable[..., Any]
-# By model and module. A model's modules do not hold on to the model, so that it can be freed.
-_FORWARDS: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Forward]] = weakref.WeakKeyDictionary()
+_FORWARDS: Remembered[dict[nn.Module, Forward]] = Remembered()  # by module
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -99,8 +99,8 @@ def placed(model: nn.Module) -> Iterator[None]:
     before = {module: vars(module)["forward"] for module in hooked}
     try:
         for module in hooked:
-            own = getattr(module, "_old_forward", None)
-            if getattr(own, "__func__", None) is type(module).forward:
+            own = innermost(module, getattr(module, "_old_forward", None))
+            if is_of_class(module, own):
                 del module.forward
             elif own is not None:  # somebody had exchanged the forward before accelerate came
                 module.forward = own

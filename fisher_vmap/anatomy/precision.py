@@ -6,7 +6,6 @@ in float32, and less exact. Which kind a processor is of is measured, on product
 
 import logging
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -15,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.autocast import one_at_a_time
+from fisher_vmap.anatomy.autocast import autocast_off, one_at_a_time
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device, model_dtype, put_aside
+from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.user_hooks import hooks_off
 from fisher_vmap.anatomy.widening import NARROW, in_float32, narrow_tensors
+from fisher_vmap.anatomy.wrapped_forwards import own_forwards
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Precision(NamedTuple):
 
 
 # By model: for a dtype and what was asked for. The choice is told once for each.
-_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, str], Precision]] = weakref.WeakKeyDictionary()
+_CHOSEN: Remembered[dict[tuple[torch.dtype, str], Precision]] = Remembered()
 
 
 def check_precision(precision: str) -> None:
@@ -88,7 +89,8 @@ def choose_precision(model: nn.Module, precision: str) -> Precision:
     with one_at_a_time(model):
         chosen, key = _CHOSEN.setdefault(model, {}), (model_dtype(model), precision)
         if key not in chosen:
-            chosen[key] = _choose(model, precision)
+            with autocast_off(), own_forwards(model):
+                chosen[key] = _choose(model, precision)
             level = logging.INFO if key[0] in NARROW and (precision == "auto" or chosen[key].rates) else logging.DEBUG
             log.log(level, "precision: %s, because %s", chosen[key].name, chosen[key].why)
         return chosen[key]

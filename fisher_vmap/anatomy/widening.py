@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.anatomy.recording import hooks
+from fisher_vmap.anatomy.remembered import Remembered
 
 NARROW = (torch.bfloat16, torch.float16)
 # Where a container's limit stands, and what is used of it.
@@ -35,8 +36,7 @@ class _Copy(NamedTuple):
     wide: Tensor
 
 
-# By model, and the id of the weight. A copy does not hold on to its model.
-_COPIES: weakref.WeakKeyDictionary[nn.Module, dict[int, _Copy]] = weakref.WeakKeyDictionary()
+_COPIES: Remembered[dict[int, _Copy]] = Remembered()  # by the id of the weight
 
 
 class _Parts:
@@ -206,7 +206,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _copies(model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Float32 copies of the weights; of one that has changed since, however that was done, a new one."""
-    before = _COPIES.get(model, {})
+    before = _COPIES.get(model) or {}
     now: dict[int, _Copy] = {}
     for tensor in tensors:
         state, found = _state(tensor), before.get(id(tensor))

@@ -52,24 +52,32 @@ def tokenizer_of(model: Any) -> Any:
 def names_inside(model: Any, inner: nn.Module, layers: Layers) -> Layers:
     """Layers as the inner model names them: a name that only the wrapper has ("blocks.15") becomes that module's own.
 
+    Of a compiled part it is the name without torch.compile's "_orig_mod", as the part stands there when it is run.
+
     Args:
         model: what the user gave.
         inner: the model in it, from `unwrapped`.
         layers: as the user wrote them.
     """
-    if inner is model or not isinstance(model, nn.Module) or (isinstance(layers, str) and layers == "all"):
+    if isinstance(layers, str) and layers == "all":
         return layers
     known = {name for name, _ in inner.named_modules()}
-    outer = dict(model.named_modules(remove_duplicate=False))
+    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    outer = {_uncompiled(name): module for name, module in modules}
     names: dict[int, str] = {id(module): name for name, module in inner.named_modules()}
 
     def inside(layer: str | int) -> str | int:
-        if not isinstance(layer, str) or layer in known or layer not in outer:
+        if not isinstance(layer, str) or layer in known:
             return layer
-        own: str = names.get(id(outer[layer]), layer)
+        plain = _uncompiled(layer)
+        own: str = plain if plain in known else names.get(id(outer.get(plain)), layer)
         return own
 
     return inside(layers) if isinstance(layers, str | int) else [inside(layer) for layer in listed_layers(layers)]
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _inside(model: Any) -> Any:

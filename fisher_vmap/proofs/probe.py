@@ -1,7 +1,6 @@
 """What is known of a model: its blocks, its head, what reaches what. Found out once, remembered as long as it lives."""
 
 import logging
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,10 @@ from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.old_functions import old_functions
 from fisher_vmap.anatomy.placement import input_device, model_dtype, placed, weights_ready
 from fisher_vmap.anatomy.recording import run_blocks
+from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.anatomy.user_hooks import hook_behind, hooks_off, is_hooked
 from fisher_vmap.anatomy.widening import in_float32
+from fisher_vmap.anatomy.wrapped_forwards import own_forwards
 from fisher_vmap.proofs.proof import Reach, block_reach
 from fisher_vmap.proofs.tail import watch
 from fisher_vmap.pullbacks import attention_interface
@@ -115,7 +116,7 @@ class Probe:
 
 
 # By model, and the dtype that it is computed in.
-_PROBES: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, Probe]] = weakref.WeakKeyDictionary()
+_PROBES: Remembered[dict[torch.dtype, Probe]] = Remembered()
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
         try:
             model.eval()
             widened = in_float32(model) if precision == "float32" else nullcontext()
-            with autocast_off(), widened:
+            with autocast_off(), own_forwards(model), widened:
                 yield
         finally:
             for module in training:
@@ -168,7 +169,7 @@ def probe(model: nn.Module, layout: Layout) -> Probe:
 
 def known_of(model: nn.Module) -> Probe | None:
     """What has been found out of a model in the precision that it is computed in now; None: nothing yet."""
-    probes = _PROBES.get(model, {})
+    probes = _PROBES.get(model) or {}
     return probes.get(model_dtype(model)) if len(probes) != 1 else next(iter(probes.values()))
 
 

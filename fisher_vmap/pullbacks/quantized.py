@@ -7,7 +7,6 @@ as long as that product takes. That a layer is such a matrix is tested before it
 inputs as well is none, and has no gradient but the one that its own backward may define.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.anatomy.placement import FLOATS, input_device, model_dtype, put_aside
+from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.pullbacks.unpacking import (
     FAILURES,
     Forward,
@@ -38,8 +38,7 @@ class CannotDifferentiate(ValueError):
 
 
 _FOUND: dict[tuple[Any, ...], Any] = {}
-# By model and layer. A model's layers do not hold on to the model, so that it can be freed.
-_FORWARDS: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Forward]] = weakref.WeakKeyDictionary()
+_FORWARDS: Remembered[dict[nn.Module, Forward]] = Remembered()  # by layer
 
 
 @contextmanager

@@ -57,7 +57,6 @@ def measured_kl(
         raise ValueError(f"steps has shape {tuple(steps.shape)}; expected [N, {width}], the width of {name}")
     mask_T = position_mask(positions, prompt)
     where_1T1 = (torch.ones(T) if mask_T is None else mask_T).to(input_ids.device)[None, :, None]
-    modules = hooked(model, [name])
 
     def log_p(steps_nD: Tensor) -> Tensor:
         layout = lay_out(input_ids.expand(len(steps_nD), T), None)
@@ -66,6 +65,7 @@ def measured_kl(
         return function({name: biases}).double().log_softmax(1)
 
     with torch.no_grad(), undisturbed(model, precision):
+        modules = hooked(model, [name])
         (origin_V,) = log_p(torch.zeros_like(steps[:1]))
         found = []
         for some in steps.split(max(1, ROWS_AT_A_TIME // T)):
