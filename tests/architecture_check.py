@@ -18,7 +18,7 @@ from torch import nn
 from fisher_vmap import FisherModel
 from fisher_vmap.anatomy.layers import resolve_layers
 
-BATCHES = ((9, 4, 11), (2, 4, 3))  # the second is shorter than the windows of attention, 4
+BATCHES = ((9, 4, 11), (2, 4, 3), (60, 180, 41))  # the second is shorter than the windows of attention, 4
 TOP_K = 4
 TOLERANCE = 2e-4
 

@@ -83,7 +83,7 @@ def main() -> None:
     text = HEAD.format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
-        lengths=" and of ".join(", ".join(map(str, lengths)) for lengths in BATCHES),
+        lengths="; ".join(", ".join(map(str, lengths)) for lengths in BATCHES),
         agree=agree,
         built=len(built),
         tolerance=TOLERANCE,

@@ -38,7 +38,7 @@ SIZES: list[tuple[str, int]] = [
     (r".*(experts|experts_num|expert_num|zero_expert_num|moe_num_experts)", 6),
     (r"(num_)?experts_per_tok(en)?|moe_k|moe_topk|num_experts_per_token|top_k_experts", 2),
     (r"n_group|num_expert_group|topk_group", 1),
-    (r".*max_position_embeddings.*|n_positions|n_ctx|max_seq_len|model_max_length|context_length", 128),
+    (r".*max_position_embeddings.*|n_positions|n_ctx|max_seq_len|model_max_length|context_length", 256),
     (r".*sliding_window(_size)?|attention_window_size|local_attention.*|attention_chunk_size|keep_window_size", 4),
     (r"index_topk", 4),
     (r".*(state_size|d_state)", 8),
