@@ -19,12 +19,13 @@ from fisher_vmap.config import Settings
 from fisher_vmap.fisher_model import TRACE_SAMPLES
 from fisher_vmap.loading.devices import choose_device
 from fisher_vmap.models import Loaded
+from fisher_vmap.planning.batch_memory import BatchMemory, batches_of
 from fisher_vmap.planning.flops import Work, unavoidable
 from fisher_vmap.planning.plan_sample import Sample, TableBytes, sample_of, table_bytes
 from fisher_vmap.planning.sizes import readable
 from fisher_vmap.planning.skeleton import Skeleton, skeleton_of
 from fisher_vmap.progress import step
-from fisher_vmap.prompts.batches import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.prompts.batches import GPU_MEMORY_SHARE, pack
 from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.running.from_settings import check_save, layout_of, make_renderer, model_of, open_model, source_of
 from fisher_vmap.storage.npz import npz_size
@@ -49,7 +50,10 @@ class Plan(NamedTuple):
     operations: dict[str, float]
     storage: "Storage"
     weights: int
-    batch: int
+    batch: BatchMemory
+    """The batch with the most tokens among the prompts that were tokenised."""
+    longest: BatchMemory
+    """A prompt of the most tokens that the settings and the model allow."""
     rate: float | None
     precision: Precision
     """What will be computed in what, on a machine like this one."""
@@ -115,7 +119,7 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
         {kind: count * scale for kind, count in operations.items()},
         storage_of(settings, skeleton, sample, rows),
         skeleton.weight_bytes * itemsize // getattr(torch, settings.dtype).itemsize,
-        batch_bytes(settings, skeleton, itemsize),
+        *batches_of(settings, skeleton, sample, max(work_of(settings).shared, 1), itemsize),
         measured_rate(settings, sample) if rate == "measure" else rate,
         precision,
         product_rate,
@@ -178,16 +182,6 @@ def _matrices(skeleton: Skeleton, dtype: str) -> dict[str, TensorSpec]:
     return {layer: TensorSpec(dtype, (D, D)) for layer, D in skeleton.widths.items()}
 
 
-def batch_bytes(settings: Settings, skeleton: Skeleton, itemsize: int) -> int:
-    """What a batch takes beside the weights: cotangents through one block, its graph, and what the forward recorded."""
-    tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
-    block = next(iter(skeleton.blocks.values()))
-    width = sum(m.out_features for m in block.modules() if isinstance(m, torch.nn.Linear))
-    recorded = len(skeleton.blocks) * skeleton.model.config.get_text_config().hidden_size
-    vectors = max(work_of(settings).shared, 1)
-    return int(tokens * itemsize * (2 * (vectors + 2) * width + recorded))
-
-
 def measured_rate(settings: Settings, sample: Sample) -> float:
     """Tokens a second of this machine on the run's own prompts, in ten seconds; the first batch is not timed.
 
@@ -238,9 +232,9 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     for change, storage in _otherwise(settings, skeleton, found):
         yield f"            {readable(storage.total):>8} with {change}"
     kept = " (more than its packed weights take)" if skeleton.quantized and not settings.dequantize else ""
-    tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
-    batch = f"a batch of {tokens:,} tokens {readable(found.batch)}"
-    yield f"memory      a worker: weights {readable(found.weights)}{kept}, {batch}"
+    yield f"memory      a worker: weights {readable(found.weights)}{kept}, {_shown(found.batch, sample.exact)}"
+    allowed = f"a prompt of {found.longest.tokens:,} tokens, the most allowed, would take"
+    yield f"            {allowed} {readable(found.longest.total)} (max_length, max_batch_tokens, cotangent_chunk)"
     if settings.max_batch_tokens == "auto":
         yield f"            on a GPU batches grow to {GPU_MEMORY_SHARE:.0%} of what is free beside the weights"
     if getattr(torch, settings.dtype) in NARROW:
@@ -256,6 +250,12 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     times = ", ".join(f"{_duration(hours / count)} on {count}" for count in WORKERS)
     rate = sum(found.operations.values()) / found.tokens * found.rate
     yield f"time        at {found.rate:,.0f} tokens a second a worker ({rate:.2e} operations a second): {times}"
+
+
+def _shown(batch: BatchMemory, exact: bool) -> str:
+    """The largest batch in words."""
+    which = "the largest batch" if exact else "the largest batch of those"
+    return f"{which} {readable(batch.total)} ({batch.prompts} prompts, {batch.tokens:,} tokens)"
 
 
 def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[tuple[str, Storage]]:

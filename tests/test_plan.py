@@ -75,7 +75,7 @@ def test_the_lines(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
     assert main([*arguments(model, data, tmp_path / "out", shard_size=8), "--plan", "--plan_rate", "100"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    starts = ("prompts", "matrices", "tokens", "operations", "storage", "", "", "", "memory", "", "time")
+    starts = ("prompts", "matrices", "tokens", "operations", "storage", "", "", "", "memory", "", "", "time")
     assert [line.split(" ")[0] for line in lines] == list(starts)
     assert lines[0] == "prompts     63 in 8 shards of 8"
     assert "all prompts tokenised" in lines[2] and "the longest 128" in lines[2]
@@ -193,7 +193,14 @@ def test_weights_and_a_batch_are_what_a_worker_has(model, data):
     settings = settings_of(model, data)
     found = planned(settings, skeleton_of(settings))
     lm = tiny("llama", torch.float32, vocab_size=VOCABULARY)
-    assert found.weights == sum(p.numel() * 4 for p in lm.parameters()) and found.batch > 0
+    assert found.weights == sum(p.numel() * 4 for p in lm.parameters())
+    table = sorted(found.sample.lengths)
+    assert found.batch.prompts <= 8 and max(table) <= found.batch.tokens <= 1024
+    assert found.longest == found.longest._replace(prompts=1, tokens=128)  # the model has so many positions
+    short = settings_of(model, data, max_length=40, batch_size=2, cotangent_chunk=1)
+    shorter = planned(short, skeleton_of(short))
+    assert (shorter.longest.tokens, shorter.batch.prompts, shorter.batch.tokens) == (40, 2, 80)
+    assert shorter.batch.total < found.batch.total and shorter.longest.total < found.longest.total
     assert np.isfinite(found.tokens)
 
 
@@ -230,7 +237,9 @@ def test_the_precision_of_this_machine_its_memory_and_its_rate(model, data, monk
     found, in_float32 = (planned(each, skeleton_of(each)) for each in (settings, wide))
     share, rate, name = (0.5, 720e9, "model") if kind == "with it" else (1, 96e9, "float32")
     assert (found.precision.name, found.product_rate) == (name, pytest.approx(rate))
-    assert (found.weights, found.batch) == (share * in_float32.weights, share * in_float32.batch)
+    assert found.weights == share * in_float32.weights
+    passing, wide = (each.batch.parts["chunk"] for each in (found, in_float32))
+    assert passing == share * wide
     lines = plan(settings)
     assert any(line.startswith(f"precision   {name}, because products in float32 run at") for line in lines)
     assert lines[-1].endswith(f"on a machine like this one, whose products run at {rate / 1e9:.0f} GFLOP/s")
