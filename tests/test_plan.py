@@ -199,7 +199,7 @@ def test_weights_and_a_batch_are_what_a_worker_has(model, data):
     assert found.longest == found.longest._replace(prompts=1, tokens=128)  # the model has so many positions
     short = settings_of(model, data, max_length=40, batch_size=2, cotangent_chunk=1)
     shorter = planned(short, skeleton_of(short))
-    assert (shorter.longest.tokens, shorter.batch.prompts, shorter.batch.tokens) == (40, 2, 80)
+    assert (shorter.longest.tokens, shorter.batch.prompts) == (40, 2) and 40 < shorter.batch.tokens <= 80
     assert shorter.batch.total < found.batch.total and shorter.longest.total < found.longest.total
     assert np.isfinite(found.tokens)
 
