@@ -22,7 +22,7 @@ from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted
 from fisher_vmap.proofs.audit import Found, check_audit, plan_audit, remember_reach, why_wrong
-from fisher_vmap.proofs.choice import KERNELS, NoFormAgrees, choose_forms, give_up
+from fisher_vmap.proofs.choice import KERNELS, choose_forms, give_up
 from fisher_vmap.proofs.compare import run_choice
 from fisher_vmap.proofs.probe import Choice, Probe, as_it_is, differentiable, probe
 from fisher_vmap.scores import Scores
@@ -106,8 +106,6 @@ def fisher_scores(
             if not wrong:
                 remember_reach(known, kernel, forms, layout, plan)
                 return _joined(results, names)
-            if kernel != "auto":
-                raise NoFormAgrees(f"kernel {kernel} is wrong: {next(iter(wrong.values()))}; use kernel auto")
             with differentiable(model):
                 forms |= give_up(model, known, layout, kernel, wrong)
 

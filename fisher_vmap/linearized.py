@@ -20,7 +20,7 @@ from fisher_vmap.anatomy.rotary import batches_apart
 from fisher_vmap.anatomy.user_hooks import is_hooked
 from fisher_vmap.metric import Metric, metric
 from fisher_vmap.proofs.audit import Found, plan_audit, remember_reach, why_wrong
-from fisher_vmap.proofs.choice import NoFormAgrees, choose_forms, give_up
+from fisher_vmap.proofs.choice import choose_forms, give_up
 from fisher_vmap.proofs.distance import budget_of
 from fisher_vmap.proofs.probe import Choice, Probe, differentiable, excerpt
 from fisher_vmap.upper import Choices, Upper, open_upper
@@ -192,8 +192,6 @@ def linearize(
         if not wrong:
             remember_reach(known, kernel, forms, layout, plan)
             return net
-        if kernel != "auto":
-            raise NoFormAgrees(f"kernel {kernel} is wrong: {next(iter(wrong.values()))}; use kernel auto")
         with differentiable(model):
             give_up(model, known, layout, kernel, wrong)
 
@@ -247,7 +245,7 @@ def _prove(
             left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
             right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())
             gap = float((left - right).norm() / right.norm().clamp(min=1e-30))
-            budget = budget_of(model, layer, known.noise, known.log_probs_noise).scores
+            budget = budget_of(model, layer, known).scores
             if bool(right.isfinite().all()) and not gap <= budget:
                 raise ValueError(
                     f"at {layer} the forward derivatives are {gap:.1e} away from the backward ones, more than "

@@ -284,7 +284,7 @@ def test_the_model_is_left_as_it_was_after_an_error(kernel):
 
         handle = model.get_submodule(block("llama", 2)).register_forward_hook(fail)
         before = state(model)
-        with pytest.raises(ValueError, match=r"the hook test_the_model_is_left.*fail on .*planted"):
+        with pytest.raises(ValueError, match=r"the hook test_the_model_is_left.*fail on "):
             fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
             fisher_scores(model, ids, mask, layers=layer, kernel=kernel)
         assert torch.is_grad_enabled()

@@ -61,10 +61,11 @@ def layers_of(model: nn.Module) -> Layers:
     Raises:
         ValueError: the model takes no plain tokens, gives no logits, or has no list of decoder blocks.
     """
-    made_of = hash(tuple((name, id(module)) for name, module in model.named_modules()))
-    found = _LAYERS.get(model)
-    if found is None or found.made_of != made_of:
-        found = _LAYERS[model] = _look(model, made_of)
+    with own_forwards(model):
+        made_of = hash(tuple((name, id(module)) for name, module in model.named_modules()))
+        found = _LAYERS.get(model)
+        if found is None or found.made_of != made_of:
+            found = _LAYERS[model] = _look(model, made_of)
     return found
 
 
@@ -85,7 +86,7 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with autocast_off(), own_forwards(model), hooks_off(model):
+        with autocast_off(), hooks_off(model):
             places, others, positions, vocabulary = _watch(model)
             ahead = sees_ahead(model)
     finally:
@@ -185,7 +186,8 @@ def resolve_layers(model: nn.Module, wanted: str | int | Sequence[str | int]) ->
     found = layers_of(model)
     if entries == ["all"]:
         return list(found.blocks)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    with own_forwards(model):
+        modules = dict(model.named_modules(remove_duplicate=False))
     names = found.names
     resolved: list[str] = []
     for entry in entries:

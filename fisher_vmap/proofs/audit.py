@@ -21,7 +21,6 @@ from fisher_vmap.anatomy.layout import Layout
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.user_hooks import is_hooked
 from fisher_vmap.proofs.distance import (
-    arithmetic,
     budget_of,
     can_be_widened,
     deviations,
@@ -238,7 +237,7 @@ def _scores_wrong(
     for layer, expected in plain.scores.items():
         got = found.gradients[layer][b, rank : rank + 1]
         distance = max(relative(got, expected), _norm_distance(found, plain, layer, b))
-        allowed = budget_of(model, layer, known.noise, known.log_probs_noise).scores
+        allowed = budget_of(model, layer, known).scores
         if distance <= allowed or not bool(expected.isfinite().all()):
             continue
         if can_be_widened(model) and measured is None and (again := in_wide(model, plainly)) is not None:
@@ -246,7 +245,7 @@ def _scores_wrong(
         if measured is not None:  # the noise of this very prompt
             wide = measured[0]
             distance = max(relative(got, wide.scores[layer]), _norm_distance(found, wide, layer, b))
-            allowed = measured_budget(arithmetic(model), measured[1][layer], 0.0).scores
+            allowed = measured_budget(known.arithmetic, measured[1][layer], 0.0).scores
         if not distance <= allowed:
             wrong_at[layer] = (
                 f"the audit found the score of token {int(token_1)} of a prompt of {layout.lengths[b]} tokens "
@@ -267,14 +266,14 @@ def _log_probs_wrong(
         return None
     distance = _log_probs_distance(found, b, log_probs_V)
     layer = next(iter(found.gradients))
-    allowed = budget_of(model, layer, known.noise, known.log_probs_noise).log_probs
+    allowed = budget_of(model, layer, known).log_probs
     if distance > allowed and can_be_widened(model):
         wide = in_wide(model, lambda: plain_log_probs(model, reference))
         if wide is not None:  # the noise of this very prompt
             tokens = found.token_ids[b][found.token_ids[b] >= 0]
             noise = deviations(log_probs_V[tokens], wide, tokens)
             distance = _log_probs_distance(found, b, wide)
-            allowed = measured_budget(arithmetic(model), 0.0, noise).log_probs
+            allowed = measured_budget(known.arithmetic, 0.0, noise).log_probs
     if distance <= allowed:
         return None
     return (

@@ -55,13 +55,14 @@ def give_up(model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: 
     Raises:
         NoFormAgrees: there is none.
     """
-    known.changes += 1
     for layer, reason in wrong.items():
         form = known.forms[layer, kernel].form if (layer, kernel) in known.forms else "present"
         log.log(logging.DEBUG if (layer, form) in known.told else logging.WARNING,
                 "the %s kernel at %s is given up from here on: %s", form, layer, reason)  # fmt: skip
         known.told.add((layer, form))
-    return _first_that_agree(model, known, layout, kernel, wrong)
+    found = _first_that_agree(model, known, layout, kernel, wrong)
+    known.changes += 1
+    return found
 
 
 def _first_that_agree(
@@ -109,10 +110,11 @@ def _next(left: Iterator[Choice], layer: str, kernel: str, reason: str) -> Choic
     choice = next(left, None)
     if choice is not None:
         return choice
-    which = "no form of the kernel agrees" if kernel == "auto" else f"the {kernel} kernel disagrees"
-    raise NoFormAgrees(
-        f"{which} with plain autograd at {layer}: {reason}; try precision float32, another kernel or another layer"
-    )
+    if kernel == "auto":
+        what, other = "no form of the kernel agrees", "try precision float32, or another layer"
+    else:
+        what, other = f"the {kernel} kernel disagrees", "use kernel auto"
+    raise NoFormAgrees(f"{what} with plain autograd at {layer}: {reason}; {other}")
 
 
 def _compare(

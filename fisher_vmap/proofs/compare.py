@@ -22,6 +22,7 @@ from fisher_vmap.proofs.distance import (
     TINY,
     Budget,
     arithmetic,
+    budget_of,
     can_be_widened,
     deviations,
     in_wide,
@@ -29,7 +30,7 @@ from fisher_vmap.proofs.distance import (
     noise_between,
     relative,
 )
-from fisher_vmap.proofs.plain import Plain, first_line, plain_autograd, plain_log_probs, reference_of
+from fisher_vmap.proofs.plain import Plain, first_line, noting_autocast, plain_autograd, plain_log_probs, reference_of
 from fisher_vmap.proofs.probe import Choice, Probe, excerpt
 from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, attention_set_to, prompts_packed
 from fisher_vmap.scores import Scores
@@ -53,6 +54,7 @@ class Expected:
         plain: for each of the prompts.
         wide: the same in float32 from the same weights; None where the format is not narrow, or that cannot be had.
         finite: whether all of it are numbers.
+        arithmetic: the narrowest format that it was computed in.
     """
 
     few: Layout
@@ -61,6 +63,7 @@ class Expected:
     plain: list[Plain]
     wide: list[Plain] | None
     finite: bool
+    arithmetic: torch.dtype
 
 
 def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expected:
@@ -72,7 +75,8 @@ def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expecte
     order = sorted(range(len(few.lengths)), key=lambda b: few.lengths[b])
     prompts = sorted({order[0], order[-1]})
     references = [reference_of(model, few, b) for b in prompts]
-    log_probs = [plain_log_probs(model, reference) for reference in references]
+    with noting_autocast() as autocast:
+        log_probs = [plain_log_probs(model, reference) for reference in references]
     finite = all(bool(x.max().isfinite()) and not bool(x.isnan().any()) for x in log_probs)
     chosen = [x.nan_to_num(nan=-torch.inf).topk(min(CHECK_TOP, len(x))).indices.to(few.device) for x in log_probs]
     token_ids = torch.stack([chosen[prompts.index(b)] if b in prompts else chosen[0] for b in range(len(few.lengths))])
@@ -90,7 +94,7 @@ def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expecte
     if not finite:
         log.warning("the scores of a prompt are not finite under plain autograd: it could not be compared")
     wide = in_wide(model, compute) if can_be_widened(model) else None
-    return Expected(few, prompts, token_ids, plain, wide, finite)
+    return Expected(few, prompts, token_ids, plain, wide, finite, arithmetic(model, autocast))
 
 
 def not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception) -> ValueError:
@@ -130,9 +134,10 @@ def why_wrong(model: nn.Module, known: Probe, expected: Expected, layers: Sequen
         return first_line(error)
     if not expected.finite:
         return None
-    dtype = arithmetic(model)
+    dtype = known.arithmetic = expected.arithmetic
     if expected.wide is None:
-        return _distances(found, expected, expected.plain, layers, dict.fromkeys(layers, _budget(dtype)), dtype)
+        budgets = {layer: budget_of(model, layer, known) for layer in layers}
+        return _distances(found, expected, expected.plain, layers, budgets, dtype)
     if wide is None:
         return "it does not run in float32, and plain autograd does"
     single = torch.float32
@@ -145,10 +150,6 @@ def why_wrong(model: nn.Module, known: Probe, expected: Expected, layers: Sequen
     known.log_probs_noise = max(known.log_probs_noise, log_probs_noise)
     budgets = {layer: measured_budget(dtype, noise[layer], log_probs_noise) for layer in layers}
     return _distances(found, expected, expected.wide, layers, budgets, dtype)
-
-
-def _budget(dtype: torch.dtype) -> Budget:
-    return Budget(SCORES[dtype], LOG_PROBS[dtype])
 
 
 def _distances(

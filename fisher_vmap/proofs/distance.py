@@ -4,7 +4,7 @@ In float32 and float64 it is a small number. In a narrower format plain autograd
 float32, from the same weights, on the same prompts; numbers of another order of operations are about as far.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import model_dtype, put_aside
 from fisher_vmap.anatomy.widening import NARROW, in_float32
 from fisher_vmap.proofs.plain import Plain
+from fisher_vmap.proofs.probe import Probe
 from fisher_vmap.pullbacks.quantized import quantized_linears
 
 # Largest relative distance of scores. Many models compute parts in float32 in any dtype. Of a narrow format only where
@@ -33,17 +34,20 @@ class Budget(NamedTuple):
     log_probs: float
 
 
-def arithmetic(model: nn.Module) -> torch.dtype:
-    """The narrowest format that a model computes in."""
-    return torch.bfloat16 if quantized_linears(model) else model_dtype(model)
+def arithmetic(model: nn.Module, autocast: Collection[torch.dtype]) -> torch.dtype:
+    """The narrowest format that a model computes in, whose forward casts to these formats by itself."""
+    formats = {torch.bfloat16 if quantized_linears(model) else model_dtype(model), *autocast}
+    return max(formats, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def budget_of(model: nn.Module, layer: str, noise: Mapping[str, float], log_probs_noise: float) -> Budget:
-    """What is allowed at a layer, from the noise that was measured there, if it was."""
-    dtype = arithmetic(model)
-    if dtype not in NARROW or layer not in noise:
-        return Budget(SCORES[dtype], LOG_PROBS[dtype])
-    return measured_budget(dtype, noise[layer], log_probs_noise)
+def budget_of(model: nn.Module, layer: str, known: Probe) -> Budget:
+    """What is allowed at a layer, by the arithmetic and the noise that the proof has found."""
+    dtype = known.arithmetic
+    if dtype in NARROW and layer in known.noise:
+        return measured_budget(dtype, known.noise[layer], known.log_probs_noise)
+    if dtype in NARROW and not quantized_linears(model) and model_dtype(model) not in NARROW:
+        return measured_budget(dtype, 0.0, 0.0)  # under autocast of its own, whose noise cannot be measured
+    return Budget(SCORES[dtype], LOG_PROBS[dtype])
 
 
 def measured_budget(dtype: torch.dtype, scores: float, log_probs: float) -> Budget:

@@ -107,6 +107,19 @@ def plain_log_probs(model: nn.Module, reference: Reference) -> Tensor:
         return _log_softmax(row_V)
 
 
+@contextmanager
+def noting_autocast() -> Iterator[set[torch.dtype]]:
+    """Gives a set that fills, within the context, with the formats that modules are called under autocast to."""
+    found: set[torch.dtype] = set()
+
+    def look(_module: nn.Module, args: Any) -> None:
+        kinds = {x.device.type for x in args if isinstance(x, Tensor)} if isinstance(args, tuple) else set()
+        found.update(torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind))
+
+    with hooks(torch.nn.modules.module.register_module_forward_pre_hook(look)):
+        yield found
+
+
 def plain_autograd(
     model: nn.Module,
     reference: Reference,

@@ -86,6 +86,7 @@ class Probe:
         forms: the form chosen for each (layer, kernel asked for), and why.
         adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
         plain: what is known of the model under an attention other than ours; None: not looked at, or this is it.
+        arithmetic: the narrowest format that it was found to compute in.
         noise: for each layer, the relative distance that rounding accounts for, where it was measured.
         log_probs_noise: the same of log-probabilities, in standard deviations over the vocabulary.
         calls: how many batches have been computed.
@@ -103,6 +104,7 @@ class Probe:
     forms: dict[tuple[str, str], Choice] = field(default_factory=dict)
     adjoint: set[tuple[str, tuple[str, str, str]]] = field(default_factory=set)
     plain: "Probe | None" = None
+    arithmetic: torch.dtype = torch.float32
     noise: dict[str, float] = field(default_factory=dict)
     log_probs_noise: float = 0.0
     calls: int = 0

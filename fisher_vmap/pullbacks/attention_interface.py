@@ -1,5 +1,6 @@
 """The bridge to transformers: its models call our attention, for the time of one computation only."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,10 +30,10 @@ class Packed:
         return tuple(group.on(device) for group in self.groups)
 
 
+_EXCHANGING: list[int] = []  # the threads that have exchanged a model's attention, once for each time
 _PACKED: ContextVar[Packed | None] = ContextVar("packed prompts", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
 _KEYS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("keys and values of all positions", default=None)
-_IN_A_CALL: ContextVar[bool] = ContextVar("this thread has exchanged a model's attention", default=False)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
 
 
@@ -56,7 +57,7 @@ def _attention_forward(
     Raises:
         RuntimeError: called by a thread that has not exchanged the attention: it runs a model that another computes on.
     """
-    if not _IN_A_CALL.get():
+    if _EXCHANGING and threading.get_ident() not in _EXCHANGING:
         raise RuntimeError(
             "fisher_vmap computes on this model in another thread, and has exchanged its attention meanwhile; run the "
             "model when that call has returned, or give one of the two a copy of the model"
@@ -174,13 +175,13 @@ def attention_set_to(model: torch.nn.Module, implementation: str | None) -> Iter
         register()
     configs = {id(config): config for module in model.modules() if (config := _config_of(module)) is not None}
     before = [(config, config._attn_implementation) for config in configs.values()]
-    token = _IN_A_CALL.set(implementation == NAME or _IN_A_CALL.get())
+    _EXCHANGING.append(threading.get_ident())
     try:
         for config in configs.values():
             config._attn_implementation = implementation
         yield
     finally:
-        _IN_A_CALL.reset(token)
+        _EXCHANGING.remove(threading.get_ident())
         for config, name in before:  # in the order of model.modules(): an inner config's own value comes last
             config._attn_implementation = name
 

@@ -97,7 +97,7 @@ def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, Hooked], lay
                     f"{name} ({type(module).__name__}) returns {shape} for {B} prompts of {T} tokens; "
                     "expected a tensor [B, T, D]: hook a decoder block or a module inside one"
                 )
-            outputs[name] = place.gathered(hidden)
+            outputs[name] = place.gathered(hidden).clone()  # what comes next may write into it
 
         return after
 
