@@ -115,7 +115,7 @@ def test_scores_are_those_without_autocast_and_the_wrapper_stays(wrap):
     expected = fisher_full(fresh("llama", torch.float32), *padded(prompts(LENGTHS), "left"), layers=1, rank=2)
     assert relative(found.factors[layers[0]], expected.factors[layers[0]]) < 1e-4
     assert state(model) == before
-    assert {form for form, _ in known_of(model).forms.values()} == {"packed"}
+    assert {choice.form for choice in known_of(model).forms.values()} == {"packed"}
     hidden = []
     handle = model.model.layers[3].mlp.register_forward_hook(lambda _m, _a, out: hidden.append(out.dtype))
     model(torch.tensor([[1, 2, 3]]))

@@ -70,11 +70,14 @@ class _Parts:
         self._wide.clear()
 
     def pack(self, tensor: Tensor) -> Any:
-        """What autograd keeps of a tensor: of a weight that is wide for the moment, the narrow one."""
+        """What autograd keeps of a tensor: of a weight that is wide for the moment, the narrow one.
+
+        Detached: an operation that kept its own output as it is would hold on to itself, and to the whole graph.
+        """
         for weight, data, _ in self._wide.values():
             if weight.data_ptr() == tensor.data_ptr() and tensor.numel():
                 return data, tensor.size(), tensor.stride(), tensor.storage_offset()
-        return tensor
+        return tensor.detach()
 
     @staticmethod
     def unpack(kept: Any) -> Tensor:

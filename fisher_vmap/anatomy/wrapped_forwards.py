@@ -23,11 +23,12 @@ WRAPPERS = {
     ("torch._dynamo.external_utils", None),
     ("accelerate.utils.operations", "forward"),
 }
+UNDER_ACCELERATE = "_old_forward"  # where accelerate's device hooks keep the forward that they call
 OUTER_FIRST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 INNER_FIRST = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
-# By module: the forward that was found there, and what it wraps. A method made anew each time would look like a change.
-_OWN: Remembered[dict[nn.Module, tuple[Any, Any]]] = Remembered()
+# By module and attribute: the forward that was found there, and what it wraps. A method made anew would look changed.
+_OWN: Remembered[dict[tuple[nn.Module, str], tuple[Any, Any]]] = Remembered()
 
 
 @contextmanager
@@ -48,16 +49,18 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
             attributes = vars(module)
             if attributes.get("_compiled_call_impl") is not None:
                 stack.callback(attributes.__setitem__, "_compiled_call_impl", attributes.pop("_compiled_call_impl"))
-            if (forward := attributes.get("forward")) is None or (inner := innermost(module, forward)) is forward:
-                continue
-            if own.get(module, (None, None))[0] is not forward:
-                own[module] = forward, inner
-            inner = own[module][1]
-            stack.callback(attributes.__setitem__, "forward", forward)
-            if is_of_class(module, inner):
-                del attributes["forward"]
-            else:
-                attributes["forward"] = inner
+            for name in ("forward", UNDER_ACCELERATE):
+                forward = attributes.get(name)
+                if forward is None or (inner := innermost(module, forward)) is forward:
+                    continue
+                if own.get((module, name), (None, None))[0] is not forward:
+                    own[module, name] = forward, inner
+                inner = own[module, name][1]
+                stack.callback(attributes.__setitem__, name, forward)
+                if name == "forward" and is_of_class(module, inner):
+                    del attributes[name]
+                else:
+                    attributes[name] = inner
         yield
 
 
