@@ -26,7 +26,7 @@ from fisher_vmap.prompts.pieces import Pieces
 from fisher_vmap.prompts.prompt_numbers import PromptNumbers, numbers_of
 from fisher_vmap.prompts.prompt_windows import in_windows
 from fisher_vmap.prompts.tokens import MAX_LENGTH, Renderer
-from fisher_vmap.proofs.audit import ShardForms, check_audit, one_shard
+from fisher_vmap.proofs.audit import ShardForms, check_audit, due_batch, one_shard
 from fisher_vmap.proofs.probe import as_it_is, differentiable, known_of, layer_widths, probe, signature, undisturbed
 from fisher_vmap.scores import Scores
 
@@ -142,11 +142,17 @@ class FisherModel:
         return {layer: {"form": choice.form, "why": choice.why} for layer, choice in found.items()}
 
     @contextmanager
-    def one_shard(self, due: int) -> Iterator[ShardForms]:
-        """Within the context the batches are those of one shard of a run; `due` is the one whose scores are audited."""
+    def one_shard(self, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:
+        """Within the context the batches are those of one shard of a run.
+
+        Args:
+            number: of the shard.
+            batches: the lengths of the prompts of each of its batches, the longest first.
+        """
         with torch.no_grad(), undisturbed(self.model, self.precision):
             # Of a run whose opening met nothing but numbers that are not finite, nothing is known yet.
             known = known_of(self.model) or probe(self.model, lay_out(torch.arange(4, device=self.device)[None], None))
+            due = due_batch(self.model, known, self.layers, self.top_k + self.trace_samples, number, batches)
         with one_shard(known, due) as forms:
             yield forms
 

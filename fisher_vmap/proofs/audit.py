@@ -44,9 +44,10 @@ from fisher_vmap.pullbacks.quantized import quantized_pullbacks
 log = logging.getLogger(__name__)
 
 AUDITS = ("auto", "always", "off")
-SHARE = 0.015  # of a batch's work that its audit may take; where it would take more, only some batches are audited
-ALONE = 1.5  # times as long as its share of a batch takes one prompt by itself
-MOST_BATCHES = 64  # at least one of so many batches is audited
+SHARE = 0.01  # of a batch's work that its audit may take; where it would take more, only some batches are audited
+SCORE_SHARE = 0.02  # of a shard's work that the audit of a score may take
+ALONE = 3  # times as long as its share of a batch takes one prompt by itself
+MOST_APART = 64  # at least one of so many batches, or shards, is audited
 
 
 class Plan(NamedTuple):
@@ -96,38 +97,68 @@ def plan_audit(
     """
     B, rows, lengths = len(layout.lengths), sum(layout.lengths), layout.lengths
     packed = any(choice.form == "packed" for choice in forms.values())
-    least = min((choice for choice in forms.values()), key=lambda choice: (choice.length, choice.rows))
+    proven_length, proven_rows = (min(getattr(choice, at) for choice in forms.values()) for at in ("length", "rows"))
     hooked = is_hooked(model)
-    further = max(lengths) > least.length or (packed and rows > least.rows)
-    beyond = max(lengths) > 2 * least.length or (packed and rows > 2 * least.rows) or (hooked and further)
-    furthest = tuple(sorted({max(range(B), key=lambda b: lengths[b]), B - 1}))  # the longest prompt, and the last row
+    further = max(lengths) > proven_length or (packed and rows > proven_rows)
+    longer, more = max(lengths) > 2 * proven_length, packed and rows > 2 * proven_rows
+    ends = {max(range(B), key=lambda b: lengths[b])} if longer or not more else set()
+    furthest = tuple(sorted(ends | ({B - 1} if more or hooked else set())))  # the longest prompt, or the last row
+    beyond = longer or more or (hooked and further)
     if audit == "off":
         return Plan((), furthest if beyond else ())
     mark = zlib.crc32(layout.input_ids.cpu().numpy().tobytes())
-    one = ((mark // MOST_BATCHES) % B,)
+    one = ((mark // MOST_APART) % B,)
     calls = known.calls + 1
-    scored = calls == known.due or (known.due is None and calls & (calls - 1) == 0) or audit == "always"
+    doubling = known.due is None and calls & (calls - 1) == 0
+    scored = doubling or (calls == known.due and not known.scored) or audit == "always"
     if hooked and (beyond or scored):  # what a hook does may depend on the whole batch, and change unseen
         return Plan(tuple(range(B)), furthest)
     if beyond or (scored and further and known.due is None):
         return Plan((), furthest)
     if scored:
         return Plan((), one)
-    apart = 1 if hooked else _batches_apart(model, known, layout, list(forms), vectors)
-    return Plan(one) if mark % apart == 0 else Plan()
+    forward, _, work = _work(model, known, list(forms), vectors)
+    share = ALONE * forward / (B * work)
+    return Plan(one) if hooked or mark % _apart(share, SHARE) == 0 else Plan()
 
 
-def _batches_apart(model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], vectors: int) -> int:
-    """One of how many batches is audited, a power of two: so that it is a small share of the work."""
+def _work(model: nn.Module, known: Probe, layers: Sequence[str], vectors: int) -> tuple[int, int, int]:
+    """The work of a token in a forward, in plain autograd and in a batch, in passes of a row through a block."""
     order, blocks = list(known.parts.call_order), len(decoder_blocks(model))
     above = max(len(order) - 1 - order.index(layer) if layer in order else blocks for layer in layers)
-    share = ALONE * blocks / (len(layout.lengths) * (blocks + above * (1 + vectors)))
-    return int(min(MOST_BATCHES, 2 ** max(0, math.ceil(math.log2(share / SHARE)))))
+    return blocks, blocks + above, blocks + above * (1 + vectors)
+
+
+def _apart(share: float, most: float) -> int:
+    """One of how many is audited, a power of two, so that a share of the work becomes small enough."""
+    return int(min(MOST_APART, 2 ** max(0, math.ceil(math.log2(share / most)))))
+
+
+def due_batch(
+    model: nn.Module, known: Probe, layers: Sequence[str], vectors: int, number: int, batches: Sequence[Sequence[int]]
+) -> int:
+    """The batch of a run's shard, from 1, of which a score is audited if none was before; 0: none.
+
+    That is the last, of the shortest prompts; the longest are compared when they reach beyond the proof.
+
+    Args:
+        model: a causal LM.
+        known: what the probe found.
+        layers: the hooked ones.
+        vectors: K, how many are pulled back.
+        number: of the shard.
+        batches: the lengths of the prompts of each batch, the longest first.
+    """
+    _, score, work = _work(model, known, layers, vectors)
+    tokens, last = sum(map(sum, batches)), batches[-1]
+    share = ALONE * (sum(last) / len(last)) * score / (tokens * work)
+    return len(batches) if zlib.crc32(str(number).encode()) % _apart(share, SCORE_SHARE) == 0 else 0
 
 
 def remember_reach(known: Probe, kernel: str, forms: Mapping[str, Choice], layout: Layout, plan: Plan) -> None:
     """Note that a batch has been computed, and that its forms are proven as far as the scores of it that agreed."""
     known.calls += 1
+    known.scored = known.scored or bool(plan.scores)
     longest = max((layout.lengths[b] for b in plan.scores), default=0)
     rows = sum(layout.lengths) if len(layout.lengths) - 1 in plan.scores else 0
     for layer, choice in forms.items():
@@ -149,7 +180,7 @@ class ShardForms:
 
     def begin(self) -> None:
         """Before the first batch, be it for the first time or again."""
-        self._known.calls, self._changes = 0, self._known.changes
+        self._known.calls, self._known.scored, self._changes = 0, False, self._known.changes
 
     def changed(self) -> bool:
         """Whether a form was given up since the beginning: then what was computed before is in doubt."""
@@ -217,11 +248,12 @@ def _scores_wrong(
         rank = 0
     token_1 = tokens_K[rank : rank + 1]
     where = positions_in(reference, positions, layout, b)
+    gather = known.parts.gather and not is_hooked(model)
 
     def plainly() -> Plain:
         # Some quantised layers have no backward, and autograd does not say so: theirs is of their matrix.
         with quantized_pullbacks(model):
-            return plain_autograd(model, reference, layers, token_1, where)
+            return plain_autograd(model, reference, layers, token_1, where, gather)
 
     try:
         plain = plainly()

@@ -126,6 +126,7 @@ def plain_autograd(
     layers: Sequence[str],
     token_ids: Tensor,
     positions: str | Tensor = "all",
+    gather: bool = False,
 ) -> Plain:
     """Scores of tokens [K] by the plainest means: the model's own attention, logits and backward.
 
@@ -135,12 +136,13 @@ def plain_autograd(
         layers: names of hooked modules.
         token_ids: [K].
         positions: where the bias is added: "all", "last", or a mask of the reference's columns.
+        gather: whether the last rows alone are unembedded, which is right where what follows looks at one position.
 
     Raises:
         RuntimeError: or another error of torch, or of the model: it cannot be differentiated.
     """
     layout, b = reference
-    run = rows_from_logits(model, layout, gather=False)
+    run = rows_from_logits(model, layout, gather=gather)
     biases: dict[str, Tensor] = {}
     norms: dict[str, float] = {}
 
@@ -157,7 +159,9 @@ def plain_autograd(
 
     forget_lengths(model)
     handles = [hook.module.register_forward_hook(add(name, hook.place)) for name, hook in hooked(model, layers).items()]
-    graph_rows = layout.input_ids.numel() * len(decoder_blocks(model))
+    blocks = list(decoder_blocks(model))
+    first = min(blocks.index(layer) if layer in blocks else 0 for layer in layers)
+    graph_rows = layout.input_ids.numel() * (len(blocks) - first)
     graph = _graph_made_again(model) if graph_rows > GRAPH_ROWS else nullcontext()
     with torch.enable_grad(), saved_aside(model), hooks(*handles), graph:
         log_p_V = _log_softmax(run()[b])

@@ -90,7 +90,8 @@ class Probe:
         noise: for each layer, the relative distance that rounding accounts for, where it was measured.
         log_probs_noise: the same of log-probabilities, in standard deviations over the vocabulary.
         calls: how many batches have been computed.
-        due: the batch of a run's shard whose scores are audited; None: of a process, those numbered 1, 2, 4, ...
+        due: the batch of a run's shard whose scores are audited, or 0; None: of a process, those numbered 1, 2, 4, ...
+        scored: whether a score of the shard, or of the process, has been audited.
         changes: how often a form was given up after it had been chosen.
         told: the changes that have been told.
     """
@@ -109,6 +110,7 @@ class Probe:
     log_probs_noise: float = 0.0
     calls: int = 0
     due: int | None = None
+    scored: bool = False
     changes: int = 0
     told: set[tuple[str, str]] = field(default_factory=set)
 

@@ -1,7 +1,6 @@
 """One shard's prompts: to tokens, to batches, to numbers, and back into their order with what went wrong."""
 
 import logging
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,11 +88,10 @@ def compute_shard(
     places = [i for i in shard.rendered if i not in found]
     lengths = [len(shard.rendered[i].ids) for i in places]
     report(Progress(len(shard.prompts) - len(places), 0, len(places), sum(lengths)))
-    batches = list(pack(lengths, fisher.batch_size, fisher.max_batch_tokens))
+    batches = pack(lengths, fisher.batch_size, fisher.max_batch_tokens)
     audited = None
     if batches:
-        due = 1 + zlib.crc32(str(shard.number).encode()) % len(batches)
-        with fisher.one_shard(due) as forms:
+        with fisher.one_shard(shard.number, [[lengths[j] for j in batch] for batch in batches]) as forms:
             numbers |= _compute_batches(fisher, shard, [[places[j] for j in batch] for batch in batches], rank, notes,
                                         report, forms)  # fmt: skip
             given_up = forms.given_up()
