@@ -148,7 +148,7 @@ class Settings(BaseSettings):
         "auto", "Form of the gradient computation; auto: the fastest that proves exact on this model."
     )
     audit: Literal["auto", "always", "off"] = _setting(
-        "auto", "How often what is computed is compared with the untouched model: auto costs about a hundredth; off."
+        "auto", "How often what is computed is compared with the untouched model: auto costs about a fiftieth."
     )
     cotangent_chunk: AutoOrCount = _setting(
         "auto", "How many tokens' gradients are pulled back at once; auto: by memory."

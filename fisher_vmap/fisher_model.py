@@ -131,6 +131,8 @@ class FisherModel:
         self._renderer = renderer
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
+        if include_rest and top_k == self.vocabulary:
+            raise ValueError(f"include_rest with all {top_k} tokens leaves no other one; lower top_k")
 
     @property
     def forms(self) -> dict[str, dict[str, str]]:

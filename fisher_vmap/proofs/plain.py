@@ -104,7 +104,7 @@ def plain_log_probs(model: nn.Module, reference: Reference) -> Tensor:
     forget_lengths(model)
     with torch.no_grad():
         row_V = rows_from_logits(model, reference.layout, gather=False)()[reference.b]
-        return _log_softmax(row_V)
+        return _log_softmax(row_V).to(reference.layout.device)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def plain_autograd(
         leaves = [biases[layer] for layer in layers]
         grads = [torch.autograd.grad(log_p_V[token], leaves, retain_graph=True) for token in token_ids.tolist()]
     scores = {layer: torch.stack([g[i][0, 0] for g in grads]) for i, layer in enumerate(layers)}
-    return Plain(log_p_V.detach(), scores, norms)
+    return Plain(log_p_V.detach().to(layout.device), scores, norms)
 
 
 def positions_in(reference: Reference, positions: str | Tensor, layout: Layout, b: int) -> str | Tensor:
