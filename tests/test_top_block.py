@@ -50,12 +50,18 @@ def rows_seen(model, module, change=lambda model: None, **choices):
     """
     rows = prompts(LENGTHS)
     batch = padded(rows, "right")
-    seen = []
-    with hooks(model.get_submodule(module).register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))):
-        fisher_scores(model, *batch, top_k=4, **choices)
+    seen, watched = [], model.get_submodule(module)
+
+    def look(called, args):
+        if called is watched:
+            seen.append(args[0].shape[1])
+
+    # Of all modules: a hook of a user's on this one would have the model looked at more closely.
+    with hooks(torch.nn.modules.module.register_module_forward_pre_hook(look)):
+        fisher_scores(model, *batch, top_k=4, audit="off", **choices)
         change(model)
         seen.clear()
-        scores = fisher_scores(model, *batch, top_k=4, **choices)
+        scores = fisher_scores(model, *batch, top_k=4, audit="off", **choices)
     return seen, scores, rows
 
 

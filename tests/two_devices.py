@@ -76,14 +76,15 @@ def check(family, places, kernel):
             worst = max(worst, relative(scores.gradients[layer][b].cpu(), expected.gradients))
     assert forwards == {name: vars(module).get("forward") for name, module in model.named_modules()}
     probe = known_of(model)
-    forms = {form for form, _ in probe.forms.values()}
+    forms = {choice.form for choice in probe.forms.values()}
     if kernel == "auto":
         numbers = opened.numbers([row.tolist() for row in rows], rank=2)
         assert all(n.reason is None for n in numbers)
         # Forward derivatives do not work on a device that is made up: torch decomposes them on one of its own.
         here = FisherModel(plain, layers=layers)
+        here.scores(*padded(rows, "left"))
         for known in (probe, known_of(plain)):
-            known.adjoint |= {(layer, form) for layer in layers for form in ("packed", "layerwise")}
+            known.adjoint |= {(layer, choice.key) for (layer, _), choice in known.forms.items()}
         few = torch.eye(tiny(family, torch.float32).config.hidden_size)[:2].expand(len(rows), -1, -1)
         with opened.linearize(ids, mask) as net, here.linearize(ids.cpu(), mask.cpu()) as one:
             pulled, expected = net.pullback(few.to(net.output.device), layers[0]), one.pullback(few, layers[0])
