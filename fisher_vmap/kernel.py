@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from fisher_vmap.anatomy.arguments import check_tensor, check_whole
 from fisher_vmap.anatomy.layers import layers_of, resolve_layers
 from fisher_vmap.anatomy.layout import Layout, lay_out
+from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import input_device
 from fisher_vmap.anatomy.precision import choose_precision
 from fisher_vmap.anatomy.recording import StructureChanged
+from fisher_vmap.anatomy.user_hooks import is_hooked
 from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.metric import Probes
 from fisher_vmap.outcomes import Wanted
 from fisher_vmap.proofs.audit import Found, check_audit, plan_audit, remember_reach, why_wrong
 from fisher_vmap.proofs.choice import KERNELS, choose_forms, give_up
 from fisher_vmap.proofs.compare import run_choice
+from fisher_vmap.proofs.plain import first_line
 from fisher_vmap.proofs.probe import Choice, Probe, as_it_is, differentiable, probe
 from fisher_vmap.scores import Scores
 from fisher_vmap.upper_network.positions import position_mask
@@ -128,6 +131,11 @@ def _computed(
                 results.append(run_choice(forms[group[0]], model, known, layout, group, wanted))
         except StructureChanged as reason:
             return [], broken_off(known, forms, group, kernel, reason)
+        except Exception as error:
+            if is_out_of_memory(error) or not is_hooked(model):
+                raise
+            # A hook that worked on the prompts of the proof, and does not on these as the form lays them out.
+            return [], dict.fromkeys(group, f"it broke off: {first_line(error)}")
         # Two forms may round ties another way: the layers of a batch speak of the same tokens.
         tokens = results[0].token_ids
         wanted = replace(wanted, token_ids=tokens[:, :-1] if wanted.include_rest else tokens)

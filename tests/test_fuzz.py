@@ -141,6 +141,8 @@ def autograd(model: nn.Module, ids: Tensor, mask: Tensor | None, layers: Sequenc
     finally:
         for handle in handles:
             handle.remove()
+    if bool(log_p.isnan().any()):  # some models give NaN for rows whose window is all padding
+        raise NoOracle("the model's own logits are not numbers")
     return [
         Truth(
             log_p[b].detach(),

@@ -144,10 +144,15 @@ def _compare(
 
 def _prove_top(model: nn.Module, known: Probe, layout: Layout, choice: Choice) -> None:
     """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
-    with attention_set_to(model, attention_of(choice, known)):
-        few = pack_rows(packable(model, known.parts, layout))
-        with prompts_packed(few):
-            known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
+    try:
+        with attention_set_to(model, attention_of(choice, known)):
+            few = pack_rows(packable(model, known.parts, layout))
+            with prompts_packed(few):
+                known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        log.debug("the last block is run whole: %s", first_line(error))
 
 
 def _candidates(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str) -> Iterator[Choice]:
