@@ -25,6 +25,7 @@ from fisher_vmap.proofs.distance import budget_of
 from fisher_vmap.proofs.probe import Choice, Probe, differentiable, excerpt
 from fisher_vmap.upper import Choices, Upper, open_upper
 
+AUDITED = 2  # of the likeliest tokens that are read off for the audit
 PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
 
 
@@ -197,8 +198,8 @@ def linearize(
 
 
 def _found(upper: Upper, scores: bool) -> Found:
-    """The likeliest token of each prompt, and its score where that is wanted, for the audit."""
-    reading = upper.head.read(upper.rows, 1, None)
+    """The likeliest tokens of each prompt, and their scores where these are wanted, for the audit."""
+    reading = upper.head.read(upper.rows, AUDITED, None)
     summed = upper.pull(reading.cotangents.transpose(0, 1)) if scores else {}
     device = upper.layout.device
     gradients = {layer: summed[layer].gradients if scores else upper.rows[:, :0] for layer in upper.layers}

@@ -228,7 +228,7 @@ def open_upper(
     """
     if form == "loop":
         raise ValueError(
-            "torch.func cannot transform this model (its kernel is the loop), so that its upper network cannot be "
+            "the kernel of this model is the loop, plain autograd token by token, so that its upper network cannot be "
             "linearised: use estimator topk"
         )
     if form == "packed":

@@ -223,6 +223,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"first": {"head_dim": 16}},
     "hunyuan_v1_moe": {"first": {"head_dim": 16}},
     "ministral": {"first": {"head_dim": 16}, "then": _WINDOWS},
+    "blenderbot": {"then": {"max_position_embeddings": 256}},
     "dbrx": {"then": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}}},
     "cohere_compass_text": {
         "first": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},

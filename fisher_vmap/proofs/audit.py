@@ -111,7 +111,8 @@ def plan_audit(
     calls = known.calls + 1
     doubling = known.due is None and calls & (calls - 1) == 0
     scored = doubling or (calls == known.due and not known.scored) or audit == "always"
-    if hooked and (beyond or scored):  # what a hook does may depend on the whole batch, and change unseen
+    # What a hook does may depend on all of the batch, and change unseen; what is padded, on how far.
+    if (hooked and (beyond or scored)) or (beyond and not packed):
         return Plan(tuple(range(B)), furthest)
     if beyond or (scored and further and known.due is None):
         return Plan((), furthest)
@@ -242,11 +243,8 @@ def _scores_wrong(
 ) -> dict[str, str]:
     layers = list(found.gradients)
     reference = reference_of(model, layout, b)
-    tokens_K = found.token_ids[b][found.token_ids[b] >= 0]
-    rank = (sum(layout.lengths) + b) % len(tokens_K)
-    if not bool(found.log_probs[b, rank].isfinite()):
-        rank = 0
-    token_1 = tokens_K[rank : rank + 1]
+    rank = _weightiest(found, b)
+    token_1 = found.token_ids[b, rank : rank + 1]
     where = positions_in(reference, positions, layout, b)
     gather = known.parts.gather and not is_hooked(model)
 
@@ -284,6 +282,14 @@ def _scores_wrong(
                 f"{distance:.1e} away from plain autograd, more than {allowed:.0e}"
             )
     return wrong_at
+
+
+def _weightiest(found: Found, b: int) -> int:
+    """The place of the token that most of F is made of: a score that is near zero is nothing but rounding."""
+    first = next(iter(found.gradients.values()))
+    weight_K = found.log_probs[b].double().exp() * first[b].double().square().sum(1).to(found.log_probs.device)
+    weight_K = torch.where(found.token_ids[b] >= 0, weight_K.nan_to_num(), -1.0)
+    return int(weight_K.argmax())
 
 
 def _norm_distance(found: Found, plain: Plain, layer: str, b: int) -> float:
