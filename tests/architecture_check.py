@@ -71,7 +71,7 @@ def examine(kind: str) -> Finding:
         except ValueError as refusal:
             return Finding(kind, model_class, "refused", one_line(refusal), warnings=heard.logged)
     reference, oracle = wide_reference(kind, model, [row for rows in batches for row in rows])
-    distance, where = 0.0, ""
+    distance, where, own = 0.0, "", 0.0
     for rows, by_side in zip(batches, found, strict=True):
         for b, row in enumerate(rows):
             with torch.no_grad():
@@ -86,8 +86,11 @@ def examine(kind: str) -> Finding:
                 )
                 if not away <= distance:
                     distance, where = away, f"{name}, prompt {b} of {[len(r) for r in rows]} tokens, padded {side}"
+                    if away > TOLERANCE:  # how far the model's own float32 is
+                        plain = plain_scores(model, row, name, token_ids=expected.token_ids)
+                        own = relative(plain.gradients, expected.gradients)
             oracle_scores.cache_clear()
-    outcome = "agrees" if distance <= TOLERANCE else "differs"
+    outcome = "agrees" if distance <= max(TOLERANCE, 2 * own) else "differs"
     reason = "" if outcome == "agrees" else f"{distance:.1e} from plain autograd at {where}"
     forms, logged, unbatched = opened.forms, heard.logged, heard.unbatched()
     return Finding(kind, model_class, outcome, reason, every, forms, distance, oracle, logged, unbatched)
