@@ -164,8 +164,8 @@ def remember_reach(known: Probe, kernel: str, forms: Mapping[str, Choice], layou
     rows = sum(layout.lengths) if len(layout.lengths) - 1 in plan.scores else 0
     for layer, choice in forms.items():
         if (layer, kernel) in known.forms:
-            length, rows = max(choice.length, longest), max(choice.rows, rows)
-            known.forms[layer, kernel] = choice._replace(length=length, rows=rows)
+            reach = max(choice.length, longest), max(choice.rows, rows)
+            known.forms[layer, kernel] = choice._replace(length=reach[0], rows=reach[1])
 
 
 class ShardForms:
@@ -253,12 +253,15 @@ def _scores_wrong(
         with quantized_pullbacks(model):
             return plain_autograd(model, reference, layers, token_1, where, gather)
 
+    reason = ""
     try:
         plain = plainly()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        log.info("the scores of a prompt cannot be audited: %s", first_line(error))
+    except Exception as error:  # a hook of the user may raise anything; plain autograd may want more memory than ours
+        reason = "out of memory" if is_out_of_memory(error) else first_line(error)
+    if reason:  # outside of the handler, whose traceback holds on to the tensors in the way
+        level = logging.DEBUG if ("audit", reason) in known.told else logging.WARNING
+        log.log(level, "scores of prompts of %d tokens could not be audited: %s", layout.lengths[b], reason)
+        known.told.add(("audit", reason))
         plain = Plain(plain_log_probs(model, reference), {}, {})
     if (wrong := _log_probs_wrong(model, known, reference, plain.log_probs, found, b)) is not None:
         return dict.fromkeys(layers, wrong)
