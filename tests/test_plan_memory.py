@@ -48,7 +48,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be measured on Linux alone")
-@pytest.mark.parametrize(("layer", "prompts", "tokens"), [(1, 8, 128), (1, 1, 2048)])
+@pytest.mark.parametrize(
+    ("layer", "prompts", "tokens"), [(1, 8, 128), pytest.param(1, 1, 2048, marks=pytest.mark.slow)]
+)
 def test_a_batch_takes_what_is_foretold(folder, layer, prompts, tokens):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, (folder, layer, prompts, tokens))],
