@@ -155,8 +155,8 @@ def autograd(model: nn.Module, ids: Tensor, mask: Tensor | None, layers: Sequenc
 
 def truths(case: Case, model: nn.Module, batch: Batch, layers: Sequence[str], tokens: Tensor) -> list[Truth]:
     """Each prompt alone and unpadded; in the caller's batch where a hook means nothing else."""
-    padded = batch.mask is not None or len(batch.rows) > 1
-    if padded and any(hook.kind in OF_THE_BATCH for hook in case.hooks):
+    kinds, several = {hook.kind for hook in case.hooks}, len(batch.rows) > 1
+    if ("stored" in kinds and (several or batch.mask is not None)) or ("per_prompt" in kinds and several):
         return autograd(model, batch.ids, batch.mask, layers, tokens)
     return [autograd(model, row[None], None, layers, t[None])[0] for row, t in zip(batch.rows, tokens, strict=True)]
 
