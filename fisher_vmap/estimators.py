@@ -260,12 +260,13 @@ def fisher_full(
                     give_up(model, known, part, kernel, broken_off(known, forms, names, kernel, reason))
                 return run()
 
+        groups = batches_apart(model, layout.lengths)
         try:
-            groups = batches_apart(model, layout.lengths)
-            return join_prompts([of_group(group) for group in groups], groups)
+            parts = [of_group(group) for group in groups]
         except OneAtATime:
             groups = [[b] for b in range(len(layout.lengths))]
-            return join_prompts([of_group(group) for group in groups], groups)
+            parts = [of_group(group) for group in groups]
+        return join_prompts(parts, groups)
 
 
 def join_layers(parts: Sequence[Estimate]) -> Estimate:

@@ -24,10 +24,10 @@ from fisher_vmap.proofs.distance import (
     budget_of,
     can_be_widened,
     deviations,
+    distance_at,
     in_wide,
     measured_budget,
     noise_between,
-    relative,
 )
 from fisher_vmap.proofs.plain import (
     Plain,
@@ -268,16 +268,15 @@ def _scores_wrong(
     wrong_at: dict[str, str] = {}
     measured: tuple[Plain, dict[str, float]] | None = None
     for layer, expected in plain.scores.items():
-        got = found.gradients[layer][b, rank : rank + 1]
-        distance = max(relative(got, expected), _norm_distance(found, plain, layer, b))
+        got, norm = found.gradients[layer][b, rank : rank + 1], found.norms[layer][b]
+        distance = distance_at(layer, got, norm, plain)
         allowed = budget_of(model, layer, known).scores
         if distance <= allowed or not bool(expected.isfinite().all()):
             continue
         if can_be_widened(model) and measured is None and (again := in_wide(model, plainly)) is not None:
             measured = again, noise_between([plain], [again], token_1[None])[0]
         if measured is not None:  # the noise of this very prompt
-            wide = measured[0]
-            distance = max(relative(got, wide.scores[layer]), _norm_distance(found, wide, layer, b))
+            distance = distance_at(layer, got, norm, measured[0])
             allowed = measured_budget(known.arithmetic, measured[1][layer], 0.0).scores
         if not distance <= allowed:
             wrong_at[layer] = (
@@ -293,11 +292,6 @@ def _weightiest(found: Found, b: int) -> int:
     weight_K = found.log_probs[b].double().exp() * first[b].double().square().sum(1).to(found.log_probs.device)
     weight_K = torch.where(found.token_ids[b] >= 0, weight_K.nan_to_num(), -1.0)
     return int(weight_K.argmax())
-
-
-def _norm_distance(found: Found, plain: Plain, layer: str, b: int) -> float:
-    expected = plain.norms[layer]
-    return abs(float(found.norms[layer][b]) - expected) / max(abs(expected), 1e-30)
 
 
 def _log_probs_wrong(

@@ -19,16 +19,15 @@ from fisher_vmap.outcomes import Wanted
 from fisher_vmap.proofs.distance import (
     LOG_PROBS,
     SCORES,
-    TINY,
     Budget,
     arithmetic,
     budget_of,
     can_be_widened,
     deviations,
+    distance_at,
     in_wide,
     measured_budget,
     noise_between,
-    relative,
 )
 from fisher_vmap.proofs.plain import Plain, first_line, noting_autocast, plain_autograd, plain_log_probs, reference_of
 from fisher_vmap.proofs.probe import Choice, Probe, excerpt
@@ -94,6 +93,8 @@ def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expecte
     if not finite:
         log.warning("the scores of a prompt are not finite under plain autograd: it could not be compared")
     wide = in_wide(model, compute) if can_be_widened(model) else None
+    if wide is None and can_be_widened(model):
+        log.warning("plain autograd does not run in float32 here: what rounding accounts for cannot be measured")
     return Expected(few, prompts, token_ids, plain, wide, finite, arithmetic(model, autocast))
 
 
@@ -163,8 +164,7 @@ def _distances(
     name = str(dtype).removeprefix("torch.")
     for b, one in zip(expected.prompts, plain, strict=True):
         for layer in layers:
-            norm = abs(float(found.residual_norm[layer][b]) - one.norms[layer]) / max(one.norms[layer], TINY)
-            distance = max(relative(found.gradients[layer][b], one.scores[layer]), norm)
+            distance = distance_at(layer, found.gradients[layer][b], found.residual_norm[layer][b], one)
             log.debug("%s: %.1e from plain autograd in %s", layer, distance, name)
             if not distance <= budgets[layer].scores:
                 return f"scores at {layer} are {distance:.1e} away in {name}, more than {budgets[layer].scores:.0e}"

@@ -67,6 +67,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=TINY))
 
 
+def distance_at(layer: str, scores_KD: Tensor, norm: Tensor, plain: Plain) -> float:
+    """How far scores, and the mean norm of the layer's output, are from plain autograd's: the larger distance."""
+    expected = plain.norms[layer]
+    return max(relative(scores_KD, plain.scores[layer]), abs(float(norm) - expected) / max(abs(expected), TINY))
+
+
 def deviations(found_K: Tensor, log_probs_V: Tensor, token_ids_K: Tensor) -> float:
     """The largest distance of log-probabilities of tokens, in standard deviations over the vocabulary."""
     log_probs_V = log_probs_V.double().to(found_K.device)

@@ -17,7 +17,7 @@ from fisher_vmap.anatomy.layers import decoder_blocks, hooked
 from fisher_vmap.anatomy.layout import Layout, alone, as_given
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import put_aside, saved_aside
-from fisher_vmap.anatomy.recording import hooks, inputs_of
+from fisher_vmap.anatomy.recording import forwards_set, hooks, inputs_of
 from fisher_vmap.anatomy.rotary import forget_lengths
 from fisher_vmap.anatomy.streams import Place
 from fisher_vmap.anatomy.user_hooks import hook_behind, is_hooked
@@ -203,22 +203,12 @@ def _graph_made_again(model: nn.Module) -> Iterator[None]:
     if put_aside(model):
         yield
         return
-    blocks = list(decoder_blocks(model).values())
-    before = [(block, vars(block).get("forward")) for block in blocks]
 
     def again(forward: Any) -> Any:
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    try:
-        for block, _ in before:
-            block.forward = again(block.forward)
+    with forwards_set([(block, again(block.forward)) for block in decoder_blocks(model).values()]):
         yield
-    finally:
-        for block, forward in before:
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 def first_line(error: BaseException) -> str:

@@ -1,11 +1,10 @@
-"""Which modules run a forward whose derivatives we have written ourselves, and for how long.
+"""Which modules have a forward whose derivatives we have written ourselves.
 
 A module is taken for a norm or a gated MLP only if its output on random input is what the formula says.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -25,17 +24,3 @@ def fused_forward(module: nn.Module) -> Forward | None:
     if (kind := norm_kind(module)) is not None:
         return fused_norm(module, kind)
     return None
-
-
-@contextmanager
-def fused_pullbacks(forwards: Iterable[tuple[nn.Module, Forward]]) -> Iterator[None]:
-    """Within the context the modules run the forwards given; their hooks and parameters stay as they are."""
-    swapped = []
-    try:
-        for module, forward in forwards:
-            module.forward = forward  # type: ignore[method-assign]
-            swapped.append(module)
-        yield
-    finally:
-        for module in swapped:
-            del module.forward

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.anatomy.placement import FLOATS, input_device, model_dtype, put_aside
+from fisher_vmap.anatomy.recording import forwards_set
 from fisher_vmap.anatomy.remembered import Remembered
 from fisher_vmap.pullbacks.unpacking import (
     FAILURES,
@@ -53,21 +54,11 @@ def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
     forwards = _FORWARDS.setdefault(model, {})
     layers = quantized_linears(model) | _patched_linears(model)
     check_others(model)
-    swapped: list[tuple[nn.Module, Forward | None]] = []
-    try:
-        for name, layer in layers.items():
-            before = vars(layer).get("forward")
-            if layer not in forwards:
-                forwards[layer] = _differentiable(name, layer, model_dtype(model))
-            layer.forward = forwards[layer]
-            swapped.append((layer, before))
+    for name, layer in layers.items():
+        if layer not in forwards:
+            forwards[layer] = _differentiable(name, layer, model_dtype(model))
+    with forwards_set((layer, forwards[layer]) for layer in layers.values()):
         yield
-    finally:
-        for layer, before in swapped:
-            if before is None:
-                del layer.forward
-            else:
-                layer.forward = before
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:

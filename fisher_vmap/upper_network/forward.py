@@ -8,9 +8,8 @@ from torch import nn
 from fisher_vmap.anatomy.layout import Layout
 from fisher_vmap.anatomy.memory import is_out_of_memory
 from fisher_vmap.anatomy.placement import model_dtype, put_aside
-from fisher_vmap.anatomy.recording import Recording, record
+from fisher_vmap.anatomy.recording import Recording, forwards_set, record
 from fisher_vmap.anatomy.widening import forward_in_float32
-from fisher_vmap.pullbacks.fused import fused_pullbacks
 from fisher_vmap.pullbacks.fused_block import run_by_rules
 from fisher_vmap.upper_network.model_parts import Parts
 from fisher_vmap.upper_network.top_block import NotPositionwise, Places, TopRows, open_top, places_of, proven_places
@@ -62,7 +61,7 @@ def record_needed(
         call = recording.calls[-1]
         try:
             if places_of(call, layout) == parts.top_places:
-                with fused_pullbacks(parts.fused):
+                with forwards_set(parts.fused):
                     top = open_top(call, layout)
                 recording.cut(call.hidden)
                 return recording, top

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from torch import Tensor
 
 from fisher_vmap.anatomy.layout import Layout
-from fisher_vmap.anatomy.recording import Recording, StructureChanged
+from fisher_vmap.anatomy.recording import Recording, StructureChanged, forwards_set
 from fisher_vmap.network import (
     Arrived,
     cotangents_at_a_time,
@@ -19,7 +19,6 @@ from fisher_vmap.network import (
     pushforward_block,
     pushforward_blocks,
 )
-from fisher_vmap.pullbacks.fused import fused_pullbacks
 from fisher_vmap.upper_network.model_parts import Parts
 from fisher_vmap.upper_network.top_block import NotPositionwise, TopRows, pullback_top, pushforward_top
 
@@ -48,7 +47,7 @@ def pullback_layers(
     """
     rows_KBD = unit_KBD.to(recording.dtype)
     chunk_size = chunk_size or cotangents_at_a_time(len(rows_KBD), layout.input_ids.numel(), recording.top.device)
-    with fused_pullbacks(parts.fused):
+    with forwards_set(parts.fused):
         top_layer, top, cotangents = parts.call_order[-1], recording.top, None
         if top_rows is not None:
             cotangents = top_rows.pull(rows_KBD, chunk_size)
@@ -80,7 +79,7 @@ def pushforward_layer(
     K, N = tangents.shape[2], layout.input_ids.numel()
     chunk_size = chunk_size or cotangents_at_a_time(K, N, recording.top.device)
     below_top = len(recording.calls) - 1
-    with fused_pullbacks(parts.fused):
+    with forwards_set(parts.fused):
         if not (layout.packed and below_top >= 0 and recording.below_has(layer, below_top)):
             return layout.last_of(pushforward_blocks(recording, layer, tangents, chunk_size))
         moved = pushforward_blocks(recording, layer, tangents, chunk_size, stop=below_top)
