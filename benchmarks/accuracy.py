@@ -24,8 +24,8 @@ from benchmarks.accuracy_page import LAYERS, MEMORY_TOKENS, PRECISIONS, PROMPTS,
 from benchmarks.peak_memory import added_at_peak
 from benchmarks.workloads import Batch, Workload, chat, smollm2, uniform
 from fisher_vmap import Estimate, FisherModel, compress, fisher_full, fisher_scores
+from fisher_vmap.decomposition import quality
 from fisher_vmap.estimators import topk
-from fisher_vmap.quality import quality
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "accuracy.md"

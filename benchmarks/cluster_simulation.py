@@ -20,10 +20,9 @@ import psutil
 
 from benchmarks.sleeping_worker import LAYOUT, SHARD_SIZE, SleepingWorker
 from benchmarks.timing import machine
-from fisher_vmap.engines.ray import Pool, RayEngine, connected
-from fisher_vmap.storage.index import read_index_file
-from fisher_vmap.storage.writer import ResultsWriter
-from fisher_vmap.workers.cluster import drive
+from fisher_vmap.results.index import read_index_file
+from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.run.ray import Pool, RayEngine, connected, drive
 
 MEASURED_S = 8.4  # a shard of 32 of the demo's prompts on two CPU cores: 3.8 prompts a second
 
@@ -118,7 +117,7 @@ def _recording_alone(folder: Path, writer: ResultsWriter) -> float:
     entries = writer.index.shards
     again = ResultsWriter(folder, writer.index.model_copy(update={"shards": ()}))
     (folder / "index.json").unlink()
-    from fisher_vmap.storage.index import write_index
+    from fisher_vmap.results.index import write_index
 
     write_index(folder, again.index)
     began = time.perf_counter()

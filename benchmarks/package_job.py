@@ -7,7 +7,7 @@ from torch import Tensor
 from benchmarks.baselines import Decomposed, Loop
 from benchmarks.workloads import Batch
 from fisher_vmap import FisherModel, compress, fisher_scores
-from fisher_vmap.prompts.batches import pack
+from fisher_vmap.data.batching import pack
 
 SHARD = 32  # prompts that a run sorts by length at a time, its default shard
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fisher_vmap.anatomy.precision import product_rates
+from fisher_vmap.model.precision import product_rates
 
 
 class Timed(NamedTuple):

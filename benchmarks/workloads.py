@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_vmap.anatomy.precision import Precision, choose_precision
-from fisher_vmap.anatomy.widening import widen_for_good
-from fisher_vmap.loading.devices import choose_device
-from fisher_vmap.models import load_model
+from fisher_vmap.load.model import choose_device, load_model
+from fisher_vmap.model.precision import Precision, choose_precision
+from fisher_vmap.model.widening import widen_for_good
 
 FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight filled with this period are equal
 

@@ -12,12 +12,10 @@ import matplotlib.figure
 import numpy as np
 import torch
 
-from fisher_vmap import open_results, steer
+from fisher_vmap import load_model, measured_kl, open_results, steer
+from fisher_vmap.data.tokenize import Renderer
 from fisher_vmap.demo import demo_model, most_torn
 from fisher_vmap.demo import main as run_demo
-from fisher_vmap.models import load_model
-from fisher_vmap.prompts.tokens import Renderer
-from fisher_vmap.verification.kl import measured_kl
 
 HERE = Path(__file__).parent
 LAYER = "model.layers.15"

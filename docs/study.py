@@ -12,14 +12,13 @@ import matplotlib.figure
 import numpy as np
 import torch
 
-from fisher_vmap import open_results, steer
-from fisher_vmap.anatomy.blocks import output_of
-from fisher_vmap.config import Settings
+from fisher_vmap import load_model, open_results, steer
+from fisher_vmap.cli import start_logging
+from fisher_vmap.data.tokenize import Renderer
 from fisher_vmap.demo import PROMPTS, demo_model
-from fisher_vmap.models import load_model
-from fisher_vmap.prompts.tokens import Renderer
-from fisher_vmap.run import run
-from fisher_vmap.settings.command_line import start_logging
+from fisher_vmap.model.recording import output_of
+from fisher_vmap.run.__main__ import run
+from fisher_vmap.run.settings import Settings
 
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir(), "fisher_vmap-study")  # the results stay here: a run that was stopped carries on

@@ -9,61 +9,72 @@ Letters, used as shape suffixes in the maths modules (`scores_BKD`):
 Nothing heavy is imported before one of the names below is used.
 """
 
+import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
-from fisher_vmap._version import __version__
-
 if TYPE_CHECKING:
-    from fisher_vmap.decomposition import LowRank, compress
-    from fisher_vmap.errors import UserError
-    from fisher_vmap.estimators import Estimate, fisher_full
-    from fisher_vmap.fisher_model import FisherModel
-    from fisher_vmap.kernel import fisher_scores
-    from fisher_vmap.linearized import LinearizedNetwork
-    from fisher_vmap.results import Results, open_results
-    from fisher_vmap.scores import Scores
-    from fisher_vmap.steering import steer
+    from fisher_vmap.decomposition import LowRank as LowRank
+    from fisher_vmap.decomposition import compress as compress
+    from fisher_vmap.errors import UserError as UserError
+    from fisher_vmap.estimators import Estimate as Estimate
+    from fisher_vmap.estimators import fisher_full as fisher_full
+    from fisher_vmap.fisher import fisher_scores as fisher_scores
+    from fisher_vmap.fisher_model import FisherModel as FisherModel
+    from fisher_vmap.linearize.network import LinearizedNetwork as LinearizedNetwork
+    from fisher_vmap.linearize.output import Scores as Scores
+    from fisher_vmap.load.model import load_model as load_model
+    from fisher_vmap.results.reader import Results as Results
+    from fisher_vmap.results.reader import open_results as open_results
+    from fisher_vmap.steering import steer as steer
+    from fisher_vmap.verify.kl import measured_kl as measured_kl
+
+__version__ = "0.1.0"
 
 _HOMES = {
-    "Estimate": "fisher_vmap.estimators",
-    "FisherModel": "fisher_vmap.fisher_model",
-    "LowRank": "fisher_vmap.decomposition",
-    "Results": "fisher_vmap.results",
-    "Scores": "fisher_vmap.scores",
-    "UserError": "fisher_vmap.errors",
-    "compress": "fisher_vmap.decomposition",
-    "fisher_full": "fisher_vmap.estimators",
-    "fisher_scores": "fisher_vmap.kernel",
-    "LinearizedNetwork": "fisher_vmap.linearized",
-    "open_results": "fisher_vmap.results",
-    "steer": "fisher_vmap.steering",
+    "Estimate": "estimators",
+    "FisherModel": "fisher_model",
+    "LinearizedNetwork": "linearize.network",
+    "LowRank": "decomposition",
+    "Results": "results.reader",
+    "Scores": "linearize.output",
+    "UserError": "errors",
+    "compress": "decomposition",
+    "fisher_full": "estimators",
+    "fisher_scores": "fisher",
+    "load_model": "load.model",
+    "measured_kl": "verify.kl",
+    "open_results": "results.reader",
+    "steer": "steering",
 }
 
-__all__ = [
-    "Estimate",
-    "FisherModel",
-    "LinearizedNetwork",
-    "LowRank",
-    "Results",
-    "Scores",
-    "UserError",
-    "__version__",
-    "compress",
-    "fisher_full",
-    "fisher_scores",
-    "open_results",
-    "steer",
-]
+__all__ = ["__version__", *_HOMES]
+
+
+def _home(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"fisher_vmap.{module}"), name)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return _home(_HOMES[name], name)
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+class _Moved(types.ModuleType):
+    """A module that earlier documentation names; what it held lives elsewhere."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _home({"models": "load.model", "verification.kl": "verify.kl"}[self.__name__.partition(".")[2]], name)
+
+
+for _name in ("fisher_vmap.models", "fisher_vmap.verification.kl"):
+    sys.modules[_name] = _Moved(_name)

@@ -5,15 +5,164 @@ as a pair (S, V). Functions of many at once want S [n, R] and V [n, R, D]: a bat
 `results.stack(where={"status": "ok"})`, which leaves out prompts without numbers: those are NaN, and all that is
 computed from them.
 Units: F is in nats^2 per squared unit of the residual stream. `eigenvectors` and `contrast` take dense means of many.
+
+What stands for a low-rank matrix F = V^T diag(S) V, and its product with vectors. Numpy only, in float64.
+
+Directions of the dense mean matrices of groups of prompts: one group's leading ones, and what sets two groups apart.
+
+A mean of many low-rank matrices is of no low rank itself: here [D, D] is formed and decomposed.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from fisher_vmap.group_means import Contrast, contrast, eigenvectors
-from fisher_vmap.low_rank import Float64, Spectrum, factors, matvec, vectors_of
+Float64 = NDArray[np.float64]
+
+
+class Spectrum(NamedTuple):
+    """The leading eigenvalues S [R] and eigenvectors V [R, D], as rows, of a symmetric matrix; float64."""
+
+    S: Float64
+    V: Float64
+
+    def matvec(self, x: ArrayLike) -> Float64:
+        """V^T diag(S) V x; see `matvec`."""
+        return matvec(self, x)
+
+
+def factors(matrix: Any) -> tuple[Float64, Float64]:
+    """S [..., R] and V [..., R, D] in float64 of whatever stands for low-rank matrices.
+
+    Raises:
+        ValueError: it has neither S and V nor the fields of a `LowRank`, or their shapes do not fit.
+    """
+    if hasattr(matrix, "S") and hasattr(matrix, "V"):
+        pair = (matrix.S, matrix.V)
+    elif hasattr(matrix, "singular_values"):
+        pair = (matrix.singular_values, matrix.vectors)
+    elif isinstance(matrix, tuple) and len(matrix) == 2:
+        pair = matrix
+    else:
+        raise ValueError(
+            f"{type(matrix).__name__} is no low-rank matrix; expected a record, a LowRank or a pair (S, V)"
+        )
+    S, V = (np.asarray(x.cpu() if hasattr(x, "cpu") else x, np.float64) for x in pair)
+    if V.ndim != S.ndim + 1 or V.shape[:-1] != S.shape:
+        raise ValueError(f"S has shape {S.shape} and V {V.shape}; expected [..., R] and [..., R, D]")
+    return S, V
+
+
+def matvec(matrix: Any, x: ArrayLike) -> Float64:
+    """F x = V^T (S * (V x)).
+
+    Args:
+        matrix: one low-rank matrix.
+        x: [D], or [D, n] for n vectors at once.
+
+    Returns:
+        Of x's shape.
+    """
+    S, V = factors(matrix)
+    return np.asarray(V.T @ ((V @ vectors_of(x, V.shape[-1])).T * S).T)
+
+
+def vectors_of(x: ArrayLike, width: int) -> Float64:
+    """Vectors in float64, [D] or [D, n].
+
+    Raises:
+        ValueError: it is of another width than the matrix.
+    """
+    array = np.asarray(x, np.float64)
+    if array.ndim not in (1, 2) or len(array) != width:
+        raise ValueError(f"x has shape {array.shape}; expected [{width}] or [{width}, n], as wide as the matrix")
+    return array
+
+
+class Contrast(NamedTuple):
+    """Directions that one mean Fisher matrix A responds to and another, B, does not; see `contrast`."""
+
+    ratios: Float64
+    """[R] generalised eigenvalues (v^T A v) / (v^T (B + ridge I) v), highest first."""
+    directions: Float64
+    """[R, D] the directions v, of unit length; orthogonal in the metric of B + ridge I, not in the plain one."""
+    inside: Float64
+    """[R] v^T A v."""
+    outside: Float64
+    """[R] v^T B v."""
+    ridge: float
+    """What was added to B's diagonal, in its own units."""
+
+
+def eigenvectors(matrix_DD: ArrayLike, rank: int) -> Spectrum:
+    """The leading eigenvalues and eigenvectors of a dense symmetric matrix, such as a mean Fisher matrix.
+
+    Args:
+        matrix_DD: [D, D], symmetric.
+        rank: how many; at most D.
+
+    Returns:
+        S [rank], highest first, and V [rank, D]; each row's entry of largest magnitude is positive.
+
+    Raises:
+        ValueError: it is not square, not finite, or smaller than `rank`.
+    """
+    matrix = _square(matrix_DD, "the matrix")
+    if not 1 <= rank <= len(matrix):
+        raise ValueError(f"rank is {rank}; expected 1 to {len(matrix)}, the width of the matrix")
+    values, vectors = np.linalg.eigh(matrix)
+    return Spectrum(values[::-1][:rank].copy(), _signed(vectors.T[::-1][:rank]))
+
+
+def contrast(inside_DD: ArrayLike, outside_DD: ArrayLike, rank: int = 5, ridge: float = 0.01) -> Contrast:
+    """Directions that matter for one group of prompts and not for another.
+
+    With A and B the mean Fisher matrices of the two groups, the v that maximise (v^T A v) / (v^T (B + r I) v): the
+    generalised eigenvectors A v = ratio (B + r I) v. Without r a direction that B ignores would win whatever A makes of
+    it. r is stated as a fraction of B's mean eigenvalue, r = ridge tr(B) / D: a direction counts as ignored by B when
+    its v^T B v is well below r. [Fukunaga, Introduction to Statistical Pattern Recognition, 1990, ch. 10]
+
+    Args:
+        inside_DD: A, [D, D].
+        outside_DD: B, [D, D].
+        rank: how many directions; at most D.
+        ridge: r as a fraction of tr(B) / D, above zero.
+
+    Raises:
+        ValueError: the matrices do not fit or are not finite, or ridge is not above zero.
+    """
+    A, B = _square(inside_DD, "the group's mean"), _square(outside_DD, "the other group's mean")
+    D = len(A)
+    if B.shape != A.shape:
+        raise ValueError(f"the two means have the shapes {A.shape} and {B.shape}; expected equal ones")
+    if not (1 <= rank <= D and ridge > 0):
+        raise ValueError(f"rank is {rank} and ridge {ridge}; expected 1 to {D}, and above zero")
+    r = ridge * float(np.trace(B)) / D
+    if not r > 0:
+        raise ValueError("the other group's mean is zero; there is nothing to contrast with")
+    values, vectors = np.linalg.eigh(B + r * np.eye(D))
+    whitening = vectors / np.sqrt(values)  # (B + r I)^(-1/2) up to a rotation, [D, D]
+    ratios, turned = np.linalg.eigh(whitening.T @ A @ whitening)
+    directions = (whitening @ turned[:, ::-1][:, :rank]).T
+    directions = _signed(directions / np.linalg.norm(directions, axis=1, keepdims=True))
+    inside, outside = (np.einsum("rd,de,re->r", directions, M, directions) for M in (A, B))
+    return Contrast(ratios[::-1][:rank].copy(), directions, inside, outside, r)
+
+
+def _square(matrix: ArrayLike, what: str) -> Float64:
+    square = np.asarray(matrix, np.float64)
+    if square.ndim != 2 or square.shape[0] != square.shape[1]:
+        raise ValueError(f"{what} has shape {square.shape}; expected [D, D]")
+    if not np.isfinite(square).all():
+        raise ValueError(f"{what} is not finite; a mean over no prompts is NaN")
+    return 0.5 * (square + square.T)
+
+
+def _signed(rows: Float64) -> Float64:
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
+    return np.where(largest < 0, -1.0, 1.0) * rows
+
 
 __all__ = [  # noqa: RUF022, the order of the reference
     "Spectrum",

@@ -1,17 +1,131 @@
-"""The console script `fisher-vmap`: one word for each of the package's commands."""
+"""The console script `fisher-vmap`: one word for each of the package's commands.
 
+What the commands have in common: what they log, how a mistake is told, and those that take a folder and no more.
+"""
+
+import argparse
+import functools
 import importlib
+import logging
+import os
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
 
-from fisher_vmap._version import __version__
-from fisher_vmap.settings.command_line import command
+from fisher_vmap import __version__, progress
+from fisher_vmap.errors import UserError, WorkerError
+
+
+class _BesideProgress(logging.StreamHandler[TextIO]):
+    """Writes its lines where no live line stands in the way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with progress.aside():
+            super().emit(record)
+
+
+def start_logging(*, quiet: bool = False) -> None:
+    """Our own lines on standard error; of the libraries only warnings, and none of their progress bars.
+
+    Args:
+        quiet: do not show what is under way.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_BesideProgress(sys.stderr)])
+    logging.getLogger("fisher_vmap").setLevel(logging.INFO)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not quiet:
+        progress.show()
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command's main function that ends quietly when whoever reads its lines has enough, as in `... | head`.
+
+    Its exit code is then 141, which is what the shell says of a program that ended so.
+    """
+
+    @functools.wraps(main)
+    def whole(argv: Sequence[str] | None = None) -> int:
+        try:
+            try:
+                return main(argv)
+            finally:
+                progress.hide()
+                if sys.stdout is not None:  # it is where the shell has closed it
+                    sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can catch it
+        except BrokenPipeError:
+            if not _nobody_reads_stdout():
+                raise  # it was another pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            return 141
+
+    return whole
+
+
+def _nobody_reads_stdout() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, AttributeError):  # it is no file here, or this is Windows
+        return False
+    return bool(poll.poll(0))
+
+
+def user_mistake(error: UserError | WorkerError) -> int:
+    """Show a mistake as one line; returns exit code 2."""
+    print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet, which `start_logging` takes."""
+    parser.add_argument("--quiet", action="store_true", help="no bars and no lines about what is under way")
+
+
+def folder_command(
+    name: str, description: str, lines_of: Callable[[Path], Iterable[str]], argv: Sequence[str] | None, *, long: bool
+) -> int:
+    """A command whose only argument is a results folder.
+
+    Args:
+        name: of its module.
+        description: for --help.
+        lines_of: does the work, and gives the lines that are printed.
+        argv: the command line's arguments; None: those of the process.
+        long: whether it may take a while, and shows what is under way.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake of the user's.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m fisher_vmap.{name}",
+        description=description,
+        epilog=f"example: python -m fisher_vmap.{name} fisher_results",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    if long:
+        add_quiet(parser)
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder
+    if long:
+        start_logging(quiet=arguments.quiet)
+    try:
+        print("\n".join(lines_of(folder)))
+    except UserError as error:
+        return user_mistake(error)
+    return 0
+
 
 COMMANDS = {
-    "run": ("fisher_vmap.run", "compute the Fisher matrices of a data set's prompts"),
+    "run": ("fisher_vmap.run.__main__", "compute the Fisher matrices of a data set's prompts"),
     "finish": ("fisher_vmap.finish", "complete a results folder that several processes have filled"),
-    "report": ("fisher_vmap.report.command", "write a page and images to look at a results folder"),
-    "verify": ("fisher_vmap.verify", "check a results folder"),
+    "report": ("fisher_vmap.report.__main__", "write a page and images to look at a results folder"),
+    "verify": ("fisher_vmap.verify.__main__", "check a results folder"),
     "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),
     "info": ("fisher_vmap.info", "show what a results folder holds"),
     "demo": ("fisher_vmap.demo", "run the main job on a small model and the prompts shipped with the package"),

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from fisher_vmap.config import Settings
+from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
-from fisher_vmap.results import Results, open_results
-from fisher_vmap.run import run
-from fisher_vmap.settings.command_line import add_quiet, command, start_logging, user_mistake
-from fisher_vmap.storage.folder import inspect_folder
-from fisher_vmap.storage.prompt_record import PromptRecord
+from fisher_vmap.results.folder import inspect_folder
+from fisher_vmap.results.reader import Results, open_results
+from fisher_vmap.results.record import PromptRecord
+from fisher_vmap.run.__main__ import run
+from fisher_vmap.run.settings import Settings
 
 if TYPE_CHECKING:
-    from fisher_vmap.models import Loaded
+    from fisher_vmap.load.model import Loaded
+
 
 log = logging.getLogger("fisher_vmap")
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading
         with step("loading the libraries"):
-            from fisher_vmap.running.from_settings import model_of
+            from fisher_vmap.run.open import model_of
         loaded = model_of(settings)
         if arguments.num_prompts == "auto":
             with step("trying how fast this processor is"):
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def affordable(settings: Settings, loaded: "Loaded") -> int:
     """How many of the prompts this machine computes in the time of the demo, and at least `LEAST`."""
-    from fisher_vmap.running.from_settings import open_model
+    from fisher_vmap.run.open import open_model
 
     rows = [json.loads(line)["prompt"] for line in PROMPTS.read_text("utf-8").splitlines()]
     template = partial(loaded.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
@@ -174,8 +175,8 @@ def kl_both_ways(loaded: "Loaded", text: str, layer: str, steps: np.ndarray) -> 
     """Measured KL of each step, [N], the mean of both signs: the odd terms of its expansion cancel."""
     import torch
 
-    from fisher_vmap.prompts.tokens import Renderer
-    from fisher_vmap.verification.kl import measured_kl
+    from fisher_vmap import measured_kl
+    from fisher_vmap.data.tokenize import Renderer
 
     ids = torch.tensor(Renderer(loaded.tokenizer).render(text).ids, device=next(loaded.model.parameters()).device)
     both = torch.tensor(np.concatenate([steps, -steps]), dtype=torch.float32)

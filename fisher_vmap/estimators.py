@@ -16,24 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.arguments import check_whole
-from fisher_vmap.anatomy.layers import resolve_layers
-from fisher_vmap.anatomy.layout import lay_out, select
-from fisher_vmap.anatomy.precision import choose_precision
-from fisher_vmap.anatomy.recording import StructureChanged
-from fisher_vmap.anatomy.rotary import batches_apart, join_prompts
-from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
 from fisher_vmap.decomposition import float64_device
-from fisher_vmap.head import Reading
-from fisher_vmap.kernel import broken_off, check_inputs, check_kernel, prompt_seeds
-from fisher_vmap.linearized import LinearizedNetwork, OneAtATime, linearize
-from fisher_vmap.metric import Metric, Probes, leading_vectors, orthonormal, probe_rows
-from fisher_vmap.proofs.audit import check_audit
-from fisher_vmap.proofs.choice import choose_forms, give_up
-from fisher_vmap.proofs.probe import as_it_is, differentiable, probe
-from fisher_vmap.scores import Scores
-from fisher_vmap.upper import Upper
-from fisher_vmap.upper_network.positions import Summed
+from fisher_vmap.fisher import broken_off, check_inputs, check_kernel, prompt_seeds
+from fisher_vmap.linearize.audit import check_audit
+from fisher_vmap.linearize.network import LinearizedNetwork, OneAtATime, linearize
+from fisher_vmap.linearize.output import Metric, Probes, Scores, leading_vectors, orthonormal, probe_rows
+from fisher_vmap.linearize.positions import Summed
+from fisher_vmap.linearize.probe import as_it_is, differentiable, probe
+from fisher_vmap.linearize.select import choose_forms, give_up
+from fisher_vmap.linearize.upper import Upper
+from fisher_vmap.model.head import Reading
+from fisher_vmap.model.layers import resolve_layers
+from fisher_vmap.model.layout import batches_apart, join_prompts, lay_out, select
+from fisher_vmap.model.precision import choose_precision
+from fisher_vmap.model.recording import StructureChanged
+from fisher_vmap.model.validation import check_whole
+from fisher_vmap.model.wrappers import names_inside, unwrapped
 
 START_ITERATIONS = 1  # of the subspace iteration for C's leading eigenvectors
 

@@ -4,11 +4,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fisher_vmap.cli import command, folder_command
 from fisher_vmap.errors import UserError
-from fisher_vmap.settings.command_line import command, folder_command
-from fisher_vmap.storage.finishing import finish_folder
-from fisher_vmap.storage.index import Index, read_index
-from fisher_vmap.storage.products import wants_npz
+from fisher_vmap.results.index import Index, read_index
+from fisher_vmap.results.outputs import finish_folder, wants_npz
 
 
 @command

@@ -1,34 +1,110 @@
-"""`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices."""
+"""`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices.
+
+`FisherRecord`: one prompt's Fisher matrices as `FisherModel.fisher` yields them.
+"""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.anatomy.arguments import check_whole
-from fisher_vmap.anatomy.autocast import autocast_off
-from fisher_vmap.anatomy.layers import layers_of, resolve_layers
-from fisher_vmap.anatomy.layout import lay_out
-from fisher_vmap.anatomy.placement import input_device
-from fisher_vmap.anatomy.position_table import most_positions
-from fisher_vmap.anatomy.precision import choose_precision
-from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
+from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_windows, numbers_of
+from fisher_vmap.data.tokenize import MAX_LENGTH, Pieces, Renderer, SkippedPrompt, TokenizedPrompt, check_prompts
 from fisher_vmap.estimators import Estimate, fisher_full, topk
-from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
-from fisher_vmap.kernel import check_inputs, check_kernel, fisher_scores
-from fisher_vmap.linearized import LinearizedNetwork, linearize
-from fisher_vmap.prompts.batches import batch_tokens_for
-from fisher_vmap.prompts.conversations import SkippedPrompt, check_prompts
-from fisher_vmap.prompts.pieces import Pieces
-from fisher_vmap.prompts.prompt_numbers import PromptNumbers, numbers_of
-from fisher_vmap.prompts.prompt_windows import in_windows
-from fisher_vmap.prompts.tokens import MAX_LENGTH, Renderer
-from fisher_vmap.proofs.audit import ShardForms, check_audit, due_batch, one_shard
-from fisher_vmap.proofs.probe import as_it_is, differentiable, known_of, layer_widths, probe, signature, undisturbed
-from fisher_vmap.scores import Scores
+from fisher_vmap.fisher import check_inputs, check_kernel, fisher_scores
+from fisher_vmap.linearize.audit import ShardForms, check_audit, due_batch, one_shard
+from fisher_vmap.linearize.network import LinearizedNetwork, linearize
+from fisher_vmap.linearize.output import Scores
+from fisher_vmap.linearize.probe import as_it_is, differentiable, known_of, layer_widths, probe, signature, undisturbed
+from fisher_vmap.model.layers import layers_of, resolve_layers
+from fisher_vmap.model.layout import lay_out
+from fisher_vmap.model.offload import input_device
+from fisher_vmap.model.patches import autocast_off
+from fisher_vmap.model.precision import choose_precision
+from fisher_vmap.model.validation import check_whole, most_positions
+from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
+from fisher_vmap.results.record import PromptRecord
+from fisher_vmap.results.table import LayerResult, covered_mass, how_good
+
+
+@dataclass(frozen=True)
+class FisherRecord:
+    """One prompt's Fisher matrices: a `PromptRecord` (S, V, U, Q, matrix(), matvec(x), scores()) for each layer."""
+
+    index: int
+    layers: dict[str, PromptRecord]
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of the only layer's record; with several layers, ask `record.layers[name]`."""
+        if name.startswith("_") or len(self.layers) != 1:
+            raise AttributeError(f"{name}: this record has {len(self.layers)} layers; use record.layers[layer].{name}")
+        return getattr(next(iter(self.layers.values())), name)
+
+
+def record_of(
+    index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, pieces: Pieces | None, status: str = "failed"
+) -> FisherRecord:
+    """A prompt's numbers with what the tokenizer made of it; `status` is that of numbers that have a reason."""
+    row: dict[str, Any] = {
+        "text": prompt.text,
+        "status": "ok" if numbers.reason is None else status,
+        "reason": numbers.reason,
+        "tokens": len(prompt.ids),
+        "truncated": prompt.truncated,
+        "mass": covered_mass(numbers.log_probs, numbers.token_ids),
+        "top_tokens": None if pieces is None else [pieces.single(int(token)) for token in numbers.token_ids],
+        "prompt_tokens": None if pieces is None else pieces.each(prompt.ids),
+        **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
+        **{
+            f"{layer}/{name}": value
+            for layer, result in numbers.layers.items()
+            for name, value in how_good(result).items()
+        },
+    }
+    records = {
+        layer: PromptRecord(
+            index=index,
+            layer=layer,
+            S=result.S,
+            V=result.V,
+            Q=result.Q,
+            residual_norm=result.residual_norm,
+            position_energy=result.position_energy,
+            token_ids=numbers.token_ids,
+            log_probs=numbers.log_probs,
+            row=row,
+        )
+        for layer, result in numbers.layers.items()
+    }
+    return FisherRecord(index, records)
+
+
+def empty_record(index: int, reason: str, widths: Mapping[str, int], outcomes: int, rank: int) -> FisherRecord:
+    """A prompt that could not be computed: NaN everywhere, and the reason.
+
+    Args:
+        index: of the prompt.
+        reason: why.
+        widths: D of each layer.
+        outcomes: K.
+        rank: R.
+    """
+
+    def nan(*shape: int) -> np.ndarray:
+        return np.full(shape, np.nan, np.float32)
+
+    layers = {
+        layer: LayerResult(nan(rank), nan(rank, D), nan(outcomes, rank), float("nan"), nan(0), float("nan"))
+        for layer, D in widths.items()
+    }
+    numbers = PromptNumbers(np.full(outcomes, -1), nan(outcomes), layers, reason)
+    return record_of(index, TokenizedPrompt([], "", False), numbers, None, status="skipped")
+
 
 TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
 

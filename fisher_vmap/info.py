@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 
-from fisher_vmap.config import Settings
-from fisher_vmap.planning.sizes import readable
-from fisher_vmap.results import Results, open_results
-from fisher_vmap.settings.command_line import command, folder_command
-from fisher_vmap.storage.index import sum_name
-from fisher_vmap.storage.name_lists import RUN, natural, several
+from fisher_vmap.cli import command, folder_command
+from fisher_vmap.progress import readable
+from fisher_vmap.results.index import sum_name
+from fisher_vmap.results.reader import Results, open_results
+from fisher_vmap.results.table import RUN, natural, several
+from fisher_vmap.run.settings import Settings
 
 SHOWN = 5  # failed and skipped prompts, of each
 

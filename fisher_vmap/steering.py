@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fisher_vmap.anatomy.blocks import output_of, with_output
-from fisher_vmap.anatomy.layers import resolve_layers
-from fisher_vmap.anatomy.wrappers import names_inside, unwrapped
+from fisher_vmap.model.layers import resolve_layers
+from fisher_vmap.model.recording import output_of, with_output
+from fisher_vmap.model.wrappers import names_inside, unwrapped
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from oracles import Plain, log_probabilities, plain_scores, relative
 from torch import nn
 
 from fisher_vmap import FisherModel
-from fisher_vmap.anatomy.layers import resolve_layers
+from fisher_vmap.model.layers import resolve_layers
 
 BATCHES = ((9, 4, 11), (2, 4, 3), (60, 180, 41))  # the second is shorter than the windows of attention, 4
 TOP_K = 4

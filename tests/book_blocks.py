@@ -31,7 +31,7 @@ from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from fisher_vmap.cli import COMMANDS
-from fisher_vmap.config import Settings
+from fisher_vmap.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
@@ -140,7 +140,7 @@ def carry_out(words: list[str]) -> int:
     """One line of the shell; returns its exit code."""
     if found := ours(words):
         module, arguments = found
-        return int(importlib.import_module(module).main(arguments))
+        return int(main_of(module)(arguments))
     if words[:2] == ["pip", "install"]:
         known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
         for extra in re.findall(r"fisher_vmap\[(\w+)\]", " ".join(words)):
@@ -167,7 +167,7 @@ def check(module: str, arguments: list[str]) -> None:
             raise ValueError(f"unknown flag or argument {left_over[0]!r}")
         raise Parsed(vars(found))
 
-    main = importlib.import_module(module).main
+    main = main_of(module)
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_alone):
         try:
             main(arguments[:end])
@@ -177,6 +177,12 @@ def check(module: str, arguments: list[str]) -> None:
             raise AssertionError(f"{module} did not parse {arguments[:end]}")
     if module == "fisher_vmap.run":
         Settings(**{name: value for name, value in values.items() if "$" not in value})
+
+
+def main_of(module: str):
+    """The `main` of a command's module, or of the package that `python -m` runs."""
+    found = importlib.import_module(module)
+    return (importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found).main
 
 
 def unlike(shown: str, printed: str) -> str:

@@ -5,9 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
-from fisher_vmap.run import main
-from fisher_vmap.workers import cluster
-from fisher_vmap.workers.member import ShardWorker
+from fisher_vmap.run import ray
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.run.ray_worker import ShardWorker
 
 
 class Throwing(ShardWorker):
@@ -60,5 +60,5 @@ class Counting(ShardWorker):
 if __name__ == "__main__":
     import ray_workers  # by its name, as other processes know it
 
-    cluster.run_on_ray.__defaults__ = (getattr(ray_workers, sys.argv[1]),)
+    ray.run_on_ray.__defaults__ = (getattr(ray_workers, sys.argv[1]),)
     sys.exit(main(sys.argv[2:]))

@@ -3,8 +3,8 @@
 import numpy as np
 from results_cases import make_layout, open_writer
 
-from fisher_vmap.results import open_results
-from fisher_vmap.storage.records import LayerResult, PromptResult
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.table import LayerResult, PromptResult
 
 
 def planted(kind, seed=0, *, count=200, few=5, width=64, rank=8, share=0.2):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fisher_vmap.storage.records import LayerResult, PromptResult, ShardLayout
-from fisher_vmap.storage.writer import ResultsWriter
+from fisher_vmap.results.table import LayerResult, PromptResult, ShardLayout
+from fisher_vmap.results.writer import ResultsWriter
 
 FINGERPRINT = {"model_path": "tiny", "top_k_tokens": 4, "hook_layer_name": ["blocks.0"]}
 SETTINGS = {**FINGERPRINT, "output_dir": Path("somewhere")}

@@ -19,9 +19,9 @@ from command_cases import (
 )
 
 from fisher_vmap import open_results
-from fisher_vmap.engines.local import Share, run_items
 from fisher_vmap.finish import main as finish
-from fisher_vmap.run import main
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.run.pipeline import Share, run_items
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_run_on_one_machine_carries_on_what_an_array_began(model, data, alone,
 
 def test_finish_where_nobody_saw_the_last_shard(model, data, alone, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr("fisher_vmap.pipeline._is_last", lambda writer, total: False)
+    monkeypatch.setattr("fisher_vmap.run.pipeline._is_last", lambda writer, total: False)
     assert share(model, data, out, "1/2") == 0
     assert finish([str(out)]) == 2
     assert "lacks 6 shards (1, 3, 5, 7, 9, ...) of its 38 prompts" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_finish_where_nobody_saw_the_last_shard(model, data, alone, tmp_path, mo
 
 
 def test_the_mean_alone_from_several_processes(model, data, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr("fisher_vmap.storage.folding.fold.__defaults__", (2,))
+    monkeypatch.setattr("fisher_vmap.results.mean.fold.__defaults__", (2,))
     out = tmp_path / "out"
     for shards in ("3/3", "1/3", "2/3"):
         assert share(model, data, out, shards, save="mean") == 0
@@ -115,7 +115,7 @@ def test_the_mean_alone_from_several_processes(model, data, alone, tmp_path, mon
 
 
 def test_prompts_whose_number_is_known_at_the_end_alone(model, data, alone, tmp_path, monkeypatch):
-    from fisher_vmap.prompts.sources import PromptSource
+    from fisher_vmap.data.prompts import PromptSource
 
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
     for shards in ("2/2", "1/2"):
@@ -128,7 +128,7 @@ def test_the_choices_of_the_process_that_came_first_hold(model, data, tmp_path, 
     assert share(model, data, out, "1/2") == 0
     first = open_results(out, allow_incomplete=True).index.resolved
     # As if the folder had been begun since it was looked at, on a machine with other choices.
-    monkeypatch.setattr("fisher_vmap.running.opening.inspect_folder", lambda *args: None)
+    monkeypatch.setattr("fisher_vmap.run.open.inspect_folder", lambda *args: None)
     monkeypatch.setattr("fisher_vmap.fisher_model.batch_tokens_for", lambda *args: 17)
     try:
         torch.set_num_threads(threads + 1)

@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisher_vmap import fisher_scores
-from fisher_vmap.anatomy.layout import lay_out, pack_rows
-from fisher_vmap.attention import attention
-from fisher_vmap.pullbacks import attention_blocks
-from fisher_vmap.pullbacks.attention_blocks import AttentionKind
-from fisher_vmap.pullbacks.attention_interface import _attention_forward, prompts_packed
+from fisher_vmap.kernels import attention as attention_module
+from fisher_vmap.kernels.attention import AttentionKind, attention
+from fisher_vmap.kernels.hf_attention import _attention_forward, prompts_packed
+from fisher_vmap.model.layout import lay_out, pack_rows
 
 B, E, EV, K = 2, 6, 5, 4
 SCALE = 0.37  # not E ** -0.5: a scale that is forgotten shows
@@ -70,7 +69,7 @@ def assert_matches(q, k, v, mask, kind, allowed) -> None:
 @pytest.fixture(params=[1, 2**9, 2**20], ids=["blocks of 16", "blocks of few", "one block"])
 def block_elements(request, monkeypatch):
     """Queries in one block: 16 (the least), some, all of them."""
-    monkeypatch.setitem(attention_blocks.BLOCK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(attention_module.BLOCK_ELEMENTS, "cpu", request.param)
 
 
 HEADS = pytest.mark.parametrize(("H", "G"), [(3, 3), (6, 2), (4, 1)])
@@ -103,7 +102,7 @@ def test_causal_blocks_that_see_a_part_of_the_keys(T, S, block_elements):
 
 def test_blocks_take_at_least_the_keys_that_they_see_and_in_few_sizes():
     for S in (1, 31, 33, 100, 2048):
-        taken = [attention_blocks.keys_seen(keys, S) for keys in range(1, S + 1)]
+        taken = [attention_module.keys_seen(keys, S) for keys in range(1, S + 1)]
         assert all(keys <= n <= S for keys, n in zip(range(1, S + 1), taken, strict=True))
         assert len(set(taken)) <= 17 and taken[0] <= max(32, S // 16)
 

@@ -12,9 +12,8 @@ from models import block, fresh, padded, prompts
 from oracles import plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, open_results
-from fisher_vmap.proofs import audit, choice
-from fisher_vmap.run import main
-from fisher_vmap.upper_network import forms, run_form
+from fisher_vmap.linearize import audit, blockwise, select
+from fisher_vmap.run.__main__ import main
 
 LAYERS = [block("llama", 0), block("llama", 1)]
 LENGTHS = (9, 4, 7)
@@ -23,18 +22,18 @@ LENGTHS = (9, 4, 7)
 @pytest.fixture
 def unproven(monkeypatch):
     """Every form is taken for right before it is used."""
-    monkeypatch.setattr(choice, "why_wrong", lambda *_: None)
+    monkeypatch.setattr(select, "why_wrong", lambda *_: None)
 
 
 def planted(monkeypatch, change, kinds=("packed",)):
     """Change what the forms of these kinds give."""
-    right = run_form._run_together
+    right = blockwise._run_together
 
     def wrong(form, model, parts, layout, layers, wanted):
         found = right(form, model, parts, layout, layers, wanted)
         return change(found) if form in kinds else found
 
-    monkeypatch.setattr(run_form, "_run_together", wrong)
+    monkeypatch.setattr(blockwise, "_run_together", wrong)
 
 
 def _gradients(found, change):
@@ -97,18 +96,18 @@ def test_a_planted_fault_is_caught_told_and_mended(fault, unproven, monkeypatch,
 
 
 def test_a_position_off_by_one_is_caught(unproven, monkeypatch):
-    right = run_form.pack_rows
+    right = blockwise.pack_rows
     monkeypatch.setattr(
-        run_form, "pack_rows", lambda layout: (p := right(layout))._replace(position_ids=3 * p.position_ids)
+        blockwise, "pack_rows", lambda layout: (p := right(layout))._replace(position_ids=3 * p.position_ids)
     )
     model, rows = fresh("llama"), prompts(LENGTHS)
     assert_right(fisher_scores(model, *padded(rows, "left"), layers=LAYERS, top_k=4), model, rows)
 
 
 def test_a_hook_that_is_lost_is_caught(unproven, monkeypatch):
-    from fisher_vmap.anatomy.user_hooks import hooks_off
+    from fisher_vmap.model.wrappers import hooks_off
 
-    right = run_form._run_together
+    right = blockwise._run_together
 
     def without(form, model, *rest):
         if form != "packed":
@@ -116,14 +115,14 @@ def test_a_hook_that_is_lost_is_caught(unproven, monkeypatch):
         with hooks_off(model):
             return right(form, model, *rest)
 
-    monkeypatch.setattr(run_form, "_run_together", without)
+    monkeypatch.setattr(blockwise, "_run_together", without)
     model, rows = fresh("llama"), prompts(LENGTHS)
     model.model.layers[2].register_forward_hook(lambda _m, _a, out: 1.02 * out)
     assert_right(fisher_scores(model, *padded(rows, "left"), layers=LAYERS, top_k=4), model, rows)
 
 
 def test_a_stale_weight_is_caught(unproven, monkeypatch):
-    from fisher_vmap.head import UnembeddingHead
+    from fisher_vmap.model.head import UnembeddingHead
 
     model, rows = fresh("llama"), prompts(LENGTHS)
     stale = model.lm_head.weight.detach().clone()
@@ -135,7 +134,7 @@ def test_a_stale_weight_is_caught(unproven, monkeypatch):
 
 
 def test_the_full_matrix_and_the_linearised_network_are_audited(unproven, monkeypatch):
-    from fisher_vmap.upper import Blockwise
+    from fisher_vmap.linearize.upper import Blockwise
 
     right = Blockwise._pull
 
@@ -148,7 +147,7 @@ def test_the_full_matrix_and_the_linearised_network_are_audited(unproven, monkey
         expected = fisher_full(model, *padded(rows, "left"), layers=layer, rank=30)
         model = fresh("llama")
         patch.setattr(Blockwise, "_pull", scaled)
-        patch.setattr("fisher_vmap.linearized._prove", lambda *_: None)
+        patch.setattr("fisher_vmap.linearize.network._prove", lambda *_: None)
         found = fisher_full(model, *padded(rows, "left"), layers=layer, rank=30)
         assert relative(found.factors[layer], expected.factors[layer]) < 1e-6
         with FisherModel(fresh("llama"), layers=layer).linearize(*padded(rows, "left")) as net:
@@ -230,7 +229,7 @@ def job(tmp_path):
 
 def _wrong_in_some_batches(monkeypatch):
     """The packed form is wrong for a prompt of 43 tokens, in the second shard."""
-    right = run_form._run_together
+    right = blockwise._run_together
 
     def wrong(form, model, parts, layout, layers, wanted):
         found = right(form, model, parts, layout, layers, wanted)
@@ -238,7 +237,7 @@ def _wrong_in_some_batches(monkeypatch):
             return _by_temperature(_by_scale(found))
         return found
 
-    monkeypatch.setattr(run_form, "_run_together", wrong)
+    monkeypatch.setattr(blockwise, "_run_together", wrong)
 
 
 def _tensors(folder):
@@ -279,13 +278,13 @@ def test_a_run_that_is_resumed_repeats_its_audits_to_the_bit(job, tmp_path, unpr
 
 
 def test_prompts_that_no_form_gets_right_fail_with_the_reason(job, tmp_path, unproven, monkeypatch):
-    right = forms.read_outcomes
+    right = blockwise.read_outcomes
 
     def wrong(head, rows, wanted):
         found = right(head, rows, wanted)
         return found._replace(log_probs=1.1 * found.log_probs) if wanted.top_k > 2 else found
 
-    monkeypatch.setattr(forms, "read_outcomes", wrong)
+    monkeypatch.setattr(blockwise, "read_outcomes", wrong)
     assert main(job("failed", audit="always")) == 0
     results = open_results(tmp_path / "failed")
     assert {record.status for record in results} == {"failed"}

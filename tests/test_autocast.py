@@ -9,8 +9,7 @@ import torch
 from models import WIDTH, fresh, prompts
 from test_fisher_model import tokenizer  # noqa: F401 (a fixture)
 
-from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores
-from fisher_vmap.verification.kl import measured_kl
+from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores, measured_kl
 
 IDS = torch.stack(prompts([9, 9]))
 MASK = torch.ones_like(IDS)

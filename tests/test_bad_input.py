@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fisher_vmap import open_results
-from fisher_vmap.run import main
+from fisher_vmap.run.__main__ import main
 
 EMBEDDING = {"vocab_size": VOCABULARY, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 6}
 

@@ -13,7 +13,7 @@ from command_cases import VOCABULARY, save_model, tiny_tokenizer
 from models import tiny
 from safetensors import safe_open
 
-from fisher_vmap.run import main as run_command
+from fisher_vmap.run.__main__ import main as run_command
 
 DOCS = ROOT / "docs"
 ALL = [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts and ".template" not in path.name]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fisher_vmap.config import Settings, default_config_yaml, load_settings
 from fisher_vmap.errors import UserError
+from fisher_vmap.run.settings import Settings, default_config_yaml, load_settings
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,10 +6,10 @@ import time
 import pytest
 
 from fisher_vmap import demo
-from fisher_vmap.config import Settings
-from fisher_vmap.models import Loaded
-from fisher_vmap.running import from_settings
-from fisher_vmap.running.from_settings import source_of
+from fisher_vmap.load.model import Loaded
+from fisher_vmap.run import open
+from fisher_vmap.run.open import source_of
+from fisher_vmap.run.settings import Settings
 
 
 class Tokenizer:
@@ -32,7 +32,7 @@ def machine(monkeypatch):
                 batches.append(ids)
 
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-        monkeypatch.setattr(from_settings, "open_model", lambda *_: Fisher())
+        monkeypatch.setattr(open, "open_model", lambda *_: Fisher())
         return demo.affordable(Settings(), Loaded(None, Tokenizer(), {})), batches[-1]
 
     return of

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.accuracy_page import page as accuracy_page
-from fisher_vmap.config import Settings
-from fisher_vmap.settings.run_options import RunOptions
+from fisher_vmap.run.settings import RunOptions, Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

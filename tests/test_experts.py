@@ -6,8 +6,8 @@ from models import draw, padded, prompts
 from oracles import plain_scores, relative
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from fisher_vmap.anatomy.experts import experts_apart
-from fisher_vmap.kernel import fisher_scores
+from fisher_vmap.fisher import fisher_scores
+from fisher_vmap.model.patches import experts_apart
 
 SIZES = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -13,9 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.export import main
-from fisher_vmap.results import open_results
-from fisher_vmap.sharing.control_vectors import save_control_vector, save_directions
+from fisher_vmap.export import main, save_control_vector, save_directions
+from fisher_vmap.results.reader import open_results
 
 LAYERS = ("model.layers.2", "model.layers.5")
 

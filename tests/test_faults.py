@@ -22,10 +22,10 @@ from command_cases import (
 from models import fresh
 
 from fisher_vmap import open_results
+from fisher_vmap.data.batching import PromptNumbers
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.prompts.prompt_numbers import PromptNumbers
-from fisher_vmap.storage.lock import at_work
-from fisher_vmap.verify import main as verify
+from fisher_vmap.results.files import at_work
+from fisher_vmap.verify.__main__ import main as verify
 
 resource = pytest.importorskip("resource", reason="needs a limit of the operating system's")
 

@@ -8,7 +8,7 @@ from oracles import plain_scores, relative
 from toys import ToyLM
 
 from fisher_vmap import FisherModel, compress, fisher_scores
-from fisher_vmap.proofs.probe import known_of
+from fisher_vmap.linearize.probe import known_of
 
 LENGTHS = (7, 1, 12, 3)
 WORDS = [f"w{i}" for i in range(99)]

@@ -9,10 +9,10 @@ from torch import nn
 from toys import LinearLM, ToyLM
 
 from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores
-from fisher_vmap.head import LogitsHead
-from fisher_vmap.metric import Probes, leading_vectors, metric, probe_rows
-from fisher_vmap.quality import quality
-from fisher_vmap.upper import Upper
+from fisher_vmap.decomposition import quality
+from fisher_vmap.linearize.output import Probes, leading_vectors, metric, probe_rows
+from fisher_vmap.linearize.upper import Upper
+from fisher_vmap.model.head import LogitsHead
 
 LENGTHS = (5, 1, 8)
 # transformers' own eager attention, which the Hessian needs, is float32 inside but for gpt2's.

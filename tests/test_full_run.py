@@ -10,7 +10,7 @@ from models import tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap import open_results
-from fisher_vmap.verify import main as verify
+from fisher_vmap.verify.__main__ import main as verify
 
 ESTIMATES = ("share_kept", "trace_full", "trace_full_error", "share_full", "relative_error")
 

@@ -7,9 +7,9 @@ from oracles import relative
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from fisher_vmap.pullbacks.fused import fused_forward
-from fisher_vmap.pullbacks.gated_mlp import is_gated_mlp
-from fisher_vmap.pullbacks.norms import norm_kind
+from fisher_vmap.kernels.decoder_block import fused_forward
+from fisher_vmap.kernels.gated_mlp import is_gated_mlp
+from fisher_vmap.kernels.norm import norm_kind
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

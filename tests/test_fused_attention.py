@@ -5,11 +5,11 @@ import torch
 from models import tiny
 from torch.func import vjp, vmap
 
-from fisher_vmap.anatomy.layout import lay_out, pack_rows
-from fisher_vmap.kernel import fisher_scores
-from fisher_vmap.proofs.probe import known_of
-from fisher_vmap.pullbacks.attention_interface import NAME, attention_set_to, prompts_packed
-from fisher_vmap.pullbacks.fused_attention import fused_attention_forward, parts_of, proven_attentions
+from fisher_vmap.fisher import fisher_scores
+from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
+from fisher_vmap.kernels.rotary_attention import fused_attention_forward, parts_of, proven_attentions
+from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model.layout import lay_out, pack_rows
 
 LENGTHS = (5, 1, 9, 5)
 

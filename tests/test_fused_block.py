@@ -5,10 +5,10 @@ import torch
 from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
-from fisher_vmap.kernel import fisher_scores
-from fisher_vmap.proofs.probe import known_of
-from fisher_vmap.pullbacks import fused_block, scratch
-from fisher_vmap.pullbacks.block_rule import BlockRule
+from fisher_vmap.fisher import fisher_scores
+from fisher_vmap.kernels import autograd, decoder_block
+from fisher_vmap.kernels.decoder_block import BlockRule
+from fisher_vmap.linearize.probe import known_of
 
 LENGTHS = (5, 1, 9, 14)
 OPEN_WINDOW = {"sliding_window": None}
@@ -39,7 +39,7 @@ def test_every_block_and_every_hook(family, changes):
 
 @pytest.mark.parametrize("room", [0, 10**9])
 def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room):
-    monkeypatch.setitem(fused_block.KEPT_BYTES, "cpu", room)
+    monkeypatch.setitem(decoder_block.KEPT_BYTES, "cpu", room)
     assert worst(tiny("llama", torch.float32), tiny("llama"), [0, 2], prompts(LENGTHS), top_k=4) < 5e-6
 
 
@@ -58,7 +58,7 @@ def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monke
     fisher_scores(model, *batch, layers=0, top_k=4)
     monkeypatch.setattr(BlockRule, "forward", counted)
     for of_one, runs in ((2, 3), (1, 4), (0.9, 5), (0, 5)):
-        monkeypatch.setitem(fused_block.KEPT_BYTES, "cpu", int(of_one * (sizes[0] if sizes else 10**9)))
+        monkeypatch.setitem(decoder_block.KEPT_BYTES, "cpu", int(of_one * (sizes[0] if sizes else 10**9)))
         ran.clear()
         fisher_scores(model, *batch, layers=0, top_k=4)
         assert len(ran) == runs
@@ -66,8 +66,8 @@ def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monke
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_stretches_of_any_size(monkeypatch, rows):
-    monkeypatch.setitem(scratch.ELEMENTS_IN_CACHE, "cpu", 1)
-    monkeypatch.setattr(scratch, "LEAST_ROWS", rows)
+    monkeypatch.setitem(autograd.ELEMENTS_IN_CACHE, "cpu", 1)
+    monkeypatch.setattr(autograd, "LEAST_ROWS", rows)
     assert worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=3) < 5e-6
 
 
@@ -78,16 +78,16 @@ def test_chunks_of_cotangents(chunk_size):
 
 
 def test_stretches_end_where_they_may_and_leave_nothing_out(monkeypatch):
-    monkeypatch.setitem(scratch.ELEMENTS_IN_CACHE, "cpu", 20 * 8)
-    monkeypatch.setattr(scratch, "LEAST_ROWS", 3)
+    monkeypatch.setitem(autograd.ELEMENTS_IN_CACHE, "cpu", 20 * 8)
+    monkeypatch.setattr(autograd, "LEAST_ROWS", 3)
     cpu = torch.device("cpu")
-    assert list(scratch.stretches([3, 4, 10, 11], 4, 8, cpu)) == [(0, 4), (4, 10), (10, 11)]
-    assert list(scratch.stretches([9], 4, 8, cpu)) == [(0, 9)]
-    assert list(scratch.stretches(range(1, 12), 4, 8, cpu)) == [(0, 5), (5, 10), (10, 11)]
+    assert list(autograd.stretches([3, 4, 10, 11], 4, 8, cpu)) == [(0, 4), (4, 10), (10, 11)]
+    assert list(autograd.stretches([9], 4, 8, cpu)) == [(0, 9)]
+    assert list(autograd.stretches(range(1, 12), 4, 8, cpu)) == [(0, 5), (5, 10), (10, 11)]
 
 
 def test_scratch_is_used_again_and_grows():
-    memory, like = scratch.Scratch(), torch.zeros(1)
+    memory, like = autograd.Scratch(), torch.zeros(1)
     first = memory("a", (2, 3), like)
     assert memory("a", (3, 2), like).data_ptr() == first.data_ptr()
     assert memory("b", (2, 3), like).data_ptr() != first.data_ptr()
@@ -185,7 +185,7 @@ def test_an_error_on_the_way_leaves_no_module_changed(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_vmap.upper_network.arrivals.Collected.add", fail)
+    monkeypatch.setattr("fisher_vmap.linearize.positions.Collected.add", fail)
     with pytest.raises(KeyboardInterrupt) as held:
         fisher_scores(model, torch.arange(12).view(2, 6), layers=[0], top_k=2)
     assert not any("forward" in vars(module) for module in model.modules())

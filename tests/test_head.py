@@ -7,9 +7,10 @@ from oracles import fisher_matrix, plain_scores, relative
 from torch import Tensor, nn
 from toys import ToyLM
 
-from fisher_vmap import fisher_scores, head
-from fisher_vmap.head import LogitsHead, Phi, Reading, UnembeddingHead, likeliest
-from fisher_vmap.proofs.probe import known_of
+from fisher_vmap import fisher_scores
+from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model import head
+from fisher_vmap.model.head import LogitsHead, Phi, Reading, UnembeddingHead, likeliest
 
 LENGTHS = (7, 1, 12, 3)
 

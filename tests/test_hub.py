@@ -16,12 +16,12 @@ from results_cases import FINGERPRINT, no_power_cuts, open_writer  # noqa: F401 
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.export import main as export
-from fisher_vmap.hub import address
 from fisher_vmap.info import main as info
-from fisher_vmap.report.command import main as report
-from fisher_vmap.results import open_results
-from fisher_vmap.storage.writer import ResultsWriter
-from fisher_vmap.verify import main as verify
+from fisher_vmap.report.__main__ import main as report
+from fisher_vmap.results.hub import address
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.verify.__main__ import main as verify
 
 SOURCE = "lmsys/lmsys-chat-1m"
 ON_HUB = {**FINGERPRINT, "data": f"hub {SOURCE} commit:abc config:default split:train"}

@@ -10,14 +10,8 @@ import pytest
 import fisher_vmap
 
 PACKAGE = Path(fisher_vmap.__file__).parent
-CORE = (
-    "kernel",
-    "decomposition",
-    "linearized",
-    "estimators",
-    "quality",
-)  # these and all that they import are the maths
-BRIDGE = "pullbacks.attention_interface"  # the only one of them that may know transformers, and only when it is used
+CORE = ("fisher", "decomposition", "estimators", "linearize.network")  # these and all that they import are the maths
+BRIDGE = "kernels.hf_attention"  # the only one of them that may know transformers, and only when it is used
 
 
 def run(code: str) -> None:
@@ -114,32 +108,60 @@ def test_maths_imports_only_torch_and_maths(name):
 
 
 def test_the_maths_is_what_the_design_says():
-    assert {"attention", "head", "network", "proofs.proof", "proofs.probe", BRIDGE} <= maths()
+    assert {"kernels.attention", "model.head", "linearize.block", "linearize.probe", BRIDGE} <= maths()
     folders = {name.partition(".")[0] for name in maths() if "." in name}
-    assert folders == {"anatomy", "pullbacks", "upper_network", "proofs"}
-    assert not {"config", "models", "results", "pipeline", "run", "fisher_model"} & maths()
+    assert folders == {"model", "kernels", "linearize"}
+    assert not {"run", "results", "data", "load", "fisher_model"} & {name.partition(".")[0] for name in maths()}
 
 
 def test_the_bridge_imports_transformers_only_when_it_is_used():
     assert not any(m.startswith("transformers") for m in imported(path_of(BRIDGE), at_top_only=True))
 
 
-def test_imports_point_downward():
-    """No circle among the modules of the package, counting what is imported when they are loaded."""
-    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    edges = {
-        name: {m.removeprefix("fisher_vmap.") for m in imported(path, at_top_only=True) if m.startswith("fisher_vmap.")}
-        for name, path in files.items()
-        if not name.endswith("__init__")
-    }
+def modules() -> dict[str, Path]:
+    """The modules of the package by their dotted names, without the packages' own `__init__`."""
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+
+
+def visit_all(edges: dict[str, set[str]]) -> None:
+    """Fail at the first circle of a graph."""
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, " -> ".join((*above, name))
         if name not in done:
-            for lower in edges.get(name, ()):
+            for lower in sorted(edges.get(name, ())):
                 visit(lower, (*above, name))
             done.add(name)
 
     for name in edges:
         visit(name, ())
+
+
+def edges(**options) -> dict[str, set[str]]:
+    return {
+        name: {m.removeprefix("fisher_vmap.") for m in imported(path, **options) if m.startswith("fisher_vmap.")}
+        for name, path in modules().items()
+    }
+
+
+def test_imports_point_downward():
+    """No circle among the modules of the package, imports inside functions and for types included."""
+    visit_all(edges())
+
+
+def test_folders_point_downward():
+    """No circle among the folders either."""
+    folders: dict[str, set[str]] = {}
+    for name, lower in edges().items():
+        here = name.rpartition(".")[0]
+        folders.setdefault(here, set()).update(m.rpartition(".")[0] for m in lower)
+    visit_all({here: below - {here, ""} for here, below in folders.items() if here})
+
+
+def test_the_house_stays_small_enough_to_hold_in_the_head():
+    lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert len(list(PACKAGE.rglob("*.py"))) <= 90
+    assert {name: n for name, n in lines.items() if n > 400} == {}
+    assert {name for name, n in lines.items() if n < 30} <= {"errors", "report.__main__"}

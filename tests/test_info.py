@@ -14,9 +14,9 @@ from results_cases import (
 
 import fisher_vmap
 from fisher_vmap.cli import COMMANDS
+from fisher_vmap.cli import command as ends_quietly
 from fisher_vmap.cli import main as command
 from fisher_vmap.info import main
-from fisher_vmap.settings.command_line import command as ends_quietly
 
 
 def test_a_finished_folder(tmp_path, capsys):

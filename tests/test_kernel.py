@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import ToyLM
 
 from fisher_vmap import fisher_scores
-from fisher_vmap.proofs.probe import known_of
+from fisher_vmap.linearize.probe import known_of
 
 KERNELS = ("auto", "layerwise", "whole", "loop")
 LENGTHS = (7, 1, 12, 3)  # the shortest and the longest are neither first nor last
@@ -553,14 +553,14 @@ def test_rotary_scaling_that_depends_on_length_looks_at_each_prompt_alone(first_
 
 
 def test_long_batches_are_pulled_back_in_chunks_of_cotangents(monkeypatch):
-    from fisher_vmap import network
+    from fisher_vmap.linearize import block
 
-    assert network.cotangents_at_a_time(10, 819, torch.device("cpu")) is None
-    assert network.cotangents_at_a_time(10, 2048, torch.device("cpu")) == 4
-    assert network.cotangents_at_a_time(3, 10**6, torch.device("cpu")) == 1
+    assert block.cotangents_at_a_time(10, 819, torch.device("cpu")) is None
+    assert block.cotangents_at_a_time(10, 2048, torch.device("cpu")) == 4
+    assert block.cotangents_at_a_time(3, 10**6, torch.device("cpu")) == 1
     model, rows = tiny("llama"), prompts(LENGTHS)
     whole = fisher_scores(model, *padded(rows, "right"), layers=0, top_k=7)
-    monkeypatch.setitem(network.ROWS_AT_A_TIME, "cpu", 40)
+    monkeypatch.setitem(block.ROWS_AT_A_TIME, "cpu", 40)
     chunked = fisher_scores(model, *padded(rows, "right"), layers=0, top_k=7)
     name = next(iter(whole.gradients))
     torch.testing.assert_close(chunked.gradients[name], whole.gradients[name], rtol=1e-9, atol=1e-9)

@@ -11,7 +11,7 @@ from command_cases import arguments, environment, real_command, save_model, text
 
 from fisher_vmap import open_results
 from fisher_vmap.errors import UserError
-from fisher_vmap.run import main
+from fisher_vmap.run.__main__ import main
 
 SHARDS = 12
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")

@@ -10,10 +10,8 @@ from models import block, fresh, prompts, tiny
 from oracles import bias_added, log_probabilities
 
 from fisher_vmap import open_results
-from fisher_vmap.verification.kl import measured_kl
-from fisher_vmap.verification.kl_outcome import PREDICTED, Directions
-from fisher_vmap.verification.kl_verify import check_kl
-from fisher_vmap.verify import main
+from fisher_vmap.verify.__main__ import main
+from fisher_vmap.verify.kl import PREDICTED, Directions, check_kl, measured_kl
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,7 @@ def test_the_command(folders, tmp_path, capsys):
 
 
 def run_again(folder):
-    from fisher_vmap.storage.folder import inspect_folder
+    from fisher_vmap.results.folder import inspect_folder
 
     return inspect_folder(folder) is not None
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fisher_vmap.errors import UserError, listed
-from fisher_vmap.storage.layer_names import layer_named
-from fisher_vmap.storage.name_lists import natural, several
+from fisher_vmap.results.reader import layer_named
+from fisher_vmap.results.table import natural, several
 
 LAYERS = [f"model.layers.{i}" for i in (2, 15, 20)]
 HERE = Path("out")

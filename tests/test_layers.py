@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from toys import ToyBlock, ToyLM
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.anatomy.layers import decoder_blocks, layers_of, resolve_layers
-from fisher_vmap.anatomy.streams import Place, place_of
+from fisher_vmap.model.layers import Place, decoder_blocks, layers_of, place_of, resolve_layers
 
 LENGTHS = (6, 2, 9)
 

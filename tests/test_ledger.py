@@ -14,12 +14,11 @@ from results_cases import (
     write_folder,
 )
 
-from fisher_vmap.results import open_results
-from fisher_vmap.storage import ledger
-from fisher_vmap.storage.entries import entry_name, read_entries, read_entry
-from fisher_vmap.storage.index import read_index, read_index_file
-from fisher_vmap.storage.lock import AT_WORK_NAME, at_work
-from fisher_vmap.storage.shards import write_shard
+from fisher_vmap.results import writer as writer_module
+from fisher_vmap.results.files import AT_WORK_NAME, at_work
+from fisher_vmap.results.index import entry_name, read_entries, read_entry, read_index, read_index_file
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.shard import write_shard
 
 LAYOUT = make_layout()
 
@@ -31,9 +30,9 @@ def add(writer, *numbers):
 
 def test_index_json_is_written_less_and_less_often(tmp_path, monkeypatch):
     written = []
-    original = ledger.write_index
+    original = writer_module.write_index
     monkeypatch.setattr(
-        ledger, "write_index", lambda folder, index: written.append(len(index.shards)) or original(folder, index)
+        writer_module, "write_index", lambda folder, index: written.append(len(index.shards)) or original(folder, index)
     )
     writer = open_writer(tmp_path)
     writer.missing_shards(400)

@@ -19,8 +19,7 @@ from oracles import plain_scores, relative
 from safetensors.torch import load_file, save_file
 from source_cases import PROMPTS, agrees, base, run, save, with_tokenizer
 
-from fisher_vmap import FisherModel, open_results
-from fisher_vmap.models import load_model
+from fisher_vmap import FisherModel, load_model, open_results
 
 peft = pytest.importorskip("peft", reason="adapters need the package peft (in the dev extra)")
 
@@ -174,7 +173,7 @@ def test_a_gguf_file_on_the_hub_is_owner_name_and_file(tmp_path, monkeypatch):
         asked.append((repository, name, revision))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("fisher_vmap.loading.model_source.hf_hub_download", download)
+    monkeypatch.setattr("fisher_vmap.load.source.hf_hub_download", download)
     agrees(run("owner/name/file.gguf", tmp_path, model_revision="v2"), oracle, 2e-4)
     assert asked == [("owner/name", "file.gguf", "v2")]
 

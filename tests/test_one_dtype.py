@@ -9,8 +9,7 @@ from source_cases import base, save
 from test_quantized import compressed_folder, fp8_folder, unpacked_by_bitsandbytes
 
 from fisher_vmap import FisherModel
-from fisher_vmap.loading.one_dtype import to_one_dtype
-from fisher_vmap.models import load_model
+from fisher_vmap.load.model import load_model, to_one_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -8,15 +8,15 @@ from command_cases import VOCABULARY, arguments, run_here, save_model, texts, wr
 from models import FAMILIES, fresh, tiny
 
 from fisher_vmap import open_results
-from fisher_vmap.anatomy.layers import decoder_blocks, resolve_layers
-from fisher_vmap.anatomy.precision import Rates
-from fisher_vmap.config import load_settings
-from fisher_vmap.plan import plan, planned, readable
-from fisher_vmap.planning import plan_sample
-from fisher_vmap.planning.flops import Work, unavoidable
-from fisher_vmap.planning.skeleton import skeleton_of
-from fisher_vmap.proofs.probe import layer_widths
-from fisher_vmap.run import main
+from fisher_vmap.linearize.probe import layer_widths
+from fisher_vmap.model.layers import decoder_blocks, resolve_layers
+from fisher_vmap.model.precision import Rates
+from fisher_vmap.run import plan_model
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.run.flops import Work, unavoidable
+from fisher_vmap.run.plan import plan, planned, readable
+from fisher_vmap.run.plan_model import skeleton_of
+from fisher_vmap.run.settings import load_settings
 
 PROMPTS = [*texts(61), "", "x" * 300]
 
@@ -100,7 +100,7 @@ def test_what_would_change_is_what_a_run_with_the_change_stores(model, data, cap
 def test_a_sample_of_many_prompts(model, data, monkeypatch):
     settings = settings_of(model, data)
     exact = planned(settings, skeleton_of(settings))
-    monkeypatch.setattr(plan_sample, "MOST_TOKENISED", 30)
+    monkeypatch.setattr(plan_model, "MOST_TOKENISED", 30)
     found = planned(settings, skeleton_of(settings))
     assert found.sample.tokenised == 30 and not found.sample.exact and found.tokens_error > 0
     assert abs(found.tokens - exact.tokens) < 4 * found.tokens_error
@@ -111,12 +111,12 @@ def test_a_sample_of_many_prompts(model, data, monkeypatch):
 
 
 def test_a_stream_whose_end_is_not_known(model, data, monkeypatch):
-    from fisher_vmap.prompts.sources import PromptSource
+    from fisher_vmap.data.prompts import PromptSource
 
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
     settings = settings_of(model, data)
     assert planned(settings, skeleton_of(settings)).sample.total == len(PROMPTS)
-    monkeypatch.setattr(plan_sample, "MOST_TOKENISED", 30)
+    monkeypatch.setattr(plan_model, "MOST_TOKENISED", 30)
     assert planned(settings, skeleton_of(settings)).sample.total == len(PROMPTS)
     asked = settings_of(model, data, num_prompts=50)
     found = planned(asked, skeleton_of(asked))
@@ -124,7 +124,7 @@ def test_a_stream_whose_end_is_not_known(model, data, monkeypatch):
 
 
 def test_a_measured_rate(model, data, monkeypatch):
-    monkeypatch.setattr("fisher_vmap.plan.MEASURED_S", 0.3)
+    monkeypatch.setattr("fisher_vmap.run.plan.MEASURED_S", 0.3)
     settings = settings_of(model, data)
     rate = planned(settings, skeleton_of(settings), "measure").rate
     assert 10 < rate < 1e6
@@ -231,7 +231,7 @@ def test_what_cannot_be_planned_is_said_in_one_line(model, data, tmp_path, capsy
 @pytest.mark.parametrize("kind", ["without bfloat16", "with it"])
 def test_the_precision_of_this_machine_its_memory_and_its_rate(model, data, monkeypatch, kind):
     slow, fast = Rates((11.0, 1.1), (80.0, 120.0)), Rates((900.0, 600.0), (120.0, 120.0))
-    for module in ("plan", "anatomy.precision"):
+    for module in ("run.plan", "model.precision"):
         monkeypatch.setattr(f"fisher_vmap.{module}.product_rates", lambda *_: fast if kind == "with it" else slow)
     settings, wide = settings_of(model, data, dtype="bfloat16"), settings_of(model, data, dtype="float32")
     found, in_float32 = (planned(each, skeleton_of(each)) for each in (settings, wide))

@@ -10,9 +10,8 @@ import transformers
 from command_cases import VOCABULARY, save_model
 from models import draw
 
-from fisher_vmap.config import Settings
-from fisher_vmap.planning.batch_memory import batch_memory
-from fisher_vmap.planning.skeleton import skeleton_of
+from fisher_vmap.run.plan_model import batch_memory, skeleton_of
+from fisher_vmap.run.settings import Settings
 
 MEASURE = """
 import ctypes, gc, sys

@@ -4,9 +4,8 @@ import pytest
 import torch
 from oracles import relative
 
-from fisher_vmap.pullbacks.norms import NormRows
-from fisher_vmap.pullbacks.pointwise import norm_pullback, softmax_pullback
-from fisher_vmap.pullbacks.scratch import Scratch
+from fisher_vmap.kernels.autograd import Scratch, norm_pullback, softmax_pullback
+from fisher_vmap.kernels.norm import NormRows
 
 
 @pytest.mark.parametrize("centred", [False, True])

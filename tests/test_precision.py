@@ -13,12 +13,11 @@ from oracles import plain_scores, relative
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisher_vmap import FisherModel, fisher_full, fisher_scores
-from fisher_vmap.anatomy import precision as precision_module
-from fisher_vmap.anatomy import widening
-from fisher_vmap.anatomy.precision import Rates, choose_precision
-from fisher_vmap.proofs.probe import known_of, undisturbed
-from fisher_vmap.verification.kl import measured_kl
+from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
+from fisher_vmap.linearize.probe import known_of, undisturbed
+from fisher_vmap.model import precision as precision_module
+from fisher_vmap.model import widening
+from fisher_vmap.model.precision import Rates, choose_precision
 
 SEEDS = range(8)
 LENGTHS = (18, 5, 40)

@@ -14,9 +14,9 @@ from test_precision import FAST, SLOW, NarrowProducts
 from transformers import AutoModelForCausalLM
 
 from fisher_vmap import open_results
-from fisher_vmap.anatomy import precision, widening
-from fisher_vmap.storage.index import read_index
-from fisher_vmap.verify import main as verify
+from fisher_vmap.model import precision, widening
+from fisher_vmap.results.index import read_index
+from fisher_vmap.verify.__main__ import main as verify
 
 PROMPTS = texts(10)
 

@@ -14,10 +14,9 @@ from command_cases import arguments, environment, real_command, run_here, save_m
 
 from fisher_vmap import progress
 from fisher_vmap.finish import main as finish
-from fisher_vmap.progress import Display, bar, passing, step
-from fisher_vmap.progress_lines import Counted, Line, duration
-from fisher_vmap.running.progress import Pace, Progress, RunLine, run_bar
-from fisher_vmap.verify import main as verify
+from fisher_vmap.progress import Counted, Display, Line, bar, duration, passing, step
+from fisher_vmap.run.compute import Pace, Progress, RunLine, run_bar
+from fisher_vmap.verify.__main__ import main as verify
 
 SILENT_S = 5.5  # five seconds, and something for a busy machine
 ASLEEP_S = 6.5
@@ -301,7 +300,7 @@ def test_commands_leave_it_switched_off(inputs, tmp_path):
 
 def test_a_run_tells_what_was_stored_beforehand(inputs, tmp_path, monkeypatch):
     """So that the time left is that of what is to be computed, wherever in the run that is."""
-    from fisher_vmap import pipeline
+    from fisher_vmap.run import pipeline
 
     steps = []
     run_prompts = pipeline.run_prompts

@@ -781,11 +781,11 @@ def assert_under_eager(opened: FisherModel, layer: str) -> None:
 
 def test_an_attention_of_ours_that_is_not_the_models_gives_way_to_the_plain_one(monkeypatch):
     """Caught by numbers: the blocks are whole, so layerwise is tried again, under transformers' own attention."""
-    from fisher_vmap.pullbacks import attention_interface
+    from fisher_vmap.kernels import hf_attention
 
-    right = attention_interface._attention_forward
+    right = hf_attention._attention_forward
     monkeypatch.setattr(
-        attention_interface,
+        hf_attention,
         "_attention_forward",
         lambda module, q, k, v, mask, **kwargs: right(module, q, k, v, mask, **{**kwargs, "scaling": 0.5}),
     )
@@ -797,13 +797,13 @@ def test_an_attention_of_ours_that_is_not_the_models_gives_way_to_the_plain_one(
             assert_right(scores, model, rows, layer, 1e-6)
         assert_under_eager(opened, "model.layers.2")
     monkeypatch.undo()
-    attention_interface.register()  # transformers has the wrong one by that name
+    hf_attention.register()  # transformers has the wrong one by that name
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "indices", "sparse_indices", "block_indices"])
 def test_what_a_model_hands_to_attention_and_ours_does_not_heed(name):
     """Keys chosen by an index, say, of which no short prompt has too many: no number could tell."""
-    from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, _attention_forward
+    from fisher_vmap.kernels.hf_attention import UnsupportedAttention, _attention_forward
 
     q = torch.randn(1, 2, 3, 4)
     _attention_forward(nn.Identity(), q, q, q, None, **{name: None})
@@ -813,7 +813,7 @@ def test_what_a_model_hands_to_attention_and_ours_does_not_heed(name):
 
 def test_a_mask_that_is_computed_from_the_residual_stream():
     """Its gradient is not ours to drop."""
-    from fisher_vmap.pullbacks.attention_interface import UnsupportedAttention, _attention_forward
+    from fisher_vmap.kernels.hf_attention import UnsupportedAttention, _attention_forward
 
     q = torch.randn(1, 2, 3, 4)
     mask = torch.zeros(1, 1, 3, 3)

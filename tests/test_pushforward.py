@@ -8,18 +8,11 @@ from test_attention import SCALE, block_elements, causal, draw, no_vmap_fallback
 from test_fused_attention import packed_prompts
 from torch.func import jacrev, jvp, vjp, vmap
 
-from fisher_vmap.anatomy.layout import lay_out, pack_rows
-from fisher_vmap.attention import attention
-from fisher_vmap.pullbacks.attention_blocks import AttentionKind
-from fisher_vmap.pullbacks.attention_interface import (
-    NAME,
-    _attention_forward,
-    against_keys,
-    attention_set_to,
-    prompts_packed,
-)
-from fisher_vmap.pullbacks.fused import fused_forward
-from fisher_vmap.pullbacks.fused_attention import fused_attention_forward
+from fisher_vmap.kernels.attention import AttentionKind, attention
+from fisher_vmap.kernels.decoder_block import fused_forward
+from fisher_vmap.kernels.hf_attention import NAME, _attention_forward, against_keys, attention_set_to, prompts_packed
+from fisher_vmap.kernels.rotary_attention import fused_attention_forward
+from fisher_vmap.model.layout import lay_out, pack_rows
 
 K, TOLERANCE = 4, 1e-11
 

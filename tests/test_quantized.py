@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from source_cases import agrees, base, run, save
 from torch import nn
 
-from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.models import load_model
-from fisher_vmap.proofs.probe import known_of
-from fisher_vmap.pullbacks.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
+from fisher_vmap import FisherModel, fisher_scores, load_model
+from fisher_vmap.kernels.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
+from fisher_vmap.linearize.probe import known_of
 
 LAYERS = ["model.layers.0", "model.layers.3"]
 LENGTHS = (5, 9, 3)

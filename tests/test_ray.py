@@ -23,13 +23,12 @@ from command_cases import (
 )
 
 from fisher_vmap import open_results
-from fisher_vmap.engines.ray import Pool, RayEngine
 from fisher_vmap.errors import UserError, WorkerError
-from fisher_vmap.run import main
-from fisher_vmap.storage.tries import begin_shard, times_begun
-from fisher_vmap.storage.writer import ResultsWriter
-from fisher_vmap.workers import cluster
-from fisher_vmap.workers.member import ShardWorker, begin
+from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.run import ray
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.run.ray import Pool, RayEngine
+from fisher_vmap.run.ray_worker import ShardWorker, begin, begin_shard, times_begun
 
 pytest.importorskip("ray")
 ray_nodes = importlib.import_module("ray_nodes")
@@ -204,14 +203,14 @@ def drive_here(settings, worker=ShardWorker):
     writer = ResultsWriter.attach(settings.output_dir)
     steps = []
     missing = writer.missing_shards(38)
-    summary = cluster.drive(HereEngine(), worker, (settings, 1.0), writer, missing, 38, steps.append)
-    cluster.finish(writer, settings, 38)
+    summary = ray.drive(HereEngine(), worker, (settings, 1.0), writer, missing, 38, steps.append)
+    ray.finish(writer, settings, 38)
     return summary, steps
 
 
 @pytest.fixture
 def settings(model, data, tmp_path):
-    from fisher_vmap.config import load_settings
+    from fisher_vmap.run.settings import load_settings
 
     return load_settings(arguments(model, data, tmp_path / "out", **SETTINGS))
 
@@ -286,8 +285,7 @@ def test_ray_is_imported_where_it_is_asked_for_alone(model, data, tmp_path):
 
 
 def test_a_fraction_of_a_gpu_is_a_fraction_of_its_batches(settings, monkeypatch):
-    from fisher_vmap.running.from_settings import model_of, source_of
-    from fisher_vmap.running.opening import open_run
+    from fisher_vmap.run.open import model_of, open_run, source_of
 
     monkeypatch.setattr("fisher_vmap.fisher_model.batch_tokens_for", lambda *args: 10_000)
     run = open_run(settings, model_of(settings), source_of(settings), device_share=0.25)

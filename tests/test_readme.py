@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 import fisher_vmap
-from fisher_vmap.config import Settings
+from fisher_vmap.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

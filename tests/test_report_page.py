@@ -18,13 +18,11 @@ from results_cases import (
     write_folder,
 )
 
-from fisher_vmap.report.command import main
-from fisher_vmap.report.distributions import short_names
+from fisher_vmap.report.__main__ import main
+from fisher_vmap.report.data import Sampling, compare_prompts, survey
+from fisher_vmap.report.figures import log_axis, short_names, typed
 from fisher_vmap.report.page import render_page, sampling_notes
-from fisher_vmap.report.parts import log_axis, typed
-from fisher_vmap.report.similarity import compare_prompts
-from fisher_vmap.report.survey import Sampling, survey
-from fisher_vmap.results import open_results
+from fisher_vmap.results.reader import open_results
 
 NASTY = '</script><script>alert(1)</script> "quoted" & <b>bold</b> \u2028 '
 

@@ -17,7 +17,7 @@ from results_cases import (
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
-from fisher_vmap.results import open_results
+from fisher_vmap.results.reader import open_results
 
 WIDTHS = {"a": 9, "b": 6}
 OK = [i for i in range(12) if i not in (2, 3)]

@@ -16,10 +16,9 @@ from results_cases import (
 )
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results import open_results
-from fisher_vmap.storage.index import read_index, write_index
-from fisher_vmap.storage.shards import tensor_specs
-from fisher_vmap.storage.tensors import write_tensors
+from fisher_vmap.results.index import read_index, write_index
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.shard import tensor_specs, write_tensors
 
 LAYOUT = make_layout({"a": 5, "b": 6}, keep_columns=("source",))
 

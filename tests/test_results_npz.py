@@ -18,9 +18,9 @@ from results_cases import (
 )
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results import open_results
-from fisher_vmap.storage import npz
-from fisher_vmap.storage.shard_readers import readers
+from fisher_vmap.results import outputs
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.shard_reader import readers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -52,7 +52,7 @@ def test_several_layers_have_a_file_each(tmp_path):
 
 
 def test_arrays_beyond_the_limit_of_plain_zip_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "_ZIP64_FROM", 100)
+    monkeypatch.setattr(outputs, "_ZIP64_FROM", 100)
     write_folder(tmp_path, 5)
     with np.load(tmp_path / "fisher_matrices_compressed.npz") as archive:
         assert np.array_equal(archive["V_4"], open_results(tmp_path)[4].V)

@@ -21,10 +21,10 @@ from results_cases import (
 )
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results import open_results
-from fisher_vmap.storage import atomic
-from fisher_vmap.storage.lock import folder_lock
-from fisher_vmap.storage.shards import write_shard
+from fisher_vmap.results import files
+from fisher_vmap.results.files import folder_lock
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.shard import write_shard
 
 LAYOUT = make_layout({"blocks.0": 7, "blocks.1": 7})
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
@@ -244,8 +244,8 @@ def test_several_processes_fill_one_folder(tmp_path, undisturbed):
 def test_a_shard_is_compared_with_its_checksum_once(tmp_path, monkeypatch):
     run(tmp_path)
     checked = []
-    original = atomic.sha256_of
-    monkeypatch.setattr("fisher_vmap.storage.checking.sha256_of", lambda path: checked.append(path) or original(path))
+    original = files.sha256_of
+    monkeypatch.setattr("fisher_vmap.results.files.sha256_of", lambda path: checked.append(path) or original(path))
     writer = open_writer(tmp_path, LAYOUT)
     assert writer.missing_shards(10) == [] and writer.is_stored(1, 4, 8)
     assert len(checked) == 6
@@ -298,14 +298,14 @@ def test_a_file_is_flushed_before_its_name_and_its_folder_after(tmp_path, monkey
     replace, fstat = os.replace, os.fstat
     monkeypatch.setattr(os, "fsync", lambda d: events.append("folder" if stat.S_ISDIR(fstat(d).st_mode) else "file"))
     monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or replace(*paths))
-    with atomic.replacing(tmp_path / "x") as file:
+    with files.replacing(tmp_path / "x") as file:
         file.write(b"new")
         assert not (tmp_path / "x").exists()
     assert events == ["file", "rename", "folder"] and (tmp_path / "x").read_bytes() == b"new"
 
 
 def test_temporary_files_of_the_dead_are_removed(tmp_path):
-    host = atomic._HOST
+    host = files._HOST
     dead = tmp_path / f".x.npz~{host}~{2**22 + 5}~0123456789ab.tmp"
     ours_before = tmp_path / f".x.npz~{host}~{os.getpid()}~0123456789ab.tmp"
     alive = tmp_path / f".x.npz~{host}~{os.getppid()}~0123456789ab.tmp"
@@ -314,8 +314,8 @@ def test_temporary_files_of_the_dead_are_removed(tmp_path):
     for path in (dead, ours_before, alive, elsewhere, elsewhere_old, tmp_path / "notes.tmp"):
         path.touch()
     os.utime(elsewhere_old, (0, 0))
-    with atomic.staged(tmp_path / "y") as stage:
-        assert atomic.remove_stale_temporaries(tmp_path) == 3
+    with files.staged(tmp_path / "y") as stage:
+        assert files.remove_stale_temporaries(tmp_path) == 3
         assert {path.name for path in tmp_path.iterdir()} == {
             alive.name, elsewhere.name, "notes.tmp", stage.temporary.name
         }  # fmt: skip

@@ -20,8 +20,8 @@ from results_cases import (
 from safetensors import safe_open
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results import open_results
-from fisher_vmap.storage.table import effective_rank
+from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.table import effective_rank
 
 TWO = {"model.layers.0": 7, "model.layers.1": 5}
 

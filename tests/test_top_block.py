@@ -10,9 +10,9 @@ from oracles import plain_scores, relative
 from torch import Tensor, nn
 
 from fisher_vmap import fisher_scores
-from fisher_vmap.anatomy.recording import hooks
-from fisher_vmap.proofs.probe import known_of
-from fisher_vmap.upper_network import top_block
+from fisher_vmap.linearize import block as block_module
+from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model.recording import hooks
 
 LENGTHS = (6, 2, 9)
 
@@ -27,15 +27,15 @@ def assert_right(scores, model: nn.Module, rows, layer: str, tolerance: float) -
 
 def test_a_last_block_cut_at_the_wrong_rows_is_noticed(monkeypatch, caplog):
     """The last block is replayed on each prompt's last row; here with the position of another prompt's."""
-    right = top_block.at_rows
+    right = block_module.at_rows
 
     def wrong(inputs, rows, count):
-        monkeypatch.setattr(top_block, "at_rows", right)  # it calls itself
+        monkeypatch.setattr(block_module, "at_rows", right)  # it calls itself
         found = right(inputs, rows.flip(0), count)
-        monkeypatch.setattr(top_block, "at_rows", wrong)
+        monkeypatch.setattr(block_module, "at_rows", wrong)
         return found
 
-    monkeypatch.setattr(top_block, "at_rows", wrong)
+    monkeypatch.setattr(block_module, "at_rows", wrong)
     model, layer, rows = fresh("llama"), "model.layers.1", prompts(LENGTHS)
     with caplog.at_level(logging.DEBUG, logger="fisher_vmap"):
         scores = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=4)

@@ -11,13 +11,11 @@ from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 from torch import nn
 
-from fisher_vmap import FisherModel, fisher_full, fisher_scores
-from fisher_vmap.anatomy import precision
-from fisher_vmap.anatomy.nothing_compiled import nothing_compiled
-from fisher_vmap.anatomy.remembered import NAME
-from fisher_vmap.anatomy.wrapped_forwards import innermost, own_forwards
-from fisher_vmap.proofs.probe import known_of
-from fisher_vmap.verification.kl import measured_kl
+from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
+from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model import precision
+from fisher_vmap.model.cache import NAME
+from fisher_vmap.model.patches import innermost, nothing_compiled, own_forwards
 
 LENGTHS = (9, 4, 7)
 

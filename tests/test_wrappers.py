@@ -11,8 +11,8 @@ from source_cases import base
 from torch import nn
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.anatomy.wrappers import names_inside, tokenizer_of, unwrapped
-from fisher_vmap.proofs.probe import known_of
+from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
 
 LAYERS = ["model.layers.0", "model.layers.2"]
 

@@ -7,8 +7,7 @@ from models import BLOCKS, VOCABULARY, WIDTH, block, fresh, prompts, tiny
 from test_fisher_model import WORDS, tokenizer  # noqa: F401 (a fixture)
 from toys import ToyLM
 
-from fisher_vmap import FisherModel, algebra, compress, fisher_full, fisher_scores
-from fisher_vmap.verification.kl import measured_kl
+from fisher_vmap import FisherModel, algebra, compress, fisher_full, fisher_scores, measured_kl
 
 IDS = torch.arange(8).view(2, 4)
 LAYER = block("gpt2", 1)

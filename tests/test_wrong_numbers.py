@@ -10,9 +10,8 @@ from command_cases import tiny_tokenizer
 from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
-from fisher_vmap import FisherModel, fisher_full, fisher_scores
-from fisher_vmap.prompts.pieces import Pieces
-from fisher_vmap.verification.kl import measured_kl
+from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
+from fisher_vmap.data.tokenize import Pieces
 
 LENGTHS = (9, 4, 7)
 

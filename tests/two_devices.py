@@ -11,7 +11,7 @@ from models import VOCABULARY, block, padded, prompts, tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_scores
-from fisher_vmap.proofs.probe import known_of
+from fisher_vmap.linearize.probe import known_of
 
 LENGTHS = (5, 9, 3)
 PLACES = {

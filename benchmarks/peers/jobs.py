@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.peers.about import PEERS
 from benchmarks.workloads import Batch, Workload, chat, padded, random_model, smollm2
-from fisher_vmap.models import load_model
+from fisher_vmap import load_model
 
 RANK = 10
 CONVERGED = {"oversampling": 38, "passes": 3}

@@ -17,8 +17,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from fisher_vmap.cli import COMMANDS
-from fisher_vmap.config import Settings
-from fisher_vmap.settings.settings_input import written
+from fisher_vmap.run.cli_args import written
+from fisher_vmap.run.settings import Settings
 
 GROUP_OR_NAME = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): \w)", re.MULTILINE)
 LINE = "90"  # columns of the help texts

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fisher_vmap.progress import bar, passing
-from fisher_vmap.report.distributions import LINES, UNIT, short_names
-from fisher_vmap.report.prompt_maps import group_values
-from fisher_vmap.report.survey import LayerSurvey, Survey
-from fisher_vmap.storage.atomic import readable_write_errors, replacing
+from fisher_vmap.report.data import LayerSurvey, Survey
+from fisher_vmap.report.figures import LINES, UNIT, group_values, short_names
+from fisher_vmap.results.files import readable_write_errors, replacing
 
 BLUE, ORANGE, GREY, RED = "#0072b2", "#d55e00", "#7a8490", "#c8342b"
 GROUPS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933", "#1b2027", GREY)

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisher_vmap.errors import listed
-from fisher_vmap.results import Results
-from fisher_vmap.storage.mean import is_ok
+from fisher_vmap.results.mean import is_ok
+from fisher_vmap.results.reader import Results
 
 Float = NDArray[np.float64]
 

@@ -10,13 +10,11 @@ import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from fisher_vmap._version import __version__
-from fisher_vmap.report.distributions import layers_figure
-from fisher_vmap.report.figures import layer_figures
+from fisher_vmap import __version__
+from fisher_vmap.report.data import LayerSurvey, Survey, describe_prompt, rounded
+from fisher_vmap.report.figures import layer_figures, layers_figure
 from fisher_vmap.report.outliers import FEW, WORTH_A_LOOK
-from fisher_vmap.report.rows import describe_prompt, rounded
-from fisher_vmap.report.survey import LayerSurvey, Survey
-from fisher_vmap.storage.atomic import replacing
+from fisher_vmap.results.files import replacing
 
 
 def write_page(path: Path, survey: Survey) -> int:

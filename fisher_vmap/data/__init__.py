@@ -1,0 +1,1 @@
+"""Data sets, their prompts, and tokens in batches."""

@@ -1,0 +1,163 @@
+"""Prompts as they come, a window at a time: batches want prompts of like length together, a stream wants no waiting.
+
+Which prompts are computed together: a pure function of their lengths and two limits: runs can be repeated.
+
+From a batch's estimate to each prompt's low-rank matrices, as arrays on the CPU.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
+from fisher_vmap.decomposition import LowRank, compress_layers, quality
+from fisher_vmap.estimators import Estimate
+from fisher_vmap.model.layers import decoder_blocks
+from fisher_vmap.model.offload import model_dtype
+from fisher_vmap.results.table import LayerResult
+
+# On a CPU larger batches gain nothing and leave its caches; on a GPU memory is the limit.
+CPU_BATCH_TOKENS = 1024
+GPU_MEMORY_SHARE = 0.4
+
+
+def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list[list[int]]:
+    """Indices of prompts in batches, longest first; batch tokens count the padding to the batch's longest prompt.
+
+    Args:
+        lengths: the number of tokens of each prompt.
+        batch_size: most prompts in a batch.
+        max_batch_tokens: most tokens in a batch; a prompt longer than that is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        current = batches[-1] if batches else []
+        longest = lengths[current[0]] if current else 0
+        if current and len(current) < batch_size and (len(current) + 1) * longest <= max_batch_tokens:
+            current.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def batch_tokens_for(model: nn.Module, device: torch.device, top_k: int) -> int:
+    """How many tokens the pullback of K cotangents through one block has room for on this device.
+
+    A token holds, for each cotangent, the outputs of the block's linear layers about twice over.
+    """
+    if device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    devices = {device} | {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
+    block = next(iter(decoder_blocks(model).values()))
+    width = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
+    itemsize = model_dtype(model).itemsize
+    return max(256, int(GPU_MEMORY_SHARE * free / (2 * (top_k + 2) * max(width, 1) * itemsize)))
+
+
+class PromptNumbers(NamedTuple):
+    """One prompt's results as arrays on the CPU: token_ids [K], log_probs [K], and each layer's low-rank matrix.
+
+    `reason` says what is wrong with them, where they are not finite; else it is None.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    layers: dict[str, LayerResult]
+    reason: str | None
+
+
+def numbers_of(found: Estimate, lengths: Sequence[int], rank: int) -> list[PromptNumbers]:
+    """Compress a batch's factors, all layers in one batch.
+
+    Args:
+        found: the batch's estimate.
+        lengths: the number of tokens of each prompt, which stand on the left of the position energy's columns.
+        rank: R, singular values kept.
+    """
+    token_ids, log_probs = found.token_ids.cpu().numpy(), _numpy(found.log_probs)
+    low_ranks = compress_layers(found.factors, rank)
+    arrays = {layer: _layer_arrays(found, layer, low_rank) for layer, low_rank in low_ranks.items()}
+    numbers = []
+    for b, length in enumerate(lengths):
+        layers = {
+            layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], *(float(x[b]) for x in rest))
+            for layer, (S, V, Q, norm, energy, *rest) in arrays.items()
+        }
+        numbers.append(PromptNumbers(token_ids[b], log_probs[b], layers, _not_finite(log_probs[b], layers)))
+    return numbers
+
+
+def _layer_arrays(found: Estimate, layer: str, low: LowRank) -> tuple[np.ndarray, ...]:
+    """S, V, Q, residual norm, position energy, and then the numbers of a `LayerResult` in their order."""
+    how_good = quality(found.factors[layer], low, found.remainder[layer])
+    Q_BKR = low.left_vectors
+    if layer in found.loadings:
+        Q_BKR = found.loadings[layer].to(Q_BKR) @ Q_BKR
+    parts = (low.singular_values, low.vectors, Q_BKR, found.residual_norm[layer], found.position_energy[layer])
+    return tuple(_numpy(x) for x in (*parts, low.trace, *how_good))
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.to("cpu", torch.float32).numpy()
+
+
+def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | None:
+    if np.isnan(log_probs).any() or not np.isfinite(log_probs[:1]).all():  # a banned token has probability 0
+        return "the logits are not finite"
+    for layer, result in layers.items():
+        if not (np.isfinite(result.S).all() and np.isfinite(result.V).all()):
+            return f"the scores at {layer} are not finite"
+    return None
+
+
+WINDOW = 32  # prompts that are sorted by length at a time
+
+
+class Computed(NamedTuple):
+    """A prompt's tokens and its numbers."""
+
+    tokenized: TokenizedPrompt
+    numbers: PromptNumbers
+
+
+def in_windows(
+    prompts: Iterable[str | Sequence[dict[str, str]]],
+    renderer: Renderer,
+    compute: Callable[[list[list[int]]], list[PromptNumbers]],
+    batch_size: int,
+    max_batch_tokens: int,
+) -> Iterator[Computed | SkippedPrompt]:
+    """Render and compute prompts in batches of like length, and give them back in order.
+
+    Args:
+        prompts: texts or lists of messages.
+        renderer: makes tokens of a prompt, or says why it has none.
+        compute: one batch: of each prompt's token ids its numbers.
+        batch_size: most prompts in a batch.
+        max_batch_tokens: most tokens in a batch, padding included.
+
+    Yields:
+        For each prompt its tokens and numbers, or why it is skipped.
+    """
+    stream = iter(prompts)
+    while window := [_rendered(prompt, renderer) for prompt in islice(stream, WINDOW)]:
+        tokenized = {i: prompt for i, prompt in enumerate(window) if not isinstance(prompt, SkippedPrompt)}
+        places = list(tokenized)
+        numbers: dict[int, PromptNumbers] = {}
+        for batch in pack([len(tokenized[i].ids) for i in places], batch_size, max_batch_tokens):
+            members = [places[j] for j in batch]
+            numbers.update(zip(members, compute([tokenized[i].ids for i in members]), strict=True))
+        for i, prompt in enumerate(window):
+            yield prompt if isinstance(prompt, SkippedPrompt) else Computed(prompt, numbers[i])
+
+
+def _rendered(prompt: str | Sequence[dict[str, str]], renderer: Renderer) -> TokenizedPrompt | SkippedPrompt:
+    try:
+        return renderer.render(prompt)
+    except SkippedPrompt as reason:
+        return reason

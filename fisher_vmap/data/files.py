@@ -1,0 +1,151 @@
+"""Rows of a local data file, one at a time: memory stays flat in the length of the file (but for a .json array).
+
+Each reader yields the rows as they are, usually a dict, and raises a `UserError` that names the file, and the line
+where there is one. Blank lines are no rows.
+
+Is what a user wrote a path of this machine, or a name on the hub? Told by its spelling, before anything is asked.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fisher_vmap.errors import UserError
+
+
+def spelt_as_path(name: str) -> bool:
+    """Whether it begins as a path does and no name on the hub can."""
+    return name.startswith((".", "/", "~"))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers from 1; a line ends at a line feed and nowhere else."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: line {number} is not UTF-8; convert the file to UTF-8") from error
+            yield number, text
+
+
+def _read_txt(path: Path) -> Iterator[object]:
+    for _, line in _lines(path):
+        if line.strip():
+            yield {"text": line.rstrip("\r\n")}
+
+
+def _read_jsonl(path: Path) -> Iterator[object]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise UserError(f"{path}: line {number} is not JSON ({reason}); write one JSON object a line") from error
+
+
+def _read_json(path: Path) -> Iterator[object]:
+    first = next((line for _, line in _lines(path) if line.strip()), "")
+    if not first.lstrip().startswith("["):
+        yield from _read_jsonl(path)  # many files of this name are JSON lines
+        return
+    try:
+        yield from json.loads("".join(line for _, line in _lines(path)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg}); expected a list of objects") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({type(error).__name__}); expected a list of objects") from error
+
+
+def _read_csv(path: Path) -> Iterator[object]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # Python's own limit of 128 KiB is shorter than some prompts
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next((row for row in reader if row), [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{path}: the header names a column twice; give each column a name of its own")
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}: line {reader.line_num} has {len(row)} fields, the header {len(header)}; "
+                    "put a text with commas or quotes between quotation marks"
+                )
+            yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num} is not CSV ({error}); check its quotation marks") from error
+
+
+def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[object]:
+    import pyarrow  # 40 MB, needed here only
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=None if columns is None else list(columns)):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:  # damaged metadata comes as an OSError
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a parquet file that can be read ({reason}); write or fetch it again") from error
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def check_suffix(path: Path) -> None:
+    """Raise a `UserError` unless the file's name ends in one of `SUFFIXES`."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: a file of unknown kind; expected one of {', '.join(SUFFIXES)}")
+
+
+def read_rows(paths: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[object]:
+    """Yield the rows of the files, one file after the other.
+
+    Args:
+        paths: files whose names end in one of `SUFFIXES`.
+        columns: what will be used of each row; a parquet file is read for these columns alone. None: all of them.
+
+    Yields:
+        One object a row: a dict, unless a JSON file holds something else.
+
+    Raises:
+        UserError: a file cannot be read, or does not hold what its name says.
+    """
+    for path in paths:
+        check_suffix(path)
+        with _readable(path):
+            if path.suffix.lower() == ".parquet":
+                yield from _read_parquet(path, columns)
+            else:
+                yield from _READERS[path.suffix.lower()](path)
+
+
+def content_hash(paths: Sequence[Path]) -> str:
+    """The SHA-256 of the files' contents, as hex digits; of several files, that of their hashes in order.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    digests = []
+    for path in paths:
+        with _readable(path), path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,0 +1,268 @@
+"""The prompts of a run, taken from a data set in order: which rows, which column, and what is skipped and why.
+
+Which data set a `dataset_name` names: a file or a folder of this machine, or one of the hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os.path
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fisher_vmap.data.datasets import Table, table_of_files
+from fisher_vmap.data.files import SUFFIXES, check_suffix, spelt_as_path
+from fisher_vmap.data.tokenize import Message, SkippedPrompt, extract_prompt
+from fisher_vmap.errors import UserError, listed
+
+_log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # to the `datasets` library these are not names of data sets
+_MISSPELT = {"lmsys/lm-sys-chat-1m": "lmsys/lmsys-chat-1m"}
+
+
+def open_table(name: str, *, config: str | None, split: str, revision: str | None, shuffle_seed: int | None) -> Table:
+    """Open the data set of this name.
+
+    Args:
+        name: a path, or a hub id.
+        config: configuration (subset) of a hub data set or folder; None: the default one.
+        split: split of a hub data set or folder.
+        revision: branch, tag or commit of a hub data set.
+        shuffle_seed: of a hub data set, whose rows are shuffled as they come.
+
+    Raises:
+        UserError: no such data set, one that cannot be read, or a choice that this kind of data set does not have.
+    """
+    path, exists = Path(name), os.path.exists(name)  # the function takes names that no path can have
+    if exists or path.suffix.lower() in SUFFIXES or spelt_as_path(name):
+        if not exists:
+            raise UserError(f"{name}: no such file or folder; correct dataset_name")
+        if revision is not None:
+            raise UserError(f"{name}: a local data set has no revisions; leave dataset_revision at none")
+        if path.is_dir():
+            from fisher_vmap.data.datasets import open_folder
+
+            return open_folder(path, config=config, split=split)
+        if not path.is_file():
+            raise UserError(f"{name}: neither a file nor a folder; correct dataset_name")
+        if config is not None or split != "train":
+            raise UserError(f"{name}: one file has no splits; leave dataset_config at none and dataset_split at train")
+        check_suffix(path)
+        return table_of_files(name, [path])
+    if name in _FORMATS or not _HUB_ID.fullmatch(name):
+        kinds = ", ".join(SUFFIXES)
+        raise UserError(
+            f"{name}: no data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a {kinds} file"
+        )
+    if name in _MISSPELT:
+        _log.info("dataset_name %s is taken for %s", name, _MISSPELT[name])
+        name = _MISSPELT[name]
+    from fisher_vmap.data.datasets import open_hub
+
+    return open_hub(name, config=config, split=split, revision=revision, shuffle_seed=shuffle_seed)
+
+
+# Where a prompt is looked for, in this order; "conversations" is ShareGPT's spelling of the first.
+PROMPT_COLUMNS = ("conversation", "messages", "conversations", "prompt", "instruction", "question", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePrompt:
+    """One prompt as it stands in the data set.
+
+    Attributes:
+        index: its position in this run, from 0; a skipped prompt has one too.
+        source_row: the number of its row in the data set, from 0; in a shuffled stream from the hub, where that is not
+            known, the position in the shuffled stream.
+        messages_or_text: the turns that lead up to the answer, or a text; None if the prompt is skipped.
+        kept: the values of `keep_columns`.
+        skipped: why the prompt is skipped, or None.
+    """
+
+    index: int
+    source_row: int
+    messages_or_text: list[Message] | str | None
+    kept: dict[str, Any]
+    skipped: str | None
+
+
+class PromptSource:
+    """The prompts that a run asks for; `read_prompts` makes it. Each iteration reads the data set anew.
+
+    Attributes:
+        column: the name of the column that holds the prompts.
+        fingerprint: the same text for the same data, another for other data (the settings that choose rows and
+            columns are not part of it).
+        total: the number of prompts, or None where it is only known at the end (a data set of the hub).
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        column: str,
+        keep_columns: Sequence[str],
+        conversation: Literal["first_turn", "full"],
+        offset: int,
+        limit: int | None,
+        shuffle_seed: int | None,
+    ) -> None:
+        """Check that there are prompts: a local data set is read through once, as far as the run will need it.
+
+        Raises:
+            UserError: there is no prompt to read, or a row on the way to the last one cannot be read.
+        """
+        self.column = column
+        self.fingerprint = table.fingerprint
+        self.total: int | None = None
+        self._table = table
+        self._columns = list(dict.fromkeys([column, *keep_columns]))
+        self._keep_columns = keep_columns
+        self._conversation = conversation
+        self._offset = offset
+        self._stop = None if limit is None else offset + limit
+        self._order: np.ndarray | None = None
+        self._begun: Iterator[tuple[int, object]] | None = None
+        if table.local:
+            count = sum(1 for _ in islice(table.read(self._columns), self._stop if shuffle_seed is None else None))
+            if shuffle_seed is not None:
+                # NumPy promises that this older generator's numbers never change: a run can be resumed years later.
+                self._order = np.random.RandomState(shuffle_seed).permutation(count)[offset : self._stop]
+            self.total = max(0, (count if self._stop is None else min(count, self._stop)) - offset)
+            if self.total == 0:
+                raise UserError(f"{table.name}: offset {offset} leaves no prompts of {count} rows; lower offset")
+        else:
+            rows = self._rows()
+            first = next(rows, None)
+            if first is None:
+                after = f" after offset {offset}; lower offset" if offset else "; expected at least one prompt"
+                raise UserError(f"{table.name}: holds no rows{after}")
+            self._begun = chain([first], rows)  # a stream is costly to begin twice
+
+    def __iter__(self) -> Iterator[SourcePrompt]:
+        """Yield the prompts in order, skipped ones included.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        rows, self._begun = self._begun or self._rows(), None
+        for index, (source_row, row) in enumerate(rows):
+            prompt, skipped, kept = None, None, {}
+            if isinstance(row, dict):
+                kept = {name: _storable(row.get(name)) for name in self._keep_columns}
+                try:
+                    prompt = extract_prompt(row.get(self.column), self._conversation)
+                except SkippedPrompt as reason:
+                    skipped = str(reason)
+            else:
+                kept = dict.fromkeys(self._keep_columns)
+                skipped = f"the row is not an object but {type(row).__name__}"
+            yield SourcePrompt(index, source_row, prompt, kept, skipped)
+
+    def _rows(self) -> Iterator[tuple[int, object]]:
+        numbered = enumerate(self._table.read(self._columns))
+        if self._order is None:
+            return islice(numbered, self._offset, self._stop)
+        return self._shuffled_rows(numbered)
+
+    def _shuffled_rows(self, numbered: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
+        # Files are read in their own order; only the rows that the run asks for are held.
+        assert self._order is not None
+        wanted = set(self._order.tolist())
+        held = {number: row for number, row in numbered if number in wanted}
+        for number in self._order.tolist():
+            yield number, held.pop(number)
+
+
+def _storable(value: Any) -> Any:
+    """Replace half surrogate pairs, which JSON can spell and no file can store."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    return value
+
+
+def _check_column(table: Table, name: str, setting: str) -> None:
+    if name not in table.columns:
+        near = difflib.get_close_matches(name, table.columns, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"correct {setting}"
+        raise UserError(f"{table.name}: has no column {name!r}; its columns are: {listed(table.columns, 20)}; {hint}")
+
+
+def _prompt_column(table: Table, asked: str) -> str:
+    if asked != "auto":
+        _check_column(table, asked, "prompt_column")
+        return asked
+    for name in PROMPT_COLUMNS:
+        if name in table.columns:
+            return name
+    raise UserError(
+        f"{table.name}: no column is named {', '.join(PROMPT_COLUMNS)}; "
+        f"set prompt_column to one of: {listed(table.columns, 20)}"
+    )
+
+
+def read_prompts(
+    dataset_name: str,
+    *,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    dataset_revision: str | None = None,
+    num_prompts: int | Literal["all"] = "all",
+    offset: int = 0,
+    shuffle_seed: int | None = None,
+    prompt_column: str = "auto",
+    keep_columns: Sequence[str] | None = None,
+    conversation: Literal["first_turn", "full"] = "first_turn",
+) -> PromptSource:
+    """Open a data set and choose its prompts.
+
+    A hub data set is streamed and never read further than asked for. A local one is read row by row; shuffling it
+    holds the rows that the run asks for in memory. The order that a seed gives does not depend on `num_prompts`.
+
+    Args:
+        dataset_name: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file (one prompt a line).
+        dataset_config: configuration (subset) of a hub data set or folder.
+        dataset_split: split of a hub data set or folder.
+        dataset_revision: branch, tag or commit of a hub data set.
+        num_prompts: how many rows make up the run.
+        offset: rows passed over first, after the shuffling if there is one.
+        shuffle_seed: seed of a random order: of all rows of a local data set; for the hub, in a window that moves on.
+        prompt_column: the column, or "auto" for the first of `PROMPT_COLUMNS` that there is.
+        keep_columns: further columns that each prompt carries along.
+        conversation: see `fisher_vmap.prompts.conversations.extract_prompt`.
+
+    Returns:
+        The prompts, an iterable of `SourcePrompt`.
+
+    Raises:
+        UserError: the data set is missing, gated, empty or damaged, or has no such column, split or revision.
+    """
+    table = open_table(
+        dataset_name, config=dataset_config, split=dataset_split, revision=dataset_revision, shuffle_seed=shuffle_seed
+    )
+    column = _prompt_column(table, prompt_column)
+    for name in keep_columns or ():
+        _check_column(table, name, "keep_columns")
+    _log.info("prompts are read from column %r of %s", column, table.name)
+    return PromptSource(
+        table,
+        column=column,
+        keep_columns=tuple(keep_columns or ()),
+        conversation=conversation,
+        offset=offset,
+        limit=None if num_prompts == "all" else num_prompts,
+        shuffle_seed=shuffle_seed,
+    )

@@ -1,0 +1,1 @@
+"""Derivatives written by hand, for all cotangents at once."""

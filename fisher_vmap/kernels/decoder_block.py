@@ -1,0 +1,330 @@
+"""Blocks that run, and are pulled back, by a `BlockRule`: which of them may, and what is kept of their forwards.
+
+A block follows a rule only if, on the run's own tokens, it returns to the bit what the rule does. What its forward had
+computed then serves the pullback as it is, while there is room to keep it.
+
+Which modules have a forward whose derivatives we have written ourselves.
+
+A module is taken for a norm or a gated MLP only if its output on random input is what the formula says.
+
+The pullback of a whole decoder block by hand: two residual steps, from what the block's forward has computed anyway.
+
+    y = x + post(attention(pre(x)))        z = y + post(mlp(pre(y)))
+
+with a rotary attention and a gated MLP, and with norms before them, after them, or both, all of the kinds that have a
+pullback of their own. Nothing needs autograd then: the cotangents stand in one piece of memory, [N, K, D], each step
+adds its share to them in place, and everything in between passes through memory that stays in cache.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.kernels.autograd import Scratch, stretches
+from fisher_vmap.kernels.gated_mlp import MlpParts, fused_gated_mlp, is_gated_mlp, pull_mlp
+from fisher_vmap.kernels.hf_attention import Packed, packed_now
+from fisher_vmap.kernels.norm import NormKind, NormRows, fused_norm, norm_kind, norm_rows
+from fisher_vmap.kernels.rotary_attention import (
+    AttentionParts,
+    Heads,
+    RotaryCall,
+    attend,
+    attention_scale,
+    parts_of,
+    pullback_prompts,
+    rotary_call,
+)
+from fisher_vmap.model.offload import weights_ready
+from fisher_vmap.model.recording import BlockCall, check_primal, hooks, output_of, with_hidden
+from fisher_vmap.model.validation import is_out_of_memory
+
+Forward = Callable[..., Any]
+
+
+def fused_forward(module: nn.Module) -> Forward | None:
+    """The module's forward with a fused pullback, or None where there is no rule for it."""
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, say, that it may be given as well
+        return None
+    if is_gated_mlp(module):
+        return fused_gated_mlp(module)
+    if (kind := norm_kind(module)) is not None:
+        return fused_norm(module, kind)
+    return None
+
+
+# The places of a block's norms, in the order in which the block holds them.
+PLACES = {
+    2: (("pre_attention", "pre_mlp"), ("post_attention", "post_mlp")),
+    4: (("pre_attention", "post_attention", "pre_mlp", "post_mlp"),),
+}
+
+
+class NormRule(NamedTuple):
+    """A norm of a known kind."""
+
+    module: nn.Module
+    kind: NormKind
+
+    def rows(self, x: Tensor) -> NormRows:
+        """What its pullback at x needs, for each position with a dimension for the cotangents: [N, 1, D]."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return norm_rows(x, weight.detach(), self.kind, x.dtype).each(lambda row: row[:, None])
+
+
+class Kept(NamedTuple):
+    """What the forward of a block has computed beyond its input x, and its pullback needs.
+
+    Attributes:
+        attended: [N, D], what a norm after the attention was given; None where there is none.
+        heads: of the attention.
+        y: [N, D].
+        a: [N, M], what the gate of the MLP returned, and b, what its up-projection did.
+        b: see a.
+        moved: [N, D], what a norm after the MLP was given; None where there is none.
+        z: [1, N, D], what the block returned.
+    """
+
+    attended: Tensor | None
+    heads: Heads
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    moved: Tensor | None
+    z: Tensor
+
+    def bytes(self) -> int:
+        """How much memory that is, without what would be there anyway: the stream and the rotary embedding."""
+        heads, own = self.heads, (self.attended, self.y, self.a, self.b, self.moved)
+        return sum(t.numel() * t.element_size() for t in (*own, heads.q, heads.k, heads.v) if t is not None)
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """The parts of a block, and its pullback by them.
+
+    Attributes:
+        norms: by their places; a block has those of one entry of `PLACES`.
+        attention: the attention module.
+        projections: of the attention module.
+        mlp: the gated MLP.
+    """
+
+    norms: Mapping[str, NormRule]
+    attention: nn.Module
+    projections: AttentionParts
+    mlp: nn.Module
+
+    @property
+    def scale(self) -> float:
+        """What the scores of attention are multiplied with, as it is now."""
+        scale = attention_scale(self.attention)
+        assert scale is not None
+        return scale
+
+    def forward(self, call: RotaryCall) -> tuple[Tensor, Kept]:
+        """The block's output, [1, N, D], and what the pullback needs."""
+        step, heads = attend(call._replace(x=self._norm("pre_attention", call.x)), self.projections, self.scale)
+        attended = step[0] if "post_attention" in self.norms else None
+        y = call.x + self._norm("post_attention", step)
+        step, a, b = MlpParts.of(self.mlp).forward(self._norm("pre_mlp", y))
+        moved = step[0] if "post_mlp" in self.norms else None
+        z = y + self._norm("post_mlp", step)
+        return z, Kept(attended, heads, y[0], a[0], b[0], moved, z)
+
+    def pullback(self, x: Tensor, kept: Kept, cotangents_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
+        """Turn K cotangents of the block's output into those of its input x, [1, N, D], in place, [N, K, D]."""
+        self._pull_mlp(kept, cotangents_NKD, scratch)
+        self._pull_attention(x[0], kept, cotangents_NKD, packed, scratch)
+
+    def _norm(self, place: str, x: Tensor) -> Tensor:
+        return self.norms[place].module(x) if place in self.norms else x  # type: ignore[no-any-return]
+
+    def _pull_mlp(self, kept: Kept, G_NKD: Tensor, scratch: Scratch) -> None:
+        parts, norms = MlpParts.of(self.mlp), (self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved))
+        weights = parts.weights()
+        to_gate, to_up = (factor[:, None] for factor in parts.factors(kept.a, kept.b))
+
+        def pull(step: Tensor, a: int, z: int) -> Tensor:
+            return pull_mlp(step, to_gate[a:z], to_up[a:z], weights, scratch)
+
+        _pull_residual(G_NKD, pull, norms, range(1, len(G_NKD) + 1), to_gate.shape[-1], scratch)
+
+    def _pull_attention(self, x: Tensor, kept: Kept, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
+        norms = self._rows("pre_attention", x), self._rows("post_attention", kept.attended)
+        *w_qkv, w_o = self.projections.weights()
+        weights = torch.cat(w_qkv), w_o
+
+        def pull(step: Tensor, a: int, z: int) -> Tensor:
+            prompts = [(start, stop) for start, stop in packed.ranges if a <= start < z]
+            return pullback_prompts(step, kept.heads, weights, self.scale, prompts, scratch)
+
+        _pull_residual(G_NKD, pull, norms, [stop for _, stop in packed.ranges], len(weights[0]), scratch)
+
+    def _rows(self, place: str, x: Tensor | None) -> NormRows | None:
+        return None if x is None or place not in self.norms else self.norms[place].rows(x)
+
+
+def _pull_residual(
+    G_NKD: Tensor,
+    pull: Callable[[Tensor, int, int], Tensor],
+    norms: tuple[NormRows | None, NormRows | None],
+    ends: Sequence[int],
+    width: int,
+    scratch: Scratch,
+) -> None:
+    """Pull cotangents through x + post(f(pre(x))), in place.
+
+    Args:
+        G_NKD: the cotangents.
+        pull: the pullback of f for positions [start, stop).
+        norms: what the pullbacks of pre and post need; None where there is no such norm.
+        ends: where a stretch of positions may end that f pulls back by itself.
+        width: of a row, where f is widest.
+        scratch: for what passes through.
+    """
+    pre, post = norms
+    for a, z in stretches(ends, G_NKD.shape[1], width, G_NKD.device):
+        g = G_NKD[a:z]
+        step = g if post is None else post.at(a, z).pull(g, scratch, "step")
+        below = pull(step, a, z)
+        if pre is None:
+            g += below
+        else:
+            pre.at(a, z).add_pull(g, below, scratch)
+
+
+def rules_for(block: nn.Module) -> Iterator[BlockRule]:
+    """The rules that a block may follow, by its parts; to be proven on what it returns."""
+    children = list(block.children())
+    attentions = [(module, parts) for module in children if (parts := parts_of(module)) is not None]
+    mlps = [module for module in children if is_gated_mlp(module)]
+    norms = [NormRule(module, kind) for module in children if (kind := norm_kind(module)) is not None]
+    if len(attentions) != 1 or len(mlps) != 1 or len(children) != 2 + len(norms) or "forward" in vars(block):
+        return
+    attention, parts = attentions[0]
+    if attention_scale(attention) is None:
+        return
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in block.modules()):
+        return
+    for places in PLACES.get(len(norms), ()):
+        yield BlockRule(dict(zip(places, norms, strict=True)), attention, parts, mlps[0])
+
+
+# Of what forwards compute, how much is kept for the pullback; the blocks that find no room run again.
+KEPT_BYTES = {"cpu": 3 * 2**25}
+KEPT_SHARE_OF_GPU = 1 / 8  # of the memory that is free
+# Where all that the blocks compute is more than so many times as much, nothing is kept: the time saved would be small
+# beside the memory, which is what long prompts are short of.
+WORTH_KEEPING = 2
+
+Rules = dict[nn.Module, BlockRule]
+
+
+def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable[[], object]) -> Rules:
+    """For each block the rule that gives what the block gives, on what it sees while `run` runs the model."""
+    right: Rules = {}
+
+    def compare(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inner = rotary_call(args, kwargs, next(iter(candidates[block])).projections.head)
+        expected = output_of(output)
+        if inner is None or expected is None or not isinstance(output, Tensor):
+            return
+        for rule in candidates[block]:
+            try:
+                with weights_ready(block):
+                    found, _ = rule.forward(inner)
+            except (RuntimeError, TypeError, ValueError) as error:  # the parts do not fit together like this
+                if is_out_of_memory(error):
+                    raise
+                continue
+            # To the bit: next to a large residual stream a wrong step would look small.
+            if torch.equal(found, expected):
+                right[block] = rule
+                return
+
+    blocks = [block for block, rules in candidates.items() if rules]
+    with hooks(*(block.register_forward_hook(compare, with_kwargs=True) for block in blocks)):
+        run()
+    return right
+
+
+@contextmanager
+def run_by_rules(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
+    """Within the context blocks run by their rules; the last of the calls gets what its block computed, while room is.
+
+    Args:
+        rules: of the blocks.
+        calls: the list that a recording fills; it has an entry for a call before the block runs.
+        most: of how many calls at the beginning of the list anything is kept; the last block is pulled back otherwise.
+    """
+    room = dict(KEPT_BYTES)
+    if torch.cuda.is_available():
+        room["cuda"] = int(KEPT_SHARE_OF_GPU * torch.cuda.mem_get_info()[0])
+
+    def by_rule(block: nn.Module, rule: BlockRule) -> Callable[..., Any]:
+        own = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            inner = rotary_call(args, kwargs, rule.projections.head)
+            if inner is None:
+                return own(*args, **kwargs)
+            z, kept = rule.forward(inner)
+            if calls and calls[-1].block is block and len(calls) <= most:
+                device, size = z.device.type, kept.bytes()
+                if len(calls) == 1 and size * most > WORTH_KEEPING * room.get(device, 0):
+                    room.clear()
+                if size <= room.get(device, 0):
+                    room[device] -= size
+                    calls[-1].kept.append(kept)
+            return z
+
+        return forward
+
+    try:
+        for block, rule in rules.items():
+            block.forward = by_rule(block, rule)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block in rules:
+            vars(block).pop("forward", None)
+
+
+def pullback_by_rule(
+    rule: BlockRule, call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None, scratch: Scratch
+) -> bool:
+    """Pull cotangents through one call of a block in place, [1, N, K, D]; False where the rule does not hold for it.
+
+    Args:
+        rule: of the block.
+        call: the call; what had not been kept of it is computed again.
+        expected: [1, N, D], what the call returned.
+        cotangents: of its output, changed into those of its input.
+        chunk_size: how many cotangents at a time; None: all at once.
+        scratch: for what passes through.
+
+    Raises:
+        StructureChanged: what the block computed, or computes again, is not what went on from it.
+    """
+    packed, kept = packed_now(), call.kept[0] if call.kept else None
+    if packed is None:
+        return False
+    if kept is None:
+        inner = rotary_call(*with_hidden(call.args, call.kwargs, call.hidden), rule.projections.head)
+        if inner is None:
+            return False
+        _, kept = rule.forward(inner)
+    check_primal(f"what {call.name} computed", kept.z, expected)
+    G_NKD, K = cotangents[0], cotangents.shape[2]
+    if chunk_size is None or chunk_size >= K:
+        rule.pullback(call.hidden, kept, G_NKD, packed, scratch)
+        return True
+    for start in range(0, K, chunk_size):
+        piece = G_NKD[:, start : start + chunk_size].contiguous()
+        rule.pullback(call.hidden, kept, piece, packed, scratch)
+        G_NKD[:, start : start + chunk_size] = piece
+    return True

@@ -1,0 +1,303 @@
+"""Which attention modules get the derivatives of `rotary_attention`, for packed prompts.
+
+A module is taken for a rotary attention only if, on the run's own tokens, it returns what the formula does.
+
+The derivatives of a rotary attention module: projections, rotary embedding and attention, all cotangents at once.
+
+With cotangents as [N, K, D], positions first, the projections are plain matrix products, each prompt is a contiguous
+range of rows, and between them lies one permuted copy: autograd's way, transposed and gathered for each of q, k and v,
+makes a dozen. The forward is the module's own, to the bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.kernels.attention import AttentionKind, attention_forward, pullback_attention, pushforward_attention
+from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, Scratch, cotangent_dim
+from fisher_vmap.kernels.hf_attention import Packed, packed_now
+from fisher_vmap.kernels.quantized import has_matrix, runs_as_made
+from fisher_vmap.model.offload import weights_ready
+from fisher_vmap.model.recording import hooks
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The projections of an attention module: q [H E, D], k and v [G E, D], o [D, H E], and the width E of a head.
+
+    A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+    """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    head: int
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Those of q, k, v and o."""
+        return tuple(part.weight.detach() for part in (self.q, self.k, self.v, self.o))
+
+
+class RotaryCall(NamedTuple):
+    """What a rotary attention, or the block around it, is called with on packed prompts.
+
+    Attributes:
+        x: [1, N, D].
+        cos: [1, N, E], and sin likewise: the rotary embedding.
+        sin: see cos.
+        packed: the prompts.
+    """
+
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    packed: Packed
+
+
+class Heads(NamedTuple):
+    """What the derivatives need of a forward: the rotary embedding, and queries, keys and values after it.
+
+    Attributes:
+        cos: [1, N, E], and sin likewise.
+        sin: see cos.
+        q: [1, H, N, E].
+        k: [1, G, N, E], and v likewise.
+        v: see k.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def attend(call: RotaryCall, parts: AttentionParts, scale: float) -> tuple[Tensor, Heads]:
+    """The module's output, [1, N, D], and its heads; `scale` is that of the scores."""
+    x, cos, sin, packed = call
+    q, k, v = (project(x).view(*x.shape[:2], -1, parts.head) for project in (parts.q, parts.k, parts.v))
+    cos_, sin_, half = cos[:, :, None], sin[:, :, None], parts.head // 2
+    other_sin = torch.cat((sin_[..., half:], sin_[..., :half]), -1)
+    q, k = (_rotate(t, cos_, other_sin, half) for t in (q, k))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = attention_forward(q, k, v, None, AttentionKind(scale, True, packed.groups_on(x.device)))
+    return parts.o(out.transpose(1, 2).reshape(*x.shape[:2], -1)), Heads(cos, sin, q, k, v)
+
+
+def _rotate(x: Tensor, cos: Tensor, other_sin: Tensor, half: int) -> Tensor:
+    """X * cos + rotate_half(x) * sin, to the bit; each half of `other_sin` is the other half of sin."""
+    out, crossed = x * cos, x * other_sin
+    out[..., :half] -= crossed[..., half:]
+    out[..., half:] += crossed[..., :half]
+    return out
+
+
+def rotary_attention(call: RotaryCall, parts: AttentionParts, scale: float) -> Tensor:
+    """The same output with the derivatives of this file."""
+    return _RotaryAttention.apply(*call, parts, scale)[0]  # type: ignore[no-any-return]
+
+
+class _RotaryAttention(Derived):
+    @staticmethod
+    def forward(
+        x: Tensor, cos: Tensor, sin: Tensor, packed: Packed, parts: AttentionParts, scale: float
+    ) -> tuple[Tensor, ...]:
+        y, heads = attend(RotaryCall(x, cos, sin, packed), parts, scale)
+        return y, heads.q, heads.k, heads.v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _x, cos, sin, ctx.packed, ctx.parts, ctx.scale = inputs
+        _y, q, k, v = output
+        ctx.mark_non_differentiable(q, k, v)
+        ctx.save_for_backward(cos, sin, q, k, v)
+        ctx.save_for_forward(cos, sin, q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx = _ModulePullback.apply(g, *ctx.saved_tensors, *ctx.parts.weights(), ctx.scale, ctx.packed)
+        return dx, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        dy = _ModulePushforward.apply(t, *ctx.saved_tensors, *ctx.parts.weights(), ctx.scale, ctx.packed)
+        return dy, None, None, None
+
+
+class _ModulePullback(Pullback):
+    @staticmethod
+    def forward(g: Tensor, *shared: Any) -> Tensor:
+        return _pull(g[0, :, None], *_put_together(shared))[None, :, 0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        return _pull(g.movedim(cotangent_dim(in_dims), 2)[0], *_put_together(shared))[None], 2
+
+
+def _put_together(shared: tuple[Any, ...]) -> tuple[Heads, tuple[Tensor, ...], float, Packed]:
+    """The heads, the weights of q, k, v and o, the scale and the prompts; `apply` takes tensors one by one."""
+    scale, packed = shared[9:]
+    return Heads(*shared[:5]), shared[5:9], scale, packed
+
+
+def _pull(g_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float, packed: Packed) -> Tensor:
+    """K cotangents of the module's output to those of its input, [N, K, D]."""
+    w_qkv, w_o = torch.cat(weights[:3]), weights[3]
+    return pullback_prompts(g_NKD, heads, (w_qkv, w_o), scale, packed.ranges, Scratch())
+
+
+def pullback_prompts(
+    g_nKD: Tensor,
+    heads: Heads,
+    weights: tuple[Tensor, Tensor],
+    scale: float,
+    ranges: Sequence[tuple[int, int]],
+    scratch: Scratch,
+) -> Tensor:
+    """The same for some neighbouring prompts, in scratch memory.
+
+    Args:
+        g_nKD: the cotangents at their n positions.
+        heads: of all positions.
+        weights: of queries, keys and values, [(H + 2 G) E, D], and of the output, [D, H E].
+        scale: of the scores.
+        ranges: [start, stop) of each prompt among all positions.
+        scratch: for what passes through; the result stays in it until it is used again.
+    """
+    w_qkv, w_o = weights
+    q, k, v = heads.q, heads.k, heads.v
+    n, K, D = g_nKD.shape
+    H, G, E, first = q.shape[1], k.shape[1], q.shape[3], ranges[0][0]
+    alone = AttentionKind(scale, causal=True)
+    dO = torch.mm(g_nKD.reshape(n * K, D), w_o, out=scratch("dO", (n * K, H * E), g_nKD)).view(n, K, H, E)
+    dqkv = scratch("dqkv", (n, K, H + 2 * G, E), g_nKD)
+    for a, z in ranges:
+        here = slice(a - first, z - first)
+        cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
+        dq, dk, dv = pullback_attention(cotangents[None], q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
+        c, s = heads.cos[0, a:z, None], heads.sin[0, a:z, None]
+        out = dqkv[here].permute(2, 0, 1, 3)
+        _unrotate(dq[0], c, s, out[:H])
+        _unrotate(dk[0], c, s, out[H : H + G])
+        out[H + G :].copy_(dv[0])
+    return torch.mm(dqkv.view(n * K, -1), w_qkv, out=scratch("dn", (n * K, D), g_nKD)).view(n, K, D)
+
+
+def _unrotate(g: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """The transpose of x * cos + rotate_half(x) * sin, applied to g [H, T, K, E] and written to out."""
+    half = g.shape[-1] // 2
+    torch.mul(g, cos, out=out)
+    out[..., :half].addcmul_(g[..., half:], sin[..., half:])
+    out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
+
+
+class _ModulePushforward(Pushforward):
+    @staticmethod
+    def forward(t: Tensor, *shared: Any) -> Tensor:
+        return _push(t[0, :, None], *_put_together(shared))[None, :, 0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, *shared: Any) -> tuple[Tensor, int]:
+        return _push(t.movedim(cotangent_dim(in_dims), 2)[0], *_put_together(shared))[None], 2
+
+
+def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float, packed: Packed) -> Tensor:
+    """K tangents of the module's input to those of its output, [N, K, D]."""
+    (w_q, w_k, w_v, w_o), (cos, sin, q, k, v) = weights, heads
+    N, K, D = t_NKD.shape
+    rows = t_NKD.reshape(N * K, D)
+    tq, tk, tv = ((rows @ w.T).view(N, K, x.shape[1], -1) for w, x in ((w_q, q), (w_k, k), (w_v, v)))
+    out = t_NKD.new_empty(N, K, q.shape[1], v.shape[3])
+    alone = AttentionKind(scale, causal=True)
+    for a, z in packed.ranges:
+        c, s = cos[0, a:z, None], sin[0, a:z, None]
+        dq, dk = (t[a:z].permute(2, 0, 1, 3) for t in (tq, tk))
+        dq, dk = (t * c + _rotate_half(t) * s for t in (dq, dk))
+        dv = tv[a:z].permute(2, 0, 1, 3)
+        tangents = (dq[None], dk[None], dv[None])
+        moved = pushforward_attention(*tangents, q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
+        out[a:z].permute(2, 0, 1, 3).copy_(moved[0])
+    return (out.view(N * K, -1) @ w_o.T).view(N, K, D)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+Forwards = dict[nn.Module, Callable[..., Any]]
+
+
+def parts_of(module: nn.Module) -> AttentionParts | None:
+    """The parts of a module that may be a rotary attention; None where they are not all there, or there are more."""
+    q, k, v, o = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    head = getattr(module, "head_dim", None)
+    if not all(has_matrix(part) and runs_as_made(part) for part in (q, k, v, o)) or not isinstance(head, int):
+        return None
+    if len(list(module.children())) != 4 or "forward" in vars(module):
+        return None  # norms of queries and keys, gates, sinks
+    assert (
+        isinstance(q, nn.Linear) and isinstance(k, nn.Linear) and isinstance(v, nn.Linear) and isinstance(o, nn.Linear)
+    )
+    return AttentionParts(q, k, v, o, head)
+
+
+def attention_scale(module: nn.Module) -> float | None:
+    """What a module multiplies the scores of its attention with, by its own word; None where it has none."""
+    scale = getattr(module, "scaling", None)
+    return scale if isinstance(scale, float) else None
+
+
+def rotary_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], head: int) -> RotaryCall | None:
+    """The call of an attention module or of a block, taken apart; None where it is given anything more that matters.
+
+    Args:
+        args: the residual stream, unless that is `hidden_states` among the keyword arguments.
+        kwargs: `position_embeddings`, the pair of cos and sin; no mask, no cache.
+        head: the width E of a head.
+    """
+    packed, rotary = packed_now(), kwargs.get("position_embeddings")
+    x = args[0] if args else kwargs.get("hidden_states")
+    if packed is None or rotary is None or len(rotary) != 2 or len(args) > 1 or not isinstance(x, Tensor):
+        return None
+    if any(not isinstance(t, Tensor) or t.shape != (1, x.shape[1], head) for t in rotary):
+        return None
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    cos, sin = rotary
+    return RotaryCall(x, cos, sin, packed)
+
+
+def fused_attention_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward of an attention module with the fused pullback for packed prompts; None for other modules."""
+    parts, scale = parts_of(module), attention_scale(module)
+    if parts is None or scale is None:
+        return None
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = rotary_call(args, kwargs, parts.head)
+        return own(*args, **kwargs) if call is None else (rotary_attention(call, parts, scale), None)
+
+    return forward
+
+
+def proven_attentions(forwards: Forwards, run: Callable[[], object]) -> Forwards:
+    """Those of the forwards that give what their modules do, to rounding, on what these see while the model runs."""
+    right: Forwards = {}
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("attention_mask") is not None:
+            return
+        with weights_ready(module):
+            expected, found = output[0], forwards[module](*args, **kwargs)[0]
+        if (found - expected).norm() <= 4 * torch.finfo(expected.dtype).eps * expected.norm():
+            right[module] = forwards[module]
+
+    with hooks(*(module.register_forward_hook(compare, with_kwargs=True) for module in forwards)):
+        run()
+    return right

@@ -1,0 +1,336 @@
+"""The audit: what was computed, compared with the model itself while it is being used.
+
+A proof is made once, on some prompts, and trusted afterwards. What it did not reach, and what has changed since, shows
+here. Of a batch one prompt goes through the model as it is, by itself, and the log-probabilities are compared; now and
+then, and whenever a batch reaches further than the proof, a token's scores are compared with plain autograd.
+"""
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.kernels.quantized import quantized_pullbacks
+from fisher_vmap.linearize.compare import (
+    budget_of,
+    can_be_widened,
+    deviations,
+    distance_at,
+    in_wide,
+    measured_budget,
+    noise_between,
+)
+from fisher_vmap.linearize.plain import (
+    Plain,
+    Reference,
+    first_line,
+    plain_autograd,
+    plain_log_probs,
+    positions_in,
+    reference_of,
+)
+from fisher_vmap.linearize.probe import Choice, Probe
+from fisher_vmap.model.layers import decoder_blocks
+from fisher_vmap.model.layout import Layout
+from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.wrappers import is_hooked
+
+log = logging.getLogger(__name__)
+
+AUDITS = ("auto", "always", "off")
+SHARE = 0.01  # of a batch's work that its audit may take; where it would take more, only some batches are audited
+SCORE_SHARE = 0.02  # of a shard's work that the audit of a score may take
+ALONE = 3  # times as long as its share of a batch takes one prompt by itself
+MOST_APART = 64  # at least one of so many batches, or shards, is audited
+
+
+class Plan(NamedTuple):
+    """What of a batch is audited: the prompts whose log-probabilities are compared, and those whose scores are."""
+
+    log_probs: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+
+
+@dataclass
+class Found:
+    """What was computed for a batch at layers of one form.
+
+    Attributes:
+        log_probs: [B, K].
+        token_ids: [B, K] int64; negative ones are no tokens.
+        gradients: for each layer, [B, K, D].
+        norms: for each layer, [B], the mean norm of its output.
+        likeliest: whether the tokens are to be the K likeliest.
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
+    gradients: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    likeliest: bool
+
+
+def check_audit(audit: str) -> None:
+    """Raise ValueError unless an audit has this name."""
+    if audit not in AUDITS:
+        raise ValueError(f"audit is {audit!r}; expected 'auto', 'always' or 'off'")
+
+
+def plan_audit(
+    model: nn.Module, known: Probe, layout: Layout, forms: Mapping[str, Choice], vectors: int, audit: str
+) -> Plan:
+    """What of a batch is audited: it depends on the batch, and on how many came before in the shard, or at all.
+
+    Args:
+        model: a causal LM.
+        known: what the probe found.
+        layout: the batch.
+        forms: what each layer is computed by.
+        vectors: K, how many are pulled back.
+        audit: "auto", "always" or "off".
+    """
+    B, rows, lengths = len(layout.lengths), sum(layout.lengths), layout.lengths
+    packed = any(choice.form == "packed" for choice in forms.values())
+    proven_length, proven_rows = (min(getattr(choice, at) for choice in forms.values()) for at in ("length", "rows"))
+    hooked = is_hooked(model)
+    further = max(lengths) > proven_length or (packed and rows > proven_rows)
+    longer, more = max(lengths) > 2 * proven_length, packed and rows > 2 * proven_rows
+    ends = {max(range(B), key=lambda b: lengths[b])} if longer or not more else set()
+    furthest = tuple(sorted(ends | ({B - 1} if more or hooked else set())))  # the longest prompt, or the last row
+    beyond = longer or more or (hooked and further)
+    if audit == "off":
+        return Plan((), furthest if beyond else ())
+    mark = zlib.crc32(layout.input_ids.cpu().numpy().tobytes())
+    one = ((mark // MOST_APART) % B,)
+    calls = known.calls + 1
+    doubling = known.due is None and calls & (calls - 1) == 0
+    scored = doubling or (calls == known.due and not known.scored) or audit == "always"
+    # What a hook does may depend on all of the batch, and change unseen; what is padded, on how far.
+    if (hooked and (beyond or scored)) or (beyond and not packed):
+        return Plan(tuple(range(B)), furthest)
+    if beyond or (scored and further and known.due is None):
+        return Plan((), furthest)
+    if scored:
+        return Plan((), one)
+    forward, _, work = _work(model, known, list(forms), vectors)
+    share = ALONE * forward / (B * work)
+    return Plan(one) if hooked or mark % _apart(share, SHARE) == 0 else Plan()
+
+
+def _work(model: nn.Module, known: Probe, layers: Sequence[str], vectors: int) -> tuple[int, int, int]:
+    """The work of a token in a forward, in plain autograd and in a batch, in passes of a row through a block."""
+    order, blocks = list(known.parts.call_order), len(decoder_blocks(model))
+    above = max(len(order) - 1 - order.index(layer) if layer in order else blocks for layer in layers)
+    return blocks, blocks + above, blocks + above * (1 + vectors)
+
+
+def _apart(share: float, most: float) -> int:
+    """One of how many is audited, a power of two, so that a share of the work becomes small enough."""
+    return int(min(MOST_APART, 2 ** max(0, math.ceil(math.log2(share / most)))))
+
+
+def due_batch(
+    model: nn.Module, known: Probe, layers: Sequence[str], vectors: int, number: int, batches: Sequence[Sequence[int]]
+) -> int:
+    """The batch of a run's shard, from 1, of which a score is audited if none was before; 0: none.
+
+    That is the last, of the shortest prompts; the longest are compared when they reach beyond the proof.
+
+    Args:
+        model: a causal LM.
+        known: what the probe found.
+        layers: the hooked ones.
+        vectors: K, how many are pulled back.
+        number: of the shard.
+        batches: the lengths of the prompts of each batch, the longest first.
+    """
+    _, score, work = _work(model, known, layers, vectors)
+    tokens, last = sum(map(sum, batches)), batches[-1]
+    share = ALONE * (sum(last) / len(last)) * score / (tokens * work)
+    return len(batches) if zlib.crc32(str(number).encode()) % _apart(share, SCORE_SHARE) == 0 else 0
+
+
+def remember_reach(known: Probe, kernel: str, forms: Mapping[str, Choice], layout: Layout, plan: Plan) -> None:
+    """Note that a batch has been computed, and that its forms are proven as far as the scores of it that agreed."""
+    known.calls += 1
+    known.scored = known.scored or bool(plan.scores)
+    longest = max((layout.lengths[b] for b in plan.scores), default=0)
+    rows = sum(layout.lengths) if len(layout.lengths) - 1 in plan.scores else 0
+    for layer, choice in forms.items():
+        if (layer, kernel) in known.forms:
+            reach = max(choice.length, longest), max(choice.rows, rows)
+            known.forms[layer, kernel] = choice._replace(length=reach[0], rows=reach[1])
+
+
+class ShardForms:
+    """The forms of one shard of a run, which begins with those of the run's opening whatever the others found.
+
+    So a shard's results are the same whichever process computes it, and after whichever others.
+    """
+
+    def __init__(self, known: Probe) -> None:
+        self._known = known
+        self._before = dict(known.forms)
+        self._changes = known.changes
+
+    def begin(self) -> None:
+        """Before the first batch, be it for the first time or again."""
+        self._known.calls, self._known.scored, self._changes = 0, False, self._known.changes
+
+    def changed(self) -> bool:
+        """Whether a form was given up since the beginning: then what was computed before is in doubt."""
+        return self._known.changes != self._changes
+
+    def given_up(self) -> dict[str, tuple[str, str]]:
+        """For each layer whose form is another than at the opening: the form, and why."""
+        forms = self._known.forms.items()
+        return {
+            layer: (choice.form, choice.why)
+            for (layer, kernel), choice in forms
+            if (layer, kernel) in self._before and self._before[layer, kernel].key != choice.key
+        }
+
+
+@contextmanager
+def one_shard(known: Probe, due: int) -> Iterator[ShardForms]:
+    """Within the context the batches are those of one shard of a run.
+
+    Args:
+        known: what the probe found.
+        due: the number of the batch whose scores are audited, from 1.
+    """
+    before = known.parts, known.why_no_head, known.forms, known.due
+    known.forms, known.due = dict(known.forms), due
+    try:
+        yield ShardForms(known)
+    finally:
+        known.parts, known.why_no_head, known.forms, known.due = before
+
+
+def why_wrong(
+    model: nn.Module, known: Probe, layout: Layout, found: Found, plan: Plan, positions: str | Tensor
+) -> dict[str, str]:
+    """For each layer whose numbers are not the model's, how; the model must be as it is, with nothing of ours in it.
+
+    Args:
+        model: a causal LM.
+        known: what the probe found, and what noise was measured.
+        layout: the batch.
+        found: what was computed.
+        plan: what is audited.
+        positions: where the bias is added.
+    """
+    layers = list(found.gradients)
+    for b in plan.log_probs:
+        reference = reference_of(model, layout, b)
+        wrong = _log_probs_wrong(model, known, reference, plain_log_probs(model, reference), found, b)
+        if wrong is not None:
+            return dict.fromkeys(layers, wrong)
+    wrong_at: dict[str, str] = {}
+    for b in plan.scores:
+        wrong_at |= _scores_wrong(model, known, layout, found, b, positions)
+    return wrong_at
+
+
+def _scores_wrong(
+    model: nn.Module, known: Probe, layout: Layout, found: Found, b: int, positions: str | Tensor
+) -> dict[str, str]:
+    layers = list(found.gradients)
+    reference = reference_of(model, layout, b)
+    rank = _weightiest(found, b)
+    token_1 = found.token_ids[b, rank : rank + 1]
+    where = positions_in(reference, positions, layout, b)
+    gather = known.parts.gather and not is_hooked(model)
+
+    def plainly() -> Plain:
+        # Some quantised layers have no backward, and autograd does not say so: theirs is of their matrix.
+        with quantized_pullbacks(model):
+            return plain_autograd(model, reference, layers, token_1, where, gather)
+
+    reason = ""
+    try:
+        plain = plainly()
+    except Exception as error:  # a hook of the user may raise anything; plain autograd may want more memory than ours
+        reason = "out of memory" if is_out_of_memory(error) else first_line(error)
+    if reason:  # outside of the handler, whose traceback holds on to the tensors in the way
+        level = logging.DEBUG if ("audit", reason) in known.told else logging.WARNING
+        log.log(level, "scores of prompts of %d tokens could not be audited: %s", layout.lengths[b], reason)
+        known.told.add(("audit", reason))
+        plain = Plain(plain_log_probs(model, reference), {}, {})
+    if (wrong := _log_probs_wrong(model, known, reference, plain.log_probs, found, b)) is not None:
+        return dict.fromkeys(layers, wrong)
+    wrong_at: dict[str, str] = {}
+    measured: tuple[Plain, dict[str, float]] | None = None
+    for layer, expected in plain.scores.items():
+        got, norm = found.gradients[layer][b, rank : rank + 1], found.norms[layer][b]
+        distance = distance_at(layer, got, norm, plain)
+        allowed = budget_of(model, layer, known).scores
+        if distance <= allowed or not bool(expected.isfinite().all()):
+            continue
+        if can_be_widened(model) and measured is None and (again := in_wide(model, plainly)) is not None:
+            measured = again, noise_between([plain], [again], token_1[None])[0]
+        if measured is not None:  # the noise of this very prompt
+            distance = distance_at(layer, got, norm, measured[0])
+            allowed = measured_budget(known.arithmetic, measured[1][layer], 0.0).scores
+        if not distance <= allowed:
+            wrong_at[layer] = (
+                f"the audit found the score of token {int(token_1)} of a prompt of {layout.lengths[b]} tokens "
+                f"{distance:.1e} away from plain autograd, more than {allowed:.0e}"
+            )
+    return wrong_at
+
+
+def _weightiest(found: Found, b: int) -> int:
+    """The place of the token that most of F is made of: a score that is near zero is nothing but rounding."""
+    first = next(iter(found.gradients.values()))
+    weight_K = found.log_probs[b].double().exp() * first[b].double().square().sum(1).to(found.log_probs.device)
+    weight_K = torch.where(found.token_ids[b] >= 0, weight_K.nan_to_num(), -1.0)
+    return int(weight_K.argmax())
+
+
+def _log_probs_wrong(
+    model: nn.Module, known: Probe, reference: Reference, log_probs_V: Tensor, found: Found, b: int
+) -> str | None:
+    if bool(log_probs_V.isnan().any()):
+        return None
+    distance = _log_probs_distance(found, b, log_probs_V)
+    layer = next(iter(found.gradients))
+    allowed = budget_of(model, layer, known).log_probs
+    if distance > allowed and can_be_widened(model):
+        wide = in_wide(model, lambda: plain_log_probs(model, reference))
+        if wide is not None:  # the noise of this very prompt
+            tokens = found.token_ids[b][found.token_ids[b] >= 0]
+            noise = deviations(log_probs_V[tokens], wide, tokens)
+            distance = _log_probs_distance(found, b, wide)
+            allowed = measured_budget(known.arithmetic, 0.0, noise).log_probs
+    if distance <= allowed:
+        return None
+    return (
+        f"the audit found the log-probabilities of a prompt of {reference.layout.lengths[reference.b]} tokens "
+        f"{distance:.1e} standard deviations away from the model's own, more than {allowed:.0e}"
+    )
+
+
+def _log_probs_distance(found: Found, b: int, log_probs_V: Tensor) -> float:
+    """The largest distance of the log-probabilities, or of a token that is likelier than those that were taken."""
+    tokens, log_probs_V = found.token_ids[b], log_probs_V.to(found.token_ids.device)
+    real = tokens >= 0
+    distance = deviations(found.log_probs[b][real], log_probs_V, tokens[real])
+    if not found.likeliest:
+        return distance
+    others_V = log_probs_V.index_fill(0, tokens[real], -torch.inf)
+    least, other = log_probs_V[tokens[real]].min(), others_V.max()
+    if bool(other > least):
+        finite_V = log_probs_V[log_probs_V.isfinite()]
+        distance = max(distance, float((other - least) / finite_V.double().std().clamp(min=1e-30)))
+    if not bool(real.all()):
+        rest, expected = found.log_probs[b][~real], others_V.logsumexp(0)
+        scale = max(1.0, abs(float(expected)))
+        distance = max(distance, float((rest[0] - expected).abs()) / scale if bool(expected.isfinite()) else 0.0)
+    return distance

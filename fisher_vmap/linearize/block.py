@@ -1,0 +1,364 @@
+"""The parts of a model, as the probe found them: what the forms of the kernel are given to work with.
+
+The upper network, linearised, one decoder block at a time: `torch.func.vmap` over `torch.func.vjp` and `jvp`.
+
+The cotangents of the last block's output are pulled back through one block after the other, from the top down. What
+arrives at a block's output is the gradient with respect to a bias added there, position by position; every hooked
+block on the way down has its answer for free. Memory holds the graph of one block at a time.
+
+The last block, seen from the last position alone.
+
+Above the last block's attention only each prompt's last position matters: its MLP, its output projection, its residual.
+So the block is replayed like a step of decoding: on the last rows only, with queries of theirs, against the keys and
+values of all positions. These are had by running the block on all rows up to where it calls attention, and no further.
+
+Nothing here is taken on trust. Where the forward has gone through the whole block, the replayed rows must equal what it
+had at the last positions, in every batch. Where it has not, since nobody needs the other positions, the block has
+returned just that before, on prompts of the run, and what counts as having a row for each position is the same.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp, vmap
+
+from fisher_vmap.kernels.autograd import Scratch
+from fisher_vmap.kernels.decoder_block import Forward, Rules, pullback_by_rule
+from fisher_vmap.kernels.hf_attention import KeysCaptured, against_keys, capturing_keys
+from fisher_vmap.model.head import UnembeddingHead
+from fisher_vmap.model.layout import Layout
+from fisher_vmap.model.offload import weights_ready
+from fisher_vmap.model.patches import OldFunction
+from fisher_vmap.model.recording import BlockCall, Recording, StructureChanged, check_primal, with_hidden
+
+# Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
+# prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.
+ROWS_AT_A_TIME = {"cpu": 8192}
+
+
+def cotangents_at_a_time(cotangents: int, rows: int, device: torch.device) -> int | None:
+    """How many of K cotangents of N rows to pull back together, in chunks of about one size; None: all of them."""
+    most = ROWS_AT_A_TIME.get(device.type)
+    if most is None or cotangents * rows <= most:
+        return None
+    chunks = -(-cotangents * rows // most)
+    return max(1, -(-cotangents // chunks))
+
+
+class Arrived(NamedTuple):
+    """The cotangents at a hooked block's output, [B, T, K, D], and that output itself, [B, T, D]."""
+
+    layer: str
+    hidden: Tensor
+    cotangents: Tensor
+
+
+def pullback_blocks(
+    recording: Recording, cotangents: Tensor, layers: Collection[str], chunk_size: int | None, rules: Rules
+) -> Iterator[Arrived]:
+    """Pull cotangents of the top back to the output of every hooked block; the recording is used up on the way.
+
+    Args:
+        recording: the calls above the lowest hooked block, and the top, [B, T, D].
+        cotangents: [B, T, K, D], cotangents of the top. K stands inside: a position's cotangents lie side by side,
+            so that a prompt's are one range of memory and what they share is broadcast from cache. They are used up.
+        layers: the names of the hooked blocks.
+        chunk_size: how many cotangents to pull at a time; None: all at once.
+        rules: blocks that are pulled back by hand.
+
+    Yields:
+        What arrives at the output of each hooked block, from the top down, once for each of its calls.
+
+    Raises:
+        StructureChanged: a replayed block did not return what the next one had received.
+    """
+    expected, scratch = recording.top, Scratch()
+    while recording.calls:
+        call = recording.calls.pop()
+        rule = rules.get(call.block)
+        if call.name in layers:
+            yield Arrived(call.name, expected, cotangents)
+            cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
+        cotangents = cotangents.to(call.hidden.device).contiguous()
+        by_rule = False
+        if rule is not None:
+            with weights_ready(call.block):
+                by_rule = pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch)
+        if not by_rule:
+            cotangents = pullback_block(call, expected, cotangents, chunk_size)
+        expected = call.hidden
+    check_primal(f"what {recording.below} returned", recording.bottom, expected)
+    yield Arrived(recording.below, expected, cotangents)
+
+
+def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Cotangents of one block's output to those of its input, [B, T, K, D]; the primal must be the expected one."""
+    with weights_ready(call.block):
+        primal, pull = vjp(call.replay, call.hidden)  # type: ignore[misc]
+        check_primal(f"the replay of {call.name}", primal, expected)
+        cotangents = cotangents.to(primal.device)
+        (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    return below  # type: ignore[no-any-return]
+
+
+def pushforward_blocks(
+    recording: Recording, layer: str, tangents: Tensor, chunk_size: int | None, stop: int | None = None
+) -> Tensor:
+    """Push tangents of a bias at a hooked block up to the top; the recording stays as it is.
+
+    Args:
+        recording: the calls above the lowest hooked block.
+        layer: the name of the hooked block; where it is called several times, the bias is added at each call.
+        tangents: [B, T, K, D], the bias's tangent at every position.
+        chunk_size: how many tangents to push at a time; None: all at once.
+        stop: the number of calls to go through; None: all of them.
+
+    Returns:
+        [B, T, K, D], the tangents of what the last of these calls returned.
+
+    Raises:
+        StructureChanged: a replayed block did not return what the next one had received.
+    """
+    moved = tangents if recording.below == layer else None
+    calls = recording.calls[:stop]
+    outputs = [call.hidden for call in recording.calls[1:]] + [recording.top]
+    for call, expected in zip(calls, outputs, strict=False):
+        if moved is not None:
+            moved = pushforward_block(call, expected, moved, chunk_size)
+        if call.name == layer:
+            moved = tangents if moved is None else moved + tangents.to(moved.device)
+    assert moved is not None
+    return moved
+
+
+def pushforward_block(call: BlockCall, expected: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Tangents of one block's input to those of its output, [B, T, K, D]; the primal must be the expected one."""
+    with weights_ready(call.block):
+        return push_function(f"the replay of {call.name}", call.replay, call.hidden, expected, tangents, chunk_size)
+
+
+def push_function(
+    what: str,
+    function: Callable[[Tensor], Tensor],
+    at: Tensor,
+    expected: Tensor,
+    tangents: Tensor,
+    chunk_size: int | None,
+) -> Tensor:
+    """`vmap` over `jvp` of a function of rows, K third; its value must be the expected one."""
+
+    def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        primal, moved, *_ = jvp(function, (at,), (tangent,))
+        return primal, moved
+
+    pieces = []
+    for piece in tangents.to(at.device).split(chunk_size or tangents.shape[2], 2):
+        primal, moved = vmap(push, in_dims=2, out_dims=(None, 2))(piece)  # type: ignore[arg-type]
+        check_primal(what, primal, expected)
+        pieces.append(moved)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+log = logging.getLogger(__name__)
+
+
+class NotPositionwise(Exception):
+    """The block is given something whose positions cannot be told."""
+
+
+Places = frozenset[tuple[Any, ...]]
+"""Where among a call's arguments tensors have a row for each position: keys and indices from the outside in."""
+
+
+class TopRows(NamedTuple):
+    """The last block at the last rows: its output there, [B, D], and the pullback of cotangents of that."""
+
+    rows: Tensor
+    pull: Callable[[Tensor, int | None], Tensor]
+    """[K, B, D] and how many cotangents at a time, to the cotangents of the block's input, [1, N, K, D]."""
+
+
+def open_top(call: BlockCall, layout: Layout) -> TopRows:
+    """Run the last block at the last rows.
+
+    Args:
+        call: the last call of the forward, on packed prompts; it need not have been made.
+        layout: of the batch, packed.
+
+    Raises:
+        NotPositionwise: the block cannot be cut like this; run it whole.
+    """
+    with weights_ready(call.block):
+        primal, pullback = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
+
+    def pull(cotangents_KBD: Tensor, chunk_size: int | None) -> Tensor:
+        cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
+        with weights_ready(call.block):
+            (below,) = vmap(pullback, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+        return below  # type: ignore[no-any-return]
+
+    return TopRows(primal[0], pull)
+
+
+def proven_places(call: BlockCall, layout: Layout, top: Tensor) -> Places | None:
+    """Where a last call's arguments have rows, if cut there it returns what it had; None if it cannot be cut.
+
+    Args:
+        call: the last call, on packed prompts.
+        layout: of the batch, packed.
+        top: [1, N, D], what the call returned.
+    """
+    try:
+        rows = open_top(call, layout).rows
+        check_primal(f"the replay of {call.name} at the last positions", rows, layout.last(top))
+        return places_of(call, layout)
+    except (NotPositionwise, StructureChanged) as reason:
+        log.debug("the last block is run whole: %s", reason)
+        return None
+
+
+def places_of(call: BlockCall, layout: Layout) -> Places:
+    """Where the arguments of a call have a row for each position.
+
+    Raises:
+        NotPositionwise: it cannot be told.
+    """
+    count, found = layout.input_ids.numel(), set()
+
+    def look(inputs: Any, path: tuple[Any, ...]) -> None:
+        if isinstance(inputs, Tensor):
+            if _has_rows(inputs, count):
+                found.add(path)
+        elif isinstance(inputs, dict):
+            for name, value in inputs.items():
+                look(value, (*path, name))
+        elif type(inputs) in (tuple, list):
+            for i, value in enumerate(inputs):
+                look(value, (*path, i))
+
+    look((call.args, dict(call.kwargs)), ())
+    return frozenset(found)
+
+
+def pullback_top(
+    call: BlockCall, layout: Layout, top: Tensor, cotangents_KBD: Tensor, chunk_size: int | None
+) -> Tensor:
+    """Cotangents of the last rows of the last block's output to those of its input, [1, N, K, D].
+
+    Args:
+        call: the last call of the forward, on packed prompts.
+        layout: of the batch, packed.
+        top: [1, N, D], what the call returned.
+        cotangents_KBD: [K, B, D].
+        chunk_size: how many cotangents at a time; None: all at once.
+
+    Raises:
+        NotPositionwise: the block cannot be cut like this; pull it back whole.
+        StructureChanged: it was cut and returned something else than before.
+    """
+    opened = open_top(call, layout)
+    check_primal(f"the replay of {call.name} at the last positions", opened.rows, layout.last(top))
+    return opened.pull(cotangents_KBD, chunk_size)
+
+
+def pushforward_top(call: BlockCall, layout: Layout, top: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Tangents of the last block's input, [1, N, K, D], to those of the last rows of its output, [K, B, D].
+
+    Arguments and errors as for `pullback_top`.
+    """
+    what, last = f"the replay of {call.name} at the last positions", layout.last_rows(top.device)
+    with weights_ready(call.block):
+        moved = push_function(what, _at_last_rows(call, layout), call.hidden, top[:, last], tangents, chunk_size)
+    return moved[0].transpose(0, 1)
+
+
+def _at_last_rows(call: BlockCall, layout: Layout) -> Callable[[Tensor], Tensor]:
+    """The block as a function from all rows of its input, [1, N, D], to the last rows of its output, [1, B, D]."""
+    last = layout.last_rows(call.hidden.device)
+    args, kwargs = at_rows((call.args, dict(call.kwargs)), last, layout.input_ids.numel())
+
+    def rows(hidden: Tensor) -> Tensor:
+        keys = _keys(call, hidden)
+        narrow = BlockCall(call.name, call.block, hidden, *with_hidden(args, kwargs, hidden[:, last]), [])
+        with against_keys(keys):
+            return narrow.replay(hidden[:, last])
+
+    return rows
+
+
+def _keys(call: BlockCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of all positions, [1, G, N, E] each."""
+    try:
+        with capturing_keys():
+            call.replay(hidden)
+    except KeysCaptured as captured:
+        return captured.keys, captured.values
+    raise NotPositionwise(f"{call.name} does not call our attention")
+
+
+def at_rows(inputs: Any, rows: Tensor, count: int) -> Any:
+    """The same inputs with every tensor that has a row for each of `count` positions reduced to some of them.
+
+    Positions are the second dimension, after a batch of one, or the only one.
+
+    Raises:
+        NotPositionwise: a tensor has that size somewhere else.
+    """
+    if isinstance(inputs, Tensor):
+        if not _has_rows(inputs, count):
+            return inputs
+        return inputs[rows.to(inputs.device)] if inputs.dim() == 1 else inputs[:, rows.to(inputs.device)]
+    if isinstance(inputs, dict):
+        return {name: at_rows(value, rows, count) for name, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(at_rows(value, rows, count) for value in inputs)
+    return inputs
+
+
+def _has_rows(tensor: Tensor, count: int) -> bool:
+    """Whether a tensor has a row for each of `count` positions, after a batch of one or as its only dimension.
+
+    Raises:
+        NotPositionwise: it has that size somewhere else.
+    """
+    if (tensor.dim() == 1 and len(tensor) == count) or (tensor.dim() >= 2 and tensor.shape[:2] == (1, count)):
+        return True
+    if count in tensor.shape:
+        raise NotPositionwise(f"a tensor of shape {tuple(tensor.shape)}")
+    return False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What there is in a model, and what may be done with it.
+
+    Attributes:
+        blocks: the decoder blocks by name.
+        call_order: the names of the blocks in the order of their calls.
+        head: the head taken apart; None where only the model itself can make its logits.
+        vocabulary: V, the number of logits.
+        why_not_packed: why prompts cannot be packed end to end; empty where nothing is known to speak against it.
+        gather: whether what follows the output embedding looks at each position alone.
+        above: the ids of the modules that return after the last block has: the final norm, the model itself.
+        fused: modules inside the blocks that have a fused pullback, with the forward that has it.
+        rules: blocks that are pulled back as a whole by hand, where prompts are packed.
+        old_functions: the model's autograd functions that torch.func cannot transform as they are.
+        top_places: where the last block's arguments have a row for each position; None: it is not known to be right
+            if its forward is cut at the last rows.
+    """
+
+    blocks: Mapping[str, nn.Module]
+    call_order: Sequence[str]
+    head: UnembeddingHead | None
+    vocabulary: int
+    why_not_packed: str
+    gather: bool
+    above: frozenset[int]
+    fused: Sequence[tuple[nn.Module, Forward]]
+    rules: Rules
+    old_functions: Sequence[OldFunction]
+    top_places: Places | None = None

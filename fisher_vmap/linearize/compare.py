@@ -1,0 +1,300 @@
+"""A form of the kernel compared with plain autograd on an excerpt of a batch, before its results count.
+
+In a narrow format twice: in float32 from the same weights, which shows whether it computes the right thing, and as it
+will be run, which may be as far from float32 as plain autograd itself is there.
+
+How far numbers may be from plain autograd's: what rounding accounts for, measured where it can be.
+
+In float32 and float64 it is a small number. In a narrower format plain autograd itself is so far from what it gives in
+float32, from the same weights, on the same prompts; numbers of another order of operations are about as far.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.kernels.hf_attention import UnsupportedAttention, attention_set_to, prompts_packed
+from fisher_vmap.kernels.quantized import quantized_linears
+from fisher_vmap.linearize.block import Parts
+from fisher_vmap.linearize.blockwise import run_form
+from fisher_vmap.linearize.output import Scores, Wanted
+from fisher_vmap.linearize.plain import (
+    Plain,
+    first_line,
+    noting_autocast,
+    plain_autograd,
+    plain_log_probs,
+    reference_of,
+)
+from fisher_vmap.linearize.probe import Choice, Probe, excerpt
+from fisher_vmap.model.layout import Layout, pack_rows
+from fisher_vmap.model.offload import model_dtype, put_aside
+from fisher_vmap.model.recording import StructureChanged, run_blocks
+from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.widening import NARROW, in_float32
+from fisher_vmap.model.wrappers import is_hooked
+
+# Largest relative distance of scores. Many models compute parts in float32 in any dtype. Of a narrow format only where
+# it cannot be measured: kernels for quantised weights round another way for a few rows than for many.
+SCORES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+# Of log-probabilities, in standard deviations over the vocabulary.
+LOG_PROBS = {torch.float64: 1e-5, torch.float32: 3e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
+FACTOR = 3  # times the distance of plain autograd from float32
+FLOOR = 4  # roundings of the format
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Budget(NamedTuple):
+    """The largest distances that rounding accounts for: of scores, relative; of log-probabilities, in deviations."""
+
+    scores: float
+    log_probs: float
+
+
+def arithmetic(model: nn.Module, autocast: Collection[torch.dtype]) -> torch.dtype:
+    """The narrowest format that a model computes in, whose forward casts to these formats by itself."""
+    formats = {torch.bfloat16 if quantized_linears(model) else model_dtype(model), *autocast}
+    return max(formats, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def budget_of(model: nn.Module, layer: str, known: Probe) -> Budget:
+    """What is allowed at a layer, by the arithmetic and the noise that the proof has found."""
+    dtype = known.arithmetic
+    if dtype in NARROW and layer in known.noise:
+        return measured_budget(dtype, known.noise[layer], known.log_probs_noise)
+    if dtype in NARROW and not quantized_linears(model) and model_dtype(model) not in NARROW:
+        return measured_budget(dtype, 0.0, 0.0)  # under autocast of its own, whose noise cannot be measured
+    return Budget(SCORES[dtype], LOG_PROBS[dtype])
+
+
+def measured_budget(dtype: torch.dtype, scores: float, log_probs: float) -> Budget:
+    """What is allowed where plain autograd in `dtype` is so far from float32."""
+    least = FLOOR * torch.finfo(dtype).eps
+    return Budget(max(least, FACTOR * scores), max(least, FACTOR * log_probs))
+
+
+def can_be_widened(model: nn.Module) -> bool:
+    """Whether the noise can be measured: the model computes in a narrow format, and could in float32."""
+    return model_dtype(model) in NARROW and not put_aside(model) and not quantized_linears(model)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|."""
+    found, expected = found.double(), expected.double().to(found.device)
+    return float((found - expected).norm() / expected.norm().clamp(min=TINY))
+
+
+def distance_at(layer: str, scores_KD: Tensor, norm: Tensor, plain: Plain) -> float:
+    """How far scores, and the mean norm of the layer's output, are from plain autograd's: the larger distance."""
+    expected = plain.norms[layer]
+    return max(relative(scores_KD, plain.scores[layer]), abs(float(norm) - expected) / max(abs(expected), TINY))
+
+
+def deviations(found_K: Tensor, log_probs_V: Tensor, token_ids_K: Tensor) -> float:
+    """The largest distance of log-probabilities of tokens, in standard deviations over the vocabulary."""
+    log_probs_V = log_probs_V.double().to(found_K.device)
+    expected_K = log_probs_V[token_ids_K]
+    finite_V = log_probs_V[log_probs_V.isfinite()]
+    spread = finite_V.std() if len(finite_V) > 1 else finite_V.new_ones(())
+    gap_K = torch.where(found_K.double() == expected_K, 0, (found_K.double() - expected_K).abs())
+    return float(gap_K.max() / spread.clamp(min=TINY))
+
+
+def in_wide(model: nn.Module, compute: Callable[[], Any]) -> Any:
+    """What a function gives while the model computes in float32; None where the model does not run so."""
+    try:
+        with in_float32(model, keep=False):
+            return compute()
+    except (RuntimeError, TypeError, ValueError) as error:  # a hook with weights of its own, say
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+def noise_between(
+    narrow: Sequence[Plain], wide: Sequence[Plain], token_ids_BK: Tensor
+) -> tuple[dict[str, float], float]:
+    """How far plain autograd is from float32: of the scores at each layer, and of the log-probabilities."""
+    scores: dict[str, float] = {}
+    log_probs = 0.0
+    for one, other, token_ids_K in zip(narrow, wide, token_ids_BK, strict=True):
+        for layer, expected in other.scores.items():
+            scores[layer] = max(scores.get(layer, 0.0), relative(one.scores[layer], expected))
+        log_probs = max(log_probs, deviations(one.log_probs[token_ids_K], other.log_probs, token_ids_K))
+    return scores, log_probs
+
+
+log = logging.getLogger(__name__)
+
+CHECK_TOKENS = 64  # of each prompt that is compared with plain autograd
+CHECK_TOP = 2  # of the likeliest tokens
+
+
+@dataclass
+class Expected:
+    """What plain autograd gives for two prompts of an excerpt.
+
+    Attributes:
+        few: the excerpt.
+        prompts: which of its prompts.
+        token_ids: [B, 2] int64, the likeliest tokens; of prompts that are not compared, the first one's.
+        plain: for each of the prompts.
+        wide: the same in float32 from the same weights; None where the format is not narrow, or that cannot be had.
+        finite: whether all of it are numbers.
+        arithmetic: the narrowest format that it was computed in.
+    """
+
+    few: Layout
+    prompts: list[int]
+    token_ids: Tensor
+    plain: list[Plain]
+    wide: list[Plain] | None
+    finite: bool
+    arithmetic: torch.dtype
+
+
+def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expected:
+    """Plain autograd on an excerpt's longest and shortest prompt.
+
+    Raises:
+        ValueError: the model cannot be differentiated, or a hook of the user does not work for these prompts.
+    """
+    order = sorted(range(len(few.lengths)), key=lambda b: few.lengths[b])
+    prompts = sorted({order[0], order[-1]})
+    references = [reference_of(model, few, b) for b in prompts]
+    with noting_autocast() as autocast:
+        log_probs = [plain_log_probs(model, reference) for reference in references]
+    finite = all(bool(x.max().isfinite()) and not bool(x.isnan().any()) for x in log_probs)
+    chosen = [x.nan_to_num(nan=-torch.inf).topk(min(CHECK_TOP, len(x))).indices.to(few.device) for x in log_probs]
+    token_ids = torch.stack([chosen[prompts.index(b)] if b in prompts else chosen[0] for b in range(len(few.lengths))])
+
+    def compute() -> list[Plain]:
+        return [plain_autograd(model, r, layers, token_ids[b]) for r, b in zip(references, prompts, strict=True)]
+
+    try:
+        plain = compute()
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise not_differentiable(model, layers, error) from error
+    finite = finite and all(bool(x.isfinite().all()) for one in plain for x in one.scores.values())
+    if not finite:
+        log.warning("the scores of a prompt are not finite under plain autograd: it could not be compared")
+    wide = in_wide(model, compute) if can_be_widened(model) else None
+    if wide is None and can_be_widened(model):
+        log.warning("plain autograd does not run in float32 here: what rounding accounts for cannot be measured")
+    return Expected(few, prompts, token_ids, plain, wide, finite, arithmetic(model, autocast))
+
+
+def not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception) -> ValueError:
+    """The error of a model that plain autograd cannot differentiate."""
+    return ValueError(
+        f"{type(model).__name__} cannot be differentiated with respect to the output of {', '.join(layers)}, not even "
+        f"by plain autograd ({first_line(error)}); hook another module, or give another model"
+    )
+
+
+def run_choice(
+    choice: Choice, model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], wanted: Wanted
+) -> Scores:
+    """The scores of a batch by a form, under the attention that it goes with."""
+    with attention_set_to(model, attention_of(choice, known)):
+        parts = known.under(choice.attention).parts
+        return run_form(choice.form, choice.prompts, model, parts, layout, layers, wanted)
+
+
+def attention_of(choice: Choice, known: Probe) -> str | None:
+    """The attention implementation that a form runs under; None: the model's own."""
+    return None if choice.attention == "own" else known.under(choice.attention).attention
+
+
+def why_wrong(model: nn.Module, known: Probe, expected: Expected, layers: Sequence[str], choice: Choice) -> str | None:
+    """How a form fails on the excerpt; None where it agrees. What was measured of the noise is kept."""
+
+    def run() -> Scores:
+        return run_choice(choice, model, known, expected.few, layers, Wanted(0, expected.token_ids, "all", None))
+
+    try:
+        found = run()
+        wide = in_wide(model, run) if expected.wide is not None else None
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        return first_line(error)
+    if not expected.finite:
+        return None
+    dtype = known.arithmetic = expected.arithmetic
+    if expected.wide is None:
+        budgets = {layer: budget_of(model, layer, known) for layer in layers}
+        return _distances(found, expected, expected.plain, layers, budgets, dtype)
+    if wide is None:
+        return "it does not run in float32, and plain autograd does"
+    single = torch.float32
+    structure = dict.fromkeys(layers, Budget(SCORES[single], LOG_PROBS[single]))
+    if (wrong := _distances(wide, expected, expected.wide, layers, structure, single)) is not None:
+        return wrong
+    token_ids = expected.token_ids[expected.prompts]
+    noise, log_probs_noise = noise_between(expected.plain, expected.wide, token_ids)
+    known.noise |= {layer: max(noise[layer], known.noise.get(layer, 0.0)) for layer in layers}
+    known.log_probs_noise = max(known.log_probs_noise, log_probs_noise)
+    budgets = {layer: measured_budget(dtype, noise[layer], log_probs_noise) for layer in layers}
+    return _distances(found, expected, expected.wide, layers, budgets, dtype)
+
+
+def _distances(
+    found: Scores,
+    expected: Expected,
+    plain: Sequence[Plain],
+    layers: Sequence[str],
+    budgets: dict[str, Budget],
+    dtype: torch.dtype,
+) -> str | None:
+    name = str(dtype).removeprefix("torch.")
+    for b, one in zip(expected.prompts, plain, strict=True):
+        for layer in layers:
+            distance = distance_at(layer, found.gradients[layer][b], found.residual_norm[layer][b], one)
+            log.debug("%s: %.1e from plain autograd in %s", layer, distance, name)
+            if not distance <= budgets[layer].scores:
+                return f"scores at {layer} are {distance:.1e} away in {name}, more than {budgets[layer].scores:.0e}"
+        budget = budgets[layers[0]].log_probs
+        distance = deviations(found.log_probs[b], one.log_probs, found.token_ids[b])
+        if not distance <= budget:
+            return f"log-probabilities are {distance:.1e} deviations away in {name}, more than {budget:.0e}"
+    return None
+
+
+def excerpt_for(model: nn.Module, known: Probe, layout: Layout, choice: Choice) -> Layout:
+    """Two short prompts of a batch; of a hooked model all of it as it is, for hooks may be made for its shape.
+
+    Raises:
+        StructureChanged: the form packs prompts, and none of these can be packed, however short.
+    """
+    if choice.form == "packed":
+        with attention_set_to(model, attention_of(choice, known)):
+            return packable(model, known.under(choice.attention).parts, layout)
+    return layout if is_hooked(model) else excerpt(layout, CHECK_TOKENS)
+
+
+def packable(model: nn.Module, parts: Parts, layout: Layout) -> Layout:
+    """An excerpt of the batch that can be packed: what were padded instead (a window is short) would prove nothing.
+
+    Raises:
+        StructureChanged: none can, however short.
+    """
+    tokens = 2 * CHECK_TOKENS if is_hooked(model) else CHECK_TOKENS
+    while tokens >= 2:
+        few = layout if tokens > CHECK_TOKENS else excerpt(layout, tokens)
+        packed = pack_rows(few)
+        try:
+            with prompts_packed(packed):
+                run_blocks(model, parts.blocks, parts.call_order, packed)
+        except UnsupportedAttention as reason:
+            log.debug("prompts of %d tokens cannot be packed: %s", tokens, reason)
+            tokens //= 2
+        else:
+            return few
+    raise StructureChanged("no two prompts can be packed, however short")

@@ -1,0 +1,212 @@
+"""The reference that everything is compared with: the model itself, one prompt at a time, and plain autograd.
+
+The model is run as it is: its own attention, hooks and tail, on the prompt alone, unpadded. Where a hook of the user
+fits the caller's batch alone, that batch is run as it was given.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fisher_vmap.linearize.positions import position_mask, residual_norm
+from fisher_vmap.linearize.whole import rows_from_logits
+from fisher_vmap.model.layers import Place, decoder_blocks, hooked
+from fisher_vmap.model.layout import Layout, alone, as_given, forget_lengths
+from fisher_vmap.model.offload import put_aside, saved_aside
+from fisher_vmap.model.recording import forwards_set, hooks, inputs_of, output_of, with_output
+from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.wrappers import hook_behind, is_hooked
+
+GRAPH_ROWS = 8192  # rows of all blocks together whose graph is kept; of longer prompts it is made again, block by block
+
+
+class Reference(NamedTuple):
+    """One prompt in what the model is run on.
+
+    Attributes:
+        layout: the prompt by itself, or the caller's batch.
+        b: the prompt's place in it.
+    """
+
+    layout: Layout
+    b: int
+
+    @property
+    def given(self) -> bool:
+        """Whether the model is run on the caller's batch."""
+        return self.layout.attention_mask is not None
+
+
+class Plain(NamedTuple):
+    """What plain autograd gives for one prompt.
+
+    Attributes:
+        log_probs: log p of every token, [V].
+        scores: of some tokens, for each layer [K, D].
+        norms: for each layer the mean norm of its output over the prompt's tokens.
+    """
+
+    log_probs: Tensor
+    scores: Mapping[str, Tensor]
+    norms: Mapping[str, float]
+
+
+def reference_of(model: nn.Module, layout: Layout, b: int) -> Reference:
+    """The prompt by itself, or in the caller's batch where a hook of the user allows nothing else.
+
+    Raises:
+        ValueError: the model runs on neither; the message names the hook.
+    """
+    one = Reference(alone(layout, b), 0)
+    if not is_hooked(model):
+        return one
+    wrong = _why_not(model, one)
+    if wrong is None:
+        return one
+    if layout.given is None:
+        raise wrong
+    given = Reference(as_given(layout), b)
+    if (error := _why_not(model, given)) is not None:
+        behind = hook_behind(model, error)
+        raise ValueError(
+            f"{behind or type(model).__name__} cannot be run on these {len(layout.lengths)} prompts of up to "
+            f"{max(layout.lengths)} tokens ({first_line(error)}); expected a hook that works for them"
+        ) from error
+    return given
+
+
+def _why_not(model: nn.Module, reference: Reference) -> Exception | None:
+    """The error of a forward on these prompts, if it is one, or gives no row a token."""
+    forget_lengths(model)
+    ids = reference.layout.input_ids
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(**inputs_of(model, reference.layout)).logits
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        return error
+    if logits.shape[:2] == ids.shape:
+        return None
+    return ValueError(f"logits of shape {tuple(logits.shape)} for prompts {tuple(ids.shape)}")
+
+
+def plain_log_probs(model: nn.Module, reference: Reference) -> Tensor:
+    """Log p of every token after the prompt, [V], in float32 or wider, from one forward of the model as it is."""
+    forget_lengths(model)
+    with torch.no_grad():
+        row_V = rows_from_logits(model, reference.layout, gather=False)()[reference.b]
+        return _log_softmax(row_V).to(reference.layout.device)
+
+
+@contextmanager
+def noting_autocast() -> Iterator[set[torch.dtype]]:
+    """Gives a set that fills, within the context, with the formats that modules are called under autocast to."""
+    found: set[torch.dtype] = set()
+
+    def look(_module: nn.Module, args: Any) -> None:
+        kinds = {x.device.type for x in args if isinstance(x, Tensor)} if isinstance(args, tuple) else set()
+        found.update(torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind))
+
+    with hooks(torch.nn.modules.module.register_module_forward_pre_hook(look)):
+        yield found
+
+
+def plain_autograd(
+    model: nn.Module,
+    reference: Reference,
+    layers: Sequence[str],
+    token_ids: Tensor,
+    positions: str | Tensor = "all",
+    gather: bool = False,
+) -> Plain:
+    """Scores of tokens [K] by the plainest means: the model's own attention, logits and backward.
+
+    Args:
+        model: a causal LM.
+        reference: the prompt.
+        layers: names of hooked modules.
+        token_ids: [K].
+        positions: where the bias is added: "all", "last", or a mask of the reference's columns.
+        gather: whether the last rows alone are unembedded, which is right where what follows looks at one position.
+
+    Raises:
+        RuntimeError: or another error of torch, or of the model: it cannot be differentiated.
+    """
+    layout, b = reference
+    run = rows_from_logits(model, layout, gather=gather)
+    biases: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
+
+    def add(name: str, place: Place) -> Callable[..., Any]:
+        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+            hidden = output_of(output)
+            assert hidden is not None
+            norms[name] = float(residual_norm(place.gathered(hidden.detach()), layout)[b])
+            if name not in biases:
+                biases[name] = hidden.new_zeros(1, 1, hidden.shape[-1]).requires_grad_()
+            return with_output(output, hidden + place.spread(_spread(biases[name], positions, layout, b)))
+
+        return after
+
+    forget_lengths(model)
+    handles = [hook.module.register_forward_hook(add(name, hook.place)) for name, hook in hooked(model, layers).items()]
+    blocks = list(decoder_blocks(model))
+    first = min(blocks.index(layer) if layer in blocks else 0 for layer in layers)
+    graph_rows = layout.input_ids.numel() * (len(blocks) - first)
+    graph = _graph_made_again(model) if graph_rows > GRAPH_ROWS else nullcontext()
+    with torch.enable_grad(), saved_aside(model), hooks(*handles), graph:
+        log_p_V = _log_softmax(run()[b])
+        if missing := [layer for layer in layers if layer not in biases]:
+            raise RuntimeError(f"{missing[0]} is never called in the forward pass")
+        leaves = [biases[layer] for layer in layers]
+        grads = [torch.autograd.grad(log_p_V[token], leaves, retain_graph=True) for token in token_ids.tolist()]
+    scores = {layer: torch.stack([g[i][0, 0] for g in grads]) for i, layer in enumerate(layers)}
+    return Plain(log_p_V.detach().to(layout.device), scores, norms)
+
+
+def positions_in(reference: Reference, positions: str | Tensor, layout: Layout, b: int) -> str | Tensor:
+    """Where the bias is added in the reference: a mask of the caller's columns, [B, W], is cut to the prompt."""
+    if isinstance(positions, str) or reference.given:
+        return positions
+    start = layout.start[b]
+    return positions[b : b + 1, start : start + layout.lengths[b]]
+
+
+def _log_softmax(row_V: Tensor) -> Tensor:
+    return row_V.to(torch.promote_types(row_V.dtype, torch.float32)).log_softmax(0)
+
+
+def _spread(bias_11D: Tensor, positions: str | Tensor, layout: Layout, b: int) -> Tensor:
+    """The bias where it is added: everywhere, [1, 1, D], or at some rows of one prompt of the layout, [B, T, D]."""
+    if isinstance(positions, str) and positions == "all" and len(layout.lengths) == 1:
+        return bias_11D
+    where_N = torch.zeros(layout.input_ids.numel(), dtype=torch.bool, device=layout.device)
+    first, stop = layout.ranges()[b]
+    where_N[first:stop] = True
+    if (mask_N := position_mask(positions, layout)) is not None:
+        where_N &= mask_N.to(layout.device)
+    return bias_11D * where_N.view(*layout.input_ids.shape, 1).to(bias_11D)
+
+
+@contextmanager
+def _graph_made_again(model: nn.Module) -> Iterator[None]:
+    """Within the context a block's graph is not kept: its backward runs the block again."""
+    if put_aside(model):
+        yield
+        return
+
+    def again(forward: Any) -> Any:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    with forwards_set([(block, again(block.forward)) for block in decoder_blocks(model).values()]):
+        yield
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,214 @@
+"""Which form of the kernel a layer gets: what the structure allows, once it has agreed with plain autograd."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import dropwhile
+
+from torch import nn
+
+from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
+from fisher_vmap.linearize.blockwise import prove_top
+from fisher_vmap.linearize.compare import Expected, attention_of, excerpt_for, expected_on, packable, why_wrong
+from fisher_vmap.linearize.plain import first_line
+from fisher_vmap.linearize.probe import Choice, Probe, chain_is_whole, look_under_plain
+from fisher_vmap.model.layers import Place, layers_of
+from fisher_vmap.model.layout import Layout, pack_rows
+from fisher_vmap.model.offload import put_aside
+from fisher_vmap.model.validation import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+KERNELS = ("auto", "layerwise", "whole", "loop")
+
+
+class NoFormAgrees(ValueError):
+    """No form of the kernel that there is agrees with the model itself."""
+
+
+def choose_forms(
+    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], kernel: str
+) -> dict[str, Choice]:
+    """The form for each layer, proven on this batch where it has not been before.
+
+    Raises:
+        ValueError: the kernel asked for by name cannot be trusted with one of the layers, or no form agrees with
+            plain autograd.
+    """
+    new = [layer for layer in layers if (layer, kernel) not in known.forms]
+    found = _first_that_agree(model, known, layout, kernel, dict.fromkeys(new, "")) if new else {}
+    return {layer: found.get(layer) or known.forms[layer, kernel] for layer in layers}
+
+
+def give_up(model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: Mapping[str, str]) -> dict[str, Choice]:
+    """The next form down for layers whose form turned out wrong, proven on this batch.
+
+    Args:
+        model: the causal LM.
+        known: what the probe found.
+        layout: the batch.
+        kernel: as it was asked for.
+        wrong: for each of the layers, how its form is wrong.
+
+    Raises:
+        NoFormAgrees: there is none.
+    """
+    for layer, reason in wrong.items():
+        form = known.forms[layer, kernel].form if (layer, kernel) in known.forms else "present"
+        log.log(logging.DEBUG if (layer, form) in known.told else logging.WARNING,
+                "the %s kernel at %s is given up from here on: %s", form, layer, reason)  # fmt: skip
+        known.told.add((layer, form))
+    found = _first_that_agree(model, known, layout, kernel, wrong)
+    known.changes += 1
+    return found
+
+
+def _first_that_agree(
+    model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: Mapping[str, str]
+) -> dict[str, Choice]:
+    """For each layer the first form that agrees with plain autograd; after the one that is wrong, where it says so."""
+    left = {layer: _left(model, known, layout, layer, kernel, bool(reason)) for layer, reason in wrong.items()}
+    found: dict[str, Choice] = {}
+    reasons, excerpts = dict(wrong), dict[tuple[int, ...], Expected]()
+    waiting = {layer: _next(left[layer], layer, kernel, reasons[layer]) for layer in left}
+    while waiting:
+        choice = next(iter(waiting.values()))
+        group = [layer for layer, other in waiting.items() if other.key == choice.key]
+        why_not, few, finite = _compare(model, known, layout, list(left), group, choice, excerpts)
+        for layer in group:
+            candidate = waiting.pop(layer)
+            if why_not is None:
+                why = f"{reasons[layer]}; {candidate.why}" if reasons[layer] else candidate.why
+                length, rows = (max(few.lengths), sum(few.lengths)) if few is not None else (0, 0)
+                found[layer] = candidate._replace(why=why, length=length, rows=rows)
+                if finite:  # what held for these prompts alone is not kept
+                    known.forms[layer, kernel] = found[layer]
+            else:
+                reasons[layer] = f"{choice.form} disagreed with plain autograd: {why_not}"
+                waiting[layer] = _next(left[layer], layer, kernel, reasons[layer])
+        if why_not is not None:
+            expected = choice.form == "packed" or (choice.attention == "ours" and known.attention == NAME)
+            level = logging.INFO if expected else logging.WARNING
+            log.log(level, "the %s kernel disagrees with plain autograd at %s (%s)", choice.form, group, why_not)
+    return found
+
+
+def _left(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str, given_up: bool) -> Iterator[Choice]:
+    """The forms that a layer may have, from the first on, or after the one that it had."""
+    if given_up and (layer, kernel) in known.forms:
+        gone = known.forms[layer, kernel].key
+        after = dropwhile(lambda choice: choice.key != gone, _candidates(model, known, layout, layer, kernel))
+        if next(after, None) is not None:
+            return after
+    # Where the one that it had is no longer among them, the structure is seen another way now.
+    return _candidates(model, known, layout, layer, kernel)
+
+
+def _next(left: Iterator[Choice], layer: str, kernel: str, reason: str) -> Choice:
+    choice = next(left, None)
+    if choice is not None:
+        return choice
+    if kernel == "auto":
+        what, other = "no form of the kernel agrees", "try precision float32, or another layer"
+    else:
+        what, other = f"the {kernel} kernel disagrees", "use kernel auto"
+    raise NoFormAgrees(f"{what} with plain autograd at {layer}: {reason}; {other}")
+
+
+def _compare(
+    model: nn.Module,
+    known: Probe,
+    layout: Layout,
+    layers: Sequence[str],
+    group: Sequence[str],
+    choice: Choice,
+    excerpts: dict[tuple[int, ...], Expected],
+) -> tuple[str | None, Layout | None, bool]:
+    """How a form fails, if it does, on which excerpt, and whether there were numbers to compare."""
+    try:
+        few = excerpt_for(model, known, layout, choice)
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        return first_line(error), None, True
+    if few.lengths not in excerpts:
+        excerpts[few.lengths] = expected_on(model, few, layers)
+    expected = excerpts[few.lengths]
+    why_not = why_wrong(model, known, expected, group, choice)
+    if why_not is None and choice.form == "packed" and known.parts.top_places is None and not put_aside(model):
+        _prove_top(model, known, layout, choice)
+    return why_not, few, expected.finite
+
+
+def _prove_top(model: nn.Module, known: Probe, layout: Layout, choice: Choice) -> None:
+    """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
+    try:
+        with attention_set_to(model, attention_of(choice, known)):
+            few = pack_rows(packable(model, known.parts, layout))
+            with prompts_packed(few):
+                known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
+    except Exception as error:  # a hook of the user may raise anything
+        if is_out_of_memory(error):
+            raise
+        log.debug("the last block is run whole: %s", first_line(error))
+
+
+def _candidates(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str) -> Iterator[Choice]:
+    """The forms that a layer may have, the fastest first; those after the first are looked for when they are needed.
+
+    Raises:
+        ValueError: kernel layerwise was asked for and the structure does not allow it.
+    """
+    places = layers_of(model).places
+    form, why = _by_structure(known, places, layer, kernel)
+    attention = "ours"
+    if kernel != "loop":
+        if form == "packed":
+            yield Choice("packed", attention, "together", why)
+            form, why = "layerwise", "the chain of blocks is whole"
+        yield Choice(form, attention, "together", why)
+        plain = look_under_plain(model, known, layout) or known
+        if plain is not known:
+            attention = "plain"
+            form, why = _by_structure(plain, places, layer, kernel)
+            why = f"under {plain.attention or 'its own'} attention; {why}"
+            yield Choice(form, attention, "together", why)
+        if form == "layerwise" and kernel == "auto":
+            yield Choice("whole", attention, "together", why)
+    if kernel in ("auto", "loop"):
+        yield Choice("loop", "own", "together", "asked for" if kernel == "loop" else "plain autograd, token by token")
+    by_itself = "each prompt by itself"
+    if kernel in ("auto", "layerwise") and form == "layerwise":
+        yield Choice("layerwise", attention, "alone", by_itself)
+    if kernel in ("auto", "whole"):
+        yield Choice("whole", attention, "alone", by_itself)
+    if kernel in ("auto", "loop"):
+        yield Choice("loop", "own", "alone", by_itself)
+    if layout.given is not None and kernel != "layerwise":
+        stands = "the prompts as the caller's batch has them, for which a hook is made"
+        if kernel != "loop":
+            yield Choice("whole", attention, "given", stands)
+        if kernel != "whole":
+            yield Choice("loop", "own", "given", stands)
+
+
+def _by_structure(known: Probe, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
+    """The best form that the structure allows for a layer, and the reason."""
+    why_not = ""
+    if layer not in known.parts.call_order:
+        why_not = "the hooked module is not a decoder block"
+    elif not places[layer].plain:
+        why_not = "what the hooked block returns is not [B, T, D]"
+    elif known.parts.head is None:
+        why_not = known.why_no_head
+    elif not chain_is_whole(known.reach, known.parts.call_order.index(layer)):
+        why_not = "above the hook a block reaches back past its own input"
+    if kernel == "layerwise" and why_not:
+        raise ValueError(f"kernel layerwise cannot be trusted with {layer}: {why_not}; use kernel auto or whole")
+    if kernel in ("whole", "loop"):
+        return kernel, "asked for"
+    if why_not:
+        return "whole", why_not
+    if not known.parts.why_not_packed:
+        return "packed", "the chain of blocks is whole, and positions meet in our attention alone"
+    return "layerwise", f"the chain of blocks is whole; not packed: {known.parts.why_not_packed}"

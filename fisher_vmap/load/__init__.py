@@ -1,0 +1,1 @@
+"""A model and its tokenizer, from a hub, a folder, a file or an adapter."""

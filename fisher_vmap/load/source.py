@@ -1,0 +1,284 @@
+"""Where a model's files are: on the hub, in a folder, or in a .gguf file, which is unpacked into a folder.
+
+Calls of other libraries' loaders: what can go wrong in them becomes one line, and their bars are not shown.
+
+The files that a model is made of, and what identifies them.
+
+A .gguf file as an ordinary transformers folder: converted once, then read from the user's cache.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+
+from fisher_vmap.data.files import spelt_as_path
+from fisher_vmap.errors import UserError
+from fisher_vmap.load.adapters import without_adapter
+from fisher_vmap.progress import step
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Without the progress bars of transformers: ours is the only one on the screen."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def refuse_empty(model_path: str, tokenizer: Any) -> None:
+    """Raise UserError for the tokenizer that transformers makes of no files: special tokens, and no others."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(
+            f"the tokenizer of {model_path} gives no tokens for any text; save its tokenizer into the folder "
+            "(tokenizer.save_pretrained)"
+        )
+
+
+def explained(model_path: str, what: str, load: Any, *source: Any, **options: Any) -> Any:
+    """Load a part; what can go wrong outside this package becomes one line."""
+    try:
+        return load(*source, **options)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if re.search(r"gated repo|is restricted|\b40[13] Client Error", message):
+            todo = "it is gated: accept its terms on its page, then `hf auth login`"
+        elif "trust_remote_code" in message:
+            todo = "it brings code of its own: read that, then set trust_remote_code: true"
+        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+            todo = "it does not fit in memory: try device_map auto, another device or dtype"
+        elif isinstance(error, ImportError):
+            todo = "it needs a package that is not here: install that"
+        elif (
+            "huggingface.co" in message
+            or "is not a valid model identifier" in message
+            or "not a local folder" in message
+        ):
+            todo = "the hub does not answer or has no such model: check the name, the network and `hf auth login`"
+        elif what == "tokenizer":
+            todo = "put the tokenizer's files beside the model's"
+        else:
+            todo = "fetch it again, or give another model"
+        first = message[:160] + ("..." if len(message) > 160 else "")
+        raise UserError(
+            f"the {what} of {model_path} cannot be loaded: {todo} ({type(error).__name__}: {first})"
+        ) from error
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make a model and its tokenizer; not what a trainer leaves beside them."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    weights = [path for path in weights if not path.name.startswith("adapter_")]
+    others = {path for pattern in ("config.json", "*.py") for path in folder.glob(pattern)}
+    return sorted(path for path in {*weights, *others, *tokenizer_files(folder)} if path.is_file())
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that make a tokenizer, its chat template among them."""
+    patterns = (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*.jinja",
+    )
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+
+
+def hashed(paths: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of each file by its name. Two fine-tuned models may differ in nothing but their weights."""
+
+    def sha256(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as threads:  # which hashing leaves to one another
+        return dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
+
+
+log = logging.getLogger(__name__)
+
+ABANDONED_AFTER_S = 24 * 3600.0
+UNUSED_AFTER_S = 7 * 24 * 3600.0
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `fisher_vmap` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fisher_vmap"
+
+
+def converted(path: Path, sha256: str, dtype: torch.dtype) -> Path:
+    """The folder that holds the model and the tokenizer of a .gguf file, with its weights unpacked to `dtype`.
+
+    The conversion is kept for what the file holds, wherever it lies, the dtype, and the version of transformers, which
+    makes the model of it. What another version has made of the same is removed when nobody has used it for a week.
+
+    Args:
+        path: the file.
+        sha256: of the file.
+        dtype: of the weights.
+
+    Raises:
+        UserError: the file cannot be read as GGUF, or the package `gguf` is missing.
+    """
+    content = f"gguf-{sha256[:16]}-{str(dtype).removeprefix('torch.')}-transformers-"
+    folder = cache_folder() / f"{content}{transformers.__version__}"
+    if folder.is_dir():
+        with suppress(OSError):  # a cache that can only be read
+            os.utime(folder)
+            _remove_unused(folder, content)
+        return folder
+    log.info("converting %s once", path.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
+    try:
+        with step(f"converting {path.name}"):
+            _convert(path, dtype, scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first: its result is as good
+                raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path.name} cannot be converted into {folder.parent} ({' '.join(str(error).split())[:160]}); make room "
+            "there, or set XDG_CACHE_HOME to another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    log.info("%s is kept, converted, in %s: %.0f MB", path.name, folder, size / 1e6)
+    with suppress(OSError):
+        _remove_unused(folder, content)
+    return folder
+
+
+def _remove_unused(folder: Path, content: str) -> None:
+    """Remove what other versions of transformers have made of the same file and nobody has used for a week.
+
+    A process that has opened such a copy keeps what it has mapped; one that is opening it has used it just now. The
+    copy first gets another name, at once, so that nobody finds half of it.
+    """
+    for other in folder.parent.glob(f"{content}*"):
+        if other != folder and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
+            gone = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent)) / other.name
+            other.rename(gone)
+            shutil.rmtree(gone.parent, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what conversions that were killed have left: as large as the models themselves."""
+    for scratch in cache.glob(".converting-*"):
+        with suppress(FileNotFoundError):  # it may just have been finished
+            if time.time() - scratch.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
+    for package in ("gguf", "accelerate"):  # transformers needs both and says so at length
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"reading {path.name} needs the package {package}: pip install 'fisher_vmap[gguf]'")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=dtype,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # whatever the readers of a damaged file stumble over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a GGUF language model ({reason}); fetch the file again") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} weights ({missing[0]} ...): fetch it again; if it is one part of several, "
+            "join them with llama-gguf-split --merge"
+        )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a model, and what identifies it.
+
+    Args:
+        model_path: a hub id, a folder, or a .gguf file, here or on the hub.
+        revision: of what is on the hub.
+        dtype: that a .gguf file is unpacked to.
+
+    Returns:
+        A hub id or a folder, and {"hub": id}, or the hashes of the files.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    local = Path(model_path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.exists() and model_path.count("/") == 2 and not spelt_as_path(model_path):
+            repository, _, name = model_path.rpartition("/")
+            local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
+        if not local.is_file():
+            raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
+        sha256 = hashed([local])[local.name]
+        with quiet_progress():
+            return str(converted(local, sha256, dtype)), {"gguf": sha256}
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            ggufs = sorted(p.name for p in local.glob("*.gguf"))
+            hint = f"give the file {local / ggufs[0]}" if ggufs else "expected a folder as save_pretrained writes it"
+            raise UserError(f"model_path {model_path} has no config.json; {hint}")
+        return str(local), {"files": hashed(model_files(local))}
+    if local.is_file():
+        todo = "expected a hub id, a folder or a .gguf file"
+        if (local.parent / "config.json").is_file():
+            todo = f"give the folder that it lies in, {Path(model_path).parent}"
+        raise UserError(f"model_path {model_path} is a single file; {todo}")
+    if local.exists() or spelt_as_path(model_path) or model_path.count("/") > 1:
+        raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
+    return model_path, {"hub": model_path}
+
+
+def say_if_it_looks_local(model_path: str) -> None:
+    """Tell who gives a folder that is not there, in one that is, that the hub is asked, which may take a while."""
+    path = Path(model_path)
+    if len(path.parts) == 2 and path.parent.is_dir() and not path.exists():
+        log.info("%s is no folder here (%s is one); looking on the hub", model_path, path.parent)
+
+
+@contextmanager
+def without_adapter_inside(source: str) -> Iterator[str]:
+    """The same for `from_pretrained`, but for an adapter that lies in the model's folder; see `without_adapter`."""
+    if not Path(source).is_dir():
+        yield source
+        return
+    with without_adapter(Path(source)) as folder:
+        yield str(folder)

@@ -1,0 +1,323 @@
+"""One forward without gradients that remembers every call of a decoder block, and stops where the blocks end.
+
+What the package needs to know of a model's modules, by structure and not by name.
+
+A block takes the residual stream as its first positional argument or as `hidden_states` (or as the first argument that
+can be one), and returns it as a tensor or as the first entry of a tuple.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.model.layout import Layout
+
+
+def output_embedding(model: Any) -> nn.Module | None:
+    """The module that makes the logits, by the model's own word; None where it has none."""
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return module if isinstance(module, nn.Module) else None
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The residual stream among a block's inputs."""
+    place = _place_of_hidden(args, kwargs)
+    return None if place is None else args[place] if isinstance(place, int) else kwargs[place]
+
+
+def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same inputs with another residual stream."""
+    place = _place_of_hidden(args, kwargs)
+    if isinstance(place, int):
+        return (*args[:place], x, *args[place + 1 :]), dict(kwargs)
+    return (args, {**kwargs, place: x}) if place is not None else (args, dict(kwargs))
+
+
+def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Where the residual stream is: the first argument, or `hidden_states`, or the first that can be one at all."""
+    if args and _may_be_hidden(args[0]):
+        return 0
+    if _may_be_hidden(kwargs.get("hidden_states")):
+        return "hidden_states"
+    by_position: list[tuple[int | str, Any]] = list(enumerate(args))
+    return next((place for place, value in [*by_position, *kwargs.items()] if _may_be_hidden(value)), None)
+
+
+def _may_be_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def output_of(output: Any) -> Tensor | None:
+    """The residual stream in a module's output: the tensor itself or the first entry of a tuple."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+def with_output(output: Any, x: Tensor) -> Any:
+    """The same output with another residual stream."""
+    if isinstance(output, Tensor):
+        return x
+    if hasattr(output, "_fields"):  # a named tuple takes its entries one by one
+        return type(output)(x, *output[1:])
+    return type(output)([x, *output[1:]])
+
+
+def forward_inputs(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> dict[str, Any]:
+    """What a forward of the model is called with: tokens, no cache, and position ids where they are not its own.
+
+    With an attention mask a prompt's positions count from its first real token, as in `generate`.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    taken = inspect.signature(model.forward).parameters
+    if "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        inputs["use_cache"] = False
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+        if "position_ids" in taken and bool((attention_mask == 0).any()):
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    return inputs if position_ids is None else inputs | {"position_ids": position_ids}
+
+
+class StructureChanged(Exception):
+    """The model did not do what the probe had seen it do; another form of the kernel must take over."""
+
+
+class BlockCall(NamedTuple):
+    """One call of a decoder block: all that is needed to replay it.
+
+    Attributes:
+        name: the block's name; a block may be called more than once.
+        block: the module.
+        hidden: [B, T, D], the residual stream that went in.
+        args: the positional arguments, the residual stream among them where it came so.
+        kwargs: the keyword arguments.
+        kept: what the block's forward has left for the pullback, if it has.
+    """
+
+    name: str
+    block: nn.Module
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    kept: list[Any]
+
+    def replay(self, hidden: Tensor) -> Tensor:
+        """The block's output residual stream for another input, everything else as recorded."""
+        args, kwargs = with_hidden(self.args, self.kwargs, hidden)
+        output = output_of(self.block(*args, **kwargs))
+        if output is None:
+            raise StructureChanged(f"{self.name} returned no tensor")
+        return output
+
+
+@dataclass
+class Recording:
+    """The calls above the lowest hooked block.
+
+    Attributes:
+        below: the name of the block called just before the first of them: the lowest hooked one.
+        bottom: [B, T, D], what that block returned.
+        calls: in the order of the forward.
+        top: [B, T, D], what the last call of the forward returned.
+        dtype: that of the replays; the forward's, and the top's, may be wider.
+    """
+
+    below: str
+    bottom: Tensor
+    calls: list[BlockCall]
+    top: Tensor
+    dtype: torch.dtype
+
+    def copy(self) -> "Recording":
+        """Another list of the same calls, to be used up."""
+        return replace(self, calls=list(self.calls))
+
+    def below_has(self, name: str, count: int) -> bool:
+        """Whether a block of that name returns before the call number `count`."""
+        return name == self.below or any(call.name == name for call in self.calls[:count])
+
+    def cut(self, hidden: Tensor) -> None:
+        """Take the last call off, whose input was `hidden`: it is dealt with."""
+        self.calls.pop()
+        self.top = hidden
+
+
+class _BlocksEnded(Exception):
+    """Leaves the model's forward once its last block has returned: norm and logits of all positions are not wanted."""
+
+
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Remove the hooks on the way out, whatever happened."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def forwards_set(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the context the modules run the forwards given; afterwards those that they had, be it their class's."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module, forward in forwards:
+            before.append((module, vars(module).get("forward")))
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def inputs_of(model: nn.Module, layout: Layout) -> dict[str, Any]:
+    """What a forward of the model is called with: tokens, no cache, and the positions or the mask of the layout."""
+    return forward_inputs(model, layout.input_ids, layout.position_ids, layout.attention_mask)
+
+
+def run_blocks(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    call_order: Sequence[str],
+    layout: Layout,
+    stop_before_last: bool = False,
+) -> Tensor:
+    """Run the model up to the end of its last block call; returns that call's output residual stream, [B, T, D].
+
+    With `stop_before_last` it runs up to that call's beginning and returns its input.
+    """
+    ended: list[Tensor] = []
+    seen = 0
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if seen == len(call_order) - 1:
+            hidden = hidden_of(args, kwargs)
+            if hidden is None:
+                raise StructureChanged(f"{call_order[-1]} was called without a residual stream")
+            ended.append(hidden)
+            raise _BlocksEnded
+
+    def count(name: str) -> Callable[..., None]:
+        def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            nonlocal seen
+            if seen >= len(call_order) or call_order[seen] != name:
+                raise StructureChanged(f"block {name} was called out of the order that the probe saw")
+            seen += 1
+            if seen == len(call_order):
+                hidden = output_of(output)
+                if hidden is None:
+                    raise StructureChanged(f"{name} returned no tensor")
+                ended.append(hidden)
+                raise _BlocksEnded
+
+        return after
+
+    handles = [b.register_forward_hook(count(name), with_kwargs=True) for name, b in blocks.items()]
+    if stop_before_last:
+        handles.append(blocks[call_order[-1]].register_forward_pre_hook(stop, with_kwargs=True))
+    with hooks(*handles):
+        try:
+            model(**inputs_of(model, layout))
+        except _BlocksEnded:
+            return ended[0]
+    raise StructureChanged(f"the model's forward made {seen} block calls where the probe saw {len(call_order)}")
+
+
+def record(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    call_order: Sequence[str],
+    first: int,
+    layout: Layout,
+    narrow_to: torch.dtype | None = None,
+    around: Callable[[list[BlockCall]], AbstractContextManager[None]] = lambda calls: nullcontext(),
+    stop_before_last: bool = False,
+) -> Recording:
+    """Run the blocks and remember the calls from number `first` on.
+
+    Args:
+        model: the causal LM.
+        blocks: its decoder blocks by name.
+        call_order: the names of the blocks in the order of their calls, as the probe saw them.
+        first: the first call to remember.
+        layout: the batch.
+        narrow_to: the format in which calls are remembered, of a forward in float32; None: its own.
+        around: a context for the forward, given the list that its calls go to.
+        stop_before_last: remember the last call without making it; its input stands for the top.
+
+    Raises:
+        StructureChanged: the calls were not those of `call_order`.
+    """
+    calls: list[BlockCall] = []
+    narrowed: dict[int, tuple[Tensor, Tensor]] = {}
+    seen = 0
+
+    def kept(inputs: Any) -> Any:
+        return inputs if narrow_to is None else narrow(inputs, narrow_to, narrowed)
+
+    def remember(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal seen
+            if seen >= first:
+                hidden = hidden_of(args, kwargs)
+                if hidden is None:
+                    raise StructureChanged(f"{name} was called without a residual stream")
+                # A copy: a block may write into its input, and the replay must see what the forward saw.
+                args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0, 0))  # replays bring their own
+                copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
+                calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs), []))
+            seen += 1
+
+        return before
+
+    bottom: list[Tensor] = []
+
+    def keep_bottom(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output_of(output)
+        if seen == first and not bottom and hidden is not None:
+            bottom.append(hidden.clone() if narrow_to is None else hidden.to(narrow_to))
+
+    handles = [
+        b.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, b in blocks.items()
+    ]
+    handles += [b.register_forward_hook(keep_bottom) for b in blocks.values()]
+    with around(calls), hooks(*handles):
+        top = run_blocks(model, blocks, call_order, layout, stop_before_last)
+    return Recording(call_order[first - 1], bottom[0], calls, top, bottom[0].dtype)
+
+
+def narrow(inputs: Any, dtype: torch.dtype, done: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """The same inputs with float32 tensors in another format; `done` holds those that come again, by their id."""
+    if isinstance(inputs, Tensor):
+        if inputs.dtype != torch.float32:
+            return inputs
+        if id(inputs) not in done:
+            done[id(inputs)] = inputs, inputs.to(dtype)
+        return done[id(inputs)][1]
+    if isinstance(inputs, dict):
+        return {name: narrow(value, dtype, done) for name, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(narrow(value, dtype, done) for value in inputs)
+    return inputs
+
+
+def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:
+    """Raise StructureChanged unless a replayed block returned what the recorded forward had passed on.
+
+    The same operations on the same values agree to the bit on a CPU; kernels that add in a free order may differ by
+    rounding. Values that are not finite say nothing and pass: the scores will carry them.
+    """
+    gap = (primal - expected.to(primal.device)).float().norm()
+    size = expected.float().norm().to(gap.device)
+    if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
+        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from what went on")

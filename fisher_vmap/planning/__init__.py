@@ -1,1 +1,0 @@
-"""What a run will take, counted on a model without weights."""

@@ -1,1 +1,0 @@
-"""Data set -> rows -> prompts -> tokens -> batches, and a batch's numbers back to its prompts."""

@@ -1,0 +1,291 @@
+"""What the report is about: the figures' numbers of each layer, and what of a large run is sampled.
+
+The prompts as the page lists them, and the few of which it shows everything.
+
+Prompts by the similarity of their Fisher matrices: their cosines, in an order that shows groups.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from fisher_vmap import algebra
+from fisher_vmap.progress import bar, passing, step
+from fisher_vmap.report.outliers import Outlier, Scores, rank_outliers, score_prompts
+from fisher_vmap.results.mean import is_ok
+from fisher_vmap.results.reader import Results
+from fisher_vmap.results.record import PromptRecord
+
+TEXT = 180  # characters of a prompt in the table
+GROUP_VALUES = 60  # a kept column with at most so many different values divides the prompts into groups
+GROUPS = 9  # the largest of them have colours of their own
+OTHERS = "others"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All prompts of a run, column by column."""
+
+    index: NDArray[np.int64]
+    status: list[str]
+    text: list[str]
+    top: list[str]
+    """The five likeliest next tokens, as one line."""
+    tokens: NDArray[np.int64]
+    mass: NDArray[np.float64]
+    trace: dict[str, NDArray[np.float64]]
+    """Layer -> [n]; NaN without numbers, and so in the next two."""
+    trace_norm2: dict[str, NDArray[np.float64]]
+    effective_rank: dict[str, NDArray[np.float64]]
+    groups: dict[str, list[str]]
+    """Kept columns of few values."""
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """[n] which have numbers."""
+        return np.array([status == "ok" for status in self.status], bool)
+
+
+def read_rows(results: Results) -> Rows:
+    """The table's columns that the page needs, shard by shard, so that the prompts' own tokens are not held."""
+    layers, kept = results.layers, results.index.layout.keep_columns
+    lists: dict[str, list[Any]] = {
+        name: [] for name in ("prompt_index", "status", "text", "top_tokens", "tokens", "mass", "reason", *kept)
+    }
+    lists |= {f"{layer}/{name}": [] for layer in layers for name in ("trace", "trace_norm2", "effective_rank")}
+    for reader in results.shards():
+        for name, values in lists.items():
+            if name not in reader.table.schema.names:
+                found = [None] * reader.table.num_rows
+            else:
+                found = reader.table.column(name).to_pylist()
+            values.extend(_short(text) for text in found) if name == "text" else values.extend(found)
+    shown = [
+        text or f"({reason or 'no text stored'})" for text, reason in zip(lists["text"], lists["reason"], strict=True)
+    ]
+    per_layer = {
+        name: {layer: _floats(lists[f"{layer}/{name}"]) for layer in layers}
+        for name in ("trace", "trace_norm2", "effective_rank")
+    }
+    return Rows(
+        index=np.array(lists["prompt_index"], np.int64),
+        status=lists["status"],
+        text=shown,
+        top=[" ".join(_visible(token) for token in (tokens or ())[:5]) for tokens in lists["top_tokens"]],
+        tokens=np.array(lists["tokens"], np.int64),
+        mass=_floats(lists["mass"]),
+        groups=_groups({name: lists[name] for name in kept}),
+        **per_layer,
+    )
+
+
+def describe_prompt(records: dict[str, PromptRecord]) -> dict[str, Any]:
+    """Everything that the page shows of one prompt, from its record at each layer."""
+    first = next(iter(records.values()))
+    names = first.top_tokens or tuple(f"#{token}" for token in first.token_ids)
+    return {
+        "text": first.text,
+        "pieces": None if first.prompt_tokens is None else list(first.prompt_tokens),
+        "top": list(names),
+        "p": rounded(np.exp(first.log_probs)),
+        "layers": {
+            layer: {
+                "S": rounded(record.S[record.S > 0]),
+                "trace": rounded(record.trace),
+                "norm": rounded(record.residual_norm),
+                "energy": rounded(record.position_energy),
+                "trades": [rounded(row) for row in record.trades()[:, record.S > 0].T],
+            }
+            for layer, record in records.items()
+        },
+    }
+
+
+def rounded(values: Any, digits: int = 4) -> Any:
+    """Numbers to a few significant digits, for JSON; NaN becomes None."""
+    if np.ndim(values):
+        return [rounded(value, digits) for value in values]
+    return float(f"{float(values):.{digits}g}") if np.isfinite(values) else None
+
+
+def _groups(columns: dict[str, list[Any]]) -> dict[str, list[str]]:
+    """Kept columns of few values; what is not among a column's `GROUPS` most frequent values is of the others."""
+    groups = {}
+    for name, values in columns.items():
+        texts = ["none" if value is None else str(value) for value in values]
+        counts = Counter(texts).most_common()
+        if 2 <= len(counts) <= GROUP_VALUES:
+            large = {text for text, _ in counts[: GROUPS if len(counts) > GROUPS + 1 else len(counts)]}
+            groups[name] = [text if text in large else OTHERS for text in texts]
+    return groups
+
+
+def _floats(values: list[float | None]) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def _short(text: str | None) -> str | None:
+    if text is None:
+        return None
+    text = " ".join(text[: 2 * TEXT].split())
+    return text if len(text) <= TEXT else text[: TEXT - 1] + "…"
+
+
+def _visible(token: str) -> str:
+    return repr(token)[1:-1] if token.strip() != token or not token else token
+
+
+class Similarity(NamedTuple):
+    """A square of cosines, its prompts in an order in which similar ones stand side by side."""
+
+    prompts: NDArray[np.int64]
+    """[m] indices, in order."""
+    cosines: NDArray[np.float32]
+    """[m, m], from 0 to 1."""
+
+
+def compare_prompts(results: Results, layer: str, prompts: NDArray[np.int64]) -> Similarity:
+    """Compare prompts pairwise and order them by average linkage with optimal leaf order.
+
+    [Bar-Joseph, Gifford and Jaakkola, Bioinformatics 2001]
+
+    Args:
+        results: a folder that keeps its prompts.
+        layer: the layer's name.
+        prompts: [m] the indices of prompts with numbers.
+    """
+    prompts = np.sort(prompts)
+    mask = np.isin(np.arange(results.index.stop), prompts)
+    cosines = np.clip(algebra.cosines(results.stack(layer, where=mask[_stored(results)])), 0, 1)
+    cosines = np.nan_to_num(cosines)  # a zero matrix is like none
+    if len(prompts) > 2:
+        distances = squareform(1 - cosines, checks=False)
+        order = leaves_list(linkage(distances, "average", optimal_ordering=True))
+        prompts, cosines = prompts[order], cosines[np.ix_(order, order)]
+    return Similarity(prompts, cosines.astype(np.float32))
+
+
+def _stored(results: Results) -> NDArray[np.int64]:
+    return np.concatenate([np.arange(entry.start, entry.stop) for entry in results.index.shards])
+
+
+MEAN_RANK = 30  # eigenvalues of the mean that are shown
+MANY_LAYERS = 4  # above, less is shown of each
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much of a large run is shown: prompts in the similarity map, in full, as points, and as rows of the table."""
+
+    similarity: int = 400
+    details: int = 300
+    points: int = 4000
+    rows: int = 20_000
+    always: tuple[int, ...] = ()
+    """Prompts that are shown in full whatever happens."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """The numbers of one layer; those of single prompts are None where the run kept the mean alone."""
+
+    name: str
+    width: int
+    mean_values: NDArray[np.float64]
+    """The leading eigenvalues of the mean."""
+    mean_trace: float
+    S: NDArray[np.float32] | None
+    """[n, R] of the prompts with numbers, in order."""
+    similarity: Similarity | None
+    scores: Scores | None
+    outliers: list[Outlier]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A results folder as the report sees it."""
+
+    results: Results
+    rows: Rows
+    layers: list[LayerSurvey]
+    shown: NDArray[np.int64]
+    """Prompts shown in full, in order."""
+    points: NDArray[np.int64]
+    """Prompts that are points in the scatter plots."""
+    listed: NDArray[np.int64]
+    """Prompts in the table."""
+
+    @property
+    def means_only(self) -> bool:
+        """Did the run keep the mean alone?"""
+        return self.results.index.layout.means_only
+
+
+def survey(results: Results, sampling: Sampling) -> Survey:
+    """Look through a results folder.
+
+    Raises:
+        UserError: the folder is damaged, or a prompt that is to be shown is not there.
+    """
+    with step("reading the table"):
+        rows = read_rows(results)
+    rng = np.random.default_rng(sampling.seed)
+    have = rows.index[rows.ok]
+    few = len(results.layers) <= MANY_LAYERS
+    compared = _sample(have, sampling.similarity if few else sampling.similarity // 2, rng)
+    with bar(len(results.layers), "layers", "comparing the prompts") as advance:
+        layers = [_survey_layer(results, layer, compared) for layer in passing(results.layers, advance)]
+    unlike = [outlier.index for layer in layers for outlier in layer.outliers]
+    details = sampling.details if few else sampling.details // 3
+    first = np.array(list(dict.fromkeys([*sampling.always, *unlike])), np.int64)
+    shown = np.zeros(0, np.int64) if results.index.layout.means_only else _sample(have, details, rng, first)
+    points = _sample(have, sampling.points, rng, first)
+    pointed_at = np.unique(np.concatenate([shown, points, compared]))  # all that has a tooltip has a row
+    return Survey(
+        results=results,
+        rows=rows,
+        layers=layers,
+        shown=shown,
+        points=points,
+        listed=_sample(rows.index, max(sampling.rows, len(pointed_at)), rng, pointed_at),
+    )
+
+
+def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> LayerSurvey:
+    width = results.index.layout.widths[layer]
+    mean = results.mean(layer)
+    nothing = not np.isfinite(mean).all()
+    values = np.zeros(0) if nothing else algebra.eigenvectors(mean, min(MEAN_RANK, width)).S
+    alone = results.index.layout.means_only
+    scores = None if alone else score_prompts(results, layer)
+    return LayerSurvey(
+        name=layer,
+        width=width,
+        mean_values=values,
+        mean_trace=float(np.trace(mean)),
+        S=None if alone else _singular_values(results, layer),
+        similarity=None if alone or len(compared) < 2 else compare_prompts(results, layer, compared),
+        scores=scores,
+        outliers=[] if scores is None else rank_outliers(scores),
+    )
+
+
+def _singular_values(results: Results, layer: str) -> NDArray[np.float32]:
+    found = [reader.stack(layer).S[is_ok(reader)] for reader in results.shards()]
+    return np.concatenate(found) if found else np.zeros((0, results.index.layout.rank), np.float32)
+
+
+def _sample(
+    prompts: NDArray[np.int64], count: int, rng: np.random.Generator, first: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """At most `count` prompts in order: those of `first`, and others drawn at random."""
+    kept = np.zeros(0, np.int64) if first is None else first[np.isin(first, prompts)][:count]
+    rest = np.setdiff1d(prompts, kept)
+    drawn = rest if len(rest) + len(kept) <= count else rng.choice(rest, count - len(kept), replace=False)
+    return np.sort(np.concatenate([kept, drawn])).astype(np.int64)

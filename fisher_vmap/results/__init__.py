@@ -1,0 +1,1 @@
+"""The results folder: written, resumed, read and shared."""

@@ -1,0 +1,274 @@
+"""Choosing prompts by `where`: a function of the table's row, a dict of column == value, or a mask.
+
+And why a choice takes none.
+
+Reading one shard lazily: a prompt's row, a layer's stack, or the table, each checked before it is handed out.
+
+The shards of a folder for whoever reads it: one after the other, or by prompt, the latest few of them kept open.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError, safe_open
+
+from fisher_vmap.errors import UserError, listed
+from fisher_vmap.results.files import check_sha256, check_size, damaged, read_checked
+from fisher_vmap.results.index import SHARD_FOLDER, Index, ShardEntry
+from fisher_vmap.results.shard import LAYER_TENSORS, TOKEN_TENSORS, code_of, row_checksum, tensor_specs
+from fisher_vmap.results.table import ShardLayout, common_schema, in_schema, several
+
+Float32 = NDArray[np.float32]
+
+
+class LayerRow(NamedTuple):
+    """One prompt at one layer, float32: S [R], V [R, D], Q [K, R], residual_norm, position_energy [T]."""
+
+    S: Float32
+    V: Float32
+    Q: Float32
+    residual_norm: float
+    position_energy: Float32
+
+
+class Stack(NamedTuple):
+    """Prompts at one layer, stacked on dim 0, float32; NaN for prompts without numbers."""
+
+    S: Float32
+    """[n, R] singular values."""
+    V: Float32
+    """[n, R, D] their directions."""
+    Q: Float32
+    """[n, K, R] how much of which token each carries."""
+
+
+class ShardReader:
+    """The finished shard of one index entry.
+
+    Args:
+        folder: the results folder.
+        entry: the shard's entry in the index.
+        layout: shapes and dtypes.
+        verify: compare checksums of what is read (of single rows too). Sizes and shapes are always checked.
+
+    Every method raises UserError, naming the file, where it is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry, layout: ShardLayout, verify: bool = True) -> None:
+        self.folder, self.entry, self.layout, self.verify = folder, entry, layout, verify
+        self.path = folder / SHARD_FOLDER / entry.file
+        self.table_path = folder / SHARD_FOLDER / entry.table
+
+    def check_sizes(self) -> None:
+        """Both files (of a folded shard the table) are there, with the sizes that the index has."""
+        if not self.entry.folded:
+            check_size(self.path, self.entry.bytes)
+        check_size(self.table_path, self.entry.table_bytes)
+
+    def check_sha256(self) -> None:
+        """Both files (of a folded shard the table) are what was written, to the bit."""
+        if not self.entry.folded:
+            check_sha256(self.path, self.entry.bytes, self.entry.sha256)
+        check_sha256(self.table_path, self.entry.table_bytes, self.entry.table_sha256)
+
+    def is_there(self) -> bool:
+        """Whether `check_sizes` has nothing to say."""
+        return _passes(self.check_sizes)
+
+    def is_sound(self) -> bool:
+        """Whether `check_sha256` has nothing to say."""
+        return _passes(self.check_sha256)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The shard's rows of the prompts table, with their checksums."""
+        data = read_checked(self.table_path, self.entry.table_bytes, self.entry.table_sha256, self.verify)
+        try:
+            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(self.table_path, str(error)) from error
+        if table.num_rows != self.entry.stop - self.entry.start:
+            raise damaged(self.table_path, f"it has {table.num_rows} rows")
+        return table
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The table's row of prompt `index`."""
+        values: dict[str, Any] = self.table.slice(index - self.entry.start, 1).to_pylist()[0]
+        return values
+
+    def tokens(self, index: int) -> tuple[NDArray[np.int64], Float32]:
+        """token_ids [K] and log_probs [K] of prompt `index`."""
+        row = index - self.entry.start
+        token_ids, log_probs = parts = [self._slice(name, row, row + 1) for name in TOKEN_TENSORS]
+        self._compare("crc32", row, parts)
+        return token_ids[0], log_probs[0]
+
+    def layer(self, index: int, layer: str) -> LayerRow:
+        """Prompt `index` at one layer."""
+        row = index - self.entry.start
+        start, stop = (int(offset) for offset in self._slice("position_offsets", row, row + 2))
+        parts = [self._slice(f"{layer}/{name}", row, row + 1) for name in LAYER_TENSORS[:-1]]
+        parts.append(self._slice(f"{layer}/position_energy", start, stop))
+        self._compare(f"{layer}/crc32", row, parts)
+        S, V, Q, norm, energy = parts
+        return LayerRow(S[0], V[0].astype(np.float32), Q[0], float(norm[0]), energy)
+
+    def stack(self, layer: str) -> Stack:
+        """All prompts of the shard at one layer."""
+        n = self.entry.stop - self.entry.start
+        offsets = self._slice("position_offsets", 0, n + 1)
+        S, V, Q, norm = (self._slice(f"{layer}/{name}", 0, n) for name in LAYER_TENSORS[:-1])
+        energy = self._slice(f"{layer}/position_energy", 0, int(offsets[-1]))
+        for row in range(n if self.verify else 0):
+            positions = slice(offsets[row], offsets[row + 1])
+            self._compare(f"{layer}/crc32", row, [S[row], V[row], Q[row], norm[row], energy[positions]])
+        return Stack(S, V.astype(np.float32), Q)
+
+    @cached_property
+    def _file(self) -> Any:
+        if self.entry.folded:
+            raise UserError(
+                f"{self.folder} keeps the mean alone (save: mean): single prompts have their row of the table, but no "
+                "matrix; run with save: both in another --output_dir to have them"
+            )
+        # The size first: a file cut short under a memory map would end the process, not raise.
+        check_size(self.path, self.entry.bytes)
+        try:
+            return safe_open(self.path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise damaged(self.path, str(error)) from error
+
+    def _slice(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        spec = tensor_specs(self.layout, self.entry.stop - self.entry.start, 0)[name]
+        try:
+            tensor = self._file.get_slice(name)
+            dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+            # The number of positions stands nowhere else; it is checked by what the offsets ask for.
+            expected = shape[:1] if name.endswith("/position_energy") else spec.shape
+            if dtype != code_of(spec.dtype) or shape != expected:
+                raise damaged(self.path, f"{name} is {dtype} {shape}")
+            if not 0 <= start <= stop <= shape[0]:
+                raise damaged(self.path, f"{name} has {shape[0]} entries, not {stop}")
+            if start == stop:  # the library refuses empty slices
+                return np.zeros((0, *shape[1:]), spec.dtype)
+            values: NDArray[Any] = tensor[start:stop]
+        except SafetensorError as error:
+            raise damaged(self.path, str(error)) from error
+        return values
+
+    def _compare(self, column: str, row: int, arrays: list[NDArray[Any]]) -> None:
+        if self.verify and self.table.column(column)[row].as_py() != row_checksum(arrays):
+            raise damaged(self.path, f"the numbers of prompt {self.entry.start + row} differ from their checksum")
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except UserError:
+        return False
+    return True
+
+
+KEPT_OPEN = 8  # file handles are few, and a reader that was used holds its shard's table
+
+
+def readers(folder: Path, index: Index, verify: bool = True) -> Iterator[ShardReader]:
+    """The shards of an index in order, each opened when its turn comes and not kept."""
+    return (ShardReader(folder, entry, index.layout, verify) for entry in index.shards)
+
+
+class OpenShards:
+    """The shards that hold single prompts: prompts are asked for in any order, and mostly near to one another."""
+
+    def __init__(self, folder: Path, index: Index, verify: bool) -> None:
+        self._folder, self._index, self._verify = folder, index, verify
+        self._starts = [entry.start for entry in index.shards]
+        self._kept: OrderedDict[int, ShardReader] = OrderedDict()  # by place among the shards, the latest used last
+
+    def holding(self, prompt: int) -> ShardReader | None:
+        """The shard that holds the prompt of this index, or None."""
+        place = bisect_right(self._starts, prompt) - 1
+        if place < 0 or prompt >= self._index.shards[place].stop:
+            return None
+        if place not in self._kept:
+            entry = self._index.shards[place]
+            self._kept[place] = ShardReader(self._folder, entry, self._index.layout, self._verify)
+            if len(self._kept) > KEPT_OPEN:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(place)
+        return self._kept[place]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay behind when the object goes to another process.
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+
+Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
+Chooser = Callable[[ShardReader], NDArray[np.bool_]]
+
+
+def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Chooser:
+    """For each shard a mask, [n] booleans, of the prompts that `where` takes; None takes all.
+
+    Rows are as in prompts.parquet: a kept column has one type in all shards.
+
+    Raises:
+        UserError: a column that is not in the table, or a mask that does not fit the prompts.
+    """
+    if where is None:
+        return lambda reader: np.ones(reader.table.num_rows, bool)
+    entries = [(reader.entry, reader.layout) for reader in shards()]
+    if not callable(where) and not isinstance(where, Mapping):
+        return _by_mask(np.asarray(where), {entry.number: entry.stop - entry.start for entry, _ in entries})
+    schema = common_schema((reader.table.schema for reader in shards()), entries[0][1])
+    if callable(where):
+        return lambda reader: np.array([bool(where(row)) for row in in_schema(reader.table, schema).to_pylist()], bool)
+    for column in where:
+        if column not in schema.names:
+            raise UserError(f"the prompts table has no column {column!r}; there is {several(schema.names)}")
+
+    def equal(reader: ShardReader) -> NDArray[np.bool_]:
+        table = in_schema(reader.table, schema)
+        mask = np.ones(table.num_rows, bool)
+        for name, value in where.items():
+            mask &= np.array([found == value for found in table.column(name).to_pylist()], bool)
+        return mask
+
+    return equal
+
+
+def others(chosen: Chooser) -> Chooser:
+    """All prompts that another choice leaves out."""
+    return lambda reader: ~chosen(reader)
+
+
+def why_nobody(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> str:
+    """Why a choice takes no prompt that has numbers, in words that say what there is to choose from."""
+    sizes = [reader.table.num_rows for reader in shards()]
+    chosen = chooser(where, shards) if sizes else None
+    if chosen and (count := sum(int(chosen(reader).sum()) for reader in shards())):
+        return f"none of the {count} prompts that are chosen has numbers: they were skipped or have failed"
+    if not isinstance(where, Mapping) or not sizes:
+        return f"no prompt is chosen, of {sum(sizes)}"
+    line = f"no prompt has {' and '.join(f'{column} == {value!r}' for column, value in where.items())}"
+    for column, value in where.items():
+        there = {found for reader in shards() for found in reader.table.column(column).to_pylist()}
+        if value not in there:
+            return f"{line}; there are {listed(sorted(map(str, there - {None})))}"
+    return line
+
+
+def _by_mask(mask: NDArray[Any], sizes: dict[int, int]) -> Chooser:
+    n = sum(sizes.values())
+    if mask.shape != (n,) or mask.dtype != np.bool_:
+        raise UserError(f"where is an array {mask.shape} of {mask.dtype}; expected ({n},) booleans")
+    ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
+    return lambda reader: mask[ends[reader.entry.number] - sizes[reader.entry.number] : ends[reader.entry.number]]

@@ -1,0 +1,1 @@
+"""A run: its settings, its batches, and how it is shared out."""

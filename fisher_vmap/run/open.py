@@ -1,0 +1,385 @@
+"""Before a run begins: the model opened, the kernel proven, the folder compared, and all that can refuse has spoken.
+
+What the settings name, made: the prompts, the model, its hooked layers, the renderer, the layout of shards.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fisher_vmap.data.batching import batch_tokens_for, pack
+from fisher_vmap.data.prompts import PromptSource, SourcePrompt, read_prompts
+from fisher_vmap.data.tokenize import Renderer, SkippedPrompt
+from fisher_vmap.errors import UserError
+from fisher_vmap.fisher_model import TRACE_SAMPLES, FisherModel
+from fisher_vmap.load.model import Loaded, load_model
+from fisher_vmap.model.validation import is_out_of_memory, most_positions
+from fisher_vmap.progress import step
+from fisher_vmap.results.folder import inspect_folder
+from fisher_vmap.results.index import stored_precision
+from fisher_vmap.results.table import ShardLayout
+from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.run.compute import Notes, PreparedShard, prepare
+from fisher_vmap.run.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def source_of(settings: Settings) -> PromptSource:
+    """The prompts that the settings name; errors as `read_prompts`."""
+    return read_prompts(
+        settings.dataset_name,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+        dataset_revision=settings.dataset_revision,
+        num_prompts=settings.num_prompts,
+        offset=settings.offset,
+        shuffle_seed=settings.shuffle_seed,
+        prompt_column=settings.prompt_column,
+        keep_columns=settings.keep_columns,
+        conversation=settings.conversation,
+    )
+
+
+def model_of(settings: Settings) -> Loaded:
+    """The model that the settings name, in the precision of the run that its folder holds; errors as `load_model`.
+
+    What the folder has is no reason to refuse here: that is for `open_run`, which compares all of it.
+    """
+    precision: str = settings.precision
+    if precision == "auto" and not settings.overwrite and (stored := stored_precision(Path(settings.output_dir))):
+        log.info("precision: %s, as in %s", stored, settings.output_dir)
+        precision = stored
+    return load_model(
+        settings.model_path,
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        adapter_path=settings.adapter_path,
+        adapter_revision=settings.adapter_revision,
+        dequantize=settings.dequantize,
+        precision=precision,
+    )
+
+
+def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
+    """What the shards of a run with hooked layers of these widths hold."""
+    return ShardLayout(
+        widths=widths,
+        top_k=settings.top_k_tokens,
+        include_rest=settings.include_rest,
+        rank=settings.num_singular_values,
+        vectors_dtype=settings.vectors_dtype,
+        store_text=settings.store_text,
+        keep_columns=tuple(settings.keep_columns or ()),
+        means_only=settings.save == "mean",
+    )
+
+
+def check_save(settings: Settings) -> None:
+    """Raise UserError where the files that are asked for cannot all be made."""
+    if settings.save == "mean" and settings.export_npz is True:
+        raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
+
+
+def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
+    """The model with the settings' layers and estimator.
+
+    Raises:
+        UserError: settings do not fit the model.
+    """
+    try:
+        fisher = FisherModel(
+            loaded.model,
+            loaded.tokenizer,
+            layers=settings.hook_layer_name,
+            top_k=settings.top_k_tokens,
+            positions=settings.bias_positions,
+            kernel=settings.kernel,
+            chunk_size=None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk,
+            batch_size=None if settings.batch_size == "auto" else settings.batch_size,
+            max_batch_tokens=_batch_tokens(settings, loaded),
+            estimator=settings.estimator,
+            include_rest=settings.include_rest,
+            oversampling=settings.oversampling,
+            passes=settings.passes,
+            trace_samples=None if settings.trace_samples == "auto" else settings.trace_samples,
+            precision=loaded.precision.name,
+            audit=settings.audit,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    least = min(fisher.widths.values())
+    if settings.num_singular_values > least:
+        raise UserError(
+            f"num_singular_values is {settings.num_singular_values}, but a matrix of width {least} has no more than "
+            f"that (and estimator topk at most top_k_tokens, {settings.top_k_tokens}, that are not zero); lower it"
+        )
+    return fisher
+
+
+def _batch_tokens(settings: Settings, loaded: Loaded) -> int | None:
+    """The limit that the settings name, or the one for as many vectors as estimator full takes; None: by top_k."""
+    if settings.max_batch_tokens != "auto":
+        return settings.max_batch_tokens
+    if settings.estimator == "topk":
+        return None
+    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
+    vectors = settings.num_singular_values + settings.oversampling + samples
+    return batch_tokens_for(loaded.model, next(loaded.model.parameters()).device, vectors)
+
+
+def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
+    """The renderer of a run; `date` is what its template was told, None: today's."""
+    max_length, limit = settings.max_length, most_positions(loaded.model)
+    if limit is not None and limit < max_length:
+        log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
+        max_length = limit
+    return Renderer(
+        loaded.tokenizer,
+        max_length=max_length,
+        chat_template=settings.chat_template,
+        column=source.column,
+        system_prompt=settings.system_prompt,
+        prefill=settings.prefill,
+        date=date,
+    )
+
+
+PROOF_TOKENS = 64  # of each of two prompts, where a whole batch does not fit into memory
+PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
+# Settings that do not change a prompt's results: where and how many, but not what.
+NOT_IN_FINGERPRINT = {
+    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
+    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
+    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
+    *("vectors_dtype", "store_text", "keep_columns", "save"),  # in the layout, which is compared as well
+    "prompt_column",  # the column that it led to is there
+    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
+}
+
+
+class ShardPrompts:
+    """The prompts of each shard, read from the data set in order; one that lies further back begins it anew.
+
+    Attributes:
+        total: the number of prompts: where it is not known beforehand, None until the end has been read.
+    """
+
+    def __init__(self, source: PromptSource, shard_size: int) -> None:
+        self.total = source.total
+        self._source, self._size = source, shard_size
+        self._stream: Iterator[SourcePrompt] = iter(())
+        self._place = -1  # in prompts; before the first reading
+        self._last: tuple[int, list[SourcePrompt]] = (-1, [])
+
+    def of(self, number: int) -> list[SourcePrompt]:
+        """The prompts of a shard: fewer than its size, or none, at the end of the data.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        if self._last[0] == number:
+            return self._last[1]
+        start = number * self._size
+        if not 0 <= self._place <= start:
+            self._stream, self._place = iter(self._source), 0
+        self._place += sum(1 for _ in islice(self._stream, start - self._place))
+        prompts = list(islice(self._stream, self._size)) if self._place == start else []
+        self._place += len(prompts)
+        if len(prompts) < self._size:
+            self.total = self._place
+        self._last = number, prompts
+        return prompts
+
+
+class Run(NamedTuple):
+    """A run that nothing stands in the way of: the model, the folder, and the prompts, tokenised as they are needed."""
+
+    settings: Settings
+    fisher: FisherModel
+    writer: ResultsWriter
+    prompts: ShardPrompts
+    renderer: Renderer
+    notes: Notes
+
+    def prepared(self, numbers: Iterator[int]) -> Iterator[PreparedShard]:
+        """The shards of these numbers, to the end of the data; of a stored one nothing is rendered or skipped."""
+        for number in numbers:
+            prompts = self.prompts.of(number)
+            if not prompts:
+                return
+            if self.writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
+                yield PreparedShard(number, prompts, {}, {})
+            else:
+                yield prepare(self.renderer, number, prompts)
+
+
+def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device_share: float = 1.0) -> Run:
+    """Everything that can refuse, before anything is written: the layers, the kernel's proof, the folder.
+
+    What is chosen automatically is what the folder has stored, or is stored there now: the same for a run that carries
+    on, and for all processes that fill the folder together, whichever of them came first.
+
+    Args:
+        settings: of the run.
+        loaded: the model and its tokenizer.
+        source: the prompts.
+        device_share: the part of its device's memory that this process may use, where others share it.
+
+    Raises:
+        UserError: settings do not fit the model, the data or the folder.
+    """
+    check_save(settings)
+    with step("finding the layers"):
+        fisher = open_model(settings, loaded)
+    if settings.max_batch_tokens == "auto" and device_share < 1:
+        fisher.max_batch_tokens = max(256, int(device_share * fisher.max_batch_tokens))
+    marks = fingerprint(settings, loaded, source, fisher)
+    found = inspect_folder(Path(settings.output_dir), marks, settings.overwrite)
+    stored = (found.resolved or {}) if found else {}
+    _set_threads(stored.get("threads", torch.get_num_threads()))
+    renderer = make_renderer(settings, loaded, source, stored.get("template_date"))
+
+    prompts = ShardPrompts(source, settings.shard_size)
+    with step("reading the first prompts"):
+        first_shard = prepare(renderer, 0, prompts.of(0))
+    excerpts = _excerpts(settings, fisher, first_shard, renderer)
+    with step("proving the kernel"):
+        forms = _prove(fisher, excerpts)
+    _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    writer = ResultsWriter.open(
+        settings.output_dir,
+        layout=layout_of(settings, fisher.widths),
+        shard_size=settings.shard_size,
+        fingerprint=marks,
+        resolved={
+            "max_batch_tokens": fisher.max_batch_tokens,
+            "template_date": renderer.template_date,
+            "device": str(fisher.device),
+            "model_type": getattr(loaded.model.config, "model_type", None),
+            "threads": torch.get_num_threads(),
+            "forms": forms,
+            "precision": loaded.precision.stored(),
+        },
+        settings=settings.model_dump(),
+        overwrite=settings.overwrite,
+    )
+    resolved = writer.resolved or {}
+    # Another process may have begun the run since the folder was looked at: its choices hold.
+    _compare_forms(settings.output_dir, resolved.get("forms"), forms)
+    fisher.max_batch_tokens = resolved["max_batch_tokens"]
+    _set_threads(resolved.get("threads", torch.get_num_threads()))
+    if resolved.get("template_date") != renderer.template_date:
+        renderer = make_renderer(settings, loaded, source, resolved.get("template_date"))
+    known = {tuple(batch) for batch in resolved.get("splits", [])}
+    notes = Notes(known, lambda name, item: writer.note(name, [item]))
+    return Run(settings, fisher, writer, prompts, renderer, notes)
+
+
+def _set_threads(threads: int) -> None:
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)  # sums split over threads differ in their last bits
+
+
+class Excerpt(NamedTuple):
+    """Prompts of the run: input_ids [B, T] and attention_mask [B, T]."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def _excerpts(settings: Settings, fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> list[Excerpt]:
+    """The run's first batch, wherever a resumed run carries on; and two short prompts, if that does not fit.
+
+    The first batch, since a proof holds as far as it was made: for such long prompts, and so many rows.
+
+    Raises:
+        UserError: neither a prompt nor a plain word becomes tokens that the model knows.
+    """
+    known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    every = [prompt.ids for prompt in shard.rendered.values() if max(prompt.ids) < known]
+    every = every or [_plain_word(settings, renderer, known)]
+    batch = [every[i] for i in pack([len(ids) for ids in every], fisher.batch_size, fisher.max_batch_tokens)[0]]
+    short = sorted((ids[:PROOF_TOKENS] for ids in every), key=len)
+    return [_padded(fisher, batch), _padded(fisher, [short[0], short[-1]])]
+
+
+def _padded(fisher: FisherModel, rows: list[list[int]]) -> Excerpt:
+    few = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=fisher.device)
+    mask = torch.zeros_like(few)
+    for row, ids in enumerate(rows):
+        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids, device="cpu"), 1
+    return Excerpt(few, mask)
+
+
+def _plain_word(settings: Settings, renderer: Renderer, known: int) -> list[int]:
+    try:
+        ids = renderer.render("Hello").ids
+    except SkippedPrompt as skip:
+        raise UserError(
+            f"the tokenizer of {settings.model_path} gives no tokens for any text ({skip}); save its tokenizer into "
+            "the folder"
+        ) from skip
+    if max(ids) >= known:
+        raise UserError(
+            f"the tokenizer of {settings.model_path} does not fit the model: it gives token {max(ids)} for a plain "
+            f"word, and the model knows {known} tokens; save the model's own tokenizer into the folder"
+        )
+    return ids
+
+
+def _prove(fisher: FisherModel, excerpts: Sequence[Excerpt]) -> dict[str, dict[str, str]]:
+    """Choose the kernel's form for each layer, by what it gives for the first excerpt that fits into memory.
+
+    Raises:
+        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
+    """
+    few, *others = excerpts
+    try:
+        fisher.scores(*few, top_k=min(fisher.top_k, PROOF_TOP))
+        if fisher.estimator == "full":
+            fisher.estimate(*few, rank=1)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if not others:
+            raise UserError(
+                f"out of memory on two prompts of {few.input_ids.shape[1]} tokens; try dtype bfloat16, fewer layers or "
+                "top_k_tokens, or another device"
+            ) from error
+    else:
+        return fisher.forms
+    return _prove(fisher, others)  # outside of the handler, whose traceback holds on to the tensors in the way
+
+
+def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:
+    for layer, here in chosen.items():
+        there = (stored or {}).get(layer, here)
+        if there["form"] != here["form"]:
+            raise UserError(
+                f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
+                f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
+            )
+
+
+def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
+    """Everything that decides a prompt's results: the settings that do, and what they led to."""
+    chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
+    return chosen | {
+        "model": loaded.identity,
+        "layers": fisher.layers,
+        "data": source.fingerprint,
+        "column": source.column,
+        "device_type": fisher.device.type,
+        "precision": fisher.precision,
+    }

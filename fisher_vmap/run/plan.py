@@ -1,0 +1,284 @@
+"""`python -m fisher_vmap.run --plan`: what a run will take, before anything heavy is loaded.
+
+Prompts are counted and some of them tokenised, operations are counted on a model without weights, and bytes follow from
+the shapes of what will be stored.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from fisher_vmap.data.batching import GPU_MEMORY_SHARE, pack
+from fisher_vmap.data.tokenize import Pieces
+from fisher_vmap.fisher_model import TRACE_SAMPLES
+from fisher_vmap.load.model import Loaded, choose_device
+from fisher_vmap.model.precision import Precision, faster_precision, product_rates, product_widths
+from fisher_vmap.model.widening import NARROW
+from fisher_vmap.progress import readable, step
+from fisher_vmap.results.outputs import Save, npz_size, wants_npz
+from fisher_vmap.results.shard import TensorSpec, size_of, tensor_specs
+from fisher_vmap.results.table import ShardLayout
+from fisher_vmap.run.flops import Work, unavoidable
+from fisher_vmap.run.open import check_save, layout_of, make_renderer, model_of, open_model, source_of
+from fisher_vmap.run.plan_model import (
+    BatchMemory,
+    Sample,
+    Skeleton,
+    TableBytes,
+    batches_of,
+    sample_of,
+    skeleton_of,
+    table_bytes,
+)
+from fisher_vmap.run.settings import Settings
+
+MEASURED_S = 10.0
+COUNTED_PROMPTS = 256  # whose lengths the operations are counted for
+INDEX_BYTES, METADATA_BYTES = 480, 4096  # of index.json for a shard; of metadata.yaml and the rest
+WORKERS = (1, 8, 64)
+
+
+class Plan(NamedTuple):
+    """The numbers of a plan; bytes, floating-point operations, tokens a second."""
+
+    sample: Sample
+    tokens: float
+    tokens_error: float
+    """Standard error of `tokens`; 0 where all prompts were tokenised."""
+    operations: dict[str, float]
+    storage: "Storage"
+    weights: int
+    batch: BatchMemory
+    """The batch with the most tokens among the prompts that were tokenised."""
+    longest: BatchMemory
+    """A prompt of the most tokens that the settings and the model allow."""
+    rate: float | None
+    precision: Precision
+    """What will be computed in what, on a machine like this one."""
+    product_rate: float | None
+    """Operations a second of this machine's matrix products in that precision; None: not measured."""
+
+
+class Storage(NamedTuple):
+    """Bytes of a results folder by what they are for, with these settings; and of the npz that it has or could have."""
+
+    parts: dict[str, int]
+    npz: int
+
+    @property
+    def total(self) -> int:
+        """Of the finished folder."""
+        return sum(self.parts.values())
+
+
+def plan(settings: Settings, rate: float | Literal["measure"] | None = None) -> list[str]:
+    """The lines of a plan.
+
+    Args:
+        settings: of the run.
+        rate: tokens a second of one worker, for the time; "measure": load the model and try; None: no time.
+
+    Raises:
+        UserError: settings do not fit the model or the data.
+    """
+    with step("reading the model's configuration"):
+        skeleton = skeleton_of(settings)
+    found = planned(settings, skeleton, rate)
+    return list(described(settings, skeleton, found))
+
+
+def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measure"] | None = None) -> Plan:
+    """The numbers of a plan; arguments and errors as `plan`."""
+    check_save(settings)
+    with step("opening the data set"):
+        source = source_of(settings)
+    renderer = make_renderer(settings, Loaded(skeleton.model, skeleton.tokenizer, {}), source, None)
+    sample = sample_of(settings, source, renderer)
+    lengths = np.array(sample.lengths, np.float64)
+    share = sample.total / max(1, sample.tokenised)
+    counted = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), COUNTED_PROMPTS)).astype(int)]
+    operations = Counter[str]()
+    blocks = list(skeleton.blocks.values())
+    counted_ids = counted.astype(int).tolist()
+    with step("counting operations"):
+        for product in unavoidable(skeleton.model, blocks, counted_ids, skeleton.hooks, work_of(settings)):
+            operations[product.kind.partition(",")[0]] += product.shape.flops
+    # The operations of the prompts counted, for all tokens: attention's go with the square, but in the same mixture.
+    scale = float(lengths.sum() * share / max(1.0, counted.sum()))
+    with step("measuring the table"):
+        rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
+    precision, product_rate = chosen_here(settings, skeleton)
+    itemsize = 4 if precision.name == "float32" else getattr(torch, settings.dtype).itemsize
+    error = 0.0 if sample.exact else float(lengths.std() * sample.total / max(1, len(lengths)) ** 0.5)
+    return Plan(
+        sample,
+        float(lengths.sum() * share),
+        error,
+        {kind: count * scale for kind, count in operations.items()},
+        storage_of(settings, skeleton, sample, rows),
+        skeleton.weight_bytes * itemsize // getattr(torch, settings.dtype).itemsize,
+        *batches_of(settings, skeleton, sample, max(work_of(settings).shared, 1), itemsize),
+        measured_rate(settings, sample) if rate == "measure" else rate,
+        precision,
+        product_rate,
+    )
+
+
+def chosen_here(settings: Settings, skeleton: Skeleton) -> tuple[Precision, float | None]:
+    """What a run with these settings is computed in on this machine, and how fast matrix products in that are."""
+    dtype, device = getattr(torch, settings.dtype), choose_device(settings.device)
+    if device.type != "cpu" or settings.device_map is not None:
+        return Precision(
+            "model" if settings.precision == "auto" else settings.precision, "it is not measured here"
+        ), None
+    rates = product_rates(device, dtype, *product_widths(skeleton.model))
+    if dtype not in NARROW or settings.precision != "auto":
+        precision = Precision("model" if dtype not in NARROW else settings.precision, "it was asked for")
+    elif skeleton.quantized and not settings.dequantize:
+        precision = Precision("model", "its weights are quantised")
+    else:
+        precision = faster_precision(skeleton.model, device, dtype)
+    used = rates.float32 if precision.name == "float32" else rates.narrow
+    return precision, 2e9 / sum(1 / rate for rate in used)
+
+
+def work_of(settings: Settings) -> Work:
+    """The vectors that the estimator sends through the network for each prompt."""
+    if settings.estimator == "topk":
+        samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
+        return Work(shared=settings.top_k_tokens + samples)
+    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
+    vectors = settings.num_singular_values + settings.oversampling
+    return Work(vectors + samples, 2 * settings.passes * vectors, 1 + 2 * settings.passes * vectors)
+
+
+def storage_of(settings: Settings, skeleton: Skeleton, sample: Sample, rows: TableBytes) -> Storage:
+    """Bytes of the finished folder."""
+    n, size, layout = sample.total, settings.shard_size, layout_of(settings, skeleton.widths)
+    full, rest = divmod(n, size)
+    positions = sum(sample.lengths) / max(1, sample.tokenised)
+    npz = sum(npz_size(n, layout.rank, width) for width in skeleton.widths.values())
+    parts = {"tables": rows.in_shards + rows.joined, "index": INDEX_BYTES * (full + bool(rest)) + METADATA_BYTES}
+    if settings.save == "mean":
+        parts["sum"] = size_of(_matrices(skeleton, "float64")) if full else 0
+        parts["shards"] = _shard_bytes(layout, rest, positions) if rest else 0
+    else:
+        parts["shards"] = full * _shard_bytes(layout, size, positions)
+        parts["shards"] += _shard_bytes(layout, rest, positions) if rest else 0
+    if settings.save != "prompts":
+        parts["mean"] = size_of(_matrices(skeleton, "float32"))
+    if wants_npz(settings.export_npz, settings.save, n):
+        parts["npz"] = npz
+    return Storage(parts, npz)
+
+
+def _shard_bytes(layout: ShardLayout, prompts: int, positions: float) -> int:
+    return size_of(tensor_specs(layout, prompts, round(prompts * positions)))
+
+
+def _matrices(skeleton: Skeleton, dtype: str) -> dict[str, TensorSpec]:
+    return {layer: TensorSpec(dtype, (D, D)) for layer, D in skeleton.widths.items()}
+
+
+def measured_rate(settings: Settings, sample: Sample) -> float:
+    """Tokens a second of this machine on the run's own prompts, in ten seconds; the first batch is not timed.
+
+    Raises:
+        UserError: as a run's.
+    """
+    loaded = model_of(settings)
+    with step("finding the layers"):
+        fisher = open_model(settings, loaded)
+    batches = []
+    for shard in sample.shards:
+        ids = [prompt.ids for prompt in shard.rendered.values()]
+        packed = pack([len(each) for each in ids], fisher.batch_size, fisher.max_batch_tokens)
+        batches += [[ids[i] for i in batch] for batch in packed]
+    rank = settings.num_singular_values
+    with step("computing a first batch"):
+        fisher.numbers(batches[0], rank)
+    tokens, began = 0, time.perf_counter()
+    with step("measuring"):
+        for batch in cycle(batches):
+            fisher.numbers(batch, rank)
+            tokens += sum(map(len, batch))
+            if (seconds := time.perf_counter() - began) > MEASURED_S:
+                return tokens / seconds
+    raise AssertionError("there is no batch")
+
+
+def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[str]:
+    """A plan in words."""
+    sample, layers = found.sample, list(skeleton.widths)
+    shards = -(-sample.total // settings.shard_size)
+    yield f"prompts     {sample.total:,} in {shards:,} shards of {settings.shard_size}"
+    shown = layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+    widths = "/".join(f"{width:,}" for width in sorted(set(skeleton.widths.values())))
+    yield f"matrices    {shown}, width {widths}, rank {settings.num_singular_values}, estimator {settings.estimator}"
+    each = found.tokens / max(1, sample.total)
+    if sample.exact:
+        how = "all prompts tokenised"
+    else:
+        which = "the first" if sample.first_alone else "every n-th,"
+        how = f"{which} {sample.tokenised:,} prompts tokenised, standard error {found.tokens_error / found.tokens:.1%}"
+    longest = max(sample.lengths, default=0)
+    yield f"tokens      {found.tokens:,.0f}, {each:.1f} a prompt, the longest {longest:,} ({how})"
+    operations = ", ".join(f"{kind} {count:.2e}" for kind, count in found.operations.items())
+    yield f"operations  {sum(found.operations.values()):.2e} floating-point, in matrix products ({operations})"
+    parts = ", ".join(f"{name} {readable(size)}" for name, size in found.storage.parts.items() if size)
+    yield f"storage     {readable(found.storage.total)} ({parts})"
+    for change, storage in _otherwise(settings, skeleton, found):
+        yield f"            {readable(storage.total):>8} with {change}"
+    kept = " (more than its packed weights take)" if skeleton.quantized and not settings.dequantize else ""
+    yield f"memory      a worker: weights {readable(found.weights)}{kept}, {_shown(found.batch, sample.exact)}"
+    allowed = f"a prompt of {found.longest.tokens:,} tokens, the most allowed, would take"
+    yield f"            {allowed} {readable(found.longest.total)} (max_length, max_batch_tokens, cotangent_chunk)"
+    if settings.max_batch_tokens == "auto":
+        yield f"            on a GPU batches grow to {GPU_MEMORY_SHARE:.0%} of what is free beside the weights"
+    if getattr(torch, settings.dtype) in NARROW:
+        yield f"precision   {found.precision.name}, because {found.precision.why}"
+    if found.rate is None:
+        yield "time        give --plan_rate TOKENS_A_SECOND, which a run tells at its end, or --plan_rate measure"
+        if found.product_rate is not None:
+            least = sum(found.operations.values()) / found.product_rate / 3600
+            shown = f"{found.product_rate / 1e9:.0f} GFLOP/s"
+            yield f"            at least {_duration(least)} on a machine like this one, whose products run at {shown}"
+        return
+    hours = found.tokens / found.rate / 3600
+    times = ", ".join(f"{_duration(hours / count)} on {count}" for count in WORKERS)
+    rate = sum(found.operations.values()) / found.tokens * found.rate
+    yield f"time        at {found.rate:,.0f} tokens a second a worker ({rate:.2e} operations a second): {times}"
+
+
+def _shown(batch: BatchMemory, exact: bool) -> str:
+    """The largest batch in words."""
+    which = "the largest batch" if exact else "the largest batch of those"
+    return f"{which} {readable(batch.total)} ({batch.prompts} prompts, {batch.tokens:,} tokens)"
+
+
+def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[tuple[str, Storage]]:
+    rows = TableBytes(found.storage.parts["tables"], 0)
+
+    def with_(**changes: object) -> Storage:
+        return storage_of(settings.model_copy(update=changes), skeleton, found.sample, rows)
+
+    means: Save = "mean"
+    if settings.save != means:
+        if settings.vectors_dtype == "float32":
+            yield "vectors_dtype: float16", with_(vectors_dtype="float16")
+        has = "npz" in found.storage.parts
+        yield f"export_npz: {str(not has).lower()}", with_(export_npz=not has)
+        yield "save: mean", with_(save=means, export_npz=False)
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.2g} s"
+    if hours < 2:
+        return f"{60 * hours:.3g} min"
+    return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.3g} days"

@@ -1,0 +1,142 @@
+"""A worker of a run that is spread over machines: the model loaded once, then shards by their numbers.
+
+What it computes it writes straight to the results folder, which all machines see; it gives back one small account a
+shard, and leaves index.json to the driver.
+
+How often a shard has been begun and not stored: what a process that dies over it leaves behind, a byte a time.
+
+Who starts a dead process anew cannot tell a node that was lost from a prompt that kills whoever computes it.
+"""
+
+import os
+import socket
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.results.files import readable_write_errors
+from fisher_vmap.results.index import SHARD_FOLDER, read_entry
+from fisher_vmap.results.shard import write_shard
+from fisher_vmap.results.table import PromptResult
+from fisher_vmap.run.compute import Progress
+from fisher_vmap.run.open import model_of, open_run, source_of
+from fisher_vmap.run.pipeline import compute_shards
+from fisher_vmap.run.settings import Settings
+
+
+def begin_shard(folder: Path, number: int) -> None:
+    """Note that the shard is begun.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with readable_write_errors(folder), open(_path(folder, number), "ab") as file:
+        file.write(b".")
+
+
+def times_begun(folder: Path, number: int) -> int:
+    """How often it has been begun and not ended."""
+    try:
+        return _path(folder, number).stat().st_size
+    except OSError:
+        return 0
+
+
+def end_shard(folder: Path, number: int) -> None:
+    """Forget that it was begun: it is stored, or it failed with a reason."""
+    with suppress(OSError):
+        _path(folder, number).unlink()
+
+
+def forget(folder: Path) -> None:
+    """Forget all of it: a run that is started again may try everything anew."""
+    for path in (folder / SHARD_FOLDER).glob(".begun-*"):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / SHARD_FOLDER / f".begun-{number:05d}"
+
+
+MOST_DEATHS = 3  # of processes over one shard, before it is given up
+
+
+def begin(settings: Settings, device_share: float) -> None:
+    """Open the run once, before there are workers: what can refuse does, and the folder has what was chosen.
+
+    Raises:
+        UserError: as `open_run`.
+    """
+    run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
+    forget(run.writer.folder)
+
+
+class ShardWorker:
+    """Computes shards of a run that `begin` has opened."""
+
+    def __init__(self, settings: Settings, device_share: float) -> None:
+        self.run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
+        self._notes: list[tuple[str, list[Any]]] = []
+        self.run.notes.store = lambda name, item: self._notes.append((name, item))  # the driver keeps them
+
+    def __call__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Compute and store the shards of these numbers that are not there yet.
+
+        Returns:
+            An account of each: "number" and "entry", the entry that it has in the index, or "error", why it has none,
+            with "user_error" where the user can mend that; "prompts" and "tokens" that were computed; "notes", what
+            the run is to remember, as the name of a list and an item for it.
+        """
+        begun = [times_begun(self.run.writer.folder, number) for number in numbers]
+        try:
+            if len(numbers) == 1 and begun[0] >= MOST_DEATHS:
+                raise UserError(f"{begun[0]} processes have died over it, as they do where memory runs out")
+            if len(numbers) == 1 or not any(begun):
+                return self._compute(numbers)
+        except Exception as error:
+            if len(numbers) == 1:
+                return [self._failed(numbers[0], error)]
+        # One of several failed, or a process died over one: each by itself. What is stored is not computed again.
+        return [account for number in numbers for account in self([number])]
+
+    def _compute(self, numbers: list[int]) -> list[dict[str, Any]]:
+        index, folder = self.run.writer.index, self.run.writer.folder
+
+        def store(number: int, results: Sequence[PromptResult]) -> None:
+            write_shard(folder, number, results, index.layout, index.mark)
+
+        for number in numbers:
+            begin_shard(folder, number)
+        accounts = []
+        for done in list(compute_shards(self.run, store, _nothing, iter(numbers))):  # all of them are stored then
+            entry = read_entry(folder, done.number, index.mark)
+            assert entry is not None, f"shard {done.number} was written, but its entry is not there"
+            end_shard(folder, done.number)
+            accounts.append(
+                {"number": done.number, "prompts": done.prompts, "tokens": done.tokens, "entry": entry.model_dump()}
+            )
+        if len(accounts) < len(numbers):
+            raise UserError(f"the data ended before shard {numbers[len(accounts)]}: were they changed during the run?")
+        accounts[0]["notes"] = self._notes.copy()
+        self._notes.clear()
+        return accounts
+
+    def _failed(self, number: int, error: Exception) -> dict[str, Any]:
+        end_shard(self.run.writer.folder, number)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, UserError) else f" ({os.path.basename(place.filename)}, line {place.lineno})"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return {
+            "number": number,
+            "error": f"{kind}{' '.join(str(error).split())}{where}",
+            "user_error": isinstance(error, UserError),
+            "worker": f"process {os.getpid()} on {socket.gethostname()}",
+        }
+
+
+def _nothing(step: Progress) -> None:
+    """Steps are the local run's: here a shard's account is one."""

@@ -1,1 +1,0 @@
-"""A run in one process: opened from its settings, its batches computed while the next are made."""

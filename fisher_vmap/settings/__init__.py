@@ -1,1 +1,0 @@
-"""Settings from flags and a YAML file: their types, their checks, and how a mistake is told."""

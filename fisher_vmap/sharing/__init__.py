@@ -1,1 +1,0 @@
-"""What leaves this machine: data cards, files of directions, and paths that stay here."""

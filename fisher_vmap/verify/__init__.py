@@ -1,0 +1,1 @@
+"""Checks of a results folder: its bytes, and its numbers against the model."""
