@@ -1,4 +1,4 @@
-"""What the README says of settings and names, and the book of files, is what there is."""
+"""What the README and the book say of settings, names and files is what there is."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,23 @@ import fisher_vmap
 from fisher_vmap.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
+BOOK = {path: path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts}
+RUNNING = BOOK[ROOT / "docs" / "running.md"]
+
+
+def test_it_can_be_read_in_one_sitting():
+    assert len(README.splitlines()) <= 130, "what is longer belongs in docs/"
+
+
+def test_it_leads_to_every_page_that_somebody_wrote():
+    generated = {"index", "benchmarks", "changelog", "contributing", "notebook", "study.template"}
+    for path in BOOK:
+        assert path.stem in generated or f"({path.relative_to(ROOT)})" in README, path
 
 
 def test_the_settings_that_it_shows_are_settings():
-    shown = yaml.safe_load(re.search(r"(?m)(^    \w+: .+\n)+", README.split("## Settings")[1])[0])
+    shown = yaml.safe_load(re.search(r"(?m)(^\w+: .+\n)+", RUNNING.split("## Settings")[1].split("```yaml\n")[1])[0])
     assert len(shown) > 5
     Settings(**shown)
 
@@ -21,8 +33,15 @@ def test_the_settings_that_it_shows_are_settings():
 def test_public_names_are_there():
     for name in fisher_vmap.__all__:
         assert getattr(fisher_vmap, name) is not None
-    for name in re.findall(r"from fisher_vmap import ([\w, ]+)", README):
-        assert set(name.replace(" ", "").split(",")) <= set(fisher_vmap.__all__)
+    for text in (README, *BOOK.values()):
+        for name in re.findall(r"from fisher_vmap import ([\w, ]+)", text):
+            assert set(name.replace(" ", "").split(",")) <= {*fisher_vmap.__all__, "algebra"}
+
+
+def test_both_name_every_exit_code_alike():
+    said = [" ".join(re.search(r"Exit codes: 0 done(.|\n)*?\.\n", text)[0].split()) for text in (README, RUNNING)]
+    assert said[0] == said[1]
+    assert [int(code) for code in re.findall(r"(?:: |, )(\d+) [a-z]", said[0])] == [0, 2, 3, 130, 1]
 
 
 def tree() -> dict[str, set[str]]:
