@@ -133,13 +133,13 @@ def _code(text):
 
 PAGE = """# What a leading direction does
 
-Written by `python docs/steering.py` from a run on the demo's model, SmolLM2-135M-Instruct, on a CPU. The prompt is the
-one that the demo picks, where the leading direction trades most probability:
+Written by `python docs/steering.py` from a run on the demo's model, SmolLM2-135M-Instruct, on a CPU. The prompt is
+the one that the demo picks: its leading direction trades most probability.
 
 > {prompt}
 
-Three unit vectors are added to the residual stream at {layer}, at every position: the leading eigenvector of this
-prompt's Fisher matrix, that of the mean over the demo's 64 prompts, and a random one.
+Three unit vectors are added to the residual stream at {layer}, at every position: the leading eigenvector of
+this prompt's Fisher matrix, the leading eigenvector of the mean over the demo's 64 prompts, and a random vector.
 
 <!-- python:
 # What a reader of this page has: the demo's folder and model. The test of this block takes a small model for it.
@@ -163,7 +163,7 @@ with steer(model, "{layer}", record.V[0], -5, residual_norm=1.0):
 
 ## Predicted and measured
 
-Predicted is 1/2 eps^2 v^T F v with the prompt's own F, computed in bfloat16; measured is
+The predicted value is 1/2 eps^2 v^T F v with the prompt's own F, computed in bfloat16. The measured value is
 KL(p || p_steered) of the next token in float32, the mean of both signs.
 
 ![KL against the length of the step](images/steering.png)
@@ -171,17 +171,17 @@ KL(p || p_steered) of the next token in float32, the mean of both signs.
 {table}
 
 At a length of 0.4 the prompt's own direction does {ratio[0]:,.0f} times what this random one does, and the mean's
-{ratio[1]:,.0f} times. What one random direction does is luck: on average over all directions v^T F v is trace / D, and
-the prompt's own direction has {times:,.0f} times that.
+{ratio[1]:,.0f} times. The effect of a single random direction varies by chance. On average over all directions
+v^T F v is trace / D, and the prompt's own direction has {times:,.0f} times that.
 
-Predicted over measured is {off[0]:.2f}, {off[1]:.2f} and {off[2]:.2f} there: F holds the top 10
-tokens, {mass:.0%} of the probability, so what a step does to the others is missing, most of all for the random one. At
-the largest step the quadratic form overstates the prompt's own direction {large:.1f}-fold: once the distribution has
-tipped over, KL divergence grows more slowly than the square of the length.
+The predicted value over the measured one is {off[0]:.2f}, {off[1]:.2f} and {off[2]:.2f} there. F holds the top 10
+tokens, {mass:.0%} of the probability, so the effect of a step on the other tokens is missing, most of all for the
+random direction. At the largest step the quadratic form overstates the prompt's own direction {large:.1f}-fold: once
+the distribution has tipped over, the KL divergence grows more slowly than the square of the length.
 
-A word on lengths: the mean norm of the residual stream over this prompt's positions is {residual_norm:.0f}, but its
-median is {median_norm:.0f}: the first position alone has {first_norm:,.0f}. Where one position is that large, take
-lengths from the KL divergence that F predicts, a step of sqrt(2 KL / S), rather than from the norm.
+A note on lengths: the mean norm of the residual stream over this prompt's positions is {residual_norm:.0f}, but its
+median is {median_norm:.0f}, because the first position alone has {first_norm:,.0f}. Where one position is that large,
+choose lengths by the KL divergence that F predicts, a step of sqrt(2 KL / S), rather than by the norm.
 
 ## Next tokens
 
@@ -191,16 +191,17 @@ lengths from the KL divergence that F predicts, a step of sqrt(2 KL / S), rather
 
 ## Text
 
-24 tokens, the likeliest each time, with the step in place throughout:
+24 tokens, the likeliest each time, with the step added throughout:
 
 | step | text |
 | --- | --- |
 {texts}
 
 What this shows: the leading direction switches between two ways to begin the answer, and the rest of the text follows
-from the beginning; a random direction of the same length leaves the text alone until it is long enough to disturb the
-model at large. What it does not show: that the direction means anything beyond this choice, or that it does the same to
-other prompts; the matrix is about the next token of this prompt. [The study](study.md) looks at groups of prompts.
+from the beginning. A random direction of the same length leaves the text unchanged until it is long enough to disturb
+the model as a whole. What it does not show: that the direction means anything beyond this choice, or that it does the
+same to other prompts. The matrix is about the next token of this prompt. [The study](study.md) looks at groups of
+prompts.
 """
 
 if __name__ == "__main__":
