@@ -21,7 +21,7 @@ docs: $(VENV)/installed
 
 # docs/architectures.md, from a run over every class of transformers' causal-LM mapping
 architectures: $(VENV)/installed
-	$(RUN) tests/architecture_table.py
+	$(RUN) tests/end_to_end/architecture_table.py
 
 # the oldest and newest torch and transformers, each in an environment of its own: noxfile.py
 test-matrix: $(VENV)/installed

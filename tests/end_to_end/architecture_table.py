@@ -2,15 +2,18 @@
 
 import logging
 import re
+import sys
 from collections import Counter
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it would know its own folder alone
 
 import architectures
 import torch
 import transformers
 from architecture_check import BATCHES, TOLERANCE, Finding, examined
 
-TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
+TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 HEAD = """\
 # Architectures

@@ -33,7 +33,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from fisher_vmap.cli import COMMANDS
 from fisher_vmap.run.settings import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
 COMMENT_ABOVE = re.compile(r"<!-- (?P<note>.+?) -->\n\Z")
 UNSEEN = re.compile(r"<!-- (?P<kind>run|python):\s(?P<source>.+?)\s*-->", re.DOTALL)

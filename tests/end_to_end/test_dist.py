@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_cases import arguments, environment, save_model, texts, write_prompts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

@@ -12,7 +12,7 @@ import yaml
 from benchmarks.accuracy_page import page as accuracy_page
 from fisher_vmap.run.settings import RunOptions, Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 

@@ -1,7 +1,7 @@
 """Drawn models, hooks, batches and changes: the scores are those of plain autograd, or one line says why none are.
 
-python tests/test_fuzz.py --minutes 60 --seed 3     # a long run: each fault once, with a case to replay
-replay(Case(family="gpt2", lengths=(300,)))         # one case again, in Python
+python tests/end_to_end/test_fuzz.py --minutes 60 --seed 3     # a long run: each fault once, with a case to replay
+replay(Case(family="gpt2", lengths=(300,)))                    # one case again, in Python
 """
 
 import argparse
@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it would know its own folder alone
 
 import pytest
 import torch

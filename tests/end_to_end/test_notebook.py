@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "fisher_geometry.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "fisher_geometry.ipynb"
 
 
 def read():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.peers.about import PEERS
 from benchmarks.peers.jobs import Job, distance, whole_job
@@ -39,7 +39,7 @@ def test_the_distance_tells_a_neighbouring_prompts_matrix(job):
 
 @pytest.mark.parametrize("name", list(PEERS))
 def test_the_lines_of_a_user_are_counted_between_the_markers(name):
-    text = (Path(__file__).parents[1] / "benchmarks" / "peers" / f"{PEERS[name].module}.py").read_text()
+    text = (Path(__file__).parents[2] / "benchmarks" / "peers" / f"{PEERS[name].module}.py").read_text()
     code = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     for kind in ("top-k", "whole"):
         assert 3 <= PEERS[name].lines(kind) < len(code)

@@ -8,7 +8,7 @@ import yaml
 import fisher_vmap
 from fisher_vmap.run.settings import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 BOOK = {path: path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts}
 RUNNING = BOOK[ROOT / "docs" / "running.md"]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fisher_vmap.errors import UserError
 from fisher_vmap.run.settings import Settings, default_config_yaml, load_settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_config_yaml_in_the_repository_holds_the_defaults(tmp_path):
