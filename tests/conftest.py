@@ -1,3 +1,56 @@
+"""What tests of several folders share. Nothing heavy is imported before a fixture is used."""
+
+import io
+import logging
+import os
+
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for one another
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a word."""
+    from models import word_tokenizer
+
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder: a tiny llama with a tokenizer and a chat template."""
+    from command_cases import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def no_power_cuts():
+    """Flushing to the disk matters only to a power cut, and most of these tests' time would go there."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def clock():
+    from progress_cases import Clock
+
+    return Clock()
+
+
+@pytest.fixture
+def shown(monkeypatch, caplog, clock):
+    """Makes a display on a stream of memory the one that commands use."""
+    from fisher_vmap import progress
+
+    caplog.set_level(logging.INFO, "fisher_vmap")
+
+    def make(*, terminal, stream=None):
+        display = progress.Display(stream or io.StringIO(), terminal=terminal, clock=clock, ticking=False)
+        monkeypatch.setattr(progress, "_display", display)
+        return display
+
+    return make

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 VOCABULARY, WIDTH, BLOCKS = 101, 36, 4
+WORDS = [f"w{i}" for i in range(99)]  # of a tokenizer of one token a word
 
 _LLAMA_LIKE = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 58, "num_hidden_layers": BLOCKS,
@@ -108,3 +109,14 @@ def padded(rows: Sequence[Tensor], side: str, extra: int = 0) -> tuple[Tensor, T
         where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[b, where], mask[b, where] = row, 1
     return ids, mask
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a word, w0 to w98."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>")

@@ -1,11 +1,9 @@
 """Small results folders for the tests: random factors, decomposed densely, written through the public writer."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from fisher_vmap.results.table import LayerResult, PromptResult, ShardLayout
 from fisher_vmap.results.writer import ResultsWriter
@@ -13,14 +11,6 @@ from fisher_vmap.results.writer import ResultsWriter
 FINGERPRINT = {"model_path": "tiny", "top_k_tokens": 4, "hook_layer_name": ["blocks.0"]}
 SETTINGS = {**FINGERPRINT, "output_dir": Path("somewhere")}
 RESOLVED = {"kernel": {"blocks.0": {"form": "layerwise", "why": "the chain is whole"}}, "max_batch_tokens": 512}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_power_cuts():
-    """Flushing to the disk matters only to a power cut, and most of these tests' time would go there."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 def make_layout(widths=None, top_k=4, rank=3, **options):

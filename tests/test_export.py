@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from report_cases import planted, write_factors
-from results_cases import (
-    make_layout,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    write_folder,
-)
+from results_cases import make_layout, write_folder
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.export import main, save_control_vector, save_directions
 from fisher_vmap.results.reader import open_results
+
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
 LAYERS = ("model.layers.2", "model.layers.5")
 

@@ -4,15 +4,16 @@ import pytest
 import torch
 from models import VOCABULARY, WIDTH, block, fresh, padded, prompts, tiny
 from oracles import dense_svd, kl_hessian, linear_fisher, plain_scores, position_scores, relative
-from test_proof import LateStateful
 from torch import nn
 from toys import LinearLM, ToyLM
+from toys.chains import Looped
+from toys.functions import NoForward, WrongForward
+from toys.heads import ScaledTwice
+from toys.state import LateStateful
 
 from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores
 from fisher_vmap.decomposition import quality
-from fisher_vmap.linearize.output import Probes, leading_vectors, metric, probe_rows
 from fisher_vmap.linearize.upper import Upper
-from fisher_vmap.model.head import LogitsHead
 
 LENGTHS = (5, 1, 8)
 # transformers' own eager attention, which the Hessian needs, is float32 inside but for gpt2's.
@@ -111,14 +112,6 @@ def test_a_linear_model_in_closed_form(kernel, number):
         assert relative(cut(fewer.factors[layer][0], 5), expected) < 1.01 * best_error(expected, 5)
 
 
-class ScaledTwice(ToyLM):
-    """Its logits are made in a way that no head of ours has: read through the logits themselves."""
-
-    def read(self, x):
-        logits = super().read(x)
-        return logits + 0.1 * logits.square()
-
-
 def test_a_head_that_cannot_be_taken_apart():
     model, layer, rows = ScaledTwice(), "blocks.1", prompts(LENGTHS)
     found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=WIDTH, oversampling=0, passes=2)
@@ -127,13 +120,6 @@ def test_a_head_that_cannot_be_taken_apart():
         F = kl_hessian(model, row, layer)
         assert relative(A.T @ A, F) < 1e-8
         assert relative(cut(A_small, 5), F) < 1.1 * best_error(F, 5)
-
-
-class Looped(ToyLM):
-    """Its blocks are gone through twice: a bias on one of them is added twice."""
-
-    def walk(self, x):
-        return super().walk(super().walk(x))
 
 
 @pytest.mark.parametrize("vectors", EVERY)
@@ -285,37 +271,6 @@ def test_what_is_wrong_with_an_argument_is_said(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-class NoForward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return torch.tanh(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, g):
-        (y,) = ctx.saved_tensors
-        return g * (1 - y**2)
-
-
-class WrongForward(NoForward):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
-
-    @staticmethod
-    def jvp(ctx, t):
-        (y,) = ctx.saved_tensors
-        return t * (1 - y**2) * 1.5
-
-
 @pytest.mark.parametrize("kernel", ["auto", "whole"])
 @pytest.mark.parametrize(
     ("function", "message"), [(NoForward, "no forward derivatives"), (WrongForward, "away from the backward ones")]
@@ -340,55 +295,7 @@ def test_a_model_without_forward_derivatives_is_refused_in_one_line(function, me
     assert "use estimator topk" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-# The output metric.
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "phi"])
-def test_the_metric_is_the_hessian_of_the_kl_at_the_heads_input(family):
-    changes = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
-    model, rows = tiny(family, **changes), prompts(LENGTHS)
-    opened = FisherModel(model, layers=-1)
-    with opened.linearize(*padded(rows, "right")) as net, torch.no_grad():
-        c = net.metric()
-        C = c.product(torch.eye(WIDTH, dtype=torch.float64).expand(len(rows), -1, -1))
-        a = c.rows(torch.arange(VOCABULARY).expand(len(rows), -1))
-        assert relative(C, torch.einsum("bv,bvx,bvy->bxy", c.probs, a, a)) < 1e-6
-        y = torch.randn(len(rows), 2, VOCABULARY, dtype=torch.float64)
-        assert relative(c.transposed(y), y @ a) < 1e-6
-    for b, row in enumerate(rows):
-        expected = plain_scores(model, row, block(family, -1), where_T=torch.arange(len(row)) == len(row) - 1).fisher
-        assert relative(C[b], expected) < 1e-6
-
-
-def test_leading_vectors_are_the_leading_eigenvectors():
-    with FisherModel(tiny("gpt2"), layers=-1).linearize(*padded(prompts(LENGTHS), "right")) as net, torch.no_grad():
-        c = net.metric()
-        C = c.product(torch.eye(WIDTH, dtype=torch.float64).expand(len(LENGTHS), -1, -1))
-        held = {n: leading_vectors(c, 6, n) for n in (0, 2, 30)}
-    for b in range(len(LENGTHS)):
-        best = dense_svd(C[b])[0][:6].sum()
-        traces = {n: float((u[b] @ C[b] @ u[b].T).trace() / best) for n, u in held.items()}
-        assert traces[0] > 0.8 and traces[2] > 0.98 and traces[30] > 1 - 1e-9
-
-
 # What a matrix lacks.
-
-
-@pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("centred", [False, True])
-def test_random_vectors_have_the_right_second_moment(logits, centred):
-    """Signs one by one: the sum over all of an orthogonal set of sign vectors is exact."""
-    rows = torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    c = metric(LogitsHead(), rows)
-    without = torch.tensor([[3, 7]])
-    a, p = c.rows(torch.arange(16)[None])[0], c.probs[0].clone()
-    p[without[0]] = 0
-    if centred:
-        a = a - (p @ a) / p.sum()
-    expected = torch.einsum("v,vx,vy->xy", p, a, a)
-    many = probe_rows(c, Probes(40_000, [5]), without, centred=centred)[0]
-    assert relative(many.T @ many / len(many), expected) < 0.03
-    assert relative(a.T @ a, expected) > 0.3
 
 
 def test_the_quality_of_a_matrix_is_estimated_without_bias():

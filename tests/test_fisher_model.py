@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import WIDTH, block, fresh, padded, prompts, tiny
+from models import WIDTH, WORDS, block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 from toys import ToyLM
 
@@ -11,20 +11,6 @@ from fisher_vmap import FisherModel, compress, fisher_scores
 from fisher_vmap.linearize.probe import known_of
 
 LENGTHS = (7, 1, 12, 3)
-WORDS = [f"w{i}" for i in range(99)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token a word."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>"))
-    core.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>")
 
 
 def texts(count: int) -> list[str]:

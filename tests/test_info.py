@@ -6,17 +6,15 @@ import sys
 
 import pytest
 from command_cases import environment
-from results_cases import (
-    make_layout,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    write_folder,
-)
+from results_cases import make_layout, write_folder
 
 import fisher_vmap
 from fisher_vmap.cli import COMMANDS
 from fisher_vmap.cli import command as ends_quietly
 from fisher_vmap.cli import main as command
 from fisher_vmap.info import main
+
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
 
 def test_a_finished_folder(tmp_path, capsys):

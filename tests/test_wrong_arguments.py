@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import BLOCKS, VOCABULARY, WIDTH, block, fresh, prompts, tiny
-from test_fisher_model import WORDS, tokenizer  # noqa: F401 (a fixture)
+from models import BLOCKS, VOCABULARY, WIDTH, WORDS, block, fresh, prompts, tiny
 from toys import ToyLM
 
 from fisher_vmap import FisherModel, algebra, compress, fisher_full, fisher_scores, measured_kl
@@ -37,13 +36,13 @@ def said(call, *words):
         (3, ["prompts is a int"]),
     ],
 )
-def test_one_prompt_in_place_of_several_is_refused_at_once(tokenizer, monkeypatch, given, words):  # noqa: F811
+def test_one_prompt_in_place_of_several_is_refused_at_once(tokenizer, monkeypatch, given, words):
     opened = FisherModel(tiny("gpt2", torch.float32), tokenizer, layers=1)
     monkeypatch.setattr(FisherModel, "numbers", None)
     said(lambda: opened.fisher(given), *words)  # not only when the first record is asked for
 
 
-def test_a_table_in_place_of_its_column_is_refused(tokenizer):  # noqa: F811
+def test_a_table_in_place_of_its_column_is_refused(tokenizer):
     import pandas as pd
 
     opened = FisherModel(tiny("gpt2", torch.float32), tokenizer, layers=1, top_k=2)
@@ -56,7 +55,7 @@ def test_a_table_in_place_of_its_column_is_refused(tokenizer):  # noqa: F811
 # More tokens than positions.
 
 
-def test_a_prompt_is_cut_at_the_last_position(tokenizer):  # noqa: F811
+def test_a_prompt_is_cut_at_the_last_position(tokenizer):
     model = tiny("gpt2", torch.float32, n_positions=20)
     opened = FisherModel(model, tokenizer, layers=1, top_k=3)
     words = [WORDS[(5 * i) % 99] for i in range(50)]
@@ -173,7 +172,7 @@ def test_layers_as_numbers_of_any_library():
     assert len(FisherModel(model, layers="all").layers) == BLOCKS
 
 
-def test_the_model_and_its_tokenizer_exchanged(tokenizer):  # noqa: F811
+def test_the_model_and_its_tokenizer_exchanged(tokenizer):
     model = tiny("gpt2", torch.float32)
     said(lambda: FisherModel(tokenizer, model, layers=1), type(tokenizer).__name__, "the model comes first")
     said(lambda: FisherModel(model, model, layers=1), "the tokenizer is a GPT2LMHeadModel")
@@ -207,7 +206,7 @@ def test_steps_to_measure():
     said(lambda: measured_kl(model, row + VOCABULARY, 1, step), "input_ids run from 101")
 
 
-def test_vectors_of_another_width_than_the_matrix(tokenizer):  # noqa: F811
+def test_vectors_of_another_width_than_the_matrix(tokenizer):
     (record,) = FisherModel(tiny("gpt2", torch.float32), tokenizer, layers=1, top_k=3).fisher(["w1 w2"], rank=2)
     x = np.ones(WIDTH - 1)
     for call in (record.matvec, record.quadratic, lambda x: algebra.project(record, x)):

@@ -365,11 +365,6 @@ REAL = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def case(tmp_path, model, monkeypatch):
     import datasets

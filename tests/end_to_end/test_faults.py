@@ -31,11 +31,6 @@ resource = pytest.importorskip("resource", reason="needs a limit of the operatin
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_prompts(tmp_path_factory.mktemp("data") / "prompts.jsonl", texts(14))
 

@@ -17,7 +17,6 @@ from command_cases import (
     numbers_of,
     real_command,
     run_here,
-    save_model,
     start_command,
     write_shards,
 )
@@ -34,11 +33,6 @@ pytest.importorskip("ray")
 ray_nodes = importlib.import_module("ray_nodes")
 
 TESTS = os.path.dirname(__file__)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """The attention's pullback against plain autograd through a softmax attention written out, in float64."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from attention_cases import EV, SCALE, B, E, K, causal, draw, no_vmap_fallback, tensors, window
 from models import block, fresh, padded, prompts
 from oracles import plain_scores, relative, softmax_attention
-from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisher_vmap import fisher_scores
@@ -15,32 +13,7 @@ from fisher_vmap.kernels.attention import AttentionKind, attention
 from fisher_vmap.kernels.hf_attention import _attention_forward, prompts_packed
 from fisher_vmap.model.layout import lay_out, pack_rows
 
-B, E, EV, K = 2, 6, 5, 4
-SCALE = 0.37  # not E ** -0.5: a scale that is forgotten shows
 TOLERANCE = 1e-11
-
-
-@contextmanager
-def no_vmap_fallback():
-    """An operator without a batching rule is an error, and not a loop."""
-    torch._C._functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._functorch._set_vmap_fallback_enabled(True)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tensors(H: int, G: int, T: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
-    return 2 * draw(B, H, T, E, seed=1), 2 * draw(B, G, S, E, seed=2), draw(B, G, S, EV, seed=3)
-
-
-def causal(T: int, S: int) -> Tensor:
-    """[T, S] bool: position t sees keys up to t + S - T."""
-    return torch.arange(S) <= torch.arange(T)[:, None] + (S - T)
 
 
 def assert_matches(q, k, v, mask, kind, allowed) -> None:
@@ -64,12 +37,6 @@ def assert_matches(q, k, v, mask, kind, allowed) -> None:
     one = torch.autograd.grad(attention(*plain, mask, kind), plain, cotangents[0])
     for found, reference in zip(one, expected_grads[0], strict=True):
         torch.testing.assert_close(found, reference, atol=TOLERANCE, rtol=0)
-
-
-@pytest.fixture(params=[1, 2**9, 2**20], ids=["blocks of 16", "blocks of few", "one block"])
-def block_elements(request, monkeypatch):
-    """Queries in one block: 16 (the least), some, all of them."""
-    monkeypatch.setitem(attention_module.BLOCK_ELEMENTS, "cpu", request.param)
 
 
 HEADS = pytest.mark.parametrize(("H", "G"), [(3, 3), (6, 2), (4, 1)])
@@ -111,10 +78,6 @@ def test_causal_with_more_keys_than_queries():
     T, S = 20, 33
     q, k, v = tensors(6, 2, T, S)
     assert_matches(q, k, v, None, AttentionKind(SCALE, True), causal(T, S))
-
-
-def window(T: int, S: int) -> Tensor:
-    return causal(T, S) & (torch.arange(S) > torch.arange(T)[:, None] + (S - T) - 5)
 
 
 @HEADS

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from attention_cases import SCALE, causal, draw, no_vmap_fallback, packed_prompts, tensors, window
 from models import padded, prompts, tiny
 from oracles import relative, softmax_attention
-from test_attention import SCALE, block_elements, causal, draw, no_vmap_fallback, tensors, window  # noqa: F401
-from test_fused_attention import packed_prompts
 from torch.func import jacrev, jvp, vjp, vmap
 
 from fisher_vmap.kernels.attention import AttentionKind, attention
@@ -34,7 +33,7 @@ def jacobian_push(function, inputs, tangents):
 
 @pytest.mark.parametrize(("H", "G"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("masked", ["causal", "none", "window", "added", "more keys"])
-def test_attention(H, G, masked, block_elements):  # noqa: F811
+def test_attention(H, G, masked, block_elements):
     T, S = (20, 20) if masked != "more keys" else (12, 20)
     q, k, v = (x[:1] for x in tensors(H, G, T, S))
     mask, allowed = None, causal(T, S)

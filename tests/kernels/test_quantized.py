@@ -6,18 +6,17 @@ within its own kernel (bitsandbytes computes in bfloat16 on some processors) is 
 
 import copy
 import gc
-import json
 import weakref
 
 import pytest
 import torch
 from models import VOCABULARY, padded, prompts
 from oracles import plain_scores, relative
-from safetensors.torch import load_file, save_file
-from source_cases import agrees, base, run, save
+from quantized_cases import unpacked_by_bitsandbytes
+from source_cases import base
 from torch import nn
 
-from fisher_vmap import FisherModel, fisher_scores, load_model
+from fisher_vmap import FisherModel, fisher_scores
 from fisher_vmap.kernels.quantized import CannotDifferentiate, has_matrix, quantized_linears, quantized_pullbacks
 from fisher_vmap.linearize.probe import known_of
 
@@ -96,21 +95,6 @@ def in_bitsandbytes(model, bits):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, quantised.to("cpu"))
     return model
-
-
-def unpacked_by_bitsandbytes(model, bits):
-    """An ordinary model of the same weights, by the library's own functions, before any forward has repacked them."""
-    import bitsandbytes.functional as F
-
-    oracle = base()
-    for name in quantized_linears(model):
-        weight = model.get_submodule(name).weight
-        if bits == 4:
-            matrix = F.dequantize_4bit(weight.data, weight.quant_state)
-        else:
-            matrix = weight.CB.float() * weight.SCB[:, None].float() / 127
-        oracle.get_submodule(name).weight.data = matrix.float()
-    return oracle
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -241,107 +225,6 @@ def test_a_copy_and_a_freed_model_take_their_layers_along():
     del model, layer
     gc.collect()
     assert gone() is None
-
-
-# Through the command
-
-
-def bitsandbytes_folder(folder):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the dev extra")
-    import transformers
-
-    save(folder / "plain", base())
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "plain", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    oracle = unpacked_by_bitsandbytes(model, 4)
-    save(folder / "quantised", model)
-    return folder / "quantised", oracle, 0.08
-
-
-def compressed_folder(folder):
-    """8-bit integers with a scale a row, as compressed-tensors stores them."""
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is in the dev extra")
-    return _by_hand(folder, torch.int8, 127, "weight_scale", {
-        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": {"format": "int-quantized",
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-        }},
-    })  # fmt: skip
-
-
-def fp8_folder(folder):
-    """8-bit floats with a scale a block, as DeepSeek stores them."""
-    return _by_hand(folder, torch.float8_e4m3fn, 448, "weight_scale_inv", {
-        "quant_method": "fp8", "weight_block_size": [1, 1000], "modules_to_not_convert": ["lm_head"],
-    })  # fmt: skip
-
-
-def _by_hand(folder, dtype, largest, scale_name, quantization):
-    oracle = base()
-    save(folder, oracle)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [n for n in tensors if "_proj" in n]:
-        weight = tensors[name]
-        scale = weight.abs().amax(1, keepdim=True) / largest
-        rounded = (weight / scale).round() if dtype == torch.int8 else weight / scale
-        tensors[name] = rounded.to(dtype)
-        tensors[f"{name.removesuffix('weight')}{scale_name}"] = scale
-        oracle.get_parameter(name).data = tensors[name].float() * scale
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    return folder, oracle, 2e-4
-
-
-@pytest.mark.parametrize("make", [bitsandbytes_folder, compressed_folder, fp8_folder])
-@pytest.mark.parametrize("dequantize", [False, True])
-def test_a_quantised_folder(tmp_path, make, dequantize):
-    folder, oracle, budget = make(tmp_path / "model")
-    agrees(run(folder, tmp_path, dequantize=dequantize), oracle, 2e-4 if dequantize else budget)
-    loaded = load_model(str(folder), dtype="float32", device="cpu", dequantize=dequantize)
-    assert loaded.identity.get("dequantized", False) == dequantize
-    if dequantize:
-        assert not quantized_linears(loaded.model)
-
-
-def test_unpacked_weights_are_another_model_than_packed_ones(tmp_path, capsys):
-    folder, _, _ = compressed_folder(tmp_path / "model")
-    run(folder, tmp_path)
-    run(folder, tmp_path, dequantize=True, code=2)
-    assert "model" in capsys.readouterr().err
-
-
-def test_a_format_whose_package_is_missing_is_named(tmp_path, capsys):
-    folder = save(tmp_path / "model", base())
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    (folder / "config.json").write_text(json.dumps(config))
-    run(folder, tmp_path, code=2)
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "cannot be loaded" in line and "install" in line, line
-
-
-def test_compressed_tensors_with_rounded_inputs_needs_dequantize(tmp_path, capsys):
-    folder, oracle, _ = compressed_folder(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    group = config["quantization_config"]["config_groups"]["group_0"]
-    group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    run(folder, tmp_path, code=2)
-    assert "dequantize: true" in capsys.readouterr().err
-    agrees(run(folder, tmp_path, dequantize=True), oracle, 2e-4)
-
-
-def test_compressed_tensors_own_storage_is_refused_in_one_line(tmp_path):
-    import transformers
-
-    folder, _, _ = compressed_folder(tmp_path / "model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="CompressedTensorsConfig"):
-        fisher_scores(model, torch.arange(5)[None], layers=0)
 
 
 def test_ordinary_weights_under_a_forward_that_loses_the_gradient():

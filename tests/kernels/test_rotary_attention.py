@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_cases import LENGTHS, packed_prompts
 from models import tiny
 from torch.func import vjp, vmap
 
@@ -9,15 +10,6 @@ from fisher_vmap.fisher import fisher_scores
 from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward, parts_of, proven_attentions
 from fisher_vmap.linearize.probe import known_of
-from fisher_vmap.model.layout import lay_out, pack_rows
-
-LENGTHS = (5, 1, 9, 5)
-
-
-def packed_prompts():
-    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
-    tokens = torch.randint(3, 100, mask.shape, generator=torch.Generator().manual_seed(1))
-    return pack_rows(lay_out(tokens, mask))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

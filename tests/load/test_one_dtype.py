@@ -5,8 +5,8 @@ import torch
 import transformers
 from models import tiny
 from oracles import plain_scores, relative
+from quantized_cases import compressed_folder, fp8_folder, unpacked_by_bitsandbytes
 from source_cases import base, save
-from test_quantized import compressed_folder, fp8_folder, unpacked_by_bitsandbytes
 
 from fisher_vmap import FisherModel
 from fisher_vmap.load.model import load_model, to_one_dtype

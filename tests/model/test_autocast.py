@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from models import WIDTH, fresh, prompts
-from test_fisher_model import tokenizer  # noqa: F401 (a fixture)
 
 from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores, measured_kl
 
@@ -41,7 +40,7 @@ def with_network(product: Any) -> Any:
     return call
 
 
-def of_records(model: Any, tokenizer: Any) -> Any:  # noqa: F811
+def of_records(model: Any, tokenizer: Any) -> Any:
     records = FisherModel(model, tokenizer, layers=1, top_k=3, trace_samples=2).fisher(["w1 w2 w3", "w4"], rank=2)
     return [(r.S, r.V, r.Q, r.log_probs, r.position_energy, r.trace, r.relative_error) for r in records]
 
@@ -67,7 +66,7 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("name", CALLS)
-def test_results_are_those_without_autocast(name, family, dtype, tokenizer):  # noqa: F811
+def test_results_are_those_without_autocast(name, family, dtype, tokenizer):
     call = CALLS[name]
     expected = list(tensors_in(call(fresh(family, torch.float32), tokenizer)))
     with torch.autocast("cpu", dtype=dtype):

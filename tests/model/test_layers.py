@@ -1,8 +1,6 @@
 """Which modules can be hooked: found by what a model does on plain tokens, whatever its parts are called."""
 
 import re
-from collections import namedtuple
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +9,17 @@ from models import BLOCKS, VOCABULARY, WIDTH, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 from torch import Tensor, nn
 from toys import ToyBlock, ToyLM
+from toys.stacks import Grouped, InSequence, SomeUncalled, TowerAside, TowerOverPatches, TwoStacks
+from toys.streams import (
+    Keyword,
+    LooksAhead,
+    Named,
+    PositionsFirst,
+    SecondPlace,
+    StreamsFirst,
+    StreamsInside,
+    WithoutCache,
+)
 
 from fisher_vmap import FisherModel, fisher_scores
 from fisher_vmap.model.layers import Place, decoder_blocks, layers_of, place_of, resolve_layers
@@ -32,76 +41,6 @@ def assert_right(model: nn.Module, layers: Any, kernel: str = "auto", tolerance:
 
 
 # Which list of modules holds the decoder's blocks.
-
-
-class TowerAside(ToyLM):
-    """A tower for something that is no text, larger than the decoder, and its own list of experts in each block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tower = nn.ModuleList(ToyBlock() for _ in range(9)).double()
-        for block in self.blocks:
-            block.experts = nn.ModuleList(nn.Linear(WIDTH, 400) for _ in range(3)).double()
-
-
-class TowerOverPatches(TowerAside):
-    """The tower is called as well, on one row for every two tokens, and nothing comes of it."""
-
-    def walk(self, x: Tensor) -> Tensor:
-        patches = x[:, ::2]
-        for block in self.tower:
-            patches = block(patches)
-        return super().walk(x) + 0 * patches.sum(1, keepdim=True)
-
-
-class TwoStacks(ToyLM):
-    """A smaller stack below the larger one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lower = nn.ModuleList([ToyBlock(), ToyBlock()]).double()
-
-    def walk(self, x: Tensor) -> Tensor:
-        for block in self.lower:
-            x = block(x)
-        return super().walk(x)
-
-
-class Grouped(ToyLM):
-    """Blocks in groups: a list of lists, whose entries are not called themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.groups = nn.ModuleList([nn.ModuleList(list(self.blocks)), nn.ModuleList([ToyBlock()])]).double()
-        del self.blocks
-
-    def walk(self, x: Tensor) -> Tensor:
-        for group in self.groups:
-            for block in group:
-                x = block(x)
-        return x
-
-
-class InSequence(ToyLM):
-    """Blocks in an `nn.Sequential`, beside another one that is larger and no stack."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = nn.Sequential(*self.blocks)
-        self.norm = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4000), nn.Linear(4000, WIDTH)).double()
-        del self.blocks
-
-    def walk(self, x: Tensor) -> Tensor:
-        return self.stack(x)
-
-
-class SomeUncalled(ToyLM):
-    """Blocks 1 and 3 wait for an image."""
-
-    def walk(self, x: Tensor) -> Tensor:
-        for block in (self.blocks[0], self.blocks[2]):
-            x = block(x)
-        return x
 
 
 @pytest.mark.parametrize(
@@ -152,87 +91,9 @@ def test_modules_that_change_are_looked_at_anew():
 # How blocks pass the residual stream on.
 
 
-class Renamed(nn.Module):
-    """A block that takes the residual stream under another name, or after other arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = ToyBlock()
-
-    def forward(self, step: int, states: Tensor, scale: Tensor) -> tuple[Tensor, int]:
-        return self.inner(states * scale), step
-
-
-class Keyword(ToyLM):
-    by_name = True
-
-    def __init__(self) -> None:
-        super().__init__([Renamed() for _ in range(4)])
-
-    def walk(self, x: Tensor) -> Tensor:
-        scale = torch.tensor(1.1, dtype=x.dtype)
-        for number, block in enumerate(self.blocks):
-            x, _ = block(step=number, states=x, scale=scale) if self.by_name else block(number, x, scale)
-        return x
-
-
-class SecondPlace(Keyword):
-    by_name = False
-
-
 @pytest.mark.parametrize("kind", [Keyword, SecondPlace])
 def test_a_residual_stream_that_is_neither_first_nor_called_hidden_states(kind):
     assert set(assert_right(kind(), "all").values()) == {"layerwise"}
-
-
-class Streams(ToyLM):
-    """Several residual streams side by side, mixed between the blocks; `dim` is where they stand."""
-
-    dim, count = 0, 3
-
-    def spread(self, x: Tensor) -> Tensor:
-        return torch.stack([x * (1 + 0.3 * s) for s in range(self.count)], self.dim)
-
-    def walk(self, x: Tensor) -> Tensor:
-        x = self.spread(x)
-        for block in self.blocks:
-            x = block(x) + 0.2 * x.mean(self.dim, keepdim=True)
-        return x.mean(self.dim)
-
-
-class StreamBlock(ToyBlock):
-    """Sees its streams one by one."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        streams = [super(StreamBlock, self).forward(x) for x in hidden_states.unbind(self.dim)]
-        return torch.stack(streams, self.dim)
-
-
-class StreamsFirst(Streams):
-    def __init__(self) -> None:
-        super().__init__([StreamBlock(self.dim) for _ in range(4)])
-
-
-class StreamsInside(StreamsFirst):
-    dim = 2
-
-
-class PositionsFirst(ToyLM):
-    """[T, B, D], as old recurrent models have it."""
-
-    def __init__(self) -> None:
-        class Turned(ToyBlock):
-            def forward(self, hidden_states: Tensor) -> Tensor:
-                return super().forward(hidden_states.transpose(0, 1)).transpose(0, 1)
-
-        super().__init__([Turned() for _ in range(4)])
-
-    def walk(self, x: Tensor) -> Tensor:
-        return super().walk(x.transpose(0, 1)).transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -284,20 +145,6 @@ def test_a_place_that_is_not_clear_is_none():
     assert place_of(torch.Size((5, 14, 16)), 5, 7) is None
 
 
-Output = namedtuple("Output", "states note")
-
-
-class Named(nn.Module):
-    """Returns a named tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = ToyBlock()
-
-    def forward(self, hidden_states: Tensor) -> Output:
-        return Output(self.inner(hidden_states), note="and something else")
-
-
 def test_blocks_that_return_named_tuples():
     class NamedLM(ToyLM):
         def walk(self, x: Tensor) -> Tensor:
@@ -306,13 +153,6 @@ def test_blocks_that_return_named_tuples():
             return x
 
     assert set(assert_right(NamedLM([Named() for _ in range(3)]), "all").values()) == {"layerwise"}
-
-
-class WithoutCache(ToyLM):
-    """A forward that takes tokens and nothing else."""
-
-    def forward(self, input_ids: Tensor) -> SimpleNamespace:
-        return super().forward(input_ids)
 
 
 def test_a_forward_that_knows_no_cache():
@@ -388,11 +228,6 @@ def test_what_can_be_hooked_is_listed(wanted, said):
         "model.layers.N.self_attn",
     ):
         assert name in listed[1].split(", ")
-
-
-class LooksAhead(ToyBlock):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states) + 1e-4 * hidden_states.mean(1, keepdim=True)
 
 
 def masked_lm() -> nn.Module:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
+from precision_cases import FAST, SLOW, NarrowProducts
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
 from fisher_vmap.linearize.probe import known_of, undisturbed
@@ -23,10 +23,6 @@ SEEDS = range(8)
 LENGTHS = (18, 5, 40)
 SLACK = 1.1  # two ways to round are never equally good on every prompt
 KERNELS = ("layerwise", "whole", "loop")
-SLOW, FAST = (
-    Rates((11.0, 1.1), (85.0, 85.0)),
-    Rates((900.0, 800.0), (120.0, 120.0)),
-)  # without bfloat16 arithmetic, with
 
 
 @pytest.fixture
@@ -210,23 +206,6 @@ def test_weights_that_changed_between_calls_are_seen(change, room):
     after = fisher_scores(model, ids, mask, layers=0, precision="float32").gradients["model.layers.0"]
     expected = fisher_scores(copy.deepcopy(model).float(), ids, mask, layers=0).gradients["model.layers.0"]
     assert torch.equal(after, expected) and not torch.equal(after, before)
-
-
-class NarrowProducts(TorchDispatchMode):
-    """Counts matrix products in a narrow format."""
-
-    names = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product")
-
-    def __init__(self):
-        super().__init__()
-        self.narrow, self.all = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(name in func.overloadpacket.__name__ for name in self.names):
-            self.all += 1
-            if any(isinstance(a, torch.Tensor) and a.dtype in widening.NARROW for a in args):
-                self.narrow.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from report_cases import planted, write_factors
-from results_cases import no_power_cuts  # noqa: F401 (a fixture)
 
 from fisher_vmap.report.outliers import WORTH_A_LOOK, rank_outliers, score_prompts
 

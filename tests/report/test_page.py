@@ -12,11 +12,7 @@ import numpy as np
 import plotly.graph_objects
 import pytest
 from report_cases import planted, write_factors
-from results_cases import (
-    make_layout,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    write_folder,
-)
+from results_cases import make_layout, write_folder
 
 from fisher_vmap.report.__main__ import main
 from fisher_vmap.report.data import Sampling, compare_prompts, survey

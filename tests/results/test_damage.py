@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from results_cases import (
-    make_layout,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    write_folder,
-)
+from results_cases import make_layout, write_folder
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.index import read_index, write_index

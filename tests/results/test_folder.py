@@ -4,15 +4,7 @@ import errno
 import os
 
 import pytest
-from results_cases import (
-    FINGERPRINT,
-    digests,
-    make_layout,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import FINGERPRINT, digests, make_layout, make_prompts, open_writer, write_folder
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.folder import inspect_folder

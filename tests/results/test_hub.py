@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from report_cases import planted, write_factors
-from results_cases import FINGERPRINT, no_power_cuts, open_writer  # noqa: F401 (a fixture)
+from results_cases import FINGERPRINT, open_writer
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.export import main as export

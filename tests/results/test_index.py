@@ -5,14 +5,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from results_cases import (
-    digests,
-    make_layout,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import digests, make_layout, make_prompts, open_writer, write_folder
 
 from fisher_vmap.results import writer as writer_module
 from fisher_vmap.results.files import AT_WORK_NAME, at_work

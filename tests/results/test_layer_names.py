@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fisher_vmap.errors import UserError, listed
+from fisher_vmap.errors import UserError
 from fisher_vmap.results.reader import layer_named
 from fisher_vmap.results.table import natural, several
 
@@ -47,8 +47,3 @@ def test_many_names_in_a_few_words():
 def test_names_in_the_order_of_their_numbers():
     names = [f"a.{i}.npz" for i in (0, 1, 2, 10, 11)]
     assert sorted(sorted(names), key=natural) == names
-
-
-def test_a_list_in_an_error_says_how_many_more():
-    assert listed(["a", "b"]) == "a, b"
-    assert listed([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 from command_cases import run_here, save_model, texts, write_prompts
-from results_cases import (
-    RESOLVED,
-    digests,
-    make_layout,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import RESOLVED, digests, make_layout, make_prompts, open_writer, write_folder
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.info import main as info

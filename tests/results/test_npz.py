@@ -7,15 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from results_cases import (
-    factor,
-    make_layout,
-    make_prompt,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import factor, make_layout, make_prompt, make_prompts, open_writer, write_folder
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import outputs

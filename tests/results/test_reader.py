@@ -6,14 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.linalg
-from results_cases import (
-    factor,
-    make_layout,
-    make_prompt,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import factor, make_layout, make_prompt, open_writer, write_folder
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError

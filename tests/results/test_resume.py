@@ -9,16 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from results_cases import (
-    RESOLVED,
-    SETTINGS,
-    digests,
-    make_layout,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import RESOLVED, SETTINGS, digests, make_layout, make_prompts, open_writer, write_folder
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results import files

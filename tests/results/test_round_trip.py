@@ -7,16 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from results_cases import (
-    RESOLVED,
-    factor,
-    make_layout,
-    make_prompt,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    write_folder,
-)
+from results_cases import RESOLVED, factor, make_layout, make_prompt, make_prompts, open_writer, write_folder
 from safetensors import safe_open
 
 from fisher_vmap.errors import UserError

@@ -13,7 +13,6 @@ from command_cases import (
     numbers_of,
     real_command,
     run_here,
-    save_model,
     start_command,
     write_shards,
 )
@@ -22,11 +21,6 @@ from fisher_vmap import open_results
 from fisher_vmap.finish import main as finish
 from fisher_vmap.run.__main__ import main
 from fisher_vmap.run.pipeline import Share, run_items
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

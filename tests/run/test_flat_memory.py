@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_cases import arguments, environment, save_model
+from command_cases import arguments, environment
 
 from fisher_vmap import open_results
 
@@ -38,11 +38,6 @@ code = main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 sys.exit(code)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def peak(model, folder: Path, count: int) -> int:

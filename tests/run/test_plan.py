@@ -22,11 +22,6 @@ PROMPTS = [*texts(61), "", "x" * 300]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_prompts(tmp_path_factory.mktemp("data") / "p.jsonl", PROMPTS, kind=["a", "b", "c"] * 21)
 

@@ -10,7 +10,7 @@ import yaml
 from command_cases import LAYER, VOCABULARY, numbers_of, run_here, save_model, texts, tiny_tokenizer, write_prompts
 from models import tiny
 from oracles import plain_scores, relative
-from test_precision import FAST, SLOW, NarrowProducts
+from precision_cases import FAST, SLOW, NarrowProducts
 from transformers import AutoModelForCausalLM
 
 from fisher_vmap import open_results

@@ -35,11 +35,6 @@ LONGEST = 60
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     return write_prompts(path, PROMPTS, number=list(range(len(PROMPTS))), kind=["a", "b"] * 8)

@@ -6,21 +6,15 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from results_cases import (
-    make_layout,
-    make_prompt,
-    make_prompts,
-    no_power_cuts,  # noqa: F401 (a fixture)
-    open_writer,
-    without_numbers,
-    write_folder,
-)
+from results_cases import make_layout, make_prompt, make_prompts, open_writer, without_numbers, write_folder
 
 from fisher_vmap.results.files import sha256_of
 from fisher_vmap.results.index import FileEntry, read_index, write_index
 from fisher_vmap.results.outputs import write_npz, write_product, write_table
 from fisher_vmap.results.shard_reader import ShardReader, readers
 from fisher_vmap.verify.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
 NPZ = "fisher_matrices_compressed.npz"
 
