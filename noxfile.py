@@ -1,4 +1,4 @@
-"""`nox`: the tests that touch torch and transformers, with the oldest and the newest versions of both.
+"""`nox`: the tests that need no optional extra, with the oldest and the newest versions of torch and transformers.
 
 Each combination has an environment of its own, which is removed when its tests have run: a torch with its GPU libraries
 takes 7 GB of disk. An interpreter that is not installed is skipped. `nox -l` lists them, `nox -k 2.9.0` runs some.
@@ -22,41 +22,6 @@ COMBINATIONS = [
     ("3.12", "2.13.0", "5.23.0"),
     ("3.13", "2.13.0", "5.23.0"),
 ]
-TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "algebra",
-        "attention",
-        "bad_input",
-        "config",
-        "decomposition",
-        "experts",
-        "fisher_matrix",
-        "fisher_model",
-        "full",
-        "fused",
-        "fused_attention",
-        "fused_block",
-        "head",
-        "imports",
-        "kernel",
-        "layers",
-        "ledger",
-        "pieces",
-        "pointwise",
-        "proof",
-        "pushforward",
-        "results_damage",
-        "results_resume",
-        "results_round_trip",
-        "run",
-        "save_mean",
-        "steering",
-        "tokens",
-        "top_block",
-        "wrappers",
-    )
-]
 # Until 5.21 transformers ran gemma2 through a fused attention that leaves out its soft-cap. The kernel, which does not,
 # disagrees with such a model, and says so; under "eager" attention they agree.
 WITHOUT_SOFT_CAP = ["-k", "not gemma2 and not test_a_soft_cap_at_large_logits"]
@@ -66,10 +31,10 @@ TOOLS = ["accelerate", "hypothesis", "pytest", "pytest-benchmark", "scipy"]
 @nox.session
 @nox.parametrize("python,torch,transformers", COMBINATIONS)
 def tests(session: nox.Session, torch: str, transformers: str) -> None:
-    """The tests of the kernel, the estimators and a run, with one combination of versions."""
+    """All that is quick and needs no optional package, with one combination of versions."""
     try:
         session.install(f"torch=={torch}", f"transformers=={transformers}", *TOOLS, ".")
         left_out = WITHOUT_SOFT_CAP if tuple(map(int, transformers.split("."))) < (5, 21) else []
-        session.run("python", "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *left_out, *TESTS)
+        session.run("python", "-m", "pytest", "-q", "-m", "not slow and not extra", "-p", "no:cacheprovider", *left_out)
     finally:
         shutil.rmtree(Path(session.virtualenv.location), ignore_errors=True)

@@ -3,11 +3,24 @@
 import io
 import logging
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for one another
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """What needs packages of the optional extras is marked `extra`, and skipped where one is not installed."""
+    for item in items:
+        packages = [package for mark in item.iter_markers("needs") for package in mark.args]
+        missing = [package for package in packages if find_spec(package) is None]
+        if packages:
+            item.add_marker(pytest.mark.extra)
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
 
 
 @pytest.fixture(scope="module")

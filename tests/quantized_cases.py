@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from source_cases import base, save
@@ -26,7 +25,6 @@ def unpacked_by_bitsandbytes(model, bits):
 
 
 def bitsandbytes_folder(folder):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the dev extra")
     import transformers
 
     save(folder / "plain", base())
@@ -41,7 +39,6 @@ def bitsandbytes_folder(folder):
 
 def compressed_folder(folder):
     """8-bit integers with a scale a row, as compressed-tensors stores them."""
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is in the dev extra")
     return _by_hand(folder, torch.int8, 127, "weight_scale", {
         "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
         "ignore": ["lm_head"], "config_groups": {"group_0": {"format": "int-quantized",

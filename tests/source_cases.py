@@ -15,6 +15,9 @@ PROMPTS = texts(5)
 SIZES = {  # of a size that quantisation formats take: rows of 32 at least
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4,
 }  # fmt: skip
+# Where the llama's parts may stand: half of them in memory.
+PLACES = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2"], "cpu")
+PLACES |= dict.fromkeys(["model.layers.1", "model.layers.3", "model.norm", "lm_head"], "disk")
 
 
 def base(dtype=torch.float32):
@@ -55,3 +58,7 @@ def with_tokenizer(folder: Path) -> Path:
 
 def save(folder, model):
     return save_model(folder, model)
+
+
+def stored(out):
+    return [(record.S, record.V) for record in open_results(out)]

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
 from report_cases import planted, write_factors
 from results_cases import make_layout, write_folder
 from safetensors import safe_open
@@ -12,7 +11,7 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.export import main, save_control_vector, save_directions
 from fisher_vmap.results.reader import open_results
 
-pytestmark = pytest.mark.usefixtures("no_power_cuts")
+pytestmark = [pytest.mark.usefixtures("no_power_cuts"), pytest.mark.needs("gguf")]
 
 LAYERS = ("model.layers.2", "model.layers.5")
 
@@ -24,6 +23,8 @@ def results(tmp_path_factory):
 
 
 def control_vector(path):
+    from gguf import GGUFReader
+
     reader = GGUFReader(path)
     fields = {name: reader.get_field(name).contents() for name in
               ("general.architecture", "controlvector.model_hint", "controlvector.layer_count")}  # fmt: skip

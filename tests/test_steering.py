@@ -115,8 +115,10 @@ def test_entering_the_context_runs_nothing_where_the_layer_is_named():
         assert not called
 
 
+@pytest.mark.needs("peft")
 def test_a_wrapper_is_steered_by_either_name():
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, ids = fresh("llama", torch.float32), prompts([5])[0][None]
     with steer(model, "model.layers.1", V, 1.0), torch.no_grad():
         expected = model(input_ids=ids).logits

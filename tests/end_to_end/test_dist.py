@@ -12,7 +12,7 @@ import pytest
 from command_cases import arguments, environment, save_model, texts, write_prompts
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs("build")]
 
 
 def run(*command, **options) -> str:
@@ -24,7 +24,6 @@ def run(*command, **options) -> str:
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> Path:
     """A source archive and, from it, a wheel: of a copy, since building writes beside the sources."""
-    pytest.importorskip("build")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.needs("nbformat")
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "fisher_geometry.ipynb"
 
 
 def read():
-    return pytest.importorskip("nbformat").read(NOTEBOOK, as_version=4)
+    import nbformat
+
+    return nbformat.read(NOTEBOOK, as_version=4)
 
 
 def printed(notebook) -> list[str]:
@@ -25,10 +29,11 @@ def test_it_is_stored_with_its_output_and_small():
     assert NOTEBOOK.stat().st_size < 50_000
 
 
+@pytest.mark.needs("ipykernel", "nbclient")
 @pytest.mark.slow
 def test_it_runs_and_says_the_same(tmp_path):
-    pytest.importorskip("ipykernel")
-    client = pytest.importorskip("nbclient")
+    import nbclient
+
     from fisher_vmap.demo import demo_model
     from fisher_vmap.errors import UserError
 
@@ -37,7 +42,7 @@ def test_it_runs_and_says_the_same(tmp_path):
     except UserError as error:
         pytest.skip(str(error))
     stored, notebook = read(), read()
-    client.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     for before, after in zip(printed(stored), printed(notebook), strict=True):
         assert re.sub(r"[-+]?[\d.]+(e[-+]\d+)?", "#", after) == re.sub(r"[-+]?[\d.]+(e[-+]\d+)?", "#", before)
     leading, other = re.findall(r"predicted (\S+) nats, measured (\S+)", printed(notebook)[-1])

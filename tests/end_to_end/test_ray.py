@@ -29,7 +29,7 @@ from fisher_vmap.run.__main__ import main
 from fisher_vmap.run.ray import Pool, RayEngine
 from fisher_vmap.run.ray_worker import ShardWorker, begin, begin_shard, times_begun
 
-pytest.importorskip("ray")
+pytestmark = pytest.mark.needs("ray")
 ray_nodes = importlib.import_module("ray_nodes")
 
 TESTS = os.path.dirname(__file__)

@@ -20,7 +20,7 @@ PROMPTS = ["The capital of France is", "Water boils at a temperature of", "def a
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"the package {PACKAGE} is not installed")
+@pytest.mark.needs(PACKAGE)
 def test_gemma_3_against_plain_autograd_in_float64(tmp_path, monkeypatch):
     """Windows, norms of queries and keys, norms after attention, 262,144 tokens: all that the demo's model lacks."""
     from fisher_vmap import load_model

@@ -51,10 +51,12 @@ def forms(model):
 # torchao puts another tensor into an ordinary nn.Linear
 
 
+@pytest.mark.needs("torchao")
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("head", [True, False])
 def test_torchao_weight_only(kind, head):
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is in the dev extra")
+    import torchao.quantization as torchao
+
     config = {"int8": torchao.Int8WeightOnlyConfig, "float8": torchao.Float8WeightOnlyConfig}[kind]()
     model, oracle = base(), base()
     torchao.quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and (head or name != "lm_head"))
@@ -68,8 +70,10 @@ def test_torchao_weight_only(kind, head):
         compare(model, oracle, 2e-4, kernel=kernel)
 
 
+@pytest.mark.needs("torchao")
 def test_torchao_with_rounded_inputs_has_the_gradient_of_its_own_backward_or_none():
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is in the dev extra")
+    import torchao.quantization as torchao
+
     model, oracle = base(), base()
     torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(), lambda m, n: n.endswith("up_proj"))
     for name in quantized_linears(model):
@@ -84,7 +88,8 @@ def test_torchao_with_rounded_inputs_has_the_gradient_of_its_own_backward_or_non
 
 
 def in_bitsandbytes(model, bits):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the dev extra")
+    import bitsandbytes as bnb
+
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and name != "lm_head":
             kind, options = (bnb.nn.Linear4bit, {"quant_type": "nf4", "compute_dtype": layer.weight.dtype}), {}
@@ -97,6 +102,7 @@ def in_bitsandbytes(model, bits):
     return model
 
 
+@pytest.mark.needs("bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_bitsandbytes(bits):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import weakref
 
 import pytest
@@ -79,7 +80,7 @@ def test_code_between_the_last_block_and_the_unembedding_runs_in_float32(caplog)
             top = narrow.walk(narrow.embed(row[None])).float()
             expected = wide.read(top)[0, -1].log_softmax(0)[scores.token_ids[b]]
             torch.testing.assert_close(scores.log_probs[b], expected, atol=1e-5, rtol=0)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]  # no form was given up
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -18,7 +18,6 @@ def bitsandbytes_in(saved, computed):
     """A 4-bit checkpoint whose other weights are saved in one format, and whose products are computed in another."""
 
     def make(folder):
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the dev extra")
         save(folder / "plain", base())
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed
@@ -45,8 +44,13 @@ CHECKPOINTS = {
 }
 
 
+def needs(name):
+    packages = {"4": ["bitsandbytes"], "c": ["compressed_tensors"]}
+    return [pytest.mark.needs(*packages[name[0]])] if name[0] in packages else []
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in CHECKPOINTS])
 def test_unpacked_weights_and_the_others_are_of_one_format(tmp_path, name, dtype):
     folder, oracle, _ = CHECKPOINTS[name](tmp_path / "model")
     plain = transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,14 @@ from fisher_vmap import fisher_scores, load_model
 from fisher_vmap.kernels.quantized import quantized_linears
 
 
-@pytest.mark.parametrize("make", [bitsandbytes_folder, compressed_folder, fp8_folder])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(bitsandbytes_folder, marks=pytest.mark.needs("bitsandbytes")),
+        pytest.param(compressed_folder, marks=pytest.mark.needs("compressed_tensors")),
+        fp8_folder,
+    ],
+)
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_a_quantised_folder(tmp_path, make, dequantize):
     folder, oracle, budget = make(tmp_path / "model")
@@ -22,6 +29,7 @@ def test_a_quantised_folder(tmp_path, make, dequantize):
         assert not quantized_linears(loaded.model)
 
 
+@pytest.mark.needs("compressed_tensors")
 def test_unpacked_weights_are_another_model_than_packed_ones(tmp_path, capsys):
     folder, _, _ = compressed_folder(tmp_path / "model")
     run(folder, tmp_path)
@@ -39,6 +47,7 @@ def test_a_format_whose_package_is_missing_is_named(tmp_path, capsys):
     assert "cannot be loaded" in line and "install" in line, line
 
 
+@pytest.mark.needs("compressed_tensors")
 def test_compressed_tensors_with_rounded_inputs_needs_dequantize(tmp_path, capsys):
     folder, oracle, _ = compressed_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -50,6 +59,7 @@ def test_compressed_tensors_with_rounded_inputs_needs_dequantize(tmp_path, capsy
     agrees(run(folder, tmp_path, dequantize=True), oracle, 2e-4)
 
 
+@pytest.mark.needs("compressed_tensors")
 def test_compressed_tensors_own_storage_is_refused_in_one_line(tmp_path):
     import transformers
 

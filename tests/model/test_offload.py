@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("accelerate", reason="accelerate is in the dev extra")
+pytestmark = pytest.mark.needs("accelerate")
 HERE = Path(__file__).parent
 
 

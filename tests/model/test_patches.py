@@ -50,7 +50,8 @@ def state(model):
 
 
 def by_accelerate(model, kind="bf16"):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is in the dev extra")
+    import accelerate
+
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return accelerate.Accelerator(mixed_precision=kind, cpu=True).prepare_model(model)
@@ -80,7 +81,8 @@ def on_parts(model):
 
 
 def under_a_hook_of_accelerate(model):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is in the dev extra")
+    import accelerate.hooks as hooks
+
     layer = model.model.layers[1]
     layer.forward = autocast(layer.forward)
     hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
@@ -88,19 +90,21 @@ def under_a_hook_of_accelerate(model):
 
 
 def over_a_hook_of_accelerate(model):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is in the dev extra")
+    import accelerate.hooks as hooks
+
     hooks.add_hook_to_module(model, hooks.AlignDevicesHook(execution_device="cpu"))
     return as_a_decorator(model)
 
 
+BY_ACCELERATE = pytest.mark.needs("accelerate")
 AUTOCASTS = [
-    by_accelerate,
-    by_accelerate_twice,
+    pytest.param(by_accelerate, marks=BY_ACCELERATE),
+    pytest.param(by_accelerate_twice, marks=BY_ACCELERATE),
     as_a_decorator,
     as_a_method,
     on_parts,
-    under_a_hook_of_accelerate,
-    over_a_hook_of_accelerate,
+    pytest.param(under_a_hook_of_accelerate, marks=BY_ACCELERATE),
+    pytest.param(over_a_hook_of_accelerate, marks=BY_ACCELERATE),
 ]
 
 

@@ -33,7 +33,8 @@ def compare(wrapped, oracle, layers=LAYERS, names=None, budget=2e-4):
 
 
 def lora(seed=0, **options):
-    peft = pytest.importorskip("peft", reason="peft is in the dev extra")
+    import peft
+
     torch.manual_seed(seed)
     targets = options.pop("targets", ["q_proj", "up_proj"])
     config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **options)
@@ -51,14 +52,18 @@ def by_hand(model, *names):
     return merged
 
 
+@pytest.mark.needs("peft")
 def test_a_peft_model_is_its_base_with_the_active_adapter():
     model = lora()
     compare(model, by_hand(model, "default"))
     assert {choice.form for choice in known_of(model.get_base_model()).forms.values()} == {"packed"}
 
 
+@pytest.mark.needs("peft")
 def test_the_adapter_that_is_active_now_counts():
-    model, peft = lora(), pytest.importorskip("peft", reason="peft is in the dev extra")
+    import peft
+
+    model = lora()
     torch.manual_seed(5)
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
     compare(model, by_hand(model, "default"))
@@ -74,6 +79,7 @@ def test_the_adapter_that_is_active_now_counts():
     compare(model, merged)
 
 
+@pytest.mark.needs("peft")
 def test_an_adapter_on_the_unembedding_and_a_trained_copy_of_it():
     model = lora(targets=["q_proj", "lm_head"])
     compare(model, by_hand(model, "default"))
@@ -85,12 +91,14 @@ def test_an_adapter_on_the_unembedding_and_a_trained_copy_of_it():
     compare(model, oracle)
 
 
+@pytest.mark.needs("peft")
 def test_dropout_of_an_adapter_is_off_and_its_mode_is_left_alone():
     model = lora(lora_dropout=0.5).train()
     compare(model, by_hand(model, "default"))
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.needs("peft")
 def test_layers_may_have_the_names_of_the_peft_model():
     model = lora()
     compare(
@@ -99,10 +107,12 @@ def test_layers_may_have_the_names_of_the_peft_model():
     assert FisherModel(model, layers="base_model.model.model.layers.1").layers == ["model.layers.1"]
 
 
+@pytest.mark.needs("peft", "torchao")
 def test_an_adapter_on_quantised_weights():
     """QLoRA, in small: the adapter stays beside layers that have no backward of their own."""
-    peft = pytest.importorskip("peft", reason="peft is in the dev extra")
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is in the dev extra")
+    import peft
+    import torchao.quantization as torchao
+
     torch.manual_seed(0)
     model, oracle = base(), base()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda m, n: n.endswith("up_proj"))
@@ -117,9 +127,11 @@ def test_an_adapter_on_quantised_weights():
     compare(adapted, oracle)
 
 
+@pytest.mark.needs("peft")
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "alora"])
 def test_adapters_that_are_not_in_the_modules_are_refused_in_one_line(kind):
-    peft = pytest.importorskip("peft", reason="peft is in the dev extra")
+    import peft
+
     common = {"task_type": "CAUSAL_LM"}
     config, words = {
         "prompt": (peft.PromptTuningConfig(num_virtual_tokens=2, **common), "virtual tokens"),
@@ -168,6 +180,7 @@ def test_a_transformer_bridge_in_small():
     assert names_inside(bridge, model, "all") == "all" and names_inside(bridge, model, 3) == 3
 
 
+@pytest.mark.needs("peft")
 def test_wrappers_of_wrappers_and_of_torch():
     oracle = by_hand(lora(), "default")
     compare(nn.DataParallel(lora()), oracle)
@@ -186,8 +199,10 @@ def test_what_is_no_model_is_refused_in_one_line():
         fisher_scores(empty, torch.arange(5)[None], layers=0)
 
 
+@pytest.mark.needs("nnsight")
 def test_nnsight_itself():
-    nnsight = pytest.importorskip("nnsight", reason="not in the dev extra: pip install nnsight")
+    import nnsight
+
     wrapped = nnsight.LanguageModel(base(), tokenizer=tiny_tokenizer())
     compare(wrapped, base())
     assert FisherModel(wrapped, layers=1).tokenizer is wrapped.tokenizer
@@ -196,11 +211,13 @@ def test_nnsight_itself():
     assert after is not None  # it works as before
 
 
+@pytest.mark.needs("transformer_lens")
 def test_the_transformer_bridge_itself():
-    bridge_of = pytest.importorskip(
-        "transformer_lens.model_bridge", reason="not in the dev extra: pip install transformer-lens"
-    ).TransformerBridge.boot_transformers
-    bridge = bridge_of("tiny", hf_model=copy.deepcopy(base()), tokenizer=tiny_tokenizer(), dtype=torch.float32)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(
+        "tiny", hf_model=copy.deepcopy(base()), tokenizer=tiny_tokenizer(), dtype=torch.float32
+    )
     compare(bridge, base(), ["blocks.2", "blocks.0"], ["model.layers.2", "model.layers.0"])
     logits = bridge(torch.arange(6)[None])
     torch.testing.assert_close(logits, base()(torch.arange(6)[None]).logits, rtol=1e-4, atol=1e-4)

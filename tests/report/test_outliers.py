@@ -6,6 +6,8 @@ from report_cases import planted, write_factors
 
 from fisher_vmap.report.outliers import WORTH_A_LOOK, rank_outliers, score_prompts
 
+pytestmark = pytest.mark.needs("matplotlib", "plotly", "scipy")
+
 
 @pytest.mark.parametrize("width", [64, 200])
 @pytest.mark.parametrize("kind", ["common", "private"])

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import plotly.graph_objects
 import pytest
 from report_cases import planted, write_factors
 from results_cases import make_layout, write_folder
@@ -19,6 +18,8 @@ from fisher_vmap.report.data import Sampling, compare_prompts, survey
 from fisher_vmap.report.figures import log_axis, short_names, typed
 from fisher_vmap.report.page import render_page, sampling_notes
 from fisher_vmap.results.reader import open_results
+
+pytestmark = pytest.mark.needs("matplotlib", "plotly", "scipy")
 
 NASTY = '</script><script>alert(1)</script> "quoted" & <b>bold</b> \u2028 '
 
@@ -102,13 +103,15 @@ def themed(value):
 
 
 def test_every_figure_is_valid_and_every_colour_is_in_the_palette(page, results):
+    from plotly import graph_objects
+
     figures = [f for layer in page.data["layers"] for f in layer["figures"].values()]
     figures += page.data["layer_figures"].values()
     assert len(figures) == 2 * (2 + 4 + 2 + 2) + 3
     css = Path(importlib.util.find_spec("fisher_vmap.report").origin).with_name("page.css").read_text("utf-8")
     known = set(re.findall(r"--(\w+):", css)) | {"scale", "points"}
     for figure in figures:
-        plotly.graph_objects.Figure(themed(figure))
+        graph_objects.Figure(themed(figure))
         assert set(re.findall(r'"@(\w+)', json.dumps(figure))) <= known
 
 

@@ -109,6 +109,7 @@ def text_in(folder):
     return "SEC" in "".join(tables) or b"SEC" in bytes_of(folder)
 
 
+@pytest.mark.needs("matplotlib", "plotly", "scipy")
 def test_there_and_back(hub, results, monkeypatch, tmp_path):
     hub.gated[SOURCE] = False
     (results.folder / "notes.txt").write_text("mine")

@@ -199,8 +199,10 @@ def test_weights_and_a_batch_are_what_a_worker_has(model, data):
     assert np.isfinite(found.tokens)
 
 
+@pytest.mark.needs("peft")
 def test_an_adapter_is_counted_as_its_base(model, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     lm = fresh("llama", torch.float32, vocab_size=VOCABULARY)
     lm.name_or_path = lm.config.name_or_path = str(model)
     adapted = peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["q_proj"]))

