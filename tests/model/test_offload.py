@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def run(families):
     done = subprocess.run(
         [sys.executable, HERE / "two_devices.py", families], capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [*HERE.parents[:2], HERE]))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()
