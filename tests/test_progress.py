@@ -191,7 +191,7 @@ def test_a_run_tells_what_was_stored_beforehand(inputs, tmp_path, monkeypatch):
 STUB = """
 import sys, time, torch
 from fisher_vmap import fisher_model
-from fisher_vmap.running import opening
+from fisher_vmap.run import open as opening
 stage, asleep = sys.argv.pop(1), float(sys.argv.pop(1))
 linear, pending = torch.nn.functional.linear, []
 def slow(*arguments, **options):
@@ -210,7 +210,7 @@ def first(function):
 opening._prove = first(opening._prove)
 fisher_model.FisherModel.numbers = first(fisher_model.FisherModel.numbers)
 print("begun", file=sys.stderr, flush=True)
-from fisher_vmap.run import main
+from fisher_vmap.run.__main__ import main
 sys.exit(main())
 """
 

@@ -552,7 +552,7 @@ class FakeHub(BaseHTTPRequestHandler):
 HUB_CLIENT = """
 import json
 from fisher_vmap.errors import UserError
-from fisher_vmap.prompts.sources import read_prompts
+from fisher_vmap.data.prompts import read_prompts
 said = []
 for name, settings in [
     ("some/gated", {}),

@@ -273,7 +273,8 @@ def test_without_ray_one_line(model, data, tmp_path, monkeypatch, capsys):
 
 def test_ray_is_imported_where_it_is_asked_for_alone(model, data, tmp_path):
     argv = arguments(model, data, tmp_path / "out", **SETTINGS, num_prompts=3)
-    code = f"import sys; from fisher_vmap.run import main; assert main({argv!r}) == 0; assert 'ray' not in sys.modules"
+    code = f"import sys; from fisher_vmap.run.__main__ import main; assert main({argv!r}) == 0"
+    code += "; assert 'ray' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -16,9 +16,9 @@ RUN = """
 import resource, sys
 import numpy as np
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.prompts.prompt_numbers import PromptNumbers
-from fisher_vmap.run import main
-from fisher_vmap.storage.records import LayerResult
+from fisher_vmap.data.batching import PromptNumbers
+from fisher_vmap.run.__main__ import main
+from fisher_vmap.results.table import LayerResult
 
 K, R, D = 6, 4, 36
 rng = np.random.default_rng(0)
