@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fisher_vmap.results.index import read_entry
+from fisher_vmap.results.index import ShardLayout, read_entry
+from fisher_vmap.results.record import LayerResult, PromptResult
 from fisher_vmap.results.shard import write_shard
-from fisher_vmap.results.table import LayerResult, PromptResult, ShardLayout
 
 SHARD_SIZE = 2
 LAYOUT = ShardLayout(widths={"layer": 8}, top_k=2, rank=1)

@@ -26,12 +26,12 @@ from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.results.files import readable_write_errors
-from fisher_vmap.results.hub import HUB, push_to_hub
+from fisher_vmap.results.hub import HUB
+from fisher_vmap.results.layer_names import several
 from fisher_vmap.results.outputs import write_npz
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import was
 from fisher_vmap.results.shard_reader import Where
-from fisher_vmap.results.table import several
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)$")
 
@@ -149,7 +149,7 @@ def export(arguments: argparse.Namespace) -> str:
         results = open_results(arguments.folder)
     out = str(arguments.out)
     if out.startswith(HUB):
-        url = push_to_hub(results, out, private=not arguments.public, share_text=arguments.text)
+        url = results.push_to_hub(out, private=not arguments.public, share_text=arguments.text)
         return f"{results.folder} is at {url}"
     layers = [results.at(name).layer for name in arguments.layer or results.layers]
     suffix = Path(out).suffix

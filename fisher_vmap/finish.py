@@ -7,7 +7,8 @@ from pathlib import Path
 from fisher_vmap.cli import command, folder_command
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.index import Index, read_index
-from fisher_vmap.results.outputs import finish_folder, wants_npz
+from fisher_vmap.results.outputs import wants_npz
+from fisher_vmap.results.writer import finish_folder
 
 
 @command

@@ -28,8 +28,7 @@ from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.validation import check_whole, most_positions
 from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
-from fisher_vmap.results.record import PromptRecord
-from fisher_vmap.results.table import LayerResult, covered_mass, how_good
+from fisher_vmap.results.record import LayerResult, PromptRecord, covered_mass, how_good
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 from results_cases import make_layout, open_writer
 
 from fisher_vmap.results.reader import open_results
-from fisher_vmap.results.table import LayerResult, PromptResult
+from fisher_vmap.results.record import LayerResult, PromptResult
 
 
 def planted(kind, seed=0, *, count=200, few=5, width=64, rank=8, share=0.2):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fisher_vmap.results.table import LayerResult, PromptResult, ShardLayout
+from fisher_vmap.results.index import ShardLayout
+from fisher_vmap.results.record import LayerResult, PromptResult
 from fisher_vmap.results.writer import ResultsWriter
 
 FINGERPRINT = {"model_path": "tiny", "top_k_tokens": 4, "hook_layer_name": ["blocks.0"]}

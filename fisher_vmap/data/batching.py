@@ -18,7 +18,7 @@ from fisher_vmap.decomposition import LowRank, compress_layers, quality
 from fisher_vmap.estimators import Estimate
 from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.model.offload import model_dtype
-from fisher_vmap.results.table import LayerResult
+from fisher_vmap.results.record import LayerResult
 
 # On a CPU larger batches gain nothing and leave its caches; on a GPU memory is the limit.
 CPU_BATCH_TOKENS = 1024

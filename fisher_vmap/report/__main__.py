@@ -13,9 +13,9 @@ from pathlib import Path
 from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
-from fisher_vmap.results.mean import is_ok
 from fisher_vmap.results.reader import open_results
 from fisher_vmap.results.record import was
+from fisher_vmap.results.shard_reader import is_ok
 
 SHOWN = 10  # images that are named one by one
 EXTRA = ("plotly", "matplotlib", "scipy")

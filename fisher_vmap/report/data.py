@@ -17,9 +17,9 @@ from scipy.spatial.distance import squareform
 from fisher_vmap import algebra
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.report.outliers import Outlier, Scores, rank_outliers, score_prompts
-from fisher_vmap.results.mean import is_ok
 from fisher_vmap.results.reader import Results
 from fisher_vmap.results.record import PromptRecord
+from fisher_vmap.results.shard_reader import is_ok
 
 TEXT = 180  # characters of a prompt in the table
 GROUP_VALUES = 60  # a kept column with at most so many different values divides the prompts into groups

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisher_vmap.errors import listed
-from fisher_vmap.results.mean import is_ok
 from fisher_vmap.results.reader import Results
+from fisher_vmap.results.shard_reader import is_ok
 
 Float = NDArray[np.float64]
 

@@ -1,9 +1,4 @@
-"""One process at a time changes index.json, and all that fill the folder can be told: file locks that die with them.
-
-Files that are whole or not there: written under a temporary name beside the target, flushed, then renamed.
-
-Is a file still what was written? One kind of answer: silence, or a UserError that names the file.
-"""
+"""Files that are written whole or not at all, checks that they are unchanged, and the locks of a results folder."""
 
 import errno
 import hashlib
@@ -13,29 +8,41 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from fisher_vmap.errors import UserError
 
-# ".<final name>~<host>~<process>~<random>.tmp": who wrote it can be told from the name alone.
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks here: only one process at a time should use a folder
+    fcntl = None  # type: ignore[assignment]
+
+# ".<final name>~<host>~<process>~<random>.tmp": the name tells which process is writing the file.
 TEMPORARY_NAME = re.compile(r"^\.(?P<name>.+)~(?P<host>[^~]+)~(?P<process>\d+)~[0-9a-f]{12}\.tmp$")
 STALE_AFTER_S = 24 * 3600.0
+
+LOCK_NAME = ".lock"
+AT_WORK_NAME = ".at-work"
+POLL_S = 0.02
+SAY_SO_AFTER_S = 5.0
 
 _HOST = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "host"
 _live_temporaries: set[Path] = set()
 
+logger = logging.getLogger(__name__)
+
 
 class Staged:
-    """A file under its temporary name. Nothing of that name shows in the folder until `commit`."""
+    """A file that is written under a temporary name and gets its own name with `commit`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.temporary = path.with_name(f".{path.name}~{_HOST}~{os.getpid()}~{secrets.token_hex(6)}.tmp")
         self.committed = False
-        _live_temporaries.add(self.temporary)  # first, or another thread could take the file for a dead one's
+        _live_temporaries.add(self.temporary)  # before the file exists, or another thread could remove it as stale
         self.file: BinaryIO = open(self.temporary, "xb")  # noqa: SIM115 (closed by commit or discard)
 
     def digest(self) -> tuple[str, int]:
@@ -44,13 +51,13 @@ class Staged:
         return sha256_of(self.temporary), self.temporary.stat().st_size
 
     def commit(self) -> None:
-        """Give the file its name: after this it survives a power cut, before it the old file does."""
+        """Replace the old file. A power cut before this leaves the old file, one after it the new file."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.temporary, self.path)
         self.committed = True
-        flush_directory(self.path.parent)
+        _flush_directory(self.path.parent)
 
     def discard(self) -> None:
         """Close, and remove the temporary file unless it was committed."""
@@ -65,11 +72,7 @@ class Staged:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Staged]:
-    """Open a `Staged` file for `path`; what is not committed when the block ends is removed.
-
-    Raises:
-        UserError: the operating system refuses to write there, in one line that says why.
-    """
+    """Open a `Staged` file for `path`. If the block ends without a commit, the file is removed."""
     with readable_write_errors(path):
         stage = Staged(path)
         try:
@@ -80,11 +83,7 @@ def staged(path: Path) -> Iterator[Staged]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write the whole of `path` in one block; it replaces the old file only when the block ends without an error.
-
-    Raises:
-        UserError: as `staged`.
-    """
+    """Open a file that replaces `path` when the block ends without an error."""
     with staged(path) as stage:
         yield stage.file
         stage.commit()
@@ -92,29 +91,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def readable_write_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says while `path` is written into one line for the user.
-
-    Raises:
-        UserError: in place of any `OSError` of the block.
-    """
+    """Turn any `OSError` of the block into a UserError: one line that says why `path` cannot be written."""
     try:
         yield
     except OSError as error:
-        raise _write_error(path, error) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no space left to write {path}; free some and run the same command again: what is finished is kept"
+            ) from error
+        reason = (error.strerror or str(error) or type(error).__name__).lower()
+        raise UserError(f"cannot write {path}: {reason}; choose an --output_dir that can be written") from error
 
 
-def _write_error(path: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(
-            f"no space left to write {path}; free some and run the same command again: what is finished is kept"
-        )
-    reason = (error.strerror or str(error) or type(error).__name__).lower()
-    return UserError(f"cannot write {path}: {reason}; choose an --output_dir that can be written")
-
-
-def flush_directory(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename lives in the directory, not in the file."""
-    if os.name == "nt":  # Windows opens no directories, and its renames are journalled
+def _flush_directory(folder: Path) -> None:
+    """Make a rename durable: it is stored in the directory, not in the file."""
+    if os.name == "nt":  # Windows cannot open directories, and its renames are journalled
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -126,22 +117,15 @@ def flush_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits, read as a stream."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def remove_stale_temporaries(folder: Path) -> int:
-    """Remove temporary files whose writer is dead. Returns how many there were.
+    """Remove temporary files whose writer has died, and return how many.
 
-    A writer on another machine that shares the folder cannot be asked whether it lives, so its files go only after a
-    day without a change.
+    Whether a process on another machine is alive is not known, so its files are removed after a day without a change.
     """
     removed = 0
     for path in folder.iterdir():
         if (match := TEMPORARY_NAME.match(path.name)) and path not in _live_temporaries:
-            with suppress(FileNotFoundError):  # another process may tidy up at the same time
+            with suppress(FileNotFoundError):  # another process may be removing the same files
                 dead = match["host"] == _HOST and not _is_another_live_process(int(match["process"]))
                 if dead or time.time() - path.stat().st_mtime > STALE_AFTER_S:
                     path.unlink()
@@ -151,9 +135,9 @@ def remove_stale_temporaries(folder: Path) -> int:
 
 def _is_another_live_process(process: int) -> bool:
     if process == os.getpid():
-        # Ours, yet not among our live files: left by an earlier process of the same number (usual in containers).
+        # Not among our live files, so an earlier process had the same number, as is usual in containers.
         return False
-    if os.name == "nt":  # os.kill(pid, 0) would be a Ctrl-C there; wait for the day instead
+    if os.name == "nt":  # os.kill(pid, 0) would be a Ctrl-C there
         return True
     try:
         os.kill(process, 0)
@@ -164,17 +148,25 @@ def _is_another_live_process(process: int) -> bool:
     return True
 
 
-def damaged(path: Path, reason: str) -> UserError:
-    """The error for a results file that is missing or not as it was written."""
-    return UserError(f"{path} is damaged: {' '.join(reason.split())}; run the same command again to mend it")
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(path: Path, reason: object) -> UserError:
+    """The error for a results file that is missing or changed."""
+    if isinstance(reason, OSError):
+        reason = (reason.strerror or str(reason)).lower()
+    return UserError(f"{path} is damaged: {' '.join(str(reason).split())}; run the same command again to mend it")
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raise UserError unless the file is there with `size` bytes."""
+    """Raise UserError unless the file exists with `size` bytes."""
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise damaged(path, (error.strerror or str(error)).lower()) from error
+        raise damaged(path, error) from error
     if found != size:
         raise damaged(path, f"it has {found} bytes instead of {size}")
 
@@ -185,20 +177,29 @@ def check_sha256(path: Path, size: int, sha256: str) -> None:
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise damaged(path, (error.strerror or str(error)).lower()) from error
+        raise damaged(path, error) from error
     _compare(path, found, sha256)
 
 
 def read_checked(path: Path, size: int, sha256: str, verify: bool = True) -> bytes:
-    """The whole file, raising UserError unless it has this size and, with `verify`, this SHA-256."""
+    """Read a file; raise UserError unless it has this size and, with `verify`, this SHA-256."""
     check_size(path, size)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise damaged(path, (error.strerror or str(error)).lower()) from error
+        raise damaged(path, error) from error
     if verify:
         _compare(path, hashlib.sha256(data).hexdigest(), sha256)
     return data
+
+
+def passes(check: Callable[..., None], *arguments: object) -> bool:
+    """Whether a check raises no UserError."""
+    try:
+        check(*arguments)
+    except UserError:
+        return False
+    return True
 
 
 def _compare(path: Path, found: str, expected: str) -> None:
@@ -206,80 +207,33 @@ def _compare(path: Path, found: str, expected: str) -> None:
         raise damaged(path, "its SHA-256 differs from the index")
 
 
-try:
-    import fcntl
-except ImportError:  # Windows: files stay whole without the lock; only simultaneous runs in one folder need it
-    fcntl = None  # type: ignore[assignment]
-
-LOCK_NAME = ".lock"
-AT_WORK_NAME = ".at-work"
-POLL_S = 0.02
-SAY_SO_AFTER_S = 5.0
-
-logger = logging.getLogger(__name__)
-
-
+# Not the package filelock: without flock it raises, or waits for files that a killed process left. Here a warning does.
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for the length of the block, waiting for another process if need be.
+    """Hold the folder's exclusive lock for the block, waiting for another process if necessary.
 
-    The kernel drops the lock when its holder dies, whatever kills it; the empty file `.lock` stays and means nothing.
-
-    Raises:
-        UserError: the folder cannot be written.
+    The system releases the lock when its holder dies. The empty file `.lock` stays.
     """
     with readable_write_errors(folder):
         file = open(folder / LOCK_NAME, "ab")  # noqa: SIM115 (closed below, after the block)
-    try:
-        _acquire(file, folder)
-        yield
-    finally:
-        _release(file)
-
-
-@contextmanager
-def at_work(folder: Path) -> Iterator[bool]:
-    """For the length of the block others can tell that this process fills the folder; gives whether one does already.
-
-    A lock that all of them share, and that the kernel drops when its holder dies: who could have it alone is alone.
-    Where there are no locks nobody is seen. The file goes with the last of them.
-    """
-    with ExitStack() as stack:
-        others = False
+    with file:
+        held = _wait_for_lock(file, folder)
         try:
-            file = stack.enter_context(open(folder / AT_WORK_NAME, "a+b"))
-            others = not _has_alone(file)
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_SH)  # in place of the other; who stands in the way is looking, and no more
-                stack.callback(_leave, file, folder)
-        except OSError as error:
-            logger.debug("no telling who else fills %s: %s", folder, error)
-        yield others
+            yield
+        finally:
+            if held:  # closing is not enough: a process forked meanwhile has a copy of the descriptor
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _has_alone(file: BinaryIO) -> bool:
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _leave(file: BinaryIO, folder: Path) -> None:
-    with suppress(OSError):
-        if _has_alone(file):
-            (folder / AT_WORK_NAME).unlink(missing_ok=True)
-
-
-def _acquire(file: BinaryIO, folder: Path) -> None:
+def _wait_for_lock(file: BinaryIO, folder: Path) -> bool:
+    """Whether the file is locked now; False where the file system has no locks."""
     if fcntl is None:
-        return
+        return False
     started, said = time.monotonic(), False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except BlockingIOError:
             if not said and time.monotonic() - started > SAY_SO_AFTER_S:
                 logger.info("waiting for another process that is writing to %s", folder)
@@ -293,15 +247,40 @@ def _acquire(file: BinaryIO, folder: Path) -> None:
                 "and keep means (save: mean) by one alone",
                 folder,
             )
-            return
+            return False
 
 
-def _release(file: BinaryIO) -> None:
-    # Unlocked by name, not only by closing: a child forked meanwhile would hold a copy of the descriptor.
-    if fcntl is not None:
+@contextmanager
+def at_work(folder: Path) -> Iterator[bool]:
+    """Mark the folder as being filled by this process for the block; yields whether another process fills it too.
+
+    All such processes share one lock, which the system releases when they die. The last one removes its file. Where
+    file locks are missing, other processes are not seen.
+    """
+    with ExitStack() as stack:
+        others = False
         try:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            file = stack.enter_context(open(folder / AT_WORK_NAME, "a+b"))
+            others = not _locks_alone(file)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH)  # replaces the exclusive lock; another process holds that only briefly
+                stack.callback(_leave, file, folder)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-    file.close()
+            logger.debug("cannot see which other processes fill %s: %s", folder, error)
+        yield others
+
+
+def _locks_alone(file: BinaryIO) -> bool:
+    """Whether the exclusive lock could be taken, as when no other process shares it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _leave(file: BinaryIO, folder: Path) -> None:
+    with suppress(OSError):
+        if _locks_alone(file):
+            (folder / AT_WORK_NAME).unlink(missing_ok=True)

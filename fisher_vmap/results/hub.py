@@ -1,47 +1,216 @@
-"""Results folders on the Hugging Face hub, as data set repositories: "hf://datasets/OWNER/NAME@REVISION".
+"""Upload a results folder to the Hugging Face hub, as a data set with a card, and download one.
 
-The data card of a results folder on the hub: what it is, where it comes from, and how to open it.
+Prompt texts are left out on request, and paths of this machine are cut to their last part. The copy that is uploaded
+is a valid results folder.
 """
 
 import logging
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from fisher_vmap import __version__
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import readable, step
-from fisher_vmap.results.index import INDEX_NAME, METADATA_NAME, SHARD_FOLDER, TABLE_NAME, Index, sum_name
-from fisher_vmap.results.share import copy_descriptions, copy_without_text, is_local_path, without_local_paths
+from fisher_vmap.results.files import readable_write_errors, replacing, sha256_of
+from fisher_vmap.results.index import (
+    INDEX_NAME,
+    METADATA_NAME,
+    SHARD_FOLDER,
+    TABLE_NAME,
+    FileEntry,
+    Index,
+    ShardEntry,
+    sum_name,
+    write_index,
+)
+from fisher_vmap.results.outputs import metadata_of, table_of, write_metadata, write_table
+from fisher_vmap.results.shard_reader import ShardReader, readers
 
-if TYPE_CHECKING:
-    from fisher_vmap.results.reader import Results
+HUB = "hf://datasets/"
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
+_DESCRIPTIONS = (INDEX_NAME, METADATA_NAME)  # the files that hold the run's settings
+_PATH_SETTINGS = ("model_path", "adapter_path", "dataset_name", "output_dir")
+
+log = logging.getLogger(__name__)
 
 
-def data_card(results: "Results", repo_id: str, *, with_text: bool) -> str:
-    """The card as Markdown with the hub's YAML header, made from the folder alone.
+class Address(NamedTuple):
+    """A repository on the hub; revision None is its main branch."""
+
+    repo_id: str
+    revision: str | None
+
+
+def address(text: str) -> Address:
+    """Read "hf://datasets/OWNER/NAME", with "@REVISION" if wanted, or "OWNER/NAME".
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = _NAME.fullmatch(text.removeprefix(HUB))
+    if found is None:
+        raise UserError(f"{text!r} is no data set on the hub; expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
+    return Address(found[1], found[2])
+
+
+def download(text: str, *, everything: bool = False, token: str | None = None) -> Path:
+    """Fetch a results folder into the hub's cache, unless it is there already.
 
     Args:
-        results: a finished folder.
-        repo_id: "OWNER/NAME", where it will be.
-        with_text: whether the prompts' text goes along.
+        text: its address.
+        everything: fetch the npz too, which repeats what the shards hold.
+        token: of the hub; None: as `hf auth login` left it.
+
+    Raises:
+        UserError: no such address, no access, or no network.
     """
-    metadata, index = results.metadata, results.index
-    settings = without_local_paths(metadata["settings"])
-    layout, table = index.layout, results.to_pandas()
-    ok = table[table["status"] == "ok"]
-    model, data = _name(settings.get("model_path")), _name(settings.get("dataset_name"))
+    from huggingface_hub import snapshot_download
+
+    place = address(text)
+    with _readable_errors(place.repo_id), step(f"fetching {place.repo_id}"):
+        folder = snapshot_download(
+            place.repo_id,
+            repo_type="dataset",
+            revision=place.revision,
+            token=token,
+            ignore_patterns=None if everything else ["*.npz"],
+        )
+    return Path(folder)
+
+
+def push_to_hub(
+    folder: Path,
+    index: Index,
+    repo: str,
+    *,
+    private: bool = True,
+    share_text: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a finished results folder with a data card: `Results.push_to_hub` describes the arguments."""
+    from huggingface_hub import HfApi
+
+    place = address(repo)
+    if not index.complete:
+        raise UserError(f"{folder} is unfinished; run the same command again to finish it, then push it")
+    api = HfApi(token=token)
+    with step("looking for the prompts' text"):
+        texts = _has_text(folder, index)
+    if texts and share_text is not False and (gate := _gated(api, index)):
+        if share_text is None:
+            raise UserError(
+                f"{gate}, and its text would be shared with the results; pass share_text=True (--text) if its terms "
+                "allow that, or share_text=False (--no-text) to leave the text out"
+            )
+        log.warning("%s: the text of %d prompts is shared in %s", gate, index.prompts, place.repo_id)
+    with _readable_errors(place.repo_id), tempfile.TemporaryDirectory(prefix="fisher_vmap-") as temporary:
+        source, with_text = folder, texts and share_text is not False
+        if texts and not with_text:
+            source = Path(temporary, "results")
+            with step("copying the results without the text"):
+                index = _copy_without_text(folder, index, source)
+        metadata = metadata_of(source, index)
+        if cut := [name for name, value in metadata["settings"].items() if _is_local_path(name, value)]:
+            log.info("of %s, paths of this machine, only the last part is shared", ", ".join(cut))
+        metadata["settings"] = _without_local_paths(metadata["settings"])
+        described = Path(temporary, "described")
+        index = _write_descriptions(described, index, metadata)
+        url = api.create_repo(place.repo_id, repo_type="dataset", private=private, exist_ok=True)
+        where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
+        with step("writing the data card"):
+            card = _data_card(index, metadata, table_of(source, index).to_pandas(), place.repo_id, with_text)
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message="Data card", **where)
+        names = [name for name in _file_names(index) if name not in _DESCRIPTIONS]
+        size = readable(sum((source / name).stat().st_size for name in names))
+        with step(f"uploading {size} to {place.repo_id}"):
+            api.upload_folder(
+                folder_path=source,
+                allow_patterns=names,
+                # Files of an earlier upload would not match the index.
+                delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
+                commit_message="Fisher matrices",
+                **where,
+            )
+        api.upload_folder(
+            folder_path=described, allow_patterns=list(_DESCRIPTIONS), commit_message="Index and settings", **where
+        )
+    return str(url)
+
+
+def _file_names(index: Index) -> list[str]:
+    """The files that belong to a finished folder."""
+    names = [INDEX_NAME, *index.files, *([sum_name(index.folded)] if index.sum else [])]
+    for shard in index.shards:
+        names += [f"{SHARD_FOLDER}/{name}" for name in ([] if shard.folded else [shard.file]) + [shard.table]]
+    return names
+
+
+def _has_text(folder: Path, index: Index) -> bool:
+    return any(
+        reader.table.column(name).null_count < reader.table.num_rows
+        for reader in readers(folder, index)
+        for name in ("text", "prompt_tokens", *index.layout.keep_columns)
+        if name in reader.table.schema.names
+    )
+
+
+def _gated(api: Any, index: Index) -> str | None:
+    """Why the user must decide about the text; None for a local file or an open data set."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    read_from = re.match(r"hub (\S+) ", str(index.fingerprint.get("data")))
+    if read_from is None:
+        return None
+    source = read_from[1]
+    try:
+        gate = api.dataset_info(source).gated
+    except (*HfHubHTTPError.__bases__,) as error:  # type: ignore[misc]  # the HTTP client's, and the system's own
+        return f"whether {source} is gated cannot be looked up ({type(error).__name__})"
+    return f"{source} is a gated data set" if gate else None
+
+
+@contextmanager
+def _readable_errors(repo_id: str) -> Iterator[None]:
+    """Turn errors of the hub and the network into one-line errors."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UserError(f"{repo_id} is gated: accept its terms on its page, then `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no data set {repo_id}, or hides it: check the name and `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo_id} has no such revision; check what follows the @") from error
+    except (*errors.HfHubHTTPError.__bases__,) as error:  # type: ignore[misc]  # also the HTTP client's, the system's
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"no access to {repo_id} on the hub ({reason}); see to the network and `hf auth login`"
+        ) from error
+
+
+def _data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, with_text: bool) -> str:
+    """The card as Markdown, with the hub's YAML header."""
+    settings, layout, ok = metadata["settings"], index.layout, table[table["status"] == "ok"]
+    model, data = _public_name(settings.get("model_path")), _public_name(settings.get("dataset_name"))
     header: dict[str, Any] = {
         "pretty_name": f"Fisher matrices of {model} on {data}",
         "tags": ["fisher-information", "interpretability", "fisher_vmap"],
         "configs": [{"config_name": "prompts", "data_files": TABLE_NAME}],
-        "size_categories": [_size(len(results))],
+        "size_categories": [_size(index.prompts)],
     }
     if "/" in data:
         header["source_datasets"] = [data]
@@ -65,7 +234,7 @@ def data_card(results: "Results", repo_id: str, *, with_text: bool) -> str:
 
 # Fisher matrices of {model} on {data}
 
-For each of {len(results):,} prompts ({len(ok):,} with results, {len(metadata["failed_prompts"]):,} failed,
+For each of {index.prompts:,} prompts ({len(ok):,} with results, {len(metadata["failed_prompts"]):,} failed,
 {len(metadata["skipped_prompts"]):,} skipped), the Fisher information matrix of the next-token distribution with respect
 to a bias on the residual stream, {of_what}, as its {layout.rank} leading singular
 values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the residual stream. The likeliest tokens cover
@@ -97,8 +266,8 @@ By fisher_vmap {index.versions.get("fisher_vmap", __version__)}, with {versions}
 """
 
 
-def _name(path: Any) -> str:
-    """A hub id as it is; of a local path its last part, since the rest concerns nobody."""
+def _public_name(path: Any) -> str:
+    """A hub id unchanged; the last part of a local path."""
     text = str(path or "unknown")
     local = text.startswith(("/", ".", "~")) or text.count("/") != 1 or Path(text).exists()
     return Path(text).name if local else text
@@ -115,177 +284,68 @@ def _size(count: int) -> str:
     return "n>10M"
 
 
-log = logging.getLogger(__name__)
-
-HUB = "hf://datasets/"
-DESCRIPTIONS = (INDEX_NAME, METADATA_NAME)  # the files that hold the run's settings
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
+def _without_local_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: Path(value).name if _is_local_path(name, value) else value for name, value in settings.items()}
 
 
-class Address(NamedTuple):
-    """A repository on the hub; revision None is its main branch."""
-
-    repo_id: str
-    revision: str | None
-
-
-def address(text: str) -> Address:
-    """Read "hf://datasets/OWNER/NAME", with "@REVISION" if wanted, or "OWNER/NAME".
-
-    Raises:
-        UserError: it is neither.
-    """
-    found = _NAME.fullmatch(text.removeprefix(HUB))
-    if found is None:
-        raise UserError(f"{text!r} is no data set on the hub; expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
-    return Address(found[1], found[2])
+def _is_local_path(setting: str, value: Any) -> bool:
+    """Whether a setting is a path outside the working folder, which may contain a user name."""
+    if setting not in _PATH_SETTINGS or not isinstance(value, str):
+        return False
+    return Path(value).is_absolute() or value.startswith(("~", ".."))
 
 
-def download(text: str, *, everything: bool = False, token: str | None = None) -> Path:
-    """Fetch a results folder from the hub into its cache; what is there already is not fetched again.
-
-    Args:
-        text: its address.
-        everything: the npz as well, which says nothing that the shards do not.
-        token: of the hub; None: as `hf auth login` left it.
-
-    Raises:
-        UserError: no such address, no access, or no network.
-    """
-    from huggingface_hub import snapshot_download
-
-    place = address(text)
-    with _readable_errors(place.repo_id), step(f"fetching {place.repo_id}"):
-        folder = snapshot_download(
-            place.repo_id,
-            repo_type="dataset",
-            revision=place.revision,
-            token=token,
-            ignore_patterns=None if everything else ["*.npz"],
-        )
-    return Path(folder)
+def _write_descriptions(target: Path, index: Index, metadata: dict[str, Any]) -> Index:
+    """Write metadata.yaml and an index.json that matches it, without local paths; returns that index."""
+    target.mkdir(parents=True)
+    write_metadata(target / METADATA_NAME, metadata)
+    settings = None if index.settings is None else _without_local_paths(index.settings)
+    written = _with_file(index.model_copy(update={"settings": settings}), target / METADATA_NAME)
+    write_index(target, written)
+    return written
 
 
-def push_to_hub(
-    results: "Results", repo: str, *, private: bool = True, share_text: bool | None = None, token: str | None = None
-) -> str:
-    """Upload a finished results folder, with a data card that says what it is.
-
-    Of settings that are paths of this machine only the last part goes along; a line of the log names them.
-
-    Args:
-        results: the folder.
-        repo: "OWNER/NAME" or "hf://datasets/OWNER/NAME"; made if it is not there.
-        private: whether a new repository is private.
-        share_text: whether the prompts' text goes along, with their tokens and the kept columns that hold text. None:
-            yes, unless the data set is gated or cannot be looked up, which is an error that asks.
-        token: of the hub, one that may write; None: as `hf auth login` left it.
-
-    Returns:
-        The repository's address on the web.
-
-    Raises:
-        UserError: an unfinished folder, text of a gated data set that nobody has decided about, no access, no network.
-    """
-    from huggingface_hub import HfApi
-
-    place = address(repo)
-    if not results.index.complete:
-        raise UserError(f"{results.folder} is unfinished; run the same command again to finish it, then push it")
-    api = HfApi(token=token)
-    with step("looking for the prompts' text"):
-        texts = has_text(results)
-    if texts and share_text is not False:
-        gate = gated(api, results)
-        if gate and share_text is None:
-            raise UserError(
-                f"{gate}, and its text would be shared with the results; pass share_text=True (--text) if its terms "
-                "allow that, or share_text=False (--no-text) to leave the text out"
-            )
-        if gate:
-            log.warning("%s: the text of %d prompts is shared in %s", gate, len(results), place.repo_id)
-    with _readable_errors(place.repo_id), tempfile.TemporaryDirectory(prefix="fisher_vmap-") as temporary:
-        folder, index = results.folder, results.index
-        if texts and share_text is False:
-            folder = Path(temporary, "results")
-            with step("copying the results without the text"):
-                index = copy_without_text(results.folder, results.index, folder)
-        described = Path(temporary, "described")
-        index = copy_descriptions(folder, index, described, without_local_paths)
-        if cut := [name for name, value in results.metadata["settings"].items() if is_local_path(name, value)]:
-            log.info("of %s, paths of this machine, only the last part is shared", ", ".join(cut))
-        url = api.create_repo(place.repo_id, repo_type="dataset", private=private, exist_ok=True)
-        where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
-        with step("writing the data card"):
-            card = data_card(results, place.repo_id, with_text=texts and share_text is not False)
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message="Data card", **where)
-        names = [name for name in file_names(index) if name not in DESCRIPTIONS]
-        size = readable(sum((folder / name).stat().st_size for name in names))
-        # Files that the repository has from an earlier run would not fit the index.
-        with step(f"uploading {size} to {place.repo_id}"):
-            api.upload_folder(
-                folder_path=folder,
-                allow_patterns=names,
-                delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
-                commit_message="Fisher matrices",
-                **where,
-            )
-        api.upload_folder(
-            folder_path=described, allow_patterns=list(DESCRIPTIONS), commit_message="Index and settings", **where
-        )
-    return str(url)
+def _copy_without_text(folder: Path, index: Index, target: Path) -> Index:
+    """Copy a finished folder without texts and tokens; files of numbers are linked where possible."""
+    with readable_write_errors(target):
+        (target / SHARD_FOLDER).mkdir(parents=True)
+        for name in _file_names(index):
+            if name != INDEX_NAME and not name.endswith(".parquet"):
+                _link(folder / name, target / name)
+        shards = tuple(_copy_rows(reader, target) for reader in readers(folder, index))
+    layout = index.layout.model_copy(update={"store_text": False})
+    copied = index.model_copy(update={"shards": shards, "layout": layout})
+    if TABLE_NAME in index.files:
+        write_table(target / TABLE_NAME, lambda: readers(target, copied), copied)
+        copied = _with_file(copied, target / TABLE_NAME)
+    write_index(target, copied)
+    return copied
 
 
-def file_names(index: Index) -> list[str]:
-    """The files of a finished folder, and no others that may lie in it."""
-    names = [INDEX_NAME, *index.files, *([sum_name(index.folded)] if index.sum else [])]
-    for shard in index.shards:
-        names += [f"{SHARD_FOLDER}/{name}" for name in ([] if shard.folded else [shard.file]) + [shard.table]]
-    return names
+def _with_file(index: Index, path: Path) -> Index:
+    return index.model_copy(update={"files": {**index.files, path.name: FileEntry.of(path)}})
 
 
-def has_text(results: "Results") -> bool:
-    """Does the folder hold any prompt's text?"""
-    return any(
-        reader.table.column(name).null_count < reader.table.num_rows
-        for reader in results.shards()
-        for name in ("text", "prompt_tokens", *results.index.layout.keep_columns)
-        if name in reader.table.schema.names
-    )
+def _copy_rows(reader: ShardReader, target: Path) -> ShardEntry:
+    """Copy a shard's rows of the table without texts; returns its new entry."""
+    table = reader.table
+    for name in ("text", "prompt_tokens", *reader.layout.keep_columns):
+        place = table.schema.get_field_index(name)
+        if place >= 0 and _holds_text(table.schema.field(place).type):
+            field = table.schema.field(place)
+            table = table.set_column(place, field, pa.nulls(table.num_rows, field.type))
+    path = target / SHARD_FOLDER / reader.entry.table
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
+    return reader.entry.model_copy(update={"table_sha256": sha256_of(path), "table_bytes": path.stat().st_size})
 
 
-def gated(api: Any, results: "Results") -> str | None:
-    """Why a data set's text needs a decision before it is shared; None for a local file, or a data set open to all."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _holds_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_list(kind))
 
-    read_from = re.match(r"hub (\S+) ", str(results.index.fingerprint.get("data")))
-    if read_from is None:
-        return None
-    source = read_from[1]
+
+def _link(source: Path, target: Path) -> None:
     try:
-        gate = api.dataset_info(source).gated
-    except (*HfHubHTTPError.__bases__,) as error:  # type: ignore[misc]  # the HTTP client's, and the system's own
-        return f"whether {source} is gated cannot be looked up ({type(error).__name__})"
-    return f"{source} is a gated data set" if gate else None
-
-
-@contextmanager
-def _readable_errors(repo_id: str) -> Iterator[None]:
-    """What the hub and the network say, as one line."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UserError(f"{repo_id} is gated: accept its terms on its page, then `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no data set {repo_id}, or hides it: check the name and `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{repo_id} has no such revision; check what follows the @") from error
-    except (*errors.HfHubHTTPError.__bases__,) as error:  # type: ignore[misc]  # also the HTTP client's, the system's
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"no access to {repo_id} on the hub ({reason}); see to the network and `hf auth login`"
-        ) from error
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,15 +1,9 @@
-"""index.json: what a results folder holds, from which settings, and whether it is finished.
+"""The contents of index.json: the run's settings, its shards, and whether the folder is finished.
 
-While a run goes on, it lags behind the entries beside the shards (`entries.py`). It is replaced as a whole and carries
-a checksum of itself, so that what is read is what was written.
-
-Versions of what the numbers depend on, told without importing any of it.
-
-The entry of a stored shard, in a small file beside it: shards/shard-00000.json, until the run is finished.
-
-A shard counts as stored once its entry stands there, which is the last of its files to get its name. So processes that
-fill one folder have no file in common that they would have to write, and storing a shard costs the same however many
-there are; index.json takes the entries in now and then, and all of them at the end, when these files go.
+Each shard of an unfinished run also has its own small entry file, shards/shard-00000.json. A shard counts as stored
+once its entry file exists, which is the last of its files to be written. Processes that fill a folder together
+therefore never write the same file for every shard. index.json takes the entries in from time to time. It is replaced
+as a whole and holds a checksum of itself.
 """
 
 import hashlib
@@ -27,61 +21,25 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results.files import readable_write_errors, replacing
-from fisher_vmap.results.table import ShardLayout
+from fisher_vmap.results.files import readable_write_errors, replacing, sha256_of
+
+INDEX_NAME = "index.json"
+TABLE_NAME = "prompts.parquet"
+MEAN_NAME = "mean.safetensors"
+METADATA_NAME = "metadata.yaml"
+SHARD_FOLDER = "shards"
 
 PACKAGES = ("fisher_vmap", "torch", "transformers", "numpy", "safetensors", "pyarrow", "datasets")
 
-
-def installed_versions() -> dict[str, str]:
-    """Package name -> version, of those that are installed; "python" too."""
-    found = {"python": platform.python_version()}
-    found.update((package, number) for package in PACKAGES if (number := _version(package)) is not None)
-    return found
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-SHARD_FOLDER = "shards"
+# Columns that every prompts table has; a kept column may not take their names.
+TABLE_COLUMNS = (
+    *("prompt_index", "source_row", "text", "status", "reason", "audit", "tokens", "truncated", "mass", "crc32"),
+    *("top_tokens", "prompt_tokens"),
+)
 
 _ENTRY_NAME = re.compile(r"shard-(\d{5,})\.json")
-
-
-class Stored(BaseModel):
-    """What is kept as JSON: unchangeable, of exactly these fields and types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ShardEntry(Stored):
-    """One finished shard: its prompts [start, stop), and its two files with their SHA-256 and sizes in bytes."""
-
-    number: NonNegativeInt
-    start: NonNegativeInt
-    stop: PositiveInt
-    file: str
-    sha256: str
-    bytes: NonNegativeInt
-    table: str
-    table_sha256: str
-    table_bytes: NonNegativeInt
-    folded: bool = False
-    """Its arrays are in the running sum, and their file is gone; its rows of the table are there."""
-
-    @model_validator(mode="after")
-    def _plain_names(self) -> Self:
-        # The names follow from the number, so no index can point outside shards/.
-        if (self.file, self.table) != shard_names(self.number):
-            raise ValueError(f"shard {self.number} has file names {self.file!r} and {self.table!r}")
-        if self.start >= self.stop:
-            raise ValueError(f"shard {self.number} has the prompts [{self.start}, {self.stop})")
-        return self
+_NO_CHECKSUM = "0" * 64
+_HEAD = re.compile(rb'\{\s*"checksum":\s*"([0-9a-f]{64})"')
 
 
 def shard_names(number: int) -> tuple[str, str]:
@@ -94,62 +52,87 @@ def entry_name(number: int) -> str:
     return f"shard-{number:05d}.json"
 
 
-def write_entry(folder: Path, entry: ShardEntry, mark: str) -> None:
-    """Let a shard count as stored, for the run of this mark alone (`Index.mark`); its files have their names already.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    with replacing(folder / SHARD_FOLDER / entry_name(entry.number)) as file:
-        file.write(json.dumps({"run": mark, **entry.model_dump()}).encode())
-
-
-def read_entry(folder: Path, number: int, mark: str) -> ShardEntry | None:
-    """The entry of a shard, or None: there is none, it is of another run, or it is damaged."""
-    try:
-        values = json.loads((folder / SHARD_FOLDER / entry_name(number)).read_bytes())
-        if not isinstance(values, dict) or values.pop("run", None) != mark:
-            return None
-        entry = ShardEntry.model_validate(values)
-    except (OSError, ValueError):  # ValidationError is a ValueError: what cannot be read is computed again
-        return None
-    return entry if entry.number == number else None
-
-
-def read_entries(folder: Path, mark: str) -> list[ShardEntry]:
-    """The entries that stand beside the shards of the run of this mark, in order."""
-    try:
-        names = [path.name for path in (folder / SHARD_FOLDER).iterdir()]
-    except OSError:
-        return []
-    numbers = sorted(int(match[1]) for name in names if (match := _ENTRY_NAME.fullmatch(name)))
-    return [entry for number in numbers if (entry := read_entry(folder, number, mark)) is not None]
-
-
-def remove_entries(folder: Path, numbers: list[int]) -> None:
-    """Remove the entries of these shards, where there are any.
-
-    Raises:
-        UserError: one cannot be removed.
-    """
-    with readable_write_errors(folder):
-        for number in numbers:
-            with suppress(FileNotFoundError):
-                (folder / SHARD_FOLDER / entry_name(number)).unlink()
-
-
-INDEX_NAME = "index.json"
-TABLE_NAME = "prompts.parquet"
-MEAN_NAME = "mean.safetensors"
-METADATA_NAME = "metadata.yaml"
-
-_NO_CHECKSUM = "0" * 64
-_HEAD = re.compile(rb'\{\s*"checksum":\s*"([0-9a-f]{64})"')
-
-
 def npz_name(layer: str, layers: Iterable[str]) -> str:
     """The npz of one layer: the plain name when it is the only layer."""
     return f"fisher_matrices_compressed{'' if len(list(layers)) == 1 else '.' + layer}.npz"
+
+
+def sum_name(folded: int) -> str:
+    """File name of the sum over the first `folded` shards. Each sum has a new name, so the old one stays valid."""
+    return f"sum-{folded:05d}.safetensors"
+
+
+class Stored(BaseModel):
+    """A record that is kept as JSON: frozen, with exactly these fields and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ShardLayout(Stored):
+    """The shapes and types of a run's arrays, the same for every shard."""
+
+    widths: dict[str, PositiveInt]
+    """Layer name -> D, in the order of the layers."""
+    top_k: PositiveInt
+    """K."""
+    rank: PositiveInt
+    """R; matrices of lower rank are filled with zeros."""
+    include_rest: bool = False
+    """Whether "any other token" is one more outcome, the last, with token id -1."""
+    vectors_dtype: Literal["float32", "float16"] = "float32"
+    store_text: bool = True
+    keep_columns: tuple[str, ...] = ()
+    means_only: bool = False
+    """Whether shards lose their arrays once they are in the sum, so that only the table and the mean remain."""
+
+    @property
+    def outcomes(self) -> int:
+        """How many token ids, log-probabilities and rows of Q a prompt has: K, or K + 1 with `include_rest`."""
+        return self.top_k + self.include_rest
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layer names, in order."""
+        return tuple(self.widths)
+
+    def check(self) -> None:
+        """Raise UserError for names that cannot be stored, or without layers."""
+        if not self.widths:
+            raise UserError("no layer is hooked; name at least one in hook_layer_name")
+        for layer in self.widths:
+            # The name becomes part of a file name (the npz of each layer) and of tensor names ("<layer>/S").
+            if not layer or layer.startswith("__") or any(character in layer for character in "/\\:\0\n"):
+                raise UserError(f"layer name {layer!r} cannot be part of a file name; hook a module with a plain name")
+        for column in self.keep_columns:
+            if column in TABLE_COLUMNS or "/" in column:
+                raise UserError(f"keep_columns has {column!r}, a name that prompts.parquet uses; rename it in the data")
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise UserError(f"keep_columns names a column twice: {', '.join(self.keep_columns)}")
+
+
+class ShardEntry(Stored):
+    """One stored shard: its prompts [start, stop), and its two files with their SHA-256 and sizes in bytes."""
+
+    number: NonNegativeInt
+    start: NonNegativeInt
+    stop: PositiveInt
+    file: str
+    sha256: str
+    bytes: NonNegativeInt
+    table: str
+    table_sha256: str
+    table_bytes: NonNegativeInt
+    folded: bool = False
+    """Its arrays were added to the sum and their file was removed; its rows of the table remain."""
+
+    @model_validator(mode="after")
+    def _plain_names(self) -> Self:
+        # The names follow from the number, so no index can point outside shards/.
+        if (self.file, self.table) != shard_names(self.number):
+            raise ValueError(f"shard {self.number} has file names {self.file!r} and {self.table!r}")
+        if self.start >= self.stop:
+            raise ValueError(f"shard {self.number} has the prompts [{self.start}, {self.stop})")
+        return self
 
 
 class FileEntry(Stored):
@@ -159,9 +142,14 @@ class FileEntry(Stored):
     bytes: NonNegativeInt
     tensors: dict[str, int] = Field(default_factory=dict)
 
+    @classmethod
+    def of(cls, path: Path, **fields: Any) -> Self:
+        """The entry of a file as it is on the disk."""
+        return cls(sha256=sha256_of(path), bytes=path.stat().st_size, **fields)
+
 
 class SumEntry(FileEntry):
-    """The running sum over the prompts of the folded shards: `prompts` counts those with numbers."""
+    """The sum over the folded shards; `prompts` counts the prompts with numbers."""
 
     prompts: NonNegativeInt
 
@@ -184,10 +172,10 @@ class Index(Stored):
     """What was chosen automatically, such as the kernel's form for each layer and why; None until it is known."""
     versions: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any] | None = None
-    """The settings of the run that filled the folder last, for whoever finishes it."""
+    """The settings of the run that filled the folder last."""
     shards: tuple[ShardEntry, ...] = ()
     sum: SumEntry | None = None
-    """Of the file `sum_name(folded)`, where shards have been folded into it."""
+    """The entry of the file `sum_name(folded)`, if any shards are folded."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -207,7 +195,7 @@ class Index(Stored):
             raise ValueError("its folded shards and its sum do not belong together")
         if self.complete and (self.num_prompts != self.stop or self.missing(self.stop)):
             raise ValueError("it says complete, but shards are missing")
-        allowed = {TABLE_NAME, MEAN_NAME, METADATA_NAME, *(npz_name(name, self.layout.widths) for name in self.layers)}
+        allowed = {TABLE_NAME, MEAN_NAME, METADATA_NAME, *(npz_name(name, self.layers) for name in self.layers)}
         if strange := set(self.files) - allowed:
             raise ValueError(f"it lists the file {min(strange)!r}")
         return self
@@ -219,14 +207,19 @@ class Index(Stored):
 
     @property
     def mark(self) -> str:
-        """What the entries of this run's shards are marked with: another for other settings or shapes."""
+        """A hash of the settings and shapes. It is written into the run's entry files to tell runs apart."""
         what = [self.shard_size, self.layout.model_dump(), self.fingerprint]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def folded(self) -> int:
-        """Number of shards that are in the running sum: the first ones, and full."""
+        """How many shards are in the sum; they are the first ones, and full."""
         return bisect_left(self.shards, True, key=lambda shard: not shard.folded)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts are stored."""
+        return sum(shard.stop - shard.start for shard in self.shards)
 
     @property
     def stop(self) -> int:
@@ -246,7 +239,7 @@ class Index(Stored):
         return [n for n in needed if stops.get(n, 0) < min((n + 1) * self.shard_size, num_prompts)]
 
     def with_shards(self, added: Iterable[ShardEntry] = (), removed: Iterable[int] = ()) -> "Index":
-        """The index after shards came or went: unfinished, since the files made from them are out of date."""
+        """The index with changed shards: unfinished, since the files made from the shards are out of date."""
         kept = {shard.number: shard for shard in self.shards}
         for number in removed:
             kept.pop(number, None)
@@ -254,33 +247,27 @@ class Index(Stored):
         shards = tuple(kept[number] for number in sorted(kept))
         return self.model_copy(update={"shards": shards, "complete": False, "files": {}})
 
+    def lacks(self, entry: ShardEntry) -> bool:
+        """Whether a shard that fits this run is not listed with this entry; folded shards stay as they are."""
+        first, listed = entry.number * self.shard_size, self.find(entry.number)
+        fits = entry.start == first and entry.stop <= first + self.shard_size and not entry.folded
+        return fits and listed != entry and not (listed is not None and listed.folded)
+
+    def with_entries(self, entries: Iterable[ShardEntry]) -> "Index":
+        """The index with the shards of these entry files; the same object if it lists them already."""
+        new = [entry for entry in entries if self.lacks(entry)]
+        return self.with_shards(new) if new else self
+
     def expecting(self, num_prompts: int) -> "Index":
         """The index of a run of so many prompts, or of those stored if they are more: unfinished if any are missing."""
         total = max(num_prompts, self.stop)
         unfinished = {"complete": False, "files": {}} if self.missing(total) else {}
         return self.model_copy(update={"num_prompts": total, **unfinished})
 
-    def with_entries(self, entries: Iterable[ShardEntry]) -> "Index":
-        """The index with what stands beside the shards: the same one where it lists all of that already."""
-        known = {shard.number: shard for shard in self.shards}
-
-        def is_news(entry: ShardEntry) -> bool:
-            first, listed = entry.number * self.shard_size, known.get(entry.number)
-            fits = entry.start == first and entry.stop <= first + self.shard_size and not entry.folded
-            return fits and listed != entry and not (listed is not None and listed.folded)
-
-        news = [entry for entry in entries if is_news(entry)]
-        return self.with_shards(news) if news else self
-
     def unfolded(self) -> "Index":
-        """The index without its folded shards and their sum: all of them are to be computed again."""
+        """The index without its folded shards and their sum, which are to be computed again."""
         shards = tuple(shard for shard in self.shards if not shard.folded)
         return self.model_copy(update={"shards": shards, "sum": None, "complete": False, "files": {}})
-
-
-def sum_name(folded: int) -> str:
-    """File name of the running sum over the first `folded` shards: a new name each time, so that no old one is lost."""
-    return f"sum-{folded:05d}.safetensors"
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -292,28 +279,15 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether index.json is one of ours, be it damaged further on."""
+    """Whether index.json starts like one of ours; it may be damaged further on."""
     with open(folder / INDEX_NAME, "rb") as file:
         return _HEAD.match(file.read(200)) is not None
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check index.json, and add what stands beside the shards of an unfinished run.
-
-    Raises:
-        UserError: as `read_index_file`.
-    """
+    """Read index.json and, of an unfinished run, the entry files; errors as `read_index_file`."""
     index = read_index_file(folder)
     return index if index.complete else index.with_entries(read_entries(folder, index.mark))
-
-
-def stored_precision(folder: Path) -> str | None:
-    """What the run in a folder is computed in; None where there is none, or it cannot be read."""
-    try:
-        precision = read_index_file(folder).fingerprint.get("precision")
-    except UserError:
-        return None
-    return precision if isinstance(precision, str) else None
 
 
 def read_index_file(folder: Path) -> Index:
@@ -337,12 +311,71 @@ def read_index_file(folder: Path) -> Index:
         return Index.model_validate_json(text)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        # A later version may differ in other places too, but only this one tells what to do.
+        # Another version may differ in other fields too, but only this message tells what to do.
         first = next((found for found in errors if found["loc"] == ("version",)), errors[0])
         if first["loc"] == ("version",):
-            version = first["input"]
             raise UserError(
-                f"{path} has format version {version}, this package reads 1; install a newer one"
+                f"{path} has format version {first['input']}, this package reads 1; install a newer one"
             ) from error
         where = ".".join(map(str, first["loc"])) or "index"
         raise UserError(f"{path} is not valid: {where}: {first['msg']}; --overwrite starts anew") from error
+
+
+def stored_precision(folder: Path) -> str | None:
+    """The precision of the run in a folder; None if there is no run, or it cannot be read."""
+    try:
+        precision = read_index_file(folder).fingerprint.get("precision")
+    except UserError:
+        return None
+    return precision if isinstance(precision, str) else None
+
+
+def write_entry(folder: Path, entry: ShardEntry, mark: str) -> None:
+    """Make a shard count as stored for the run with this mark. Its other files are already there."""
+    with replacing(folder / SHARD_FOLDER / entry_name(entry.number)) as file:
+        file.write(json.dumps({"run": mark, **entry.model_dump()}).encode())
+
+
+def read_entry(folder: Path, number: int, mark: str) -> ShardEntry | None:
+    """The entry of a shard; None if it is absent, damaged, or of another run."""
+    try:
+        values = json.loads((folder / SHARD_FOLDER / entry_name(number)).read_bytes())
+        if not isinstance(values, dict) or values.pop("run", None) != mark:
+            return None
+        entry = ShardEntry.model_validate(values)
+    except (OSError, ValueError):  # pydantic's ValidationError is a ValueError
+        return None
+    return entry if entry.number == number else None
+
+
+def read_entries(folder: Path, mark: str) -> list[ShardEntry]:
+    """The entries of all shards of the run with this mark, in order."""
+    try:
+        names = [path.name for path in (folder / SHARD_FOLDER).iterdir()]
+    except OSError:
+        return []
+    numbers = sorted(int(match[1]) for name in names if (match := _ENTRY_NAME.fullmatch(name)))
+    return [entry for number in numbers if (entry := read_entry(folder, number, mark)) is not None]
+
+
+def remove_entries(folder: Path, numbers: Iterable[int]) -> None:
+    """Remove the entries of these shards, if they exist."""
+    with readable_write_errors(folder):
+        for number in numbers:
+            with suppress(FileNotFoundError):
+                (folder / SHARD_FOLDER / entry_name(number)).unlink()
+
+
+def installed_versions() -> dict[str, str]:
+    """Package name -> version, of those that are installed; "python" too."""
+    found = {"python": platform.python_version()}
+    found.update((package, number) for package in PACKAGES if (number := _version(package)) is not None)
+    return found
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,13 +1,8 @@
-"""Reading a results folder: prompts by index, stacks, the table, and means. Numpy only; nothing here needs torch.
-
-Which of a folder's layers is meant, by its name or by its block's number.
-
-Prompts across shards, all of them or a group: their stack, and the length of their residual stream.
-"""
+"""Reading a results folder: prompts by index, stacks, the table, and means. It needs numpy, but not torch."""
 
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
@@ -17,98 +12,16 @@ import pyarrow as pa
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.files import check_sha256
+from fisher_vmap.results.hub import download, push_to_hub
 from fisher_vmap.results.index import Index, read_index, sum_name
+from fisher_vmap.results.layer_names import layer_named
 from fisher_vmap.results.mean import add_shards
 from fisher_vmap.results.outputs import mean_of, metadata_of, table_of
-from fisher_vmap.results.record import PromptRecord
-from fisher_vmap.results.shard_reader import (
-    Chooser,
-    Float32,
-    OpenShards,
-    ShardReader,
-    Stack,
-    Where,
-    chooser,
-    others,
-    readers,
-    why_nobody,
-)
-from fisher_vmap.results.table import ShardLayout, several
+from fisher_vmap.results.record import Float32, PromptRecord, Stack
+from fisher_vmap.results.shard_reader import OpenShards, ShardReader, Where, chooser, readers, why_none
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-def layer_named(wanted: str | SupportsIndex, layers: Sequence[str], folder: Path) -> str:
-    """The name of a stored layer.
-
-    Args:
-        wanted: a name; or a block's number, as digits too: that of the layer whose name ends in it ("model.layers.15").
-        layers: the names that are stored.
-        folder: where.
-
-    Raises:
-        UserError: no such layer, several, or a number from the top, which only the model knows.
-    """
-    if isinstance(wanted, str) and wanted in layers:
-        return wanted
-    there = f"there is {several(layers)}"
-    number = _number(wanted)
-    if number is None:
-        raise UserError(f"{wanted!r:.80} was not hooked in {folder}; {there}")
-    if number < 0:
-        raise UserError(f"layer {number} counts from the model's top, which a results folder does not know; {there}")
-    found = [layer for layer in layers if layer.rpartition(".")[2] == str(number)]
-    if len(found) > 1:
-        raise UserError(f"layer {number} may be {' or '.join(found)}; give the name")
-    if not found:
-        raise UserError(f"layer {number} was not hooked in {folder}; {there}")
-    return found[0]
-
-
-def _number(wanted: object) -> int | None:
-    try:
-        return int(wanted) if isinstance(wanted, str) else operator.index(wanted)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-
-
-def stack_of_all(readers: Iterable[ShardReader], layer: str, layout: ShardLayout, prompts: int) -> Stack:
-    """All prompts at one layer, in order, read shard by shard into their places: they are never there twice."""
-    stack, start = _empty_stack(layer, layout, prompts), 0
-    for reader in readers:
-        part = reader.stack(layer)
-        for whole, piece in zip(stack, part, strict=True):
-            whole[start : start + len(piece)] = piece
-        start += len(part.S)
-    return stack
-
-
-def stack_of_chosen(readers: Iterable[ShardReader], layer: str, layout: ShardLayout, chosen: Chooser) -> Stack:
-    """The chosen prompts at one layer, in order; shards without any are not read."""
-    parts = [_empty_stack(layer, layout, 0)]
-    for reader in readers:
-        mask = chosen(reader)
-        if mask.any():
-            parts.append(Stack(*(piece[mask] for piece in reader.stack(layer))))
-    return Stack(*(np.concatenate(pieces) for pieces in zip(*parts, strict=True)))
-
-
-def _empty_stack(layer: str, layout: ShardLayout, prompts: int) -> Stack:
-    K, R, D = layout.outcomes, layout.rank, layout.widths[layer]
-    return Stack(*(np.empty((prompts, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
-
-
-def mean_residual_norm(readers: Iterable[ShardReader], layer: str, chosen: Chooser) -> float:
-    """The mean over the chosen prompts of the residual stream's mean norm, from the table; NaN without prompts."""
-    norms: list[float] = []
-    for reader in readers:
-        columns = (reader.table.column(f"{layer}/{name}").to_pylist() for name in ("trace", "trace_norm2"))
-        for trace, trace_norm2, wanted in zip(*columns, chosen(reader), strict=True):
-            if wanted and trace:
-                norms.append((trace_norm2 / trace) ** 0.5)
-    return float(np.mean(norms)) if norms else float("nan")
-
 
 Check = Literal["sizes", "full", "none"]
 Layer = str | SupportsIndex
@@ -120,10 +33,11 @@ def open_results(
     """Open a results folder for reading.
 
     Args:
-        folder: what `--output_dir` was, or "hf://datasets/OWNER/NAME@REVISION": fetched from the hub into its cache.
-        check: "sizes" looks at the size of every shard now, and at the checksum of everything that is read later,
-            single prompts too; "full" compares the SHA-256 of every file now; "none" trusts the folder.
-        allow_incomplete: open what there is of an unfinished run.
+        folder: the `--output_dir` of a run, or "hf://datasets/OWNER/NAME@REVISION", which is fetched from the hub into
+            its cache.
+        check: "sizes" checks the size of every shard now, and the checksum of everything that is read later, single
+            prompts too; "full" compares the SHA-256 of every file now; "none" trusts the folder.
+        allow_incomplete: open an unfinished run with the prompts that are stored.
 
     Raises:
         UserError: no results folder, an unfinished one, or a damaged one; the line names the shard.
@@ -131,15 +45,13 @@ def open_results(
     if check not in ("sizes", "full", "none"):
         raise UserError(f"check is {check!r}, expected 'sizes', 'full' or 'none'")
     if str(folder).startswith("hf://"):
-        from fisher_vmap.results.hub import download
-
         folder = download(str(folder), everything=check == "full")
     folder = Path(folder)
     index = read_index(folder)
     if not index.complete and not allow_incomplete:
         total = "an unknown number of" if index.num_prompts is None else index.num_prompts
         raise UserError(
-            f"{folder} is unfinished: {sum(s.stop - s.start for s in index.shards)} of {total} prompts are stored; run "
+            f"{folder} is unfinished: {index.prompts} of {total} prompts are stored; run "
             "the same command again to carry on, or pass allow_incomplete=True"
         )
     results = Results(folder, index, verify=check != "none")
@@ -155,15 +67,15 @@ class Results:
     """A results folder, read lazily: `results[3]` reads one prompt's numbers, not its shard.
 
     Records are of the first layer, or of the one chosen by `at`. Open one with `open_results`. Reading raises UserError
-    where the folder turns out to be damaged.
+    if the folder turns out to be damaged.
     """
 
     def __init__(self, folder: Path, index: Index, *, verify: bool = True, layer: str | None = None) -> None:
         self.folder = folder
         self.index = index
-        """The contents of index.json, among them the fingerprint, what was resolved, versions and shards."""
+        """The contents of index.json: fingerprint, automatic choices, versions, shards and so on."""
         self.layer = index.layers[0] if layer is None else layer
-        """The layer that records, stacks and means are of, unless they name another."""
+        """The layer of records, stacks and means that do not name another."""
         self._verify = verify
         self._open = OpenShards(folder, index, verify)
 
@@ -186,7 +98,7 @@ class Results:
 
     def __len__(self) -> int:
         """Number of prompts that are stored."""
-        return sum(entry.stop - entry.start for entry in self.index.shards)
+        return self.index.prompts
 
     def __iter__(self) -> Iterator[PromptRecord]:
         for entry in self.index.shards:
@@ -211,12 +123,7 @@ class Results:
         reader = self._open.holding(number)
         if reader is None:
             raise IndexError(f"prompt {number} is not stored yet: {self.folder} is unfinished")
-        token_ids, log_probs = reader.tokens(number)
-        found = reader.layer(number, self.layer)
-        row = {key: value for key, value in reader.row(number).items() if key != "crc32" and not key.endswith("/crc32")}
-        return PromptRecord(
-            index=number, layer=self.layer, token_ids=token_ids, log_probs=log_probs, row=row, **found._asdict()
-        )
+        return reader.record(number, self.layer)
 
     def stack(self, layer: Layer | None = None, where: Where = None) -> Stack:
         """Prompts at one layer, in memory; NaN where a prompt has no numbers.
@@ -232,10 +139,26 @@ class Results:
         Returns:
             A named tuple: S [n, R], V [n, R, D], Q [n, K, R], float32.
         """
-        name = self._layer(layer)
-        if where is None:
-            return stack_of_all(self.shards(), name, self.index.layout, len(self))
-        return stack_of_chosen(self.shards(), name, self.index.layout, chooser(where, self.shards))
+        name, layout = self._layer(layer), self.index.layout
+        K, R, D = layout.outcomes, layout.rank, layout.widths[name]
+
+        def empty(n: int) -> Stack:
+            return Stack(*(np.empty((n, *shape), np.float32) for shape in ((R,), (R, D), (K, R))))
+
+        if where is None:  # read shard by shard into place, so that the numbers are in memory only once
+            stack, start = empty(len(self)), 0
+            for reader in self.shards():
+                part = reader.stack(name)
+                for whole, piece in zip(stack, part, strict=True):
+                    whole[start : start + len(piece)] = piece
+                start += len(part.S)
+            return stack
+        chosen, parts = chooser(where, self.shards), [empty(0)]
+        for reader in self.shards():
+            mask = chosen(reader)
+            if mask.any():  # other shards need not be read
+                parts.append(Stack(*(piece[mask] for piece in reader.stack(name))))
+        return Stack(*(np.concatenate(pieces) for pieces in zip(*parts, strict=True)))
 
     def mean(self, layer: Layer | None = None, where: Where = None) -> Float32:
         """The mean Fisher matrix over prompts: [D, D] float32, summed in float64.
@@ -243,8 +166,8 @@ class Results:
         Args:
             layer: its name or number, as for `at`; by default this view's layer.
             where: which prompts: a function of the table's row (a dict), a dict of column == value, or a mask, [n]
-                booleans. None takes all, from mean.safetensors where there is one. Prompts without numbers are left
-                out. A run with `save: mean` has the mean over all alone.
+                booleans. None takes all, from mean.safetensors if it exists. Prompts without numbers are left out. A
+                run with `save: mean` has only the mean over all prompts.
 
         Returns:
             The mean; NaN if no prompt is chosen.
@@ -275,7 +198,7 @@ class Results:
         """
         matrix = self.mean(layer, where)
         if np.isnan(matrix).all():
-            raise UserError(why_nobody(where, self.shards))
+            raise UserError(why_none(where, self.shards))
         return algebra.eigenvectors(matrix, rank)
 
     def contrast(
@@ -302,14 +225,13 @@ class Results:
         name, chosen = self._layer(layer), chooser(where, self.shards)
         inside = add_shards(None, self.shards(), name, chosen)
         if not inside.prompts:
-            raise UserError(why_nobody(where, self.shards))
-        outside = add_shards(
-            None, self.shards(), name, others(chosen) if against is None else chooser(against, self.shards)
-        )
+            raise UserError(why_none(where, self.shards))
+        others = (lambda reader: ~chosen(reader)) if against is None else chooser(against, self.shards)
+        outside = add_shards(None, self.shards(), name, others)
         if not outside.prompts and against is None:
             raise UserError("the group has every prompt that has numbers: there is none to contrast it with")
         if not outside.prompts:
-            raise UserError(why_nobody(against, self.shards))
+            raise UserError(why_none(against, self.shards))
         return algebra.contrast(inside.mean(), outside.mean(), rank, ridge)
 
     def residual_norm(self, layer: Layer | None = None, where: Where = None) -> float:
@@ -319,34 +241,51 @@ class Results:
             layer: its name or number, as for `at`; by default this view's layer.
             where: which prompts, as for `mean`.
         """
-        return mean_residual_norm(self.shards(), self._layer(layer), chooser(where, self.shards))
+        name, chosen, norms = self._layer(layer), chooser(where, self.shards), list[float]()
+        for reader in self.shards():  # the table has trace x norm^2
+            columns = (reader.table.column(f"{name}/{column}").to_pylist() for column in ("trace", "trace_norm2"))
+            for trace, trace_norm2, wanted in zip(*columns, chosen(reader), strict=True):
+                if wanted and trace:
+                    norms.append((trace_norm2 / trace) ** 0.5)
+        return float(np.mean(norms)) if norms else float("nan")
 
     def push_to_hub(
         self, repo: str, *, private: bool = True, share_text: bool | None = None, token: str | None = None
     ) -> str:
-        """Upload the folder to the hub as a data set, with a data card: `fisher_vmap.hub.push_to_hub`, its arguments.
+        """Upload the finished folder to the Hugging Face hub as a data set with a data card.
 
-        Text of a gated data set goes along only with share_text=True.
+        Settings that are paths of this machine are cut to their last part.
+
+        Args:
+            repo: "OWNER/NAME" or "hf://datasets/OWNER/NAME"; created if it does not exist.
+            private: whether a new repository is private.
+            share_text: whether to upload the prompts' text, their tokens and the kept columns that hold text. None:
+                yes, but raise an error if the data set is gated or cannot be looked up.
+            token: of the hub, with write access; None: as `hf auth login` left it.
+
+        Returns:
+            The repository's web address.
+
+        Raises:
+            UserError: an unfinished folder, text of a gated data set with share_text None, no access, or no network.
         """
-        from fisher_vmap.results.hub import push_to_hub
-
-        return push_to_hub(self, repo, private=private, share_text=share_text, token=token)
+        return push_to_hub(self.folder, self.index, repo, private=private, share_text=share_text, token=token)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.storage.table` names the columns."""
+        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.results.table` describes the columns."""
         return self.table().to_pandas()
 
     def table(self) -> pa.Table:
-        """The prompts table as an Arrow table, from prompts.parquet or what an unfinished run's shards have of it."""
+        """The prompts table as an Arrow table; of an unfinished run, the rows that are stored."""
         return table_of(self.folder, self.index, self._verify)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The contents of metadata.yaml; of an unfinished run, the same about what there is, without settings."""
+        """The contents of metadata.yaml; of an unfinished run, the same about the stored prompts, without settings."""
         return metadata_of(self.folder, self.index, self._verify)
 
     def shards(self) -> Iterator[ShardReader]:
-        """Readers of the shards, in order; each is closed when the next one comes, unless it is kept."""
+        """A reader of each shard, in order."""
         return readers(self.folder, self.index, self._verify)
 
     def __repr__(self) -> str:

@@ -1,18 +1,81 @@
-"""What reading one prompt gives: its row of the table, its arrays at one layer, and the small algebra on them."""
+"""The records of a prompt: `PromptResult` as it is computed, `PromptRecord` as it is read, and numbers of both."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fisher_vmap import algebra
-from fisher_vmap.results.shard_reader import Float32
+
+Status = Literal["ok", "failed", "skipped"]
+Float32 = NDArray[np.float32]
+FloatArray = NDArray[np.floating[Any]]
+
+QUALITY = ("share_kept", "trace_full", "trace_full_error", "share_full", "relative_error")  # columns of `how_good`
 
 
-def was(status: str) -> str:
-    """A prompt's status as the end of a sentence: it failed, it was skipped."""
-    return f"was {status}" if status == "skipped" else status
+class LayerResult(NamedTuple):
+    """One prompt's low-rank Fisher matrix at one layer: F = V^T diag(S) V, and A = Q diag(sqrt S) V with F = A^T A."""
+
+    S: FloatArray
+    """[R] singular values of F, highest first, zero beyond the rank."""
+    V: FloatArray
+    """[R, D] orthonormal rows, zero beyond the rank."""
+    Q: FloatArray
+    """[K, R] how much of which token each direction carries."""
+    residual_norm: float
+    """Mean norm of the residual stream over the prompt's real positions."""
+    position_energy: FloatArray
+    """[T] sum over tokens of p_t |g_t at that position|^2, for the prompt's T real positions."""
+    trace: float
+    """Trace of F before it was cut to rank R; at least the sum of the kept S."""
+    trace_full: float = nan
+    """Estimate of the trace of the whole vocabulary's Fisher matrix; NaN if not estimated."""
+    trace_full_error: float = nan
+    """Its standard error."""
+    relative_error: float = nan
+    """Estimate of |F - V^T diag(S) V| / |F|, F of the whole vocabulary, in the Frobenius norm."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptResult:
+    """One prompt's results. A prompt that failed or was skipped has a reason and no numbers."""
+
+    index: int
+    """Its place in the run, from 0: the order of the prompts asked for."""
+    source_row: int | None = None
+    """Its row in the data set."""
+    text: str | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Values of the columns kept from the data set."""
+    status: Status = "ok"
+    reason: str | None = None
+    num_tokens: int = 0
+    truncated: bool = False
+    audit: str | None = None
+    """What the audit changed in how it was computed, and why; None: nothing."""
+    token_ids: NDArray[np.integer[Any]] | None = None
+    """[K] int64; with `include_rest` one more, -1, for any other token."""
+    log_probs: FloatArray | None = None
+    """[K] float32 nats, highest first."""
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+    top_tokens: list[str] | None = None
+    """The K tokens as text."""
+    prompt_tokens: list[str] | None = None
+    """The prompt's tokens as text, those of the chat template included; stored only if the text is."""
+
+
+class Stack(NamedTuple):
+    """Prompts at one layer, stacked on dim 0, float32; NaN for prompts without numbers."""
+
+    S: Float32
+    """[n, R] singular values."""
+    V: Float32
+    """[n, R, D] their directions."""
+    Q: Float32
+    """[n, K, R] how much of which token each carries."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -38,11 +101,11 @@ class PromptRecord:
     position_energy: Float32
     """[T] sum over tokens of p_t |g_t at that position|^2."""
     token_ids: NDArray[np.int64]
-    """[K] the tokens, likeliest first; with `include_rest` one more, -1, any other token. All -1 without numbers."""
+    """[K] the tokens, likeliest first; with `include_rest` one more, -1, for any other. All -1 without numbers."""
     log_probs: Float32
     """[K] their log-probabilities in nats."""
     row: dict[str, Any]
-    """The prompt's row of prompts.parquet, with its text, status, reason, kept columns and the rest."""
+    """The prompt's row of prompts.parquet: its text, status, reason, kept columns and so on."""
 
     @property
     def U(self) -> Float32:
@@ -51,7 +114,7 @@ class PromptRecord:
 
     @property
     def text(self) -> str | None:
-        """The prompt, as far as it is stored."""
+        """The prompt; None if the run did not store it."""
         return None if self.row["text"] is None else str(self.row["text"])
 
     @property
@@ -66,58 +129,57 @@ class PromptRecord:
 
     @property
     def top_tokens(self) -> tuple[str, ...] | None:
-        """The K tokens as text, as far as the run stored them."""
+        """The K tokens as text; None if the run did not store them."""
         texts = self.row.get("top_tokens")
         return None if texts is None else tuple(texts)
 
     @property
     def prompt_tokens(self) -> tuple[str, ...] | None:
-        """The prompt's T tokens as text, template and all, as far as the run stored them."""
+        """The prompt's T tokens as text, those of the chat template included; None if the run did not store them."""
         texts = self.row.get("prompt_tokens")
         return None if texts is None else tuple(texts)
 
     @property
     def mass(self) -> float:
         """The probability that the K tokens cover, sum exp(log p); NaN without numbers."""
-        return float("nan") if self.row["mass"] is None else float(self.row["mass"])
+        return nan if self.row["mass"] is None else float(self.row["mass"])
 
     @property
     def trace(self) -> float:
         """Trace of F over all K tokens, at least the sum of S; NaN without numbers."""
-        trace = self.row[f"{self.layer}/trace"]
-        return float("nan") if trace is None else float(trace)
+        return self._number("trace")
 
     @property
     def share_kept(self) -> float:
         """The share of the trace that the R stored directions hold."""
-        return self._estimate("share_kept")
+        return self._number("share_kept")
 
     @property
     def share_full(self) -> float:
-        """The same of `trace_full`, the whole vocabulary's; NaN where that was not asked for."""
-        return self._estimate("share_full")
+        """The share of `trace_full` that the R stored directions hold; NaN if it was not estimated."""
+        return self._number("share_full")
 
     @property
     def trace_full(self) -> float:
-        """Estimate of the trace of the whole vocabulary's Fisher matrix; NaN where none was asked for."""
-        return self._estimate("trace_full")
+        """Estimate of the trace of the whole vocabulary's Fisher matrix; NaN if it was not estimated."""
+        return self._number("trace_full")
 
     @property
     def trace_full_error(self) -> float:
-        """The standard error of `trace_full`; NaN without it."""
-        return self._estimate("trace_full_error")
+        """The standard error of `trace_full`; NaN if it was not estimated."""
+        return self._number("trace_full_error")
 
     @property
     def relative_error(self) -> float:
-        """Estimate of |F - matrix()| / |F| in the Frobenius norm, F of the whole vocabulary in the run's own precision.
+        """Estimate of |F - matrix()| / |F| in the Frobenius norm; NaN if it was not estimated.
 
-        What rounding to that precision adds it does not see. NaN where none was asked for.
+        F is the whole vocabulary's matrix in the run's precision. Errors of that precision are not included.
         """
-        return self._estimate("relative_error")
+        return self._number("relative_error")
 
-    def _estimate(self, name: str) -> float:
+    def _number(self, name: str) -> float:
         value = self.row.get(f"{self.layer}/{name}")
-        return float("nan") if value is None else float(value)
+        return nan if value is None else float(value)
 
     def matrix(self) -> Float32:
         """F = V^T diag(S) V, [D, D] float32."""
@@ -143,13 +205,13 @@ class PromptRecord:
         return float(algebra.quadratic(self, v))
 
     def cosine(self, other: Any) -> float:
-        """How alike two prompts' matrices are, tr(F G) / (|F| |G|), from 0 to 1; `fisher_vmap.algebra` has more."""
+        """The similarity of two prompts' matrices, tr(F G) / (|F| |G|), from 0 to 1; see also `fisher_vmap.algebra`."""
         return algebra.cosine(self, other)
 
     def trades(self) -> Float32:
-        """What a unit step along each direction does to each token: d log p_t = g_t . V_r, [K, R] float32, in nats.
+        """How a unit step along each direction changes each token: d log p_t = g_t . V_r, [K, R] float32, in nats.
 
-        It is Q_tr sqrt(S_r / p_t), without the vectors.
+        It is computed as Q_tr sqrt(S_r / p_t), without the vectors.
         """
         root_p = np.exp(0.5 * self.log_probs.astype(np.float64))
         return np.asarray(self.Q * np.sqrt(self.S.astype(np.float64)) / root_p[:, None], np.float32)
@@ -157,9 +219,10 @@ class PromptRecord:
     def scores(self) -> Float32:
         """The gradients of log p_t with respect to the bias, [K, D] float32: A / sqrt(p), A = Q diag(sqrt S) V.
 
-        Of estimator topk, with R >= K or a rank below R, to rounding, except for tokens with p_t below about K times
-        float32's eps (1e-6 for K = 10): what they add to F is below its numerical rank. Else the best approximation of
-        A by rank R. Of estimator full: what the stored directions hold of the scores.
+        With estimator topk and R >= K, or a rank below R, they are exact to rounding, except for tokens with p_t below
+        about K times float32's eps (1e-6 for K = 10), whose part of F is below its numerical rank. With a smaller R
+        they come from the best approximation of A of rank R. With estimator full they are the scores' projection on
+        the stored directions.
         """
         root_p = np.exp(0.5 * self.log_probs.astype(np.float64))
         A = (self.Q * np.sqrt(self.S.astype(np.float64))) @ self.V.astype(np.float64)
@@ -170,3 +233,39 @@ class PromptRecord:
             return f"PromptRecord({self.index}, {self.layer!r}: {self.status}: {self.reason})"
         text = "" if self.text is None else f", {self.text[:40]!r}" + ("..." if len(self.text) > 40 else "")
         return f"PromptRecord({self.index}, {self.layer!r}: trace {self.trace:.4g}, S[0] {self.S[0]:.4g}{text})"
+
+
+def was(status: str) -> str:
+    """A prompt's status as the end of a sentence: it failed, it was skipped."""
+    return f"was {status}" if status == "skipped" else status
+
+
+def covered_mass(log_probs: FloatArray | None, token_ids: NDArray[np.integer[Any]] | None) -> float | None:
+    """Total probability of the K tokens, sum exp(log p), without "any other token". None without numbers."""
+    if log_probs is None or token_ids is None:
+        return None
+    rest = (np.asarray(token_ids) < 0) & np.isfinite(log_probs)
+    return float(np.exp(np.asarray(log_probs, np.float64))[~rest].sum())
+
+
+def how_good(result: LayerResult) -> dict[str, float | None]:
+    """The accuracy of a layer's matrix, by column name; None for what was not estimated."""
+    kept = float(np.asarray(result.S, np.float64).sum())
+    values = {
+        "share_kept": kept / result.trace if result.trace > 0 else np.nan,
+        "trace_full": result.trace_full,
+        "trace_full_error": result.trace_full_error,
+        "share_full": kept / result.trace_full if result.trace_full > 0 else np.nan,
+        "relative_error": result.relative_error,
+    }
+    return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
+
+
+def effective_rank(S: FloatArray) -> float:
+    """Effective number of directions: exp of the entropy of S [R], normalised to sum to 1; 0 for a zero matrix.
+
+    It is R if all S are equal, and 1 if only one is not zero. [Roy and Vetterli, EUSIPCO 2007]
+    """
+    S = np.asarray(S, np.float64)
+    share = S[S > 0] / S.sum()
+    return float(np.exp(-(share * np.log(share)).sum())) if share.size else 0.0

@@ -1,13 +1,8 @@
-"""A shard: the results of `shard_size` prompts in one safetensors file, and their rows of the prompts table beside it.
+"""Writing a shard: `shard_size` prompts in one safetensors file, and their rows of the prompts table in a parquet file.
 
-The rows stand in a parquet file of their own, shards/shard-00000.parquet: text of any length and kept columns of any
-type fit there, and prompts.parquet is joined from them without computing anything again.
-
-Writing safetensors as a stream: one tensor in memory at a time, and the same bytes for the same numbers.
-
-The library's own writer wants every tensor at once, which for mean.safetensors is L x D x D, and it may order equal
-metadata differently from run to run. The format is a length, a JSON header and the raw little-endian numbers; the tests
-read what is written here with the library.
+The safetensors files are written here, one tensor in memory at a time and with the same bytes for the same numbers.
+The library's own writer needs all tensors at once, which for mean.safetensors is L x D x D, and may order equal
+metadata differently from run to run. The format is a length, a JSON header and the little-endian numbers.
 """
 
 import json
@@ -22,12 +17,16 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fisher_vmap.errors import UserError
-from fisher_vmap.results.files import Staged, check_size, folder_lock, staged
-from fisher_vmap.results.index import SHARD_FOLDER, ShardEntry, read_entry, shard_names, write_entry
-from fisher_vmap.results.table import PromptResult, ShardLayout, rows_table
+from fisher_vmap.results.files import Staged, check_size, folder_lock, passes, staged
+from fisher_vmap.results.index import SHARD_FOLDER, ShardEntry, ShardLayout, read_entry, shard_names, write_entry
+from fisher_vmap.results.record import PromptResult
+from fisher_vmap.results.table import rows_table
 
-_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
+Arrays = dict[str, NDArray[Any]]
+
+LAYER_TENSORS = ("S", "V", "Q", "residual_norm", "position_energy")
+TOKEN_TENSORS = ("token_ids", "log_probs")
+SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
 
 
 class TensorSpec(NamedTuple):
@@ -36,17 +35,17 @@ class TensorSpec(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
-
-def code_of(dtype: str) -> str:
-    """The safetensors name of a numpy dtype, such as "F16"."""
-    return _CODES[dtype]
+    @property
+    def bytes(self) -> int:
+        """Size of the numbers."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def write_tensors(file: BinaryIO, specs: Mapping[str, TensorSpec], tensor: Callable[[str], NDArray[Any]]) -> None:
-    """Write a safetensors file of the tensors in `specs`, asking `tensor(name)` for each just before it is written.
+    """Write a safetensors file of the tensors in `specs`, calling `tensor(name)` for each just before it is written.
 
     Raises:
-        ValueError: a tensor has not the shape that its spec announced.
+        ValueError: a tensor does not have the shape in its spec.
     """
     names, text = _header(specs)
     file.write(len(text).to_bytes(8, "little"))
@@ -62,50 +61,21 @@ def write_tensors(file: BinaryIO, specs: Mapping[str, TensorSpec], tensor: Calla
 def size_of(specs: Mapping[str, TensorSpec]) -> int:
     """Bytes of the file that `write_tensors` makes."""
     _, text = _header(specs)
-    return 8 + len(text) + sum(_bytes(spec) for spec in specs.values())
+    return 8 + len(text) + sum(spec.bytes for spec in specs.values())
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[list[str], bytes]:
     """The names in the order of the file, and its header."""
-    # The widest numbers first keep every tensor aligned, which readers that map the file are glad of.
+    # With the widest numbers first, every tensor is aligned in a file that is mapped into memory.
     names = sorted(specs, key=lambda name: -np.dtype(specs[name].dtype).itemsize)
     header: dict[str, dict[str, object]] = {}
     end = 0
     for name in names:
         dtype, shape = specs[name]
-        start, end = end, end + _bytes(specs[name])
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + specs[name].bytes
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     return names, text + b" " * (-len(text) % 8)
-
-
-def _bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
-
-
-Arrays = dict[str, NDArray[Any]]
-LAYER_TENSORS = ("S", "V", "Q", "residual_norm", "position_energy")
-TOKEN_TENSORS = ("token_ids", "log_probs")
-
-
-class StagedShard(NamedTuple):
-    """A shard written under temporary names, and the entry that it will have in the index."""
-
-    entry: ShardEntry
-    files: tuple[Staged, Staged]
-
-    def commit(self, folder: Path, mark: str) -> ShardEntry:
-        """Give the files their names and then write their entry, unless a whole shard is there already: in the lock.
-
-        Returns the entry that counts.
-        """
-        there = read_entry(folder, self.entry.number, mark)
-        if there is not None and there.stop >= self.entry.stop and _sizes(folder, there):
-            return there
-        for file in self.files:
-            file.commit()
-        write_entry(folder, self.entry, mark)
-        return self.entry
 
 
 def tensor_specs(layout: ShardLayout, n: int, positions: int) -> dict[str, TensorSpec]:
@@ -126,63 +96,40 @@ def tensor_specs(layout: ShardLayout, n: int, positions: int) -> dict[str, Tenso
     return specs
 
 
-def shard_arrays(results: Sequence[PromptResult], layout: ShardLayout) -> Arrays:
-    """Stack the prompts of a shard on dim 0; prompts without numbers are NaN, with token ids -1 and no positions.
+class StagedShard(NamedTuple):
+    """A shard written under temporary names, and its entry."""
 
-    Raises:
-        ValueError: a prompt that is "ok" lacks a layer, has another shape than the layout, or is not finite.
-    """
-    lengths = [_length(result, layout) for result in results]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    arrays: Arrays = {}
-    for name, spec in tensor_specs(layout, len(results), int(offsets[-1])).items():
-        arrays[name] = np.full(spec.shape, np.nan if spec.dtype.startswith("float") else -1, spec.dtype)
-    arrays["position_offsets"][:] = offsets
-    arrays["prompt_index"][:] = [result.index for result in results]
-    for row, result in enumerate(results):
-        if result.status != "ok":
-            continue
-        _put(arrays, "token_ids", row, result.token_ids, result)
-        _put(arrays, "log_probs", row, result.log_probs, result)
-        for layer in layout.layers:
-            found = result.layers[layer]
-            positions = slice(offsets[row], offsets[row + 1])
-            _put(arrays, f"{layer}/position_energy", positions, found.position_energy, result)
-            for field in ("S", "V", "Q", "residual_norm"):
-                _put(arrays, f"{layer}/{field}", row, getattr(found, field), result)
-    return arrays
+    entry: ShardEntry
+    files: tuple[Staged, Staged]
 
+    def commit(self, folder: Path, mark: str) -> ShardEntry:
+        """Rename the files and write the entry file, unless an intact shard is there already.
 
-def row_checksum(arrays: Sequence[NDArray[Any]]) -> int:
-    """CRC-32 of the bytes of one prompt's arrays, in order."""
-    value = 0
-    for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array).data, value)
-    return value
+        The caller holds the folder's lock. Returns the entry of the shard that is stored.
+        """
+        there = read_entry(folder, self.entry.number, mark)
+        if there is not None and there.stop >= self.entry.stop and passes(check_sizes, folder, there):
+            return there
+        for file in self.files:
+            file.commit()
+        write_entry(folder, self.entry, mark)
+        return self.entry
 
 
 @contextmanager
 def stage_shard(
     folder: Path, number: int, results: Sequence[PromptResult], layout: ShardLayout
 ) -> Iterator[StagedShard]:
-    """Write a shard under temporary names; `commit` it inside the block, or it is removed.
-
-    Args:
-        folder: the results folder, whose shards/ exists.
-        number: the shard's number, from 0.
-        results: its prompts, at least one, with consecutive indices.
-        layout: shapes and dtypes.
+    """Write a shard under temporary names. If the block ends without a `commit`, the files are removed.
 
     Raises:
-        ValueError: as `shard_arrays`, or the prompts are not consecutive.
+        ValueError: the prompts are not consecutive, or an array does not fit the layout or is not finite.
         UserError: the folder cannot be written, or the disk is full.
     """
-    start = results[0].index
-    if [result.index for result in results] != list(range(start, start + len(results))):
+    n, start = len(results), results[0].index
+    if [result.index for result in results] != list(range(start, start + n)):
         raise ValueError(f"shard {number}: its prompts are not consecutive")
-    arrays = shard_arrays(results, layout)
-    n = len(results)
-    specs = tensor_specs(layout, n, int(arrays["position_offsets"][-1]))
+    specs, arrays = _stacked(results, layout)
     table = rows_table(results, layout, _checksums(arrays, layout, n))
     names = shard_names(number)
     shards = folder / SHARD_FOLDER
@@ -200,38 +147,53 @@ def stage_shard(
 def write_shard(
     folder: Path, number: int, results: Sequence[PromptResult], layout: ShardLayout, mark: str
 ) -> ShardEntry:
-    """Write a shard's files and its entry, and return it; arguments and errors as `stage_shard`.
+    """Write a shard and its entry file, for a worker; another process lists it in index.json.
 
-    For workers of a run that others opened, whose `Index.mark` is given; index.json is left to another process. A shard
-    that is there already, whole, stays: of two workers at the same one the first counts.
+    If another worker has stored the same shard, that one is kept. Returns its entry; errors as `stage_shard`.
     """
     with stage_shard(folder, number, results, layout) as shard, folder_lock(folder):
         return shard.commit(folder, mark)
 
 
-def _sizes(folder: Path, entry: ShardEntry) -> bool:
-    """Are the files of an entry there, with its sizes?"""
-    try:
+def check_sizes(folder: Path, entry: ShardEntry) -> None:
+    """Raise UserError unless a shard's files exist with the sizes in its entry; a folded shard has its table alone."""
+    if not entry.folded:
         check_size(folder / SHARD_FOLDER / entry.file, entry.bytes)
-        check_size(folder / SHARD_FOLDER / entry.table, entry.table_bytes)
-    except UserError:
-        return False
-    return True
+    check_size(folder / SHARD_FOLDER / entry.table, entry.table_bytes)
 
 
-def _checksums(arrays: Arrays, layout: ShardLayout, n: int) -> dict[str, list[int]]:
-    offsets = arrays["position_offsets"]
-    sums = {"crc32": [row_checksum([arrays[name][row] for name in TOKEN_TENSORS]) for row in range(n)]}
-    for layer in layout.layers:
-        S, V, Q, norm, energy = (arrays[f"{layer}/{name}"] for name in LAYER_TENSORS)
-        sums[f"{layer}/crc32"] = [
-            row_checksum([S[row], V[row], Q[row], norm[row], energy[offsets[row] : offsets[row + 1]]])
-            for row in range(n)
-        ]
-    return sums
+def row_checksum(arrays: Sequence[NDArray[Any]]) -> int:
+    """CRC-32 of the bytes of one prompt's arrays, in order."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return value
+
+
+def _stacked(results: Sequence[PromptResult], layout: ShardLayout) -> tuple[dict[str, TensorSpec], Arrays]:
+    """The prompts stacked on dim 0. Prompts without numbers are NaN, with token ids -1 and no positions."""
+    offsets = np.cumsum([0, *(_length(result, layout) for result in results)], dtype=np.int64)
+    specs = tensor_specs(layout, len(results), int(offsets[-1]))
+    arrays = {
+        name: np.full(spec.shape, np.nan if spec.dtype.startswith("float") else -1, spec.dtype)
+        for name, spec in specs.items()
+    }
+    arrays["position_offsets"][:] = offsets
+    arrays["prompt_index"][:] = [result.index for result in results]
+    for row, result in enumerate(results):
+        if result.status != "ok":
+            continue
+        for name in TOKEN_TENSORS:
+            _put(arrays, name, row, getattr(result, name), result)
+        for layer in layout.layers:
+            for name in LAYER_TENSORS:
+                where = slice(offsets[row], offsets[row + 1]) if name == "position_energy" else row
+                _put(arrays, f"{layer}/{name}", where, getattr(result.layers[layer], name), result)
+    return specs, arrays
 
 
 def _length(result: PromptResult, layout: ShardLayout) -> int:
+    """The prompt's number of positions; 0 without numbers."""
     if result.status != "ok":
         return 0
     if missing := [layer for layer in layout.layers if layer not in result.layers]:
@@ -247,8 +209,20 @@ def _put(arrays: Arrays, name: str, where: int | slice, values: Any, result: Pro
     target = arrays[name][where]
     if values.shape != target.shape:
         raise ValueError(f"prompt {result.index}: {name} has shape {values.shape}, not {target.shape}")
-    with np.errstate(over="ignore"):  # what does not fit the stored dtype is caught as not finite
+    with np.errstate(over="ignore"):  # a number too large for the stored dtype becomes infinite, and is refused below
         stored = values.astype(target.dtype)
     if not np.isfinite(stored).all():
         raise ValueError(f"prompt {result.index}: {name} is not finite; record the prompt as failed instead")
     arrays[name][where] = stored
+
+
+def _checksums(arrays: Arrays, layout: ShardLayout, n: int) -> dict[str, list[int]]:
+    offsets = arrays["position_offsets"]
+    sums = {"crc32": [row_checksum([arrays[name][row] for name in TOKEN_TENSORS]) for row in range(n)]}
+    for layer in layout.layers:
+        S, V, Q, norm, energy = (arrays[f"{layer}/{name}"] for name in LAYER_TENSORS)
+        sums[f"{layer}/crc32"] = [
+            row_checksum([S[row], V[row], Q[row], norm[row], energy[offsets[row] : offsets[row + 1]]])
+            for row in range(n)
+        ]
+    return sums

@@ -1,18 +1,11 @@
-"""Choosing prompts by `where`: a function of the table's row, a dict of column == value, or a mask.
-
-And why a choice takes none.
-
-Reading one shard lazily: a prompt's row, a layer's stack, or the table, each checked before it is handed out.
-
-The shards of a folder for whoever reads it: one after the other, or by prompt, the latest few of them kept open.
-"""
+"""Reading shards, with every part checked when it is read; and choosing prompts by `where`."""
 
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,44 +15,32 @@ from safetensors import SafetensorError, safe_open
 
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.results.files import check_sha256, check_size, damaged, read_checked
-from fisher_vmap.results.index import SHARD_FOLDER, Index, ShardEntry
-from fisher_vmap.results.shard import LAYER_TENSORS, TOKEN_TENSORS, code_of, row_checksum, tensor_specs
-from fisher_vmap.results.table import ShardLayout, common_schema, in_schema, several
+from fisher_vmap.results.index import SHARD_FOLDER, Index, ShardEntry, ShardLayout
+from fisher_vmap.results.layer_names import several
+from fisher_vmap.results.record import Float32, PromptRecord, Stack
+from fisher_vmap.results.shard import (
+    LAYER_TENSORS,
+    SAFETENSORS_DTYPES,
+    TOKEN_TENSORS,
+    check_sizes,
+    row_checksum,
+    tensor_specs,
+)
+from fisher_vmap.results.table import common_schema, in_schema, is_checksum
 
-Float32 = NDArray[np.float32]
-
-
-class LayerRow(NamedTuple):
-    """One prompt at one layer, float32: S [R], V [R, D], Q [K, R], residual_norm, position_energy [T]."""
-
-    S: Float32
-    V: Float32
-    Q: Float32
-    residual_norm: float
-    position_energy: Float32
-
-
-class Stack(NamedTuple):
-    """Prompts at one layer, stacked on dim 0, float32; NaN for prompts without numbers."""
-
-    S: Float32
-    """[n, R] singular values."""
-    V: Float32
-    """[n, R, D] their directions."""
-    Q: Float32
-    """[n, K, R] how much of which token each carries."""
+KEPT_OPEN = 8  # readers that `OpenShards` keeps: each holds a file handle and its shard's table
 
 
 class ShardReader:
-    """The finished shard of one index entry.
+    """Reads the shard of one index entry.
 
     Args:
         folder: the results folder.
         entry: the shard's entry in the index.
         layout: shapes and dtypes.
-        verify: compare checksums of what is read (of single rows too). Sizes and shapes are always checked.
+        verify: compare the checksums of what is read, of single rows too. Sizes and shapes are always checked.
 
-    Every method raises UserError, naming the file, where it is missing or damaged.
+    Every method raises UserError, naming the file, if it is missing or damaged.
     """
 
     def __init__(self, folder: Path, entry: ShardEntry, layout: ShardLayout, verify: bool = True) -> None:
@@ -68,24 +49,14 @@ class ShardReader:
         self.table_path = folder / SHARD_FOLDER / entry.table
 
     def check_sizes(self) -> None:
-        """Both files (of a folded shard the table) are there, with the sizes that the index has."""
-        if not self.entry.folded:
-            check_size(self.path, self.entry.bytes)
-        check_size(self.table_path, self.entry.table_bytes)
+        """Check that the files exist with the sizes in the index."""
+        check_sizes(self.folder, self.entry)
 
     def check_sha256(self) -> None:
-        """Both files (of a folded shard the table) are what was written, to the bit."""
+        """Check that the files have the SHA-256 in the index."""
         if not self.entry.folded:
             check_sha256(self.path, self.entry.bytes, self.entry.sha256)
         check_sha256(self.table_path, self.entry.table_bytes, self.entry.table_sha256)
-
-    def is_there(self) -> bool:
-        """Whether `check_sizes` has nothing to say."""
-        return _passes(self.check_sizes)
-
-    def is_sound(self) -> bool:
-        """Whether `check_sha256` has nothing to say."""
-        return _passes(self.check_sha256)
 
     @cached_property
     def table(self) -> pa.Table:
@@ -99,11 +70,6 @@ class ShardReader:
             raise damaged(self.table_path, f"it has {table.num_rows} rows")
         return table
 
-    def row(self, index: int) -> dict[str, Any]:
-        """The table's row of prompt `index`."""
-        values: dict[str, Any] = self.table.slice(index - self.entry.start, 1).to_pylist()[0]
-        return values
-
     def tokens(self, index: int) -> tuple[NDArray[np.int64], Float32]:
         """token_ids [K] and log_probs [K] of prompt `index`."""
         row = index - self.entry.start
@@ -111,15 +77,27 @@ class ShardReader:
         self._compare("crc32", row, parts)
         return token_ids[0], log_probs[0]
 
-    def layer(self, index: int, layer: str) -> LayerRow:
+    def record(self, index: int, layer: str) -> PromptRecord:
         """Prompt `index` at one layer."""
         row = index - self.entry.start
+        token_ids, log_probs = self.tokens(index)
         start, stop = (int(offset) for offset in self._slice("position_offsets", row, row + 2))
-        parts = [self._slice(f"{layer}/{name}", row, row + 1) for name in LAYER_TENSORS[:-1]]
-        parts.append(self._slice(f"{layer}/position_energy", start, stop))
-        self._compare(f"{layer}/crc32", row, parts)
-        S, V, Q, norm, energy = parts
-        return LayerRow(S[0], V[0].astype(np.float32), Q[0], float(norm[0]), energy)
+        S, V, Q, norm = parts = [self._slice(f"{layer}/{name}", row, row + 1) for name in LAYER_TENSORS[:-1]]
+        energy = self._slice(f"{layer}/position_energy", start, stop)
+        self._compare(f"{layer}/crc32", row, [*parts, energy])
+        values = self.table.slice(row, 1).to_pylist()[0]
+        return PromptRecord(
+            index=index,
+            layer=layer,
+            S=S[0],
+            V=V[0].astype(np.float32),
+            Q=Q[0],
+            residual_norm=float(norm[0]),
+            position_energy=energy,
+            token_ids=token_ids,
+            log_probs=log_probs,
+            row={name: value for name, value in values.items() if not is_checksum(name)},
+        )
 
     def stack(self, layer: str) -> Stack:
         """All prompts of the shard at one layer."""
@@ -139,7 +117,7 @@ class ShardReader:
                 f"{self.folder} keeps the mean alone (save: mean): single prompts have their row of the table, but no "
                 "matrix; run with save: both in another --output_dir to have them"
             )
-        # The size first: a file cut short under a memory map would end the process, not raise.
+        # Checked first, because reading a shortened file through a memory map would kill the process.
         check_size(self.path, self.entry.bytes)
         try:
             return safe_open(self.path, framework="np")
@@ -151,9 +129,9 @@ class ShardReader:
         try:
             tensor = self._file.get_slice(name)
             dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
-            # The number of positions stands nowhere else; it is checked by what the offsets ask for.
+            # The number of positions is not in the layout; the offsets are checked against it below.
             expected = shape[:1] if name.endswith("/position_energy") else spec.shape
-            if dtype != code_of(spec.dtype) or shape != expected:
+            if dtype != SAFETENSORS_DTYPES[spec.dtype] or shape != expected:
                 raise damaged(self.path, f"{name} is {dtype} {shape}")
             if not 0 <= start <= stop <= shape[0]:
                 raise damaged(self.path, f"{name} has {shape[0]} entries, not {stop}")
@@ -169,24 +147,18 @@ class ShardReader:
             raise damaged(self.path, f"the numbers of prompt {self.entry.start + row} differ from their checksum")
 
 
-def _passes(check: Callable[[], None]) -> bool:
-    try:
-        check()
-    except UserError:
-        return False
-    return True
-
-
-KEPT_OPEN = 8  # file handles are few, and a reader that was used holds its shard's table
+def is_ok(reader: ShardReader) -> NDArray[np.bool_]:
+    """[n] which prompts of a shard have numbers."""
+    return np.array([status == "ok" for status in reader.table.column("status").to_pylist()], bool)
 
 
 def readers(folder: Path, index: Index, verify: bool = True) -> Iterator[ShardReader]:
-    """The shards of an index in order, each opened when its turn comes and not kept."""
+    """A reader of each shard in order, created when its turn comes."""
     return (ShardReader(folder, entry, index.layout, verify) for entry in index.shards)
 
 
 class OpenShards:
-    """The shards that hold single prompts: prompts are asked for in any order, and mostly near to one another."""
+    """Finds the shard of a prompt, and keeps the most recently used shards open."""
 
     def __init__(self, folder: Path, index: Index, verify: bool) -> None:
         self._folder, self._index, self._verify = folder, index, verify
@@ -207,7 +179,7 @@ class OpenShards:
         return self._kept[place]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files stay behind when the object goes to another process.
+        # Open files cannot be pickled for another process.
         return {**self.__dict__, "_kept": OrderedDict()}
 
 
@@ -216,7 +188,7 @@ Chooser = Callable[[ShardReader], NDArray[np.bool_]]
 
 
 def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Chooser:
-    """For each shard a mask, [n] booleans, of the prompts that `where` takes; None takes all.
+    """A function that gives, for each shard, a mask [n] of the prompts that `where` chooses; None chooses all.
 
     Rows are as in prompts.parquet: a kept column has one type in all shards.
 
@@ -245,13 +217,8 @@ def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Choose
     return equal
 
 
-def others(chosen: Chooser) -> Chooser:
-    """All prompts that another choice leaves out."""
-    return lambda reader: ~chosen(reader)
-
-
-def why_nobody(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> str:
-    """Why a choice takes no prompt that has numbers, in words that say what there is to choose from."""
+def why_none(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> str:
+    """Why `where` chooses no prompt with numbers, and what there is to choose from."""
     sizes = [reader.table.num_rows for reader in shards()]
     chosen = chooser(where, shards) if sizes else None
     if chosen and (count := sum(int(chosen(reader).sum()) for reader in shards())):

@@ -18,14 +18,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.results.folder import RETIRED
 from fisher_vmap.run.setting_types import Expected
 
 _log = logging.getLogger(__name__)
 
 _UNASKED = "it was read because it lies in the working folder, and --config FILE names another"
-
-# Settings of earlier versions that decide nothing any more: files, command lines and folders that have them still work.
-RETIRED = {"compile": "torch.compile is no longer used"}
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 OptionsT = TypeVar("OptionsT", bound=BaseModel)

@@ -20,7 +20,7 @@ from fisher_vmap.linearize.audit import ShardForms
 from fisher_vmap.linearize.select import NoFormAgrees
 from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.progress import Line, display, duration, meter, on_a_clock
-from fisher_vmap.results.table import PromptResult
+from fisher_vmap.results.record import PromptResult
 
 
 class Progress(NamedTuple):

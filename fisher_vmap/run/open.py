@@ -20,8 +20,7 @@ from fisher_vmap.load.model import Loaded, load_model
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
-from fisher_vmap.results.index import stored_precision
-from fisher_vmap.results.table import ShardLayout
+from fisher_vmap.results.index import ShardLayout, stored_precision
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.compute import Notes, PreparedShard, prepare
 from fisher_vmap.run.settings import Settings

@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 from fisher_vmap.progress import step
 from fisher_vmap.results.index import TABLE_NAME
 from fisher_vmap.results.outputs import wants_npz
-from fisher_vmap.results.record import was
-from fisher_vmap.results.table import PromptResult
+from fisher_vmap.results.record import PromptResult, was
 from fisher_vmap.results.writer import ResultsWriter, ShardRange
 from fisher_vmap.run.compute import Progress, compute_shard
 from fisher_vmap.run.open import Run

@@ -20,9 +20,9 @@ from fisher_vmap.load.model import Loaded, choose_device
 from fisher_vmap.model.precision import Precision, faster_precision, product_rates, product_widths
 from fisher_vmap.model.widening import NARROW
 from fisher_vmap.progress import readable, step
+from fisher_vmap.results.index import ShardLayout
 from fisher_vmap.results.outputs import Save, npz_size, wants_npz
 from fisher_vmap.results.shard import TensorSpec, size_of, tensor_specs
-from fisher_vmap.results.table import ShardLayout
 from fisher_vmap.run.flops import Work, unavoidable
 from fisher_vmap.run.open import check_save, layout_of, make_renderer, model_of, open_model, source_of
 from fisher_vmap.run.plan_model import (

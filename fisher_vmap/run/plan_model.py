@@ -36,7 +36,9 @@ from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
 from fisher_vmap.model.recording import hooks, output_of
 from fisher_vmap.model.validation import most_positions
 from fisher_vmap.progress import bar, passing, step
-from fisher_vmap.results.table import LayerResult, PromptResult, ShardLayout, common_schema, in_schema, rows_table
+from fisher_vmap.results.index import ShardLayout
+from fisher_vmap.results.record import LayerResult, PromptResult
+from fisher_vmap.results.table import common_schema, in_schema, rows_table
 from fisher_vmap.run.compute import PreparedShard, prepare
 from fisher_vmap.run.settings import Settings
 

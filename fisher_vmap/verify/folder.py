@@ -23,10 +23,12 @@ from fisher_vmap.results.index import (
     read_index,
     sum_name,
 )
-from fisher_vmap.results.mean import is_ok, read_mean, running_sum, sum_is_sound
+from fisher_vmap.results.layer_names import natural
+from fisher_vmap.results.mean import read_mean, running_sum, sum_is_intact
 from fisher_vmap.results.outputs import npz_arrays
-from fisher_vmap.results.shard_reader import ShardReader, Stack, readers
-from fisher_vmap.results.table import common_schema, covered_mass, in_schema, natural
+from fisher_vmap.results.record import Stack, covered_mass
+from fisher_vmap.results.shard_reader import ShardReader, is_ok, readers
+from fisher_vmap.results.table import common_schema, in_schema
 
 # Largest entry of V V^T - 1. A float16 number is off by up to 2^-11 of itself, a squared norm by twice that.
 ORTHONORMAL_TO = {"float32": 1e-5, "float16": 2e-3}
@@ -102,7 +104,7 @@ def _check_file(path: Path, entry: FileEntry) -> str:
 
 def _check_sum(folder: Path, index: Index, layer: str) -> str:
     path = folder / sum_name(index.folded)
-    if not sum_is_sound(folder, index):
+    if not sum_is_intact(folder, index):
         raise damaged(path, "its SHA-256 differs from the index")
     found = running_sum(folder, index, layer)
     if found is None or not np.isfinite(found.total).all() or not np.allclose(found.total, found.total.T, rtol=1e-9):

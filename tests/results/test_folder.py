@@ -184,6 +184,6 @@ def test_a_way_of_saving_that_does_not_exist(tmp_path):
 
 def test_other_versions_are_told(tmp_path, monkeypatch, caplog):
     write_folder(tmp_path)
-    monkeypatch.setattr("fisher_vmap.results.folder.installed_versions", lambda: {"numpy": "0.1"})
+    monkeypatch.setattr("fisher_vmap.results.writer.installed_versions", lambda: {"numpy": "0.1"})
     ResultsWriter.open(tmp_path, layout=make_layout(), shard_size=4, fingerprint=FINGERPRINT)
     assert "was begun with" in caplog.text and "(now 0.1)" in caplog.text

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.reader import open_results
-from fisher_vmap.results.table import effective_rank
+from fisher_vmap.results.record import effective_rank
 
 TWO = {"model.layers.0": 7, "model.layers.1": 5}
 
