@@ -8,7 +8,7 @@ from fisher_vmap.cli import command, folder_command
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.index import Index, read_index
 from fisher_vmap.results.outputs import wants_npz
-from fisher_vmap.results.writer import finish_folder
+from fisher_vmap.results.writer import ResultsWriter
 
 
 @command
@@ -36,9 +36,8 @@ def finish(folder: Path) -> Index:
     if index.settings is None or index.num_prompts is None:
         raise UserError(f"{folder} does not say yet how many prompts its run has; run the same command again")
     save, npz = index.settings["save"], index.settings["export_npz"]
-    return finish_folder(
-        folder, index.fingerprint, save=save, export_npz=wants_npz(npz, save, max(index.num_prompts, index.stop))
-    )
+    npz = wants_npz(npz, save, max(index.num_prompts, index.stop))
+    return ResultsWriter(folder, index).finish(save=save, export_npz=npz)
 
 
 if __name__ == "__main__":

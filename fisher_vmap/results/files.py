@@ -207,7 +207,7 @@ def _compare(path: Path, found: str, expected: str) -> None:
         raise damaged(path, "its SHA-256 differs from the index")
 
 
-# Not the package filelock: without flock it raises, or waits for files that a killed process left. Here a warning does.
+# Not the package filelock: without flock it raises, or waits for files of killed processes. Here the run goes on.
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's exclusive lock for the block, waiting for another process if necessary.

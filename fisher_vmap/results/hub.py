@@ -297,7 +297,8 @@ def _is_local_path(setting: str, value: Any) -> bool:
 
 def _write_descriptions(target: Path, index: Index, metadata: dict[str, Any]) -> Index:
     """Write metadata.yaml and an index.json that matches it, without local paths; returns that index."""
-    target.mkdir(parents=True)
+    with readable_write_errors(target):
+        target.mkdir(parents=True)
     write_metadata(target / METADATA_NAME, metadata)
     settings = None if index.settings is None else _without_local_paths(index.settings)
     written = _with_file(index.model_copy(update={"settings": settings}), target / METADATA_NAME)

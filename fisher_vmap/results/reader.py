@@ -18,13 +18,15 @@ from fisher_vmap.results.layer_names import layer_named
 from fisher_vmap.results.mean import add_shards
 from fisher_vmap.results.outputs import mean_of, metadata_of, table_of
 from fisher_vmap.results.record import Float32, PromptRecord, Stack
-from fisher_vmap.results.shard_reader import OpenShards, ShardReader, Where, chooser, readers, why_none
+from fisher_vmap.results.shard_reader import ShardReader, Where, chooser, readers, why_none
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Check = Literal["sizes", "full", "none"]
 Layer = str | SupportsIndex
+
+KEPT_OPEN = 8  # shards kept open: each takes a file handle and the memory of its table
 
 
 def open_results(
@@ -77,7 +79,7 @@ class Results:
         self.layer = index.layers[0] if layer is None else layer
         """The layer of records, stacks and means that do not name another."""
         self._verify = verify
-        self._open = OpenShards(folder, index, verify)
+        self._open: dict[int, ShardReader] = {}  # by the shard's number, the one used last at the end
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -120,9 +122,14 @@ class Results:
         number += stop if number < 0 else 0
         if not 0 <= number < stop:
             raise IndexError(f"prompt {index} of {stop}")
-        reader = self._open.holding(number)
-        if reader is None:
+        entry = self.index.find(number // self.index.shard_size)
+        if entry is None or number >= entry.stop:
             raise IndexError(f"prompt {number} is not stored yet: {self.folder} is unfinished")
+        reader = self._open.pop(entry.number, None)
+        reader = reader or ShardReader(self.folder, entry, self.index.layout, self._verify)
+        self._open[entry.number] = reader
+        if len(self._open) > KEPT_OPEN:
+            self._open.pop(next(iter(self._open)))
         return reader.record(number, self.layer)
 
     def stack(self, layer: Layer | None = None, where: Where = None) -> Stack:
@@ -296,6 +303,9 @@ class Results:
             f"Results({str(self.folder)!r}: {len(self)} prompts at {layers}, {layout.top_k} tokens, "
             f"rank {layout.rank}, width {widths}, {layout.vectors_dtype}, {state})"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
     def _layer(self, layer: Layer | None) -> str:
         return self.layer if layer is None else layer_named(layer, self.layers, self.folder)

@@ -1,7 +1,5 @@
 """Reading shards, with every part checked when it is read; and choosing prompts by `where`."""
 
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +26,7 @@ from fisher_vmap.results.shard import (
 )
 from fisher_vmap.results.table import common_schema, in_schema, is_checksum
 
-KEPT_OPEN = 8  # readers that `OpenShards` keeps: each holds a file handle and its shard's table
+Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
 
 
 class ShardReader:
@@ -157,33 +155,6 @@ def readers(folder: Path, index: Index, verify: bool = True) -> Iterator[ShardRe
     return (ShardReader(folder, entry, index.layout, verify) for entry in index.shards)
 
 
-class OpenShards:
-    """Finds the shard of a prompt, and keeps the most recently used shards open."""
-
-    def __init__(self, folder: Path, index: Index, verify: bool) -> None:
-        self._folder, self._index, self._verify = folder, index, verify
-        self._starts = [entry.start for entry in index.shards]
-        self._kept: OrderedDict[int, ShardReader] = OrderedDict()  # by place among the shards, the latest used last
-
-    def holding(self, prompt: int) -> ShardReader | None:
-        """The shard that holds the prompt of this index, or None."""
-        place = bisect_right(self._starts, prompt) - 1
-        if place < 0 or prompt >= self._index.shards[place].stop:
-            return None
-        if place not in self._kept:
-            entry = self._index.shards[place]
-            self._kept[place] = ShardReader(self._folder, entry, self._index.layout, self._verify)
-            if len(self._kept) > KEPT_OPEN:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(place)
-        return self._kept[place]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files cannot be pickled for another process.
-        return {**self.__dict__, "_kept": OrderedDict()}
-
-
-Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
 Chooser = Callable[[ShardReader], NDArray[np.bool_]]
 
 

@@ -254,10 +254,55 @@ class ResultsWriter:
         settings: dict[str, Any] | None = None,
         save: Save = "both",
         export_npz: bool = True,
-    ) -> None:
-        """Write the files made from all shards and mark the folder complete: `finish_folder` with its arguments."""
-        marks = self._listed.fingerprint
-        self._keep(finish_folder(self.folder, marks, num_prompts, settings=settings, save=save, export_npz=export_npz))
+    ) -> Index:
+        """Write prompts.parquet, mean.safetensors, the npz and metadata.yaml, and mark the folder complete.
+
+        Files that are there already and intact are kept, so that a process killed here can simply be run again.
+
+        Args:
+            num_prompts: by default the number that `missing_shards` was called with.
+            settings: the settings used, for metadata.yaml; None: those in the index.
+            save: "both", "prompts" to leave the mean out, or "mean" to leave the prompts' matrices out.
+            export_npz: write the npz, about twice as large as the shards.
+
+        Returns:
+            The index of the finished folder.
+
+        Raises:
+            UserError: a shard is missing or damaged, the disk is full, or another run has replaced this one.
+        """
+        folder = self.folder
+        with step("finishing the folder"), folder_lock(folder):
+            index = read_index(folder)
+            compare_fingerprints(folder, index.fingerprint, self._listed.fingerprint)
+            total = max(index.num_prompts or 0 if num_prompts is None else num_prompts, index.stop)
+            if missing := index.missing(total):
+                numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+                raise UserError(
+                    f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; run the same command "
+                    f"again, with num_prompts {total} or more"
+                )
+            names = product_names(index, save, export_npz)
+            index = fold(folder, index, least=1)
+            intact = {
+                name: entry
+                for name in names
+                if (entry := index.files.get(name)) and passes(check_sha256, folder / name, entry.bytes, entry.sha256)
+            }
+            if not (index.complete and set(intact) == set(names) == set(index.files)):
+                # metadata.yaml, the last, is written again with any other file, since the settings may have changed.
+                files = {name: entry for name, entry in intact.items() if name != names[-1]}
+                index = index.model_copy(update={"complete": False, "num_prompts": total, "files": files})
+                write_index(folder, index)
+                used = (index.settings or {}) if settings is None else settings
+                for name in names:
+                    if name not in files:
+                        files = dict(sorted({**files, name: write_product(folder, name, index, used)}.items()))
+                        index = index.model_copy(update={"files": files, "complete": len(files) == len(names)})
+                        write_index(folder, index)
+            remove_leftovers(folder, index)
+            self._keep(index)
+        return index
 
     def _is_intact(self, entry: ShardEntry) -> bool:
         """Compare a shard with its SHA-256, once in this process; afterwards look only at the files' sizes."""
@@ -311,65 +356,6 @@ class ResultsWriter:
             index = self.index
             write_index(self.folder, index)
             self._keep(index)
-
-
-def finish_folder(
-    folder: Path,
-    fingerprint: dict[str, Any],
-    num_prompts: int | None = None,
-    *,
-    settings: dict[str, Any] | None = None,
-    save: Save = "both",
-    export_npz: bool = True,
-) -> Index:
-    """Write prompts.parquet, mean.safetensors, the npz and metadata.yaml, and mark the folder complete.
-
-    Files that are there already and intact are kept, so that a process killed here can simply be run again.
-
-    Args:
-        folder: a results folder with all its shards.
-        fingerprint: of the run that finishes it.
-        num_prompts: by default the number that `ResultsWriter.missing_shards` was called with.
-        settings: the settings used, for metadata.yaml; None: those in the index.
-        save: "both", "prompts" to leave the mean out, or "mean" to leave the prompts' matrices out.
-        export_npz: write the npz, about twice as large as the shards.
-
-    Returns:
-        The index of the finished folder.
-
-    Raises:
-        UserError: a shard is missing or damaged, the disk is full, or the folder is of another run.
-    """
-    with step("finishing the folder"), folder_lock(folder):
-        index = read_index(folder)
-        compare_fingerprints(folder, index.fingerprint, fingerprint)
-        total = max(index.num_prompts or 0 if num_prompts is None else num_prompts, index.stop)
-        if missing := index.missing(total):
-            numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            raise UserError(
-                f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; run the same command again, "
-                f"with num_prompts {total} or more"
-            )
-        settings = (index.settings or {}) if settings is None else settings
-        names = product_names(index, save, export_npz)
-        index = fold(folder, index, least=1)
-        intact = {
-            name: entry
-            for name in names
-            if (entry := index.files.get(name)) and passes(check_sha256, folder / name, entry.bytes, entry.sha256)
-        }
-        if not (index.complete and set(intact) == set(names) == set(index.files)):
-            # metadata.yaml, the last, is written again with any other file, since the settings may have changed.
-            files = {name: entry for name, entry in intact.items() if name != names[-1]}
-            index = index.model_copy(update={"complete": False, "num_prompts": total, "files": files})
-            write_index(folder, index)
-            for name in names:
-                if name not in files:
-                    files = dict(sorted({**files, name: write_product(folder, name, index, settings)}.items()))
-                    index = index.model_copy(update={"files": files, "complete": len(files) == len(names)})
-                    write_index(folder, index)
-        remove_leftovers(folder, index)
-    return index
 
 
 def _shape(shard_size: int, layout: ShardLayout) -> dict[str, Any]:
