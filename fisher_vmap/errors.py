@@ -1,4 +1,4 @@
-"""The exceptions that are shown as a single line, without a traceback."""
+"""Exceptions that are shown as one line without a traceback, and what such lines are made of."""
 
 from collections.abc import Sequence
 

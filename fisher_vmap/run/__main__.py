@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from fisher_vmap.cli import command, start_logging, user_mistake
 from fisher_vmap.errors import UserError, WorkerError
 from fisher_vmap.progress import hide, step
-from fisher_vmap.run.settings import RunOptions, Settings, load_command
+from fisher_vmap.run.cli_args import load_command
+from fisher_vmap.run.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
     from fisher_vmap.load.model import Loaded

@@ -1,7 +1,4 @@
-"""Where settings come from: the command line and a YAML file, and one clear line for whatever is wrong with them.
-
-The functions take the settings class, or its fields, so nothing here names a setting.
-"""
+"""Read settings from the command line and a YAML file, with a one-line error for any mistake."""
 
 from __future__ import annotations
 
@@ -11,23 +8,19 @@ import logging
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.folder import RETIRED
-from fisher_vmap.run.setting_types import Expected
+from fisher_vmap.run.settings import Expected, RunOptions, Settings
 
 _log = logging.getLogger(__name__)
 
 _UNASKED = "it was read because it lies in the working folder, and --config FILE names another"
-
-SettingsT = TypeVar("SettingsT", bound=BaseModel)
-OptionsT = TypeVar("OptionsT", bound=BaseModel)
-
+_FIELDS = {**RunOptions.model_fields, **Settings.model_fields}
 _EPILOG = """\
 examples:
   python -m fisher_vmap.run --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl
@@ -41,13 +34,70 @@ defaults; the environment is not read.
 """
 
 
+class Command(NamedTuple):
+    """A command line: the settings of the run and the options of this process."""
+
+    settings: Settings
+    options: RunOptions
+
+
+def load_settings(argv: Sequence[str], *, working_directory: str | Path = ".") -> Settings:
+    """The settings part of `load_command`, with the same arguments and errors."""
+    return load_command(argv, working_directory=working_directory).settings
+
+
+def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") -> Command:
+    """Read the command line and the YAML file. Flags beat the file, the file beats the defaults.
+
+    Args:
+        argv: the command line's arguments, without the program's name.
+        working_directory: where `config.yaml` is looked for, and what a relative `--config` is relative to.
+
+    Raises:
+        UserError: an unknown name, a wrong value, or a file that cannot be read; one line.
+        SystemExit: with code 0, after `--help` was printed.
+    """
+    flags = _read_flags(argv)
+    named = flags.pop("config", None)
+    file = Path(working_directory, "config.yaml" if named is None else named)
+    values: dict[str, Any] = {}
+    if named is not None or file.exists():
+        try:
+            values = _read_file(file)
+        except UserError as error:
+            raise error if named is not None else UserError(f"{error}; {_UNASKED}") from error
+        _log.info("settings read from %s", file)
+    given = values | flags
+    options = {name: given.pop(name) for name in RunOptions.model_fields if name in given}
+    try:
+        return Command(Settings(**given), RunOptions(**options))
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        line = _explain(name, {**given, **options}[name])
+        if name in flags:
+            raise UserError(f"{line}correct the flag --{name}") from error
+        raise UserError(f"{line}correct it in {file}{'' if named is not None else f'; {_UNASKED}'}") from error
+
+
+def default_config_yaml() -> str:
+    """The text of config.yaml: every setting with its default, below a comment that says what it means."""
+    heading = "# Settings of fisher_vmap, with their defaults. A flag of the same name overrides each: --top_k_tokens 5"
+    entries = (f"\n# {f.description}\n{name}: {written(f.default)}\n" for name, f in Settings.model_fields.items())
+    return heading + "\n" + "".join(entries)
+
+
+def written(value: object) -> str:
+    """A setting's value in YAML, on one line."""
+    return str(yaml.safe_dump(value)).splitlines()[0]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every setting")
 
 
-def _parser(fields: Mapping[str, FieldInfo], others: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
-    """One flag for each field and each of the `others`; its value stays text, for the field's own check to read."""
+def _read_flags(argv: Sequence[str]) -> dict[str, str]:
+    """The values of the command line as text: the validation of each setting converts it."""
     parser = _Parser(
         prog="python -m fisher_vmap.run",
         usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
@@ -58,70 +108,11 @@ def _parser(fields: Mapping[str, FieldInfo], others: Mapping[str, FieldInfo]) ->
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings. Default: ./config.yaml if it exists")
-    for name, field in {**others, **fields}.items():
+    for name, field in _FIELDS.items():
         default = "none" if field.default is None else written(field.default)
         text = f"{field.description} Default: {default}".replace("%", "%%")
-        if bool in (field.annotation, *get_args(field.annotation)):
-            parser.add_argument(f"--{name}", metavar="VALUE", help=text, nargs="?", const="true")
-        else:
-            parser.add_argument(f"--{name}", metavar="VALUE", help=text)
-    return parser
-
-
-def written(value: object) -> str:
-    """Write a setting's value as YAML does, on one line."""
-    return str(yaml.safe_dump(value)).splitlines()[0]
-
-
-def _underscored(argument: str) -> str:
-    """`--top-k-tokens=5` means `--top_k_tokens=5`."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument[2:].partition("=")
-    return "--" + flag.replace("-", "_") + equals + value
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    word, words = word.replace("-", "_"), list(words)
-    # A slip of the fingers first, then a part of a name; what looks a little like one would be nonsense.
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
-    near = near or [name for name in words if word and word in name.split("_")]
-    bare = word.replace("_", "")
-    near = near or [name for name in words if len(bare) > 2 and bare in name.replace("_", "")]
-    return f"did you mean {near[0]!r}?" if near else "--help lists every setting"
-
-
-def _shown(value: object) -> str:
-    shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = 60
-    shortened.maxlong = 30
-    return shortened.repr(value)
-
-
-def _expected(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(get_args(field.annotation))
-    return next(mark.text for mark in field.metadata if isinstance(mark, Expected))
-
-
-def read_flags(
-    argv: Sequence[str], fields: Mapping[str, FieldInfo], others: Mapping[str, FieldInfo] | None = None
-) -> dict[str, Any]:
-    """Read the command line: `--NAME VALUE` for each field (dashes work too) and `--config FILE`; prints `--help`.
-
-    Args:
-        argv: the command line's arguments.
-        fields: the settings.
-        others: what is no setting, and has a flag nevertheless.
-
-    Returns:
-        The values given, as text, under the fields' names; and under "config" the file, if it is named.
-
-    Raises:
-        UserError: an unknown flag, a flag without its value, or anything that is no flag.
-        SystemExit: with code 0, after `--help` was printed.
-    """
-    parser = _parser(fields, others or {})
+        truth = {"nargs": "?", "const": "true"} if bool in (field.annotation, *get_args(field.annotation)) else {}
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text, **truth)  # type: ignore[arg-type]
     for name in RETIRED:
         parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
     parsed, left_over = parser.parse_known_args([_underscored(argument) for argument in argv])
@@ -129,24 +120,28 @@ def read_flags(
         first = left_over[0].partition("=")[0]
         if not first.startswith("-"):
             raise UserError(f"unexpected argument {_shown(first)}; settings are --NAME VALUE, a file is --config FILE")
-        raise UserError(f"unknown flag {_shown(first)}; {_nearest(first.lstrip('-'), {**fields, **(others or {})})}")
-    return {name: value for name, value in vars(parsed).items() if not _is_retired(name, "the command line")}
+        raise UserError(f"unknown flag {_shown(first)}; {_nearest(first.lstrip('-'), _FIELDS)}")
+    return _without_retired(vars(parsed), "the command line")
 
 
-def _is_retired(name: object, where: object) -> bool:
-    """Whether a setting is one of earlier versions; if so it is left out, and a line says so."""
-    if name not in RETIRED:
-        return False
-    _log.warning("%s: the setting %s is left out: %s", where, name, RETIRED[str(name)])
-    return True
+def _underscored(argument: str) -> str:
+    """`--top-k-tokens=5` means `--top_k_tokens=5`."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def read_settings_file(path: Path, fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
-    """Read a YAML file of settings; an empty one holds none.
+def _without_retired(values: Mapping[Any, Any], where: object) -> dict[Any, Any]:
+    """Drop settings of earlier versions with a warning."""
+    for name in values:
+        if name in RETIRED:
+            _log.warning("%s: the setting %s is left out: %s", where, name, RETIRED[name])
+    return {name: value for name, value in values.items() if name not in RETIRED}
 
-    Raises:
-        UserError: the file cannot be read, is not YAML, is no mapping, or has a key twice or an unknown one.
-    """
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings; an empty file holds none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -167,66 +162,41 @@ def read_settings_file(path: Path, fields: Mapping[str, FieldInfo]) -> dict[str,
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
         raise UserError(f"{path}: holds a {type(values).__name__}, not settings; write one 'name: value' a line")
     seen = set()
-    for key_node, _ in tree.value:  # PyYAML itself lets the last of several win
+    for key_node, _ in tree.value:  # PyYAML itself keeps the last of several
         if key_node.value in seen:
             line = key_node.start_mark.line + 1
             raise UserError(f"{path}: line {line} sets {key_node.value!r} a second time; keep one of the two")
         seen.add(key_node.value)
-    values = {key: value for key, value in values.items() if not _is_retired(key, path)}
+    values = _without_retired(values, path)
     for key in values:
-        if key not in fields:
-            raise UserError(f"{path}: unknown setting {_shown(key)}; {_nearest(str(key), fields)}")
+        if key not in Settings.model_fields:
+            raise UserError(f"{path}: unknown setting {_shown(key)}; {_nearest(str(key), Settings.model_fields)}")
     return values
 
 
-def explain(
-    error: ValidationError,
-    fields: Mapping[str, FieldInfo],
-    flags: Mapping[str, Any],
-    values: Mapping[str, Any],
-    file: Path,
-) -> str:
-    """Say in one line what was given for the first wrong setting, what was expected, and where to correct it."""
-    name = str(error.errors()[0]["loc"][0])
-    field = fields[name]
-    given = flags[name] if name in flags else values[name]
-    line = f"{name}: {_shown(given)} was given, {_expected(field)} was expected; "
-    if isinstance(given, str) and get_origin(field.annotation) is Literal:
-        near = difflib.get_close_matches(given, get_args(field.annotation), n=1)
-        line += f"did you mean {near[0]!r}? " if near else ""
-    return line + (f"correct the flag --{name}" if name in flags else f"correct it in {file}")
+def _explain(name: str, given: object) -> str:
+    """What was given for a setting and what was expected."""
+    field = _FIELDS[name]
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    expected = f"one of {', '.join(choices)}" if choices else None
+    expected = expected or next(mark.text for mark in field.metadata if isinstance(mark, Expected))
+    near = difflib.get_close_matches(given, choices, n=1) if isinstance(given, str) else []
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{name}: {_shown(given)} was given, {expected} was expected; {hint}"
 
 
-def load(
-    settings: type[SettingsT], options: type[OptionsT], argv: Sequence[str], working_directory: Path
-) -> tuple[SettingsT, OptionsT]:
-    """Make settings and options from a command line and a YAML file; flags beat the file, the file the defaults.
+def _nearest(word: str, words: Iterable[str]) -> str:
+    word, words = word.replace("-", "_"), list(words)
+    # A typing error first, then a part of a name; anything looser would suggest nonsense.
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
+    near = near or [name for name in words if word and word in name.split("_")]
+    bare = word.replace("_", "")
+    near = near or [name for name in words if len(bare) > 2 and bare in name.replace("_", "")]
+    return f"did you mean {near[0]!r}?" if near else "--help lists every setting"
 
-    Args:
-        settings: their fields are flags and keys of the file.
-        options: their fields are flags alone.
-        argv: the command line's arguments.
-        working_directory: where `config.yaml` is looked for, and what a relative `--config` is relative to.
 
-    Raises:
-        UserError: an unknown name, a wrong value, or a file that cannot be read; one line.
-        SystemExit: with code 0, after `--help` was printed.
-    """
-    flags = read_flags(argv, settings.model_fields, options.model_fields)
-    for_this_process = {name: flags.pop(name) for name in options.model_fields if name in flags}
-    named = flags.pop("config", None)
-    file = Path(working_directory, "config.yaml" if named is None else named)
-    values: dict[str, Any] = {}
-    if named is not None or file.exists():
-        try:
-            values = read_settings_file(file, settings.model_fields)
-        except UserError as error:
-            raise error if named is not None else UserError(f"{error}; {_UNASKED}") from error
-        _log.info("settings read from %s", file)
-    try:
-        return settings(**(values | flags)), options(**for_this_process)
-    except ValidationError as error:
-        fields = {**settings.model_fields, **options.model_fields}
-        line = explain(error, fields, flags | for_this_process, values, file)
-        unasked = named is None and line.endswith(str(file))
-        raise UserError(f"{line}; {_UNASKED}" if unasked else line) from error
+def _shown(value: object) -> str:
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 60
+    shortened.maxlong = 30
+    return shortened.repr(value)

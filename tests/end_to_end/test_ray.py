@@ -204,7 +204,7 @@ def drive_here(settings, worker=ShardWorker):
 
 @pytest.fixture
 def settings(model, data, tmp_path):
-    from fisher_vmap.run.settings import load_settings
+    from fisher_vmap.run.cli_args import load_settings
 
     return load_settings(arguments(model, data, tmp_path / "out", **SETTINGS))
 

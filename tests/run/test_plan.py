@@ -13,10 +13,10 @@ from fisher_vmap.model.layers import decoder_blocks, resolve_layers
 from fisher_vmap.model.precision import Rates
 from fisher_vmap.run import plan_model
 from fisher_vmap.run.__main__ import main
+from fisher_vmap.run.cli_args import load_settings
 from fisher_vmap.run.flops import Work, unavoidable
 from fisher_vmap.run.plan import plan, planned, readable
 from fisher_vmap.run.plan_model import skeleton_of
-from fisher_vmap.run.settings import load_settings
 
 PROMPTS = [*texts(61), "", "x" * 300]
 
