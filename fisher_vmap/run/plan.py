@@ -1,46 +1,152 @@
-"""`python -m fisher_vmap.run --plan`: what a run will take, before anything heavy is loaded.
+"""`fisher-vmap run --plan`: what a run will take, without loading the model's weights.
 
-Prompts are counted and some of them tokenised, operations are counted on a model without weights, and bytes follow from
-the shapes of what will be stored.
+Prompts are counted and a sample of them is tokenised; operations and memory follow from the shapes of the model, bytes
+from those of the results.
 """
 
+import io
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from fisher_vmap.data.batching import GPU_MEMORY_SHARE, pack
-from fisher_vmap.data.tokenize import Pieces
-from fisher_vmap.fisher_model import TRACE_SAMPLES
+from fisher_vmap.data.batching import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.data.prompts import PromptSource, SourcePrompt
+from fisher_vmap.data.tokenize import Pieces, Renderer
 from fisher_vmap.load.model import Loaded, choose_device
 from fisher_vmap.model.precision import Precision, faster_precision, product_rates, product_widths
+from fisher_vmap.model.validation import most_positions
 from fisher_vmap.model.widening import NARROW
-from fisher_vmap.progress import readable, step
+from fisher_vmap.progress import bar, passing, readable, step
 from fisher_vmap.results.index import ShardLayout
-from fisher_vmap.results.outputs import Save, npz_size, wants_npz
+from fisher_vmap.results.outputs import npz_size, wants_npz
+from fisher_vmap.results.record import LayerResult, PromptResult
 from fisher_vmap.results.shard import TensorSpec, size_of, tensor_specs
-from fisher_vmap.run.flops import Work, unavoidable
+from fisher_vmap.results.table import common_schema, in_schema, rows_table
+from fisher_vmap.run.compute import PreparedShard, prepare
 from fisher_vmap.run.open import check_save, layout_of, make_renderer, model_of, open_model, source_of
-from fisher_vmap.run.plan_model import (
-    BatchMemory,
-    Sample,
-    Skeleton,
-    TableBytes,
-    batches_of,
-    sample_of,
-    skeleton_of,
-    table_bytes,
-)
+from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skeleton_of, unavoidable, work_of
 from fisher_vmap.run.settings import Settings
 
+MOST_TOKENISED = 2048  # prompts of the sample
 MEASURED_S = 10.0
 COUNTED_PROMPTS = 256  # whose lengths the operations are counted for
 INDEX_BYTES, METADATA_BYTES = 480, 4096  # of index.json for a shard; of metadata.yaml and the rest
 WORKERS = (1, 8, 64)
+
+
+class Sample(NamedTuple):
+    """The tokenised prompts of a run, or a sample of them.
+
+    Attributes:
+        total: prompts of the run.
+        shards: the sample, in shards of the run's size.
+        exact: whether the sample is the whole run.
+        first_alone: whether it is the first prompts, not spread over the data.
+    """
+
+    total: int
+    shards: list[PreparedShard]
+    exact: bool
+    first_alone: bool
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt that has any."""
+        return [len(prompt.ids) for shard in self.shards for prompt in shard.rendered.values()]
+
+    @property
+    def tokenised(self) -> int:
+        """Prompts of the sample, skipped ones included."""
+        return sum(len(shard.prompts) for shard in self.shards)
+
+
+def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> Sample:
+    """Tokenise up to `MOST_TOKENISED` prompts: every n-th of a local data set, the first ones of a stream."""
+    if source.total is None:
+        stream: Iterator[SourcePrompt] = islice(iter(source), MOST_TOKENISED + 1)
+        with step("reading the prompts"):
+            chosen = list(stream)
+        more = len(chosen) > MOST_TOKENISED
+        if settings.num_prompts == "all" and more:
+            with step("counting the prompts"):
+                total = sum(1 for _ in source)
+        else:
+            total = int(settings.num_prompts) if more and settings.num_prompts != "all" else len(chosen)
+        chosen = chosen[:MOST_TOKENISED]
+    else:
+        total = source.total
+        wanted = set(np.linspace(0, total - 1, min(total, MOST_TOKENISED)).astype(int).tolist())
+        with step("reading the prompts"):
+            chosen = [prompt for prompt in source if prompt.index in wanted]
+    size = settings.shard_size
+    parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    with bar(len(parts), "shards", "tokenising a sample") as advance:
+        shards = [prepare(renderer, number, part) for number, part in enumerate(passing(parts, advance))]
+    exact = len(chosen) == total
+    return Sample(total, shards, exact, source.total is None and not exact)
+
+
+def table_bytes(sample: Sample, layout: ShardLayout, pieces: Pieces) -> int:
+    """Bytes of a run's tables, in the shards and joined, from the sample's rows with random numbers in them."""
+    rng = np.random.default_rng(0)
+    tables: list[pa.Table] = []
+    in_shards = 0
+    for shard in sample.shards:
+        results = [_random_result(shard, prompt, layout, pieces, rng) for prompt in shard.prompts]
+        numbers = rng.integers(2**32, size=len(results)).tolist()
+        checksums = dict.fromkeys(("crc32", *(f"{layer}/crc32" for layer in layout.layers)), numbers)
+        tables.append(rows_table(results, layout, checksums))
+        in_shards += _written(tables[-1])
+    schema = common_schema((table.schema for table in tables), layout)
+    joined = _written(pa.concat_tables([in_schema(table, schema) for table in tables]))
+    scale = sample.total / max(1, sample.tokenised)
+    return int(in_shards * scale) + int(joined * scale)
+
+
+def _written(table: pa.Table) -> int:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.tell()
+
+
+def _random_result(
+    shard: PreparedShard, prompt: SourcePrompt, layout: ShardLayout, pieces: Pieces, rng: np.random.Generator
+) -> PromptResult:
+    rendered = shard.rendered.get(prompt.index)
+    if rendered is None:
+        reason = shard.skipped[prompt.index]
+        return PromptResult(
+            index=prompt.index, source_row=prompt.source_row, kept=prompt.kept, status="skipped", reason=reason
+        )
+    K, R = layout.outcomes, layout.rank
+    token_ids = rng.choice(rendered.ids, K)
+    empty = np.zeros((0,), np.float32)
+    # All numbers differ, as in a real table: the compressed size depends on that.
+    layers = {
+        layer: LayerResult(rng.random(R), empty, empty, float(rng.random()), empty, float(rng.random()))
+        for layer in layout.layers
+    }
+    return PromptResult(
+        index=prompt.index,
+        source_row=prompt.source_row,
+        text=rendered.text,
+        kept=prompt.kept,
+        num_tokens=len(rendered.ids),
+        truncated=rendered.truncated,
+        token_ids=token_ids,
+        log_probs=np.log(rng.dirichlet(np.ones(K))).astype(np.float32),
+        layers=layers,
+        top_tokens=[pieces.single(int(token)) for token in token_ids],
+        prompt_tokens=pieces.each(rendered.ids),
+    )
 
 
 class Plan(NamedTuple):
@@ -54,18 +160,18 @@ class Plan(NamedTuple):
     storage: "Storage"
     weights: int
     batch: BatchMemory
-    """The batch with the most tokens among the prompts that were tokenised."""
+    """The sample's batch with the most tokens."""
     longest: BatchMemory
-    """A prompt of the most tokens that the settings and the model allow."""
+    """One prompt of the most tokens that the settings and the model allow."""
     rate: float | None
     precision: Precision
-    """What will be computed in what, on a machine like this one."""
+    """What a run on a machine like this one computes in."""
     product_rate: float | None
-    """Operations a second of this machine's matrix products in that precision; None: not measured."""
+    """Operations a second of this machine's matrix products in that precision, if measured."""
 
 
 class Storage(NamedTuple):
-    """Bytes of a results folder by what they are for, with these settings; and of the npz that it has or could have."""
+    """Bytes of a results folder by use, and of the npz that it has or could have."""
 
     parts: dict[str, int]
     npz: int
@@ -108,7 +214,7 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
     with step("counting operations"):
         for product in unavoidable(skeleton.model, blocks, counted_ids, skeleton.hooks, work_of(settings)):
             operations[product.kind.partition(",")[0]] += product.shape.flops
-    # The operations of the prompts counted, for all tokens: attention's go with the square, but in the same mixture.
+    # Attention's operations grow with the square of the length; the counted prompts have the same mix of lengths.
     scale = float(lengths.sum() * share / max(1.0, counted.sum()))
     with step("measuring the table"):
         rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
@@ -129,8 +235,27 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
     )
 
 
+def batches_of(
+    settings: Settings, skeleton: Skeleton, sample: Sample, vectors: int, itemsize: int
+) -> tuple[BatchMemory, BatchMemory]:
+    """The memory of the sample's batch with the most tokens, and of one prompt of the most tokens that are allowed."""
+    tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
+    size = sys.maxsize if settings.batch_size == "auto" else settings.batch_size
+    limit = most_positions(skeleton.model)
+    longest = settings.max_length if limit is None else min(limit, settings.max_length)
+    chunk = None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk
+    device = choose_device(settings.device)
+    batches: list[list[int]] = [[]]
+    for shard in sample.shards:
+        lengths = [len(prompt.ids) for prompt in shard.rendered.values()]
+        batches += [[lengths[i] for i in batch] for batch in pack(lengths, size, tokens)]
+    both = max(batches, key=sum), [longest]
+    largest, allowed = (batch_memory(skeleton, batch, vectors, itemsize, device, chunk) for batch in both)
+    return largest, allowed
+
+
 def chosen_here(settings: Settings, skeleton: Skeleton) -> tuple[Precision, float | None]:
-    """What a run with these settings is computed in on this machine, and how fast matrix products in that are."""
+    """The precision of a run on this machine, and the rate of its matrix products if measured."""
     dtype, device = getattr(torch, settings.dtype), choose_device(settings.device)
     if device.type != "cpu" or settings.device_map is not None:
         return Precision(
@@ -147,23 +272,13 @@ def chosen_here(settings: Settings, skeleton: Skeleton) -> tuple[Precision, floa
     return precision, 2e9 / sum(1 / rate for rate in used)
 
 
-def work_of(settings: Settings) -> Work:
-    """The vectors that the estimator sends through the network for each prompt."""
-    if settings.estimator == "topk":
-        samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
-        return Work(shared=settings.top_k_tokens + samples)
-    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
-    vectors = settings.num_singular_values + settings.oversampling
-    return Work(vectors + samples, 2 * settings.passes * vectors, 1 + 2 * settings.passes * vectors)
-
-
-def storage_of(settings: Settings, skeleton: Skeleton, sample: Sample, rows: TableBytes) -> Storage:
+def storage_of(settings: Settings, skeleton: Skeleton, sample: Sample, table: int) -> Storage:
     """Bytes of the finished folder."""
     n, size, layout = sample.total, settings.shard_size, layout_of(settings, skeleton.widths)
     full, rest = divmod(n, size)
     positions = sum(sample.lengths) / max(1, sample.tokenised)
     npz = sum(npz_size(n, layout.rank, width) for width in skeleton.widths.values())
-    parts = {"tables": rows.in_shards + rows.joined, "index": INDEX_BYTES * (full + bool(rest)) + METADATA_BYTES}
+    parts = {"tables": table, "index": INDEX_BYTES * (full + bool(rest)) + METADATA_BYTES}
     if settings.save == "mean":
         parts["sum"] = size_of(_matrices(skeleton, "float64")) if full else 0
         parts["shards"] = _shard_bytes(layout, rest, positions) if rest else 0
@@ -186,7 +301,7 @@ def _matrices(skeleton: Skeleton, dtype: str) -> dict[str, TensorSpec]:
 
 
 def measured_rate(settings: Settings, sample: Sample) -> float:
-    """Tokens a second of this machine on the run's own prompts, in ten seconds; the first batch is not timed.
+    """Tokens a second of this machine on the run's own prompts, timed for ten seconds after the first batch.
 
     Raises:
         UserError: as a run's.
@@ -209,11 +324,11 @@ def measured_rate(settings: Settings, sample: Sample) -> float:
             tokens += sum(map(len, batch))
             if (seconds := time.perf_counter() - began) > MEASURED_S:
                 return tokens / seconds
-    raise AssertionError("there is no batch")
+    raise AssertionError("no batch")
 
 
 def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[str]:
-    """A plan in words."""
+    """The lines that are printed."""
     sample, layers = found.sample, list(skeleton.widths)
     shards = -(-sample.total // settings.shard_size)
     yield f"prompts     {sample.total:,} in {shards:,} shards of {settings.shard_size}"
@@ -235,7 +350,9 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     for change, storage in _otherwise(settings, skeleton, found):
         yield f"            {readable(storage.total):>8} with {change}"
     kept = " (more than its packed weights take)" if skeleton.quantized and not settings.dequantize else ""
-    yield f"memory      a worker: weights {readable(found.weights)}{kept}, {_shown(found.batch, sample.exact)}"
+    which = f"the largest batch{'' if sample.exact else ' of those'} {readable(found.batch.total)}"
+    size = f"{found.batch.prompts} prompts, {found.batch.tokens:,} tokens"
+    yield f"memory      a worker: weights {readable(found.weights)}{kept}, {which} ({size})"
     allowed = f"a prompt of {found.longest.tokens:,} tokens, the most allowed, would take"
     yield f"            {allowed} {readable(found.longest.total)} (max_length, max_batch_tokens, cotangent_chunk)"
     if settings.max_batch_tokens == "auto":
@@ -255,25 +372,19 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     yield f"time        at {found.rate:,.0f} tokens a second a worker ({rate:.2e} operations a second): {times}"
 
 
-def _shown(batch: BatchMemory, exact: bool) -> str:
-    """The largest batch in words."""
-    which = "the largest batch" if exact else "the largest batch of those"
-    return f"{which} {readable(batch.total)} ({batch.prompts} prompts, {batch.tokens:,} tokens)"
-
-
 def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[tuple[str, Storage]]:
-    rows = TableBytes(found.storage.parts["tables"], 0)
+    """Settings that would change the storage, and what it would be then."""
 
     def with_(**changes: object) -> Storage:
-        return storage_of(settings.model_copy(update=changes), skeleton, found.sample, rows)
+        changed = settings.model_copy(update=changes)
+        return storage_of(changed, skeleton, found.sample, found.storage.parts["tables"])
 
-    means: Save = "mean"
-    if settings.save != means:
+    if settings.save != "mean":
         if settings.vectors_dtype == "float32":
             yield "vectors_dtype: float16", with_(vectors_dtype="float16")
         has = "npz" in found.storage.parts
         yield f"export_npz: {str(not has).lower()}", with_(export_npz=not has)
-        yield "save: mean", with_(save=means, export_npz=False)
+        yield "save: mean", with_(save="mean", export_npz=False)
 
 
 def _duration(hours: float) -> str:

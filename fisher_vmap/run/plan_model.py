@@ -1,174 +1,45 @@
-"""What a batch takes in a worker's memory beside the weights, by the shapes of what its computation holds at once.
+"""A model without its weights: its layers, the operations of a run, and the memory of a batch, from shapes alone.
 
-The peak is in the pullback through one block: what the forward has recorded stands by, all cotangents are there, and a
-chunk of them passes through the block's layers.
+The operations are the matrix products that a run cannot avoid, for real tokens only:
 
-What the prompts of a run are like, from some of them: their tokens, and the rows that the table has of them.
+* one forward pass through every block; of the last block, only keys and values at every position, and the rest at the
+  last position of each prompt;
+* one pullback of each vector through each block above the hook, one product per linear layer; the last block as above.
+  A push costs as much as a pullback;
+* attention's products at their causal size, half of T x T: two in the forward pass, four for each vector;
+* the products with the unembedding: one in the forward pass, and one that serves all cotangents of estimator topk.
 
-A model without its weights, for counting: its configuration and tokenizer are read, nothing else.
+Recomputation and everything that is not a matrix product are left out. Of a mixture of experts, a token counts only for
+the experts that it is routed to.
 """
 
-import io
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from fisher_vmap.data.batching import CPU_BATCH_TOKENS, pack
-from fisher_vmap.data.prompts import PromptSource, SourcePrompt
-from fisher_vmap.data.tokenize import Pieces, Renderer
 from fisher_vmap.errors import UserError
+from fisher_vmap.fisher_model import TRACE_SAMPLES
 from fisher_vmap.kernels.decoder_block import KEPT_BYTES, WORTH_KEEPING
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.load.adapters import base_of, find_adapter
-from fisher_vmap.load.model import choose_device
 from fisher_vmap.load.source import explained, quiet_progress
 from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
 from fisher_vmap.model.recording import hooks, output_of
-from fisher_vmap.model.validation import most_positions
-from fisher_vmap.progress import bar, passing, step
-from fisher_vmap.results.index import ShardLayout
-from fisher_vmap.results.record import LayerResult, PromptResult
-from fisher_vmap.results.table import common_schema, in_schema, rows_table
-from fisher_vmap.run.compute import PreparedShard, prepare
 from fisher_vmap.run.settings import Settings
 
-MOST_TOKENISED = 2048  # prompts; of more, so many are taken, evenly
-
-log = logging.getLogger(__name__)
-
-
-class Sample(NamedTuple):
-    """Some of a run's prompts, or all.
-
-    Attributes:
-        total: prompts of the run.
-        shards: the prompts that were tokenised, in shards of the run's size.
-        exact: whether these are all of them.
-        first_alone: whether they are the first ones, and not spread over the data.
-    """
-
-    total: int
-    shards: list[PreparedShard]
-    exact: bool
-    first_alone: bool
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt that has any."""
-        return [len(prompt.ids) for shard in self.shards for prompt in shard.rendered.values()]
-
-    @property
-    def tokenised(self) -> int:
-        """How many prompts were looked at."""
-        return sum(len(shard.prompts) for shard in self.shards)
-
-
-def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> Sample:
-    """Read the prompts and tokenise as many as are needed: all of a few thousand; of more, every n-th.
-
-    Of a data set of the hub, which is a stream, the first ones.
-    """
-    if source.total is None:
-        stream: Iterator[SourcePrompt] = islice(iter(source), MOST_TOKENISED + 1)
-        with step("reading the prompts"):
-            chosen = list(stream)
-        more = len(chosen) > MOST_TOKENISED
-        if settings.num_prompts == "all" and more:
-            with step("counting the prompts"):
-                total = sum(1 for _ in source)
-        else:
-            total = int(settings.num_prompts) if more and settings.num_prompts != "all" else len(chosen)
-        chosen = chosen[:MOST_TOKENISED]
-    else:
-        total = source.total
-        wanted = set(np.linspace(0, total - 1, min(total, MOST_TOKENISED)).astype(int).tolist())
-        with step("reading the prompts"):
-            chosen = [prompt for prompt in source if prompt.index in wanted]
-    size = settings.shard_size
-    parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    with bar(len(parts), "shards", "tokenising a sample") as advance:
-        shards = [prepare(renderer, number, part) for number, part in enumerate(passing(parts, advance))]
-    exact = len(chosen) == total
-    return Sample(total, shards, exact, source.total is None and not exact)
-
-
-class TableBytes(NamedTuple):
-    """Bytes of the prompts table: as the shards have it, and joined."""
-
-    in_shards: int
-    joined: int
-
-
-def table_bytes(sample: Sample, layout: ShardLayout, pieces: Pieces) -> TableBytes:
-    """Bytes of all of a run's rows, from those of the sample with numbers drawn at random in them."""
-    rng = np.random.default_rng(0)
-    tables: list[pa.Table] = []
-    in_shards = 0
-    for shard in sample.shards:
-        results = [_made_up(shard, prompt, layout, pieces, rng) for prompt in shard.prompts]
-        numbers = rng.integers(2**32, size=len(results)).tolist()
-        checksums = dict.fromkeys(("crc32", *(f"{layer}/crc32" for layer in layout.layers)), numbers)
-        tables.append(rows_table(results, layout, checksums))
-        in_shards += _written(tables[-1])
-    schema = common_schema((table.schema for table in tables), layout)
-    joined = _written(pa.concat_tables([in_schema(table, schema) for table in tables]))
-    scale = sample.total / max(1, sample.tokenised)
-    return TableBytes(int(in_shards * scale), int(joined * scale))
-
-
-def _written(table: pa.Table) -> int:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.tell()
-
-
-def _made_up(
-    shard: PreparedShard, prompt: SourcePrompt, layout: ShardLayout, pieces: Pieces, rng: np.random.Generator
-) -> PromptResult:
-    rendered = shard.rendered.get(prompt.index)
-    if rendered is None:
-        reason = shard.skipped[prompt.index]
-        return PromptResult(
-            index=prompt.index, source_row=prompt.source_row, kept=prompt.kept, status="skipped", reason=reason
-        )
-    K, R = layout.outcomes, layout.rank
-    token_ids = rng.choice(rendered.ids, K)
-    empty = np.zeros((0,), np.float32)
-    # The table holds numbers made of these, all of them different: that is what counts for its size.
-    layers = {
-        layer: LayerResult(rng.random(R), empty, empty, float(rng.random()), empty, float(rng.random()))
-        for layer in layout.layers
-    }
-    return PromptResult(
-        index=prompt.index,
-        source_row=prompt.source_row,
-        text=rendered.text,
-        kept=prompt.kept,
-        num_tokens=len(rendered.ids),
-        truncated=rendered.truncated,
-        token_ids=token_ids,
-        log_probs=np.log(rng.dirichlet(np.ones(K))).astype(np.float32),
-        layers=layers,
-        top_tokens=[pieces.single(int(token)) for token in token_ids],
-        prompt_tokens=pieces.each(rendered.ids),
-    )
+ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
+FUSED_INPUTS = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")  # the same in one with the queries
 
 
 class Skeleton(NamedTuple):
     """A causal LM on the meta device.
 
     Attributes:
-        model: it.
+        model: the model.
         tokenizer: its tokenizer.
         blocks: its decoder blocks by name.
         widths: D of each hooked layer.
@@ -197,36 +68,34 @@ def skeleton_of(settings: Settings) -> Skeleton:
     """
     path, options = settings.model_path, {"trust_remote_code": settings.trust_remote_code}
     revision = settings.model_revision
-    if settings.adapter_path is None:
-        with quiet_progress():
-            adapter = explained(path, "adapter", find_adapter, path, revision=revision)
-        if adapter is not None:
-            path, revision = base_of(adapter)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path, "revision": revision}
-    if Path(path).suffix == ".gguf" and Path(path).is_file():
-        where = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
     with quiet_progress():
+        if settings.adapter_path is None:
+            adapter = explained(path, "adapter", find_adapter, path, revision=revision)
+            path, revision = (path, revision) if adapter is None else base_of(adapter)
+        where: dict[str, Any] = {"pretrained_model_name_or_path": path, "revision": revision}
+        if Path(path).suffix == ".gguf" and Path(path).is_file():
+            where = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
         config = explained(path, "config", transformers.AutoConfig.from_pretrained, **where, **options)
         tokenizer = explained(path, "tokenizer", transformers.AutoTokenizer.from_pretrained, **where, **options)
         packed = getattr(config, "quantization_config", None) is not None
         if packed:
             del config.quantization_config
-        model = explained(path, "model", _on_meta, config, getattr(torch, settings.dtype), options)
-    stack, blocks = _blocks(path, model)
-    names = _layers(model, stack, blocks, settings.hook_layer_name)
+        with torch.device("meta"):
+            load = transformers.AutoModelForCausalLM.from_config
+            model = explained(path, "model", load, config, dtype=getattr(torch, settings.dtype), **options)
+        model = model.to("meta").eval()
+    blocks = _blocks(path, model)
+    names = _layers(model, blocks, settings.hook_layer_name)
     numbers = {name: i for i, name in enumerate(blocks)}
     inside = [next((i for block, i in numbers.items() if f"{name}.".startswith(f"{block}.")), -1) for name in names]
     return Skeleton(model, tokenizer, blocks, _widths(model, names), inside, packed)
 
 
-def _on_meta(config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return model.to("meta").eval()
+def _blocks(path: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The largest list of modules that is not inside another list.
 
-
-def _blocks(path: str, model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
-    """The largest list of modules that is not inside an entry of another: the model itself cannot be watched here."""
+    `model.layers` finds the blocks by watching a forward pass, which needs weights.
+    """
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
@@ -234,18 +103,16 @@ def _blocks(path: str, model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
     if not outer:
         raise UserError(f"{path}: no list of decoder blocks was found, and --plan cannot count; run without --plan")
     stack = max(outer, key=lambda name: sum(parameter.numel() for parameter in outer[name].parameters()))
-    return stack, {f"{stack}.{i}": block for i, block in enumerate(outer[stack])}
+    return {f"{stack}.{i}": block for i, block in enumerate(outer[stack])}
 
 
-def _layers(
-    model: nn.Module, stack: str, blocks: dict[str, nn.Module], wanted: int | str | Sequence[int | str]
-) -> list[str]:
-    """Names of modules, as `fisher_vmap.anatomy.layers.resolve_layers` gives them."""
+def _layers(model: nn.Module, blocks: dict[str, nn.Module], wanted: int | str | tuple[int | str, ...]) -> list[str]:
+    """Names of modules, as `fisher_vmap.model.layers.resolve_layers` gives them for a model with weights."""
     if wanted == "all":
         return list(blocks)
     modules, names = dict(model.named_modules()), list(blocks)
     found = []
-    for entry in [wanted] if isinstance(wanted, int | str) else wanted:
+    for entry in wanted if isinstance(wanted, tuple) else [wanted]:
         if isinstance(entry, int) and -len(names) <= entry < len(names):
             entry = names[entry]
         if entry not in modules or entry == "":
@@ -255,7 +122,7 @@ def _layers(
 
 
 def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
-    """D of each hooked module, by its shapes alone; the model's own width where it cannot be run without weights."""
+    """D of each hooked module from its output's shape; the model's width if it cannot run without weights."""
     width = int(model.config.get_text_config().hidden_size)
     widths = dict.fromkeys(names, width)
 
@@ -271,18 +138,159 @@ def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
     with torch.no_grad(), hooks(*(model.get_submodule(name).register_forward_hook(look(name)) for name in names)):
         try:
             model(input_ids=ids, use_cache=False)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            return dict.fromkeys(names, width)  # it asks for numbers on its way
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it reads numbers in its forward pass
+            return dict.fromkeys(names, width)
     return widths
 
 
-class BatchMemory(NamedTuple):
-    """Bytes of one batch.
+class Shape(NamedTuple):
+    """`batch` products [rows, inner] x [inner, columns]."""
 
-    Attributes:
-        prompts: how many.
-        tokens: of all of them, without padding.
-        parts: bytes by what they are for.
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+class Product(NamedTuple):
+    """One product: what it is for, its shape, and the weight on its right-hand side (None: activations)."""
+
+    kind: str
+    shape: Shape
+    weight: Tensor | None
+
+
+class Work(NamedTuple):
+    """How many vectors go through the blocks above the lowest hook for each prompt."""
+
+    shared: int
+    """Pulled back once for all hooked layers: K of estimator topk."""
+    of_each_layer: int = 0
+    """Pushed or pulled for each hooked layer separately, as estimator full does."""
+    head: int = 1
+    """Products with the unembedding besides the forward one."""
+
+
+def work_of(settings: Settings) -> Work:
+    """How many vectors the estimator sends through the network for each prompt."""
+    if settings.estimator == "topk":
+        samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
+        return Work(shared=settings.top_k_tokens + samples)
+    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
+    vectors = settings.num_singular_values + settings.oversampling
+    return Work(vectors + samples, 2 * settings.passes * vectors, 1 + 2 * settings.passes * vectors)
+
+
+def unavoidable(
+    model: Any, blocks: Sequence[nn.Module], lengths: Sequence[int], hooks: Sequence[int], work: Work
+) -> list[Product]:
+    """The products of a run, in order.
+
+    Args:
+        model: a causal LM, with or without its weights (on the meta device).
+        blocks: its decoder blocks.
+        lengths: the number of real tokens of each prompt.
+        hooks: the numbers of the hooked blocks; -1: below all of them.
+        work: the vectors.
+    """
+    config = model.config.get_text_config()
+    B, M, top = len(lengths), sum(lengths), len(blocks) - 1
+    heads = getattr(config, "num_attention_heads", None)
+    products: list[Product] = []
+
+    def through(number: int, vectors: int, kind: str) -> None:
+        block, many = blocks[number], max(vectors, 1)
+        for name, weight, share in _matrices(block, config):
+            everywhere = number < top or name.endswith(_everywhere(block))
+            rows = many * (max(1, int(M * share)) if everywhere else B)
+            out, inner = weight.shape[-2:]
+            experts = int(weight.numel() // (out * inner))
+            usable = (weight if vectors else weight.T) if experts == 1 else None
+            shape = Shape(1, rows * experts, *((out, inner) if vectors else (inner, out)))
+            products.append(Product(f"{kind}, linear layers", shape, usable))
+        if not isinstance(heads, int):
+            return  # no attention: what replaces it has no large products
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        for T in lengths:
+            shapes = _attention(T, heads, groups, _head_width(block, config), vectors, last_query=number == top)
+            products.extend(Product(f"{kind}, attention", shape, None) for shape in shapes)
+
+    for number in range(len(blocks)):
+        through(number, 0, "forward")
+    unembedding = model.get_output_embeddings().weight
+    V, D = unembedding.shape
+    products.append(Product("head", Shape(1, B, D, V), unembedding.T))
+    products += [Product("head", Shape(1, B, V, D), unembedding)] * work.head
+    for number in range(top, min(hooks), -1):
+        through(number, work.shared, "pullback")
+    for hook in hooks if work.of_each_layer else ():
+        for number in range(top, hook, -1):
+            through(number, work.of_each_layer, "of each layer")
+    return products
+
+
+def _matrices(block: nn.Module, config: Any) -> list[tuple[str, Tensor, float]]:
+    """Each weight matrix as [out, in] with its name and the share of the tokens that it is applied to."""
+    modules = dict(block.named_modules())
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((value for name in names if (value := getattr(config, name, None))), chosen)
+    routed = min(1.0, float(chosen) / float(experts))
+    found = []
+    for name, weight in block.named_parameters():
+        owner, _, _ = name.rpartition(".")
+        module = modules.get(owner)
+        if weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            # transformers' Conv1D, GPT-2's linear layer, stores its weight transposed.
+            matrix = weight.T if type(module).__name__ == "Conv1D" else weight
+            found.append((owner, matrix, routed if ".experts." in f".{name}" else 1.0))
+        elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
+            found.append((owner, weight, routed))
+    return found
+
+
+def _everywhere(block: nn.Module) -> tuple[str, ...]:
+    """Name endings of the last block's layers that run on all positions; ("",), which is all, if none is known."""
+    names = [name for name, _ in block.named_modules()]
+    known = tuple(end for end in (*ATTENTION_INPUTS, *FUSED_INPUTS) if any(name.endswith(end) for name in names))
+    return known or ("",)
+
+
+def _head_width(block: nn.Module, config: Any) -> int:
+    heads = config.num_attention_heads
+    for name, module in block.named_modules():
+        if name.endswith("q_proj") and isinstance(module, nn.Linear):
+            return int(module.out_features // heads)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _attention(T: int, heads: int, groups: int, E: int, K: int, *, last_query: bool) -> list[Shape]:
+    """Attention's products: the forward pass for K = 0, else the pullback of K vectors.
+
+    `Q` is the number of queries: the last one alone, or half of T for the causal half of T x T. Query heads that share
+    keys, and vectors, are folded into the rows.
+    """
+    shared, Q = heads // groups, 1 if last_query else (T + 1) // 2
+    if K == 0:
+        return [Shape(groups, shared * Q, E, T), Shape(groups, shared * Q, T, E)]  # Q K^T, P V
+    return [
+        Shape(groups, K * shared * Q, E, T),  # dP = dO V^T
+        Shape(groups, K * shared * Q, T, E),  # dQ = dS K
+        Shape(heads, T, Q, K * E),  # dV = P^T dO
+        Shape(heads, K * T, Q, E),  # dK = dS^T Q
+    ]
+
+
+class BatchMemory(NamedTuple):
+    """The bytes of a batch, by use.
+
+    The peak is in the pullback through one block: the recording of the forward pass and all cotangents are in memory,
+    and a chunk of the cotangents passes through the block's layers.
     """
 
     prompts: int
@@ -295,38 +303,6 @@ class BatchMemory(NamedTuple):
         return sum(self.parts.values())
 
 
-def largest_batch(sample: Sample, batch_size: int, max_batch_tokens: int) -> list[int]:
-    """The lengths of the prompts of the batch with the most tokens, among those of the sample."""
-    batches: list[list[int]] = [[]]
-    for shard in sample.shards:
-        lengths = [len(prompt.ids) for prompt in shard.rendered.values()]
-        batches += [[lengths[i] for i in batch] for batch in pack(lengths, batch_size, max_batch_tokens)]
-    return max(batches, key=sum)
-
-
-def batches_of(
-    settings: Settings, skeleton: Skeleton, sample: Sample, vectors: int, itemsize: int
-) -> tuple[BatchMemory, BatchMemory]:
-    """What the largest batch of a sample takes, and what a prompt of the most tokens that are allowed would.
-
-    Args:
-        settings: of the run.
-        skeleton: of its model.
-        sample: of its prompts.
-        vectors: that are pulled down together.
-        itemsize: bytes of a number of the pullback.
-    """
-    tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
-    size = sys.maxsize if settings.batch_size == "auto" else settings.batch_size
-    limit = most_positions(skeleton.model)
-    longest = settings.max_length if limit is None else min(limit, settings.max_length)
-    chunk = None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk
-    device = choose_device(settings.device)
-    batches = largest_batch(sample, size, tokens), [longest]
-    largest, allowed = (batch_memory(skeleton, batch, vectors, itemsize, device, chunk) for batch in batches)
-    return largest, allowed
-
-
 def batch_memory(
     skeleton: Skeleton,
     lengths: Sequence[int],
@@ -335,40 +311,34 @@ def batch_memory(
     device: torch.device,
     chunk_size: int | None = None,
 ) -> BatchMemory:
-    """What a batch of prompts takes.
+    """The memory of a batch of prompts, besides the weights.
 
     Args:
         skeleton: of the model.
         lengths: tokens of each prompt.
-        cotangents: K, the vectors that are pulled down together.
+        cotangents: K, the vectors that are pulled back together.
         itemsize: bytes of a number of the pullback.
         device: that it runs on.
-        chunk_size: how many vectors pass through a block at a time; None: as many as a run takes.
+        chunk_size: how many vectors pass through a block at a time; None: as a run chooses.
     """
     B, N, K = len(lengths), sum(lengths), cotangents
-    D = int(skeleton.model.config.get_text_config().hidden_size)
+    config = skeleton.model.config.get_text_config()
+    D, V = int(config.hidden_size), int(config.vocab_size)
     block = next(iter(skeleton.blocks.values()))
     width = sum(m.out_features for m in block.modules() if isinstance(m, torch.nn.Linear))
     above = len(skeleton.blocks) - 1 - min(skeleton.hooks)
     chunk = min(K, chunk_size or cotangents_at_a_time(K, N, device) or K)
+    room, forward = KEPT_BYTES.get(device.type, 0) // itemsize, N * (width - D)
+    fits = above > 1 and forward * (above - 1) <= WORTH_KEEPING * room
     numbers = {
-        "recorded": N * D * (above + 2),  # each block's input, and what came in and went out
-        "kept": _kept(N * (width - D), above - 1, itemsize, device),
-        "cotangents": 3 * N * K * D,  # all of them, a block's below, and their squares
+        "recorded": N * D * (above + 2),  # each block's input, the input of the first and the output of the last
+        "kept": forward * min(above - 1, room // max(forward, 1)) if fits else 0,  # forwards kept for the pullback
+        "cotangents": 3 * N * K * D,  # all of them, those of a block below, and their squares
         "chunk": 2 * chunk * N * width,  # the outputs of a block's layers and their gradients
-        "block": 2 * N * width,  # its forward, again
+        "block": 2 * N * width,  # its forward pass, repeated
     }
     parts = {name: count * itemsize for name, count in numbers.items()}
-    unembedding = skeleton.model.get_output_embeddings()
-    V = int(skeleton.model.config.get_text_config().vocab_size)
-    upcast = VOCABULARY_CHUNK_ELEMENTS.get(device.type, 2**22) if itemsize < 4 and unembedding is not None else 0
+    has_head = skeleton.model.get_output_embeddings() is not None
+    upcast = VOCABULARY_CHUNK_ELEMENTS.get(device.type, 2**22) if itemsize < 4 and has_head else 0
     parts["head"] = 4 * (min(upcast, V * D) + 3 * max(B, MIN_ROWS) * V)  # logits, and the rest's, in float32
     return BatchMemory(B, N, parts)
-
-
-def _kept(each: int, calls: int, itemsize: int, device: torch.device) -> int:
-    """How many numbers of the forwards of so many blocks are kept for the pullback, of `each` of them."""
-    room = KEPT_BYTES.get(device.type, 0) // itemsize
-    if calls < 1 or each * calls > WORTH_KEEPING * room:
-        return 0
-    return each * min(calls, room // max(each, 1))

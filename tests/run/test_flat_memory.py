@@ -18,7 +18,7 @@ import numpy as np
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.data.batching import PromptNumbers
 from fisher_vmap.run.__main__ import main
-from fisher_vmap.results.table import LayerResult
+from fisher_vmap.results.record import LayerResult
 
 K, R, D = 6, 4, 36
 rng = np.random.default_rng(0)

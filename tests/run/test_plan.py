@@ -11,12 +11,10 @@ from fisher_vmap import open_results
 from fisher_vmap.linearize.probe import layer_widths
 from fisher_vmap.model.layers import decoder_blocks, resolve_layers
 from fisher_vmap.model.precision import Rates
-from fisher_vmap.run import plan_model
 from fisher_vmap.run.__main__ import main
 from fisher_vmap.run.cli_args import load_settings
-from fisher_vmap.run.flops import Work, unavoidable
 from fisher_vmap.run.plan import plan, planned, readable
-from fisher_vmap.run.plan_model import skeleton_of
+from fisher_vmap.run.plan_model import Work, skeleton_of, unavoidable
 
 PROMPTS = [*texts(61), "", "x" * 300]
 
@@ -95,7 +93,7 @@ def test_what_would_change_is_what_a_run_with_the_change_stores(model, data, cap
 def test_a_sample_of_many_prompts(model, data, monkeypatch):
     settings = settings_of(model, data)
     exact = planned(settings, skeleton_of(settings))
-    monkeypatch.setattr(plan_model, "MOST_TOKENISED", 30)
+    monkeypatch.setattr("fisher_vmap.run.plan.MOST_TOKENISED", 30)
     found = planned(settings, skeleton_of(settings))
     assert found.sample.tokenised == 30 and not found.sample.exact and found.tokens_error > 0
     assert abs(found.tokens - exact.tokens) < 4 * found.tokens_error
@@ -111,7 +109,7 @@ def test_a_stream_whose_end_is_not_known(model, data, monkeypatch):
     monkeypatch.setattr(PromptSource, "total", property(lambda self: None, lambda self, value: None), raising=False)
     settings = settings_of(model, data)
     assert planned(settings, skeleton_of(settings)).sample.total == len(PROMPTS)
-    monkeypatch.setattr(plan_model, "MOST_TOKENISED", 30)
+    monkeypatch.setattr("fisher_vmap.run.plan.MOST_TOKENISED", 30)
     assert planned(settings, skeleton_of(settings)).sample.total == len(PROMPTS)
     asked = settings_of(model, data, num_prompts=50)
     found = planned(asked, skeleton_of(asked))
