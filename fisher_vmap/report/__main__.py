@@ -1,7 +1,4 @@
-"""`python -m fisher_vmap.report DIR`.
-
-`python -m fisher_vmap.report DIR`: one page to look at a results folder, and images of its figures.
-"""
+"""`python -m fisher_vmap.report DIR`: a page that shows a results folder, and images of its figures."""
 
 import argparse
 import importlib.util
@@ -35,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_report(arguments: argparse.Namespace) -> list[str]:
-    """Look through the folder, write the page and the images; returns what to tell.
+    """Write the page and the images; returns the lines to print.
 
     Raises:
-        UserError: a package is missing, the folder is none of results or damaged, or the page cannot be written.
+        UserError: a package is missing, the folder holds no results or is damaged, or the page cannot be written.
     """
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise UserError(f"the report needs {', '.join(missing)}: pip install 'fisher_vmap[report]'")
@@ -66,7 +63,7 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
         similarity=arguments.similarity, details=arguments.details, always=tuple(arguments.prompts), seed=arguments.seed
     )
     found = survey(results, sampling)
-    # What came from the hub lies in its cache, which is no place to write to.
+    # A folder from the hub is in the cache, which nothing else should be written to.
     page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
     with step(f"writing {page.name}"):
         size = write_page(page, found)
@@ -105,12 +102,12 @@ def _indices(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} are no prompts' numbers; expected such as 12,40") from error
+        raise argparse.ArgumentTypeError(f"{text!r} are not prompt numbers; expected such as 12,40") from error
 
 
 def _count(text: str) -> int:
     if not text.strip().isdecimal() or not 2 <= int(text) <= 2000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 2 to 2000")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to 2000")
     return int(text)
 
 

@@ -1,9 +1,4 @@
-"""What the report is about: the figures' numbers of each layer, and what of a large run is sampled.
-
-The prompts as the page lists them, and the few of which it shows everything.
-
-Prompts by the similarity of their Fisher matrices: their cosines, in an order that shows groups.
-"""
+"""What the report shows: the numbers of its figures, the prompts in its table, and which prompts of a large run."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -22,9 +17,16 @@ from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.results.shard_reader import is_ok
 
 TEXT = 180  # characters of a prompt in the table
-GROUP_VALUES = 60  # a kept column with at most so many different values divides the prompts into groups
-GROUPS = 9  # the largest of them have colours of their own
+GROUP_VALUES = 60  # a kept column with at most this many different values divides the prompts into groups
+GROUPS = 9  # the largest groups have a colour of their own
 OTHERS = "others"
+LINES = 150  # single prompts drawn in the spectra
+UNIT = "nats² / unit²"  # unit: of the residual stream
+TITLES = {  # of the axes of the table's columns
+    "trace": f"trace ({UNIT})",
+    "trace_norm2": "trace × residual norm² (nats²)",
+    "effective_rank": "effective rank",
+}
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,20 @@ class Rows:
     tokens: NDArray[np.int64]
     mass: NDArray[np.float64]
     trace: dict[str, NDArray[np.float64]]
-    """Layer -> [n]; NaN without numbers, and so in the next two."""
+    """Layer -> [n]; NaN where there are no numbers. The next two are alike."""
     trace_norm2: dict[str, NDArray[np.float64]]
     effective_rank: dict[str, NDArray[np.float64]]
     groups: dict[str, list[str]]
-    """Kept columns of few values."""
+    """Kept columns with few values."""
 
     @property
     def ok(self) -> NDArray[np.bool_]:
-        """[n] which have numbers."""
+        """[n] whether each prompt has numbers."""
         return np.array([status == "ok" for status in self.status], bool)
 
 
 def read_rows(results: Results) -> Rows:
-    """The table's columns that the page needs, shard by shard, so that the prompts' own tokens are not held."""
+    """Read the columns that the page needs, shard by shard, without the prompts' own tokens."""
     layers, kept = results.layers, results.index.layout.keep_columns
     lists: dict[str, list[Any]] = {
         name: [] for name in ("prompt_index", "status", "text", "top_tokens", "tokens", "mass", "reason", *kept)
@@ -85,7 +87,7 @@ def read_rows(results: Results) -> Rows:
 
 
 def describe_prompt(records: dict[str, PromptRecord]) -> dict[str, Any]:
-    """Everything that the page shows of one prompt, from its record at each layer."""
+    """What the page shows of one prompt, from its record at each layer."""
     first = next(iter(records.values()))
     names = first.top_tokens or tuple(f"#{token}" for token in first.token_ids)
     return {
@@ -114,7 +116,7 @@ def rounded(values: Any, digits: int = 4) -> Any:
 
 
 def _groups(columns: dict[str, list[Any]]) -> dict[str, list[str]]:
-    """Kept columns of few values; what is not among a column's `GROUPS` most frequent values is of the others."""
+    """Kept columns with few values; all but the `GROUPS` most frequent values of a column become `OTHERS`."""
     groups = {}
     for name, values in columns.items():
         texts = ["none" if value is None else str(value) for value in values]
@@ -141,7 +143,7 @@ def _visible(token: str) -> str:
 
 
 class Similarity(NamedTuple):
-    """A square of cosines, its prompts in an order in which similar ones stand side by side."""
+    """Cosines between prompts, in an order that puts similar ones side by side."""
 
     prompts: NDArray[np.int64]
     """[m] indices, in order."""
@@ -150,7 +152,7 @@ class Similarity(NamedTuple):
 
 
 def compare_prompts(results: Results, layer: str, prompts: NDArray[np.int64]) -> Similarity:
-    """Compare prompts pairwise and order them by average linkage with optimal leaf order.
+    """Cosines of all pairs of prompts, ordered by average linkage with optimal leaf order.
 
     [Bar-Joseph, Gifford and Jaakkola, Bioinformatics 2001]
 
@@ -162,7 +164,7 @@ def compare_prompts(results: Results, layer: str, prompts: NDArray[np.int64]) ->
     prompts = np.sort(prompts)
     mask = np.isin(np.arange(results.index.stop), prompts)
     cosines = np.clip(algebra.cosines(results.stack(layer, where=mask[_stored(results)])), 0, 1)
-    cosines = np.nan_to_num(cosines)  # a zero matrix is like none
+    cosines = np.nan_to_num(cosines)  # a zero matrix is similar to none
     if len(prompts) > 2:
         distances = squareform(1 - cosines, checks=False)
         order = leaves_list(linkage(distances, "average", optimal_ordering=True))
@@ -175,25 +177,25 @@ def _stored(results: Results) -> NDArray[np.int64]:
 
 
 MEAN_RANK = 30  # eigenvalues of the mean that are shown
-MANY_LAYERS = 4  # above, less is shown of each
+MANY_LAYERS = 4  # with more, less is shown of each
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much of a large run is shown: prompts in the similarity map, in full, as points, and as rows of the table."""
+    """How many prompts of a large run are shown: in the similarity map, in full, as points, and as table rows."""
 
     similarity: int = 400
     details: int = 300
     points: int = 4000
     rows: int = 20_000
     always: tuple[int, ...] = ()
-    """Prompts that are shown in full whatever happens."""
+    """Prompts that are always shown in full."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class LayerSurvey:
-    """The numbers of one layer; those of single prompts are None where the run kept the mean alone."""
+    """The numbers of one layer; those of single prompts are None if the run kept only the mean."""
 
     name: str
     width: int
@@ -209,7 +211,7 @@ class LayerSurvey:
 
 @dataclass(frozen=True)
 class Survey:
-    """A results folder as the report sees it."""
+    """What the report shows of a results folder."""
 
     results: Results
     rows: Rows
@@ -223,15 +225,15 @@ class Survey:
 
     @property
     def means_only(self) -> bool:
-        """Did the run keep the mean alone?"""
+        """Whether the run kept only the mean."""
         return self.results.index.layout.means_only
 
 
 def survey(results: Results, sampling: Sampling) -> Survey:
-    """Look through a results folder.
+    """Collect what the report shows.
 
     Raises:
-        UserError: the folder is damaged, or a prompt that is to be shown is not there.
+        UserError: the folder is damaged, or it lacks a prompt that `sampling` names.
     """
     with step("reading the table"):
         rows = read_rows(results)
@@ -246,7 +248,7 @@ def survey(results: Results, sampling: Sampling) -> Survey:
     first = np.array(list(dict.fromkeys([*sampling.always, *unlike])), np.int64)
     shown = np.zeros(0, np.int64) if results.index.layout.means_only else _sample(have, details, rng, first)
     points = _sample(have, sampling.points, rng, first)
-    pointed_at = np.unique(np.concatenate([shown, points, compared]))  # all that has a tooltip has a row
+    pointed_at = np.unique(np.concatenate([shown, points, compared]))  # a tooltip needs the row
     return Survey(
         results=results,
         rows=rows,
@@ -260,8 +262,8 @@ def survey(results: Results, sampling: Sampling) -> Survey:
 def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> LayerSurvey:
     width = results.index.layout.widths[layer]
     mean = results.mean(layer)
-    nothing = not np.isfinite(mean).all()
-    values = np.zeros(0) if nothing else algebra.eigenvectors(mean, min(MEAN_RANK, width)).S
+    finite = np.isfinite(mean).all()
+    values = algebra.eigenvectors(mean, min(MEAN_RANK, width)).S if finite else np.zeros(0)
     alone = results.index.layout.means_only
     scores = None if alone else score_prompts(results, layer)
     return LayerSurvey(
@@ -289,3 +291,109 @@ def _sample(
     rest = np.setdiff1d(prompts, kept)
     drawn = rest if len(rest) + len(kept) <= count else rng.choice(rest, count - len(kept), replace=False)
     return np.sort(np.concatenate([kept, drawn])).astype(np.int64)
+
+
+class Bands(NamedTuple):
+    """Quantiles against x: 5%, 25%, the median, 75% and 95%; entries of x without numbers are left out."""
+
+    x: NDArray[np.int64]
+    low: NDArray[np.float64]
+    quarter: NDArray[np.float64]
+    median: NDArray[np.float64]
+    three: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def bands(x: NDArray[np.int64], values: NDArray[np.float64]) -> Bands:
+    """Quantiles of each row of `values` [len(x), n]."""
+    some = np.isfinite(values).any(1)
+    return Bands(x[some], *np.nanquantile(values[some], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1))
+
+
+class Spectra(NamedTuple):
+    """Singular values [n, R], NaN where zero; their bands against the rank; and the prompts drawn as single lines."""
+
+    S: NDArray[np.float64]
+    bands: Bands
+    lines: NDArray[np.int64]
+
+
+def spectra_of(layer: LayerSurvey) -> Spectra | None:
+    """The spectra of a layer's prompts; None without prompts."""
+    if layer.S is None or not len(layer.S):
+        return None
+    S = np.where(layer.S > 0, layer.S.astype(np.float64), np.nan)
+    lines = np.unique(np.linspace(0, len(S) - 1, min(LINES, len(S))).astype(int))
+    return Spectra(S, bands(np.arange(1, S.shape[1] + 1), S.T), lines)
+
+
+def mean_share(layer: LayerSurvey) -> NDArray[np.float64]:
+    """The share of the mean's trace that its leading directions hold together, by their number."""
+    values = layer.mean_values
+    return np.cumsum(values) / layer.mean_trace if len(values) else values
+
+
+class Histogram(NamedTuple):
+    """Counts between edges, and the median; NaN without values."""
+
+    counts: NDArray[np.int64]
+    edges: NDArray[np.float64]
+    median: float
+
+
+def histogram(values: NDArray[np.float64], *, log: bool = False) -> Histogram:
+    """The histogram of the finite values; with `log` of the positive ones, in bins of equal ratio."""
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    bins = int(np.clip(2 * np.sqrt(len(values)), 8, 50))
+    counts, edges = np.histogram(np.log10(values) if log else values, bins)
+    return Histogram(counts, 10**edges if log else edges, float(np.median(values)) if len(values) else np.nan)
+
+
+class Points(NamedTuple):
+    """The scatter plot: rows of the table, effective rank and trace x norm^2 of each, and which are outliers."""
+
+    rows: NDArray[np.int64]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    unlike: NDArray[np.bool_]
+
+
+def points_of(survey: Survey, layer: LayerSurvey) -> Points:
+    """The points of a layer's scatter plot."""
+    rows = survey.rows
+    where = np.flatnonzero(np.isin(rows.index, survey.points))
+    unlike = np.isin(rows.index[where], [outlier.index for outlier in layer.outliers])
+    return Points(where, rows.effective_rank[layer.name][where], rows.trace_norm2[layer.name][where], unlike)
+
+
+def over_layers(survey: Survey, column: str) -> Bands:
+    """The bands of one of the `TITLES` against the layer's number."""
+    columns: dict[str, NDArray[np.float64]] = getattr(survey.rows, column)
+    return bands(np.arange(len(survey.layers)), np.stack([columns[layer.name] for layer in survey.layers]))
+
+
+def group_marks(survey: Survey, found: Similarity, group: str) -> list[tuple[str, NDArray[np.int64]]]:
+    """Each value of a kept column, with the places of its prompts in the similarity map."""
+    of = dict(zip(survey.rows.index.tolist(), survey.rows.groups[group], strict=True))
+    values = np.array([of[int(prompt)] for prompt in found.prompts])
+    return [(value, np.flatnonzero(values == value)) for value in group_values(survey.rows.groups[group])]
+
+
+def brightest(found: Similarity) -> int:
+    """The cosine, in percent, at the top of the similarity map's colour scale."""
+    apart = np.round(100 * found.cosines[~np.eye(len(found.prompts), dtype=bool)])  # a prompt is always like itself
+    return int(max(20, min(100, 5 * np.ceil(np.quantile(apart, 0.995) / 5)))) if len(apart) else 100
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Layer names without the parts that all have in common: "model.layers.15" becomes "15"."""
+    parts = [name.split(".") for name in names]
+    if len(names) < 2 or len({len(part) for part in parts}) > 1:
+        return [name if len(name) < 12 else "…" + name[-10:] for name in names]
+    different = [i for i in range(len(parts[0])) if len({part[i] for part in parts}) > 1]
+    return [".".join(part[i] for i in different) for part in parts]
+
+
+def group_values(values: list[str]) -> list[str]:
+    """The different values in order, the others last."""
+    return sorted(set(values), key=lambda value: (value == OTHERS, value))

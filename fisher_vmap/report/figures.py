@@ -1,15 +1,7 @@
-"""The page's figures, as plotly takes them. Colours are names of the page's palette ("@blue"), light or dark.
+"""The page's figures as dictionaries for plotly.
 
-Figures are plain dictionaries: the page turns "@name" into the theme's colour, and "@name/0.2" into that colour with an
-opacity, whenever the theme changes.
-
-What plotly's figures are put together from: axes, lines, colour bars, and arrays as they travel.
-
-Figures of many prompts' numbers: spectra, histograms, and the course of a number over the layers.
-
-Figures with a mark for each prompt, side by side with the others: a scatter plot, and the map of similarities.
-
-Points carry the prompt's index, from which the page makes its tooltip.
+A colour is a name of the page's palette: "@blue", or "@blue/0.2" with an opacity. The page replaces it by the colour of
+the current theme. Points carry the prompt's index, from which the page makes its tooltips.
 """
 
 import base64
@@ -18,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fisher_vmap.report.data import OTHERS, LayerSurvey, Survey
+from fisher_vmap.report import data as numbers
+from fisher_vmap.report.data import Bands, LayerSurvey, Survey
 
 Figure = dict[str, Any]
 
@@ -47,7 +40,7 @@ def layout_of(x: str, y: str) -> Figure:
 
 
 def log_axis(values: ArrayLike, most: int = 6) -> Figure:
-    """A logarithmic axis for these values with ticks at 1, 2 and 5, or at powers of ten where there are too many."""
+    """A logarithmic axis with ticks at 1, 2 and 5, or at fewer steps if there are more than `most`."""
     array = np.asarray(values, np.float64)
     array = array[np.isfinite(array) & (array > 0)]
     if not len(array):
@@ -74,13 +67,13 @@ def _tick(step: int, power: int) -> str:
 
 
 def line(colour: str, width: float, name: str | None = None) -> Figure:
-    """The part of a trace that makes it a line."""
+    """What makes a trace a line."""
     common = {"type": "scatter", "mode": "lines", "line": {"color": colour, "width": width}}
     return common | ({"name": name} if name else {})
 
 
 def fill(colour: str) -> Figure:
-    """The part of a trace that fills it down to the trace before."""
+    """What fills a trace down to the trace before it."""
     return {"fill": "tonexty", "fillcolor": colour, "hoverinfo": "skip"}
 
 
@@ -91,7 +84,7 @@ def colour_bar(title: str, tickformat: str | None = None) -> Figure:
 
 
 def typed(values: ArrayLike) -> Figure:
-    """An array as plotly.js reads it fastest and shortest: its bytes in base 64."""
+    """An array for plotly.js as base 64: short, and fast to read."""
     array = np.ascontiguousarray(values)
     wire = {"i": np.int32, "u": np.uint8, "f": np.float32, "b": np.uint8}[array.dtype.kind]
     code = {np.int32: "i4", np.uint8: "u1", np.float32: "f4"}[wire]
@@ -99,137 +92,88 @@ def typed(values: ArrayLike) -> Figure:
     return spec | ({"shape": ", ".join(map(str, array.shape))} if array.ndim > 1 else {})
 
 
-LINES = 150  # single prompts drawn in the spectra
-UNIT = "nats² / unit²"  # unit: of the residual stream
-
-
 def spectra(survey: Survey, layer: LayerSurvey) -> Figure:
     """Singular values of the prompts: quantile bands, the median, and some single prompts."""
-    assert layer.S is not None
-    rank = np.arange(1, layer.S.shape[1] + 1)
-    S = np.where(layer.S > 0, layer.S.astype(np.float64), np.nan)
-    alive = np.isfinite(S).any(0)
-    low, quarter, median, three, high = np.nanquantile(S[:, alive], [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
-    prompts = survey.rows.index[survey.rows.ok]
-    some = np.unique(np.linspace(0, len(S) - 1, min(LINES, len(S))).astype(int))
-    gap = np.full((len(some), 1), np.nan)
-    lines = {
-        "x": typed(np.hstack([np.tile(rank.astype(float), (len(some), 1)), gap]).ravel()),
+    found = numbers.spectra_of(layer)
+    assert found is not None
+    S, some = found.S, found.lines
+    R, gap = S.shape[1], np.full((len(some), 1), np.nan)
+    single = {
+        "x": typed(np.hstack([np.tile(np.arange(1.0, R + 1), (len(some), 1)), gap]).ravel()),
         "y": typed(np.hstack([S[some], gap]).ravel()),
-        "customdata": typed(np.repeat(prompts[some], len(rank) + 1)),
+        "customdata": typed(np.repeat(survey.rows.index[survey.rows.ok][some], R + 1)),
         **line("@grey/0.28", 1, "single prompts"),
         "hoverinfo": "none",
     }
-    x = rank[alive]
-    data = [
-        lines,
-        *_bands(x, low, quarter, three, high),
-        {
-            "x": typed(x),
-            "y": typed(median),
-            **line("@blue", 2.5, "median"),
-            "hovertemplate": "rank %{x}: median %{y:.3g}<extra></extra>",
-        },
-    ]
-    layout = layout_of("rank of the singular value", f"singular value ({UNIT})")
+    median = _median(found.bands) | {"hovertemplate": "rank %{x}: median %{y:.3g}<extra></extra>"}
+    layout = layout_of("rank of the singular value", f"singular value ({numbers.UNIT})")
     layout["yaxis"] |= log_axis(S)
-    layout["xaxis"]["dtick"] = 1 if len(rank) <= 16 else None
-    return {"data": data, "layout": layout}
+    layout["xaxis"]["dtick"] = 1 if R <= 16 else None
+    return {"data": [single, *_bands(found.bands), median], "layout": layout}
 
 
 def mean_spectrum(layer: LayerSurvey) -> Figure:
-    """Eigenvalues of the mean matrix and the share of its trace that the leading ones hold together."""
-    rank = np.arange(1, len(layer.mean_values) + 1)
-    share = np.cumsum(layer.mean_values) / layer.mean_trace if len(rank) else rank
-    data = [
-        {
-            "type": "bar",
-            "x": typed(rank),
-            "y": typed(share),
-            "marker": {"color": "@blue/0.75"},
-            "hovertemplate": "the %{x} leading directions hold %{y:.0%}<extra></extra>",
-        }
-    ]
+    """The share of the mean's trace that its leading directions hold together."""
+    share = numbers.mean_share(layer)
+    bars = {
+        "type": "bar",
+        "x": typed(np.arange(1, len(share) + 1)),
+        "y": typed(share),
+        "marker": {"color": "@blue/0.75"},
+        "hovertemplate": "the %{x} leading directions hold %{y:.0%}<extra></extra>",
+    }
     layout = layout_of("number of leading directions of the mean", "share of the mean's trace")
     layout["yaxis"] |= {"tickformat": ".0%", "range": [0, 1]}
     layout["showlegend"] = False
-    return {"data": data, "layout": layout}
+    return {"data": [bars], "layout": layout}
 
 
 def histograms(survey: Survey, layer: LayerSurvey) -> dict[str, Figure]:
     """Trace, trace x norm^2, effective rank and covered mass over prompts."""
     rows, name = survey.rows, layer.name
     return {
-        "trace": _histogram(rows.trace[name], f"trace ({UNIT})", log=True),
+        "trace": _histogram(rows.trace[name], numbers.TITLES["trace"], log=True),
         "trace_norm2": _histogram(rows.trace_norm2[name], "trace × norm² (nats²)", log=True),
-        "effective_rank": _histogram(rows.effective_rank[name], "effective rank"),
+        "effective_rank": _histogram(rows.effective_rank[name], numbers.TITLES["effective_rank"]),
         "mass": _histogram(rows.mass, "covered mass", tickformat=".0%"),
     }
 
 
 def layers_figure(survey: Survey, column: str) -> Figure:
     """Median and spread of one column of the table against the layers."""
-    titles = {
-        "trace": f"trace ({UNIT})",
-        "trace_norm2": "trace × residual norm² (nats²)",
-        "effective_rank": "effective rank",
+    found = numbers.over_layers(survey, column)
+    median = _median(found) | {
+        "mode": "lines+markers",
+        "marker": {"size": 6},
+        "text": [survey.layers[i].name for i in found.x],
+        "hovertemplate": "%{text}: median %{y:.3g}<extra></extra>",
     }
-    columns: dict[str, NDArray[np.float64]] = getattr(survey.rows, column)
-    values = np.stack([columns[layer.name] for layer in survey.layers])
-    some = np.isfinite(values).any(1)
-    low, quarter, median, three, high = np.nanquantile(values[some], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
-    x = np.flatnonzero(some)
-    data = [
-        *_bands(x, low, quarter, three, high),
-        {
-            "x": typed(x),
-            "y": typed(median),
-            **line("@blue", 2.5, "median"),
-            "mode": "lines+markers",
-            "marker": {"size": 6},
-            "text": [survey.layers[i].name for i in x],
-            "hovertemplate": "%{text}: median %{y:.3g}<extra></extra>",
-        },
-    ]
-    layout = layout_of("layer", titles[column])
-    layout["yaxis"] |= {} if column == "effective_rank" else log_axis(np.concatenate([low, high]))
-    names = short_names([layer.name for layer in survey.layers])
-    layout["showlegend"] = False  # the page says what line and bands are
+    layout = layout_of("layer", numbers.TITLES[column])
+    layout["yaxis"] |= {} if column == "effective_rank" else log_axis(np.concatenate([found.low, found.high]))
+    names = numbers.short_names([layer.name for layer in survey.layers])
+    layout["showlegend"] = False  # the page explains line and bands
     layout["xaxis"] |= {"tickvals": list(range(len(names))), "ticktext": names, "tickangle": 0}
-    return {"data": data, "layout": layout}
+    return {"data": [*_bands(found), median], "layout": layout}
 
 
-def short_names(names: list[str]) -> list[str]:
-    """Layer names without what they all have in common: "model.layers.15" is 15 among its like."""
-    parts = [name.split(".") for name in names]
-    if len(names) < 2 or len({len(part) for part in parts}) > 1:
-        return [name if len(name) < 12 else "…" + name[-10:] for name in names]
-    different = [i for i in range(len(parts[0])) if len({part[i] for part in parts}) > 1]
-    return [".".join(part[i] for i in different) for part in parts]
+def _median(found: Bands) -> Figure:
+    return {"x": typed(found.x), "y": typed(found.median), **line("@blue", 2.5, "median")}
 
 
-def _bands(
-    x: NDArray[np.int64],
-    low: NDArray[np.float64],
-    quarter: NDArray[np.float64],
-    three: NDArray[np.float64],
-    high: NDArray[np.float64],
-) -> list[Figure]:
+def _bands(found: Bands) -> list[Figure]:
     """Two bands, 5% to 95% and 25% to 75%, each drawn as its lower edge and its upper one filled down to that."""
+    x, low, quarter, _, three, high = found
+    edge = line("@blue/0", 0) | {"hoverinfo": "skip", "showlegend": False}
     return [
-        {"x": typed(x), "y": typed(low), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(low), **edge},
         {"x": typed(x), "y": typed(high), **line("@blue/0", 0, "5% to 95%"), **fill("@blue/0.14")},
-        {"x": typed(x), "y": typed(quarter), **line("@blue/0", 0), "hoverinfo": "skip", "showlegend": False},
+        {"x": typed(x), "y": typed(quarter), **edge},
         {"x": typed(x), "y": typed(three), **line("@blue/0", 0, "25% to 75%"), **fill("@blue/0.26")},
     ]
 
 
 def _histogram(values: NDArray[np.float64], title: str, *, log: bool = False, tickformat: str | None = None) -> Figure:
-    values = values[np.isfinite(values) & ((values > 0) | (not log))]
-    bins = int(np.clip(2 * np.sqrt(len(values)), 8, 50))
-    counts, edges = np.histogram(np.log10(values) if log else values, bins)
-    if log:
-        edges = 10**edges
+    counts, edges, median = numbers.histogram(values, log=log)
     middle = np.sqrt(edges[1:] * edges[:-1]) if log else (edges[1:] + edges[:-1]) / 2
     data = [
         {
@@ -241,14 +185,13 @@ def _histogram(values: NDArray[np.float64], title: str, *, log: bool = False, ti
             "hovertemplate": "about %{x:.3g}: %{y} prompts<extra></extra>",
         }
     ]
-    if len(values):
-        median = float(np.median(values))
+    if some := np.isfinite(median):
         mark = {"x": [median, median], "y": [0, int(counts.max())], **line("@orange", 2)}
         data.append(mark | {"hovertemplate": f"median {median:.3g}<extra></extra>"})
     layout = layout_of(title, "prompts")
     layout["showlegend"] = False
     layout["bargap"] = 0.06
-    layout["xaxis"] |= log_axis(edges, most=4) if log and len(values) else {"nticks": 6, "tickformat": tickformat or ""}
+    layout["xaxis"] |= log_axis(edges, most=4) if log and some else {"nticks": 6, "tickformat": tickformat or ""}
     return {"data": data, "layout": layout}
 
 
@@ -258,11 +201,8 @@ GROUP_COLOURS = ("@blue", "@orange", "@green", "@pink", "@amber", "@sky", "@wine
 def scatter(survey: Survey, layer: LayerSurvey, group: str | None = None) -> Figure:
     """Prompts by effective rank and trace x norm^2, coloured by covered mass or by a kept column."""
     rows = survey.rows
-    where = np.flatnonzero(np.isin(rows.index, survey.points))
-    x, y = rows.effective_rank[layer.name][where], rows.trace_norm2[layer.name][where]
-    unlike = {outlier.index for outlier in layer.outliers}
-    ring = np.array([index in unlike for index in rows.index[where]], bool)
-    layout = layout_of("effective rank", "trace × residual norm² (nats²)")
+    where, x, y, ring = numbers.points_of(survey, layer)
+    layout = layout_of(numbers.TITLES["effective_rank"], numbers.TITLES["trace_norm2"])
     layout["yaxis"] |= log_axis(y)
     data: list[Figure] = []
     if group is None:
@@ -274,7 +214,7 @@ def scatter(survey: Survey, layer: LayerSurvey, group: str | None = None) -> Fig
         data.append(_points(x, y, rows.index[where], marker, "prompts") | {"showlegend": False})
     else:
         values = np.array(rows.groups[group])[where]
-        for colour, value in zip(GROUP_COLOURS, group_values(rows.groups[group]), strict=False):
+        for colour, value in zip(GROUP_COLOURS, numbers.group_values(rows.groups[group]), strict=False):
             mask = values == value
             data.append(_points(x[mask], y[mask], rows.index[where][mask], {"color": colour}, value))
     if ring.any():
@@ -287,10 +227,7 @@ def similarity(survey: Survey, layer: LayerSurvey, group: str | None = None) -> 
     """The heat map of cosines in the order of the clustering, with a strip of groups above it."""
     found = layer.similarity
     assert found is not None
-    size = len(found.prompts)
-    # Each prompt is like itself; the colours are for the others.
-    apart = np.round(100 * found.cosines[~np.eye(size, dtype=bool)])
-    most = int(max(20, min(100, 5 * np.ceil(np.quantile(apart, 0.995) / 5)))) if len(apart) else 100
+    size, most = len(found.prompts), numbers.brightest(found)
     ticks = np.linspace(0, most, 5)
     names = [f"{tick / 100:.2g}" for tick in ticks[:-1]] + [f"≥ {most / 100:.2g}"]
     heat = {
@@ -309,18 +246,15 @@ def similarity(survey: Survey, layer: LayerSurvey, group: str | None = None) -> 
     layout["xaxis"] |= {"range": [-0.5, size - 0.5], "constrain": "domain"}
     data = [heat]
     if group is not None:
-        values = group_values(survey.rows.groups[group])
-        of = dict(zip(survey.rows.index.tolist(), survey.rows.groups[group], strict=True))
-        codes = np.array([values.index(of[int(prompt)]) for prompt in found.prompts])
-        for code, value in enumerate(values):  # one bar of thin marks a group, so that the legend names it
-            where = np.flatnonzero(codes == code)
+        # One bar of thin marks for each group, so that the legend names it.
+        for colour, (value, where) in zip(GROUP_COLOURS, numbers.group_marks(survey, found, group), strict=False):
             data.append(
                 {
                     "type": "scatter",
                     "mode": "markers",
                     "x": typed(where),
                     "y": typed(np.full(len(where), -0.028 * size)),
-                    "marker": {"symbol": "square", "size": 7, "color": GROUP_COLOURS[code]},
+                    "marker": {"symbol": "square", "size": 7, "color": colour},
                     "name": value,
                     "hovertemplate": f"{value}<extra></extra>",
                     "cliponaxis": False,
@@ -328,11 +262,6 @@ def similarity(survey: Survey, layer: LayerSurvey, group: str | None = None) -> 
             )
         layout["yaxis"]["range"] = [size - 0.5, -0.06 * size]
     return {"data": data, "layout": layout}
-
-
-def group_values(values: list[str]) -> list[str]:
-    """The different values in order, the others last."""
-    return sorted(set(values), key=lambda value: (value == OTHERS, value))
 
 
 def _points(x: Any, y: Any, prompts: NDArray[np.int64], marker: Figure, name: str) -> Figure:

@@ -6,9 +6,8 @@ Outliers, 1993]
 
 * trace and leading value: log10 of each, to both sides.
 * distance: 1 - cosine of the matrix and the mean of the others, all scaled to trace 1. To the far side only.
-* shared with few: how far a prompt stands out along a direction that it shares with some prompts (at most 5% of them),
-  while the others hardly have it: where a backdoor's trigger would show. The distance to the mean says nothing of that,
-  since prompts that differ for reasons of their own are just as far away.
+* shared with few: how far a prompt stands out along a direction that it shares with at most 5% of the prompts. A
+  backdoor's trigger would show here, but not in the distance: other prompts are as far from the mean for other reasons.
 """
 
 from collections.abc import Iterator
@@ -25,10 +24,10 @@ from fisher_vmap.results.shard_reader import is_ok
 Float = NDArray[np.float64]
 
 WORTH_A_LOOK = 3.5
-CANDIDATES = 2000  # directions that are tried on all prompts
+CANDIDATES = 2000  # directions that are compared with all prompts
 FEW = 0.05  # of the prompts, and at least two, may share a direction that counts as shared with few
-LEAST_SHARE = 0.02  # of a prompt's trace, for a direction to be tried
-LEAST_PROMPTS = 8  # below, no prompt is unlike the rest
+LEAST_SHARE = 0.02  # of a prompt's trace, for a direction to be a candidate
+LEAST_PROMPTS = 8  # with fewer, no outliers are reported
 
 # The least spread that a measure is divided by: 5% of a trace, a hundredth of a cosine, one z.
 _FLOORS = {"trace": 0.02, "leading value": 0.02, "distance": 0.01, "shared with few": 1.0}
@@ -36,17 +35,17 @@ _FLOORS = {"trace": 0.02, "leading value": 0.02, "distance": 0.01, "shared with 
 
 @dataclass(frozen=True)
 class Outlier:
-    """A prompt unlike the rest, its score, and the reasons, strongest first."""
+    """An outlier: the prompt, its score, and the reasons, strongest first."""
 
     index: int
     score: float
     reasons: tuple[str, ...]
     company: tuple[int, ...]
-    """The prompts that share its direction, itself among them; empty unless that is a reason."""
+    """All prompts that share its direction, if that is a reason."""
 
 
 class Scores(NamedTuple):
-    """Of one layer: for each of the n prompts that have numbers, in order."""
+    """The scores at one layer of the n prompts that have numbers, in order."""
 
     prompts: NDArray[np.int64]
     """[n] their indices."""
@@ -81,7 +80,7 @@ def rank_outliers(scores: Scores, limit: int = 50) -> list[Outlier]:
 
 
 def score_prompts(results: Results, layer: str, seed: int = 0) -> Scores:
-    """Score every prompt of a layer; four passes over the shards, holding one shard and `CANDIDATES` x n numbers.
+    """Score every prompt of a layer in four passes over the shards; holds one shard and `CANDIDATES` x n numbers.
 
     Args:
         results: a folder that keeps its prompts.
@@ -121,7 +120,7 @@ def score_prompts(results: Results, layer: str, seed: int = 0) -> Scores:
 
 
 def _normalised(view: Results) -> Iterator[tuple[NDArray[np.int64], Float, NDArray[np.float32], Float]]:
-    """Shard by shard, of the prompts with a matrix above zero: index [n], S / trace [n, R], V [n, R, D] and S."""
+    """For each shard, the prompts with nonzero matrix: index [n], S / trace [n, R], V [n, R, D] and S."""
     for reader in view.shards():
         ok = is_ok(reader)
         S, V, _ = reader.stack(view.layer)
@@ -143,11 +142,11 @@ def _distances(share: Float, own: Float, mean: Float) -> Float:
 def _shared_with_few(
     view: Results, share: Float, own: Float, rng: np.random.Generator
 ) -> tuple[Float, list[tuple[int, ...]], Float]:
-    """For each prompt: how far it stands out along a direction that few share, who they are, its share along it.
+    """For each prompt: its z-score along a direction that few share, the prompts that share it, and its share along it.
 
     Candidates are the prompts' own directions that hold more of their trace than of the others'. Along one of them, v,
-    every prompt has the share v^T F_j v / tr F_j of its trace. Who has at least half of what the candidate's own prompt
-    has belongs to its company; a company of 2 up to `FEW` counts, and its members get their z-score in the shares.
+    each prompt has the share v^T F_j v / tr F_j of its trace. The prompts with at least half the share of the
+    candidate's own prompt are its company. A company of 2 up to `FEW` counts; its members get their z-score.
     """
     n, R = share.shape
     excess = share - (n * own - share) / (n - 1)

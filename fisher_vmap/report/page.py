@@ -1,4 +1,4 @@
-"""The page: figures, tables and single prompts in one HTML file with plotly.js, which asks the network for nothing."""
+"""The page: figures, tables and single prompts in one HTML file that includes plotly.js and needs no network."""
 
 import json
 from importlib.resources import files
@@ -50,15 +50,15 @@ def render_page(survey: Survey) -> str:
         covers=_covers(survey),
         notes=sampling_notes(survey),
         footer=f"Made by {made_by}. Units: F is in nats² per squared unit of the residual stream.",
-        css=_raw(asset["page.css"]),
-        plotly=_raw(get_plotlyjs()),
-        js=_raw(asset["page.js"]),
-        data=_raw(_json(page_data(survey))),
+        css=Markup(asset["page.css"]),
+        plotly=Markup(get_plotlyjs()),
+        js=Markup(asset["page.js"]),
+        data=Markup(_json(page_data(survey))),
     )
 
 
 def page_data(survey: Survey) -> dict[str, Any]:
-    """What the page's script works on."""
+    """The data for the page's script."""
     rows = survey.rows
     listed = np.flatnonzero(np.isin(rows.index, survey.listed))
     ok = int(rows.ok.sum())
@@ -97,7 +97,7 @@ def page_data(survey: Survey) -> dict[str, Any]:
 
 
 def sampling_notes(survey: Survey) -> list[str]:
-    """What of a large run is not on the page, a sentence each; empty if all of it is."""
+    """What the page leaves out of a large run, one sentence each."""
     ok, total = int(survey.rows.ok.sum()), len(survey.rows.index)
     if survey.means_only:
         return []
@@ -182,7 +182,7 @@ def _whole(survey: Survey) -> bool:
 
 
 def _covers(survey: Survey) -> str:
-    """Of what the matrix tells."""
+    """How much of the full matrix is shown, in words."""
     layout = survey.results.index.layout
     if _whole(survey):
         return f"as far as the {layout.rank} leading directions of the whole vocabulary's matrix show it"
@@ -199,9 +199,5 @@ def _last_part(path: Any) -> str:
 
 
 def _json(data: dict[str, Any]) -> str:
-    # Inside a script element nothing is escaped, so no text of a prompt may look like the element's end.
+    # HTML does not unescape inside a script element, so a prompt's text must not contain its closing tag.
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-
-
-def _raw(text: str) -> Markup:
-    return Markup(text)

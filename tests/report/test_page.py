@@ -14,8 +14,8 @@ from report_cases import planted, write_factors
 from results_cases import make_layout, write_folder
 
 from fisher_vmap.report.__main__ import main
-from fisher_vmap.report.data import Sampling, compare_prompts, survey
-from fisher_vmap.report.figures import log_axis, short_names, typed
+from fisher_vmap.report.data import Sampling, compare_prompts, short_names, survey
+from fisher_vmap.report.figures import log_axis, typed
 from fisher_vmap.report.page import render_page, sampling_notes
 from fisher_vmap.results.reader import open_results
 
