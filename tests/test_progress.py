@@ -15,7 +15,7 @@ from progress_cases import pass_time, screen
 from fisher_vmap import progress
 from fisher_vmap.finish import main as finish
 from fisher_vmap.progress import Counted, Display, Line, bar, duration, passing, step
-from fisher_vmap.run.compute import Pace, Progress, RunLine, run_bar
+from fisher_vmap.run.bar import Pace, Progress, RunLine, run_bar
 from fisher_vmap.verify.__main__ import main as verify
 
 SILENT_S = 5.5  # five seconds, and something for a busy machine
@@ -173,11 +173,11 @@ def test_commands_leave_it_switched_off(inputs, tmp_path):
 
 def test_a_run_tells_what_was_stored_beforehand(inputs, tmp_path, monkeypatch):
     """So that the time left is that of what is to be computed, wherever in the run that is."""
-    from fisher_vmap.run import pipeline
+    from fisher_vmap.run import compute
 
     steps = []
-    run_prompts = pipeline.run_prompts
-    monkeypatch.setattr(pipeline, "run_prompts", lambda run, report, share: run_prompts(run, steps.append, share))
+    run_prompts = compute.run_prompts
+    monkeypatch.setattr(compute, "run_prompts", lambda run, report, share: run_prompts(run, steps.append, share))
     assert run_here(*inputs, tmp_path / "out", shard_size=2, batch_size=1) == 0
     assert steps[0] == (0, 0, 0, 0) and sum(step.prompts for step in steps) == 6
     assert [step.coming_prompts for step in steps if step.coming_prompts] == [2, 2, 2]

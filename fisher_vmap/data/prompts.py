@@ -183,6 +183,40 @@ class PromptSource:
             yield number, held.pop(number)
 
 
+class ShardPrompts:
+    """The prompts of each shard, read from the data set in order; going back starts it again.
+
+    Attributes:
+        total: the number of prompts; for a stream, None until the end has been read.
+    """
+
+    def __init__(self, source: PromptSource, shard_size: int) -> None:
+        self.total = source.total
+        self._source, self._size = source, shard_size
+        self._stream: Iterator[SourcePrompt] = iter(())
+        self._place = -1  # in prompts; before the first reading
+        self._last: tuple[int, list[SourcePrompt]] = (-1, [])
+
+    def of(self, number: int) -> list[SourcePrompt]:
+        """The prompts of a shard: fewer than its size, or none, at the end of the data.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        if self._last[0] == number:
+            return self._last[1]
+        start = number * self._size
+        if not 0 <= self._place <= start:
+            self._stream, self._place = iter(self._source), 0
+        self._place += sum(1 for _ in islice(self._stream, start - self._place))
+        prompts = list(islice(self._stream, self._size)) if self._place == start else []
+        self._place += len(prompts)
+        if len(prompts) < self._size:
+            self.total = self._place
+        self._last = number, prompts
+        return prompts
+
+
 def _storable(value: Any) -> Any:
     """Replace half surrogate pairs, which JSON can spell and no file can store."""
     if isinstance(value, str):

@@ -15,7 +15,7 @@ from fisher_vmap.run.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
     from fisher_vmap.load.model import Loaded
-    from fisher_vmap.run.pipeline import Summary
+    from fisher_vmap.run.compute import Summary
 
 
 log = logging.getLogger("fisher_vmap")
@@ -94,9 +94,9 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
 
     with step("loading the libraries"):
         from fisher_vmap.results.files import at_work
-        from fisher_vmap.run.compute import run_bar
+        from fisher_vmap.run.bar import run_bar
+        from fisher_vmap.run.compute import Share, mine, run_prompts
         from fisher_vmap.run.open import check_save, model_of, open_run, source_of
-        from fisher_vmap.run.pipeline import Share, run_prompts, shard_numbers
 
     check_save(settings)
     with step("opening the data set"):
@@ -114,8 +114,8 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
         total = None if asked == "all" else int(asked)
         share = None if shards is None else Share(*shards)
         if share is not None and total is not None:
-            numbers = share.of(shard_numbers(total, settings.shard_size))
-            total = sum(min(settings.shard_size, total - number * settings.shard_size) for number in numbers)
+            size = settings.shard_size
+            total = sum(min(size, total - number * size) for number in mine(total, size, share))
         with at_work(Path(settings.output_dir)) as others, run_bar(total) as report:
             if others and share is None:
                 log.warning(

@@ -1,267 +1,265 @@
-"""One shard's prompts: to tokens, to batches, to numbers, and back into their order with what went wrong.
+"""Compute a run shard by shard: batches, the kernel, compression, storage, and the account of what was done.
 
-The bar of a run: prompts and tokens done, tokens a second, time left.
+In the background the next shard is tokenised and the last one is written.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from fisher_vmap.data.batching import PromptNumbers, pack
 from fisher_vmap.data.prompts import SourcePrompt
-from fisher_vmap.data.tokenize import Pieces, Renderer, SkippedPrompt, TokenizedPrompt
+from fisher_vmap.data.tokenize import Pieces
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.audit import ShardForms
 from fisher_vmap.linearize.select import NoFormAgrees
 from fisher_vmap.model.validation import is_out_of_memory
-from fisher_vmap.progress import Line, display, duration, meter, on_a_clock
-from fisher_vmap.results.record import PromptResult
+from fisher_vmap.progress import step
+from fisher_vmap.results.index import TABLE_NAME
+from fisher_vmap.results.outputs import wants_npz
+from fisher_vmap.results.record import PromptResult, was
+from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.run.bar import Progress
+from fisher_vmap.run.open import Notes, PreparedShard, Run
+from fisher_vmap.run.settings import Settings
 
+T = TypeVar("T")
+Report = Callable[[Progress], None]
 
-class Progress(NamedTuple):
-    """A step forward.
-
-    Attributes:
-        prompts: finished.
-        tokens: that were computed for them; 0 where they were stored before, or skipped.
-        coming_prompts: that have been tokenised now, and are computed next.
-        coming_tokens: of these.
-    """
-
-    prompts: int
-    tokens: int
-    coming_prompts: int = 0
-    coming_tokens: int = 0
-
-
-@dataclass
-class Pace:
-    """How fast a run goes, and for how long yet.
-
-    The first batch, in which memory is claimed and code is loaded, does not count as soon as there is another one. What
-    was stored before has cost nothing, and counts neither as tokens nor as time.
-
-    Attributes:
-        total: prompts of this process; None: not known.
-        since: when the batch that is computed now began.
-        warm_up: how many batches do not count: as many as there are workers.
-    """
-
-    total: int | None
-    since: float
-    warm_up: int = 1
-    prompts: int = field(default=0, init=False)
-    tokens: int = field(default=0, init=False)
-    _computed: int = field(default=0, init=False)
-    _coming: tuple[int, int] = field(default=(0, 0), init=False)
-    _batches: int = field(default=0, init=False)
-    _seconds: float = field(default=0.0, init=False)
-    _warm_up: tuple[int, float] = field(default=(0, 0.0), init=False)
-
-    def add(self, step: Progress, now: float) -> None:
-        """Count a step."""
-        self.prompts += step.prompts
-        self.tokens += step.tokens
-        prompts, tokens = self._coming
-        if step.coming_prompts:
-            self._coming = prompts + step.coming_prompts, tokens + step.coming_tokens
-            if not self._batches:
-                self.since = now
-        elif step.tokens:
-            self._coming = max(0, prompts - step.prompts), max(0, tokens - step.tokens)
-            self._computed += step.prompts
-            self._seconds += now - self.since
-            self._batches += 1
-            if self._batches == self.warm_up:
-                self._warm_up = self.tokens, self._seconds
-            self.since = now
-        elif step.prompts:
-            self.since = now
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second; None before the first batch."""
-        tokens, seconds = self.tokens, self._seconds
-        if self._batches > self.warm_up:
-            tokens, seconds = tokens - self._warm_up[0], seconds - self._warm_up[1]
-        return tokens / seconds if tokens and seconds > 0 else None
-
-    @property
-    def tokens_left(self) -> float | None:
-        """Tokens still to be computed: of prompts that are not tokenised yet, as many as the others have on average."""
-        prompts, tokens = self._coming
-        if self.total is None or not self._computed + prompts:
-            return None
-        mean = (self.tokens + tokens) / (self._computed + prompts)
-        return tokens + max(0, self.total - self.prompts - prompts) * mean
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether all prompts that are left have been tokenised."""
-        return self.total is not None and self.total - self.prompts <= self._coming[0]
-
-    def seconds_left(self, now: float) -> float | None:
-        """Time left, as the rate has it; None where it cannot be known, or nothing is left."""
-        rate, tokens = self.rate, self.tokens_left
-        return None if not rate or not tokens else max(0.0, tokens / rate - (now - self.since))
-
-
-@dataclass(eq=False)
-class RunLine(Line):
-    """The line of a run; it shows before the first batch."""
-
-    pace: Pace = field(default_factory=lambda: Pace(None, 0.0))
-
-    def plain(self, now: float) -> str:
-        """For a log."""
-        pace, left, rate = self.pace, self.pace.tokens_left, self.pace.rate
-        parts = [f"{pace.prompts:,} prompts" if pace.total is None else f"{pace.prompts:,} of {pace.total:,} prompts"]
-        if left is not None and (pace.tokens or left):
-            about = "" if pace.is_exact else "about "
-            parts.append(f"{pace.tokens:,} of {about}{_rounded(pace.tokens + left, pace.is_exact)} tokens")
-        elif pace.tokens:
-            parts.append(f"{pace.tokens:,} tokens")
-        if rate is not None:
-            parts.append(f"{_rate(rate)} tokens a second")
-        if (seconds := pace.seconds_left(now)) is not None:
-            parts.append(f"{duration(seconds)} left")
-        elif self.told is not None:
-            parts.append(f"{duration(now - self.began)} so far")
-        return f"{self.what}: {', '.join(parts)}"
-
-    def drawn(self, now: float, columns: int, ascii_only: bool) -> str:
-        """For a terminal of this width."""
-        pace, left, rate = self.pace, self.pace.tokens_left, self.pace.rate
-        parts = [f"{pace.prompts:,} prompts" if pace.total is None else f"{pace.prompts:,}/{pace.total:,} prompts"]
-        if left is not None:
-            parts.append(f"{pace.tokens:,}/{_rounded(pace.tokens + left, pace.is_exact)} tokens")
-        elif pace.tokens:
-            parts.append(f"{pace.tokens:,} tokens")
-        if rate is not None:
-            parts.append(f"{_rate(rate)}/s")
-        seconds = pace.seconds_left(now)
-        times = on_a_clock(now - self.began) + ("" if seconds is None else f"<{on_a_clock(seconds)}")
-        text = f"{', '.join(parts)} [{times}]"
-        if pace.total is None:
-            return f"{self.what}: {text}"[:columns]
-        return meter(self.what, pace.prompts, pace.total, text, columns, ascii_only)
-
-
-@contextmanager
-def run_bar(total: int | None, warm_up: int = 1) -> Iterator[Callable[[Progress], None]]:
-    """The bar of a run over `total` prompts (None: not known), there from the beginning.
-
-    Args:
-        total: prompts of this process.
-        warm_up: how many batches do not count for the rate.
-
-    Returns:
-        A function that takes each step forward.
-    """
-    if (place := display()) is None:
-        yield lambda step: None
-        return
-    now = place.clock()
-    line = RunLine("computing", now, at_once=True, pace=Pace(total, now, warm_up))
-
-    def report(step: Progress) -> None:
-        line.pace.add(step, place.clock())
-        place.moved()
-
-    with place.showing(line):
-        yield report
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-
-
-def _rounded(tokens: float, exact: bool) -> str:
-    """A number of tokens: all of it where it is known, two digits where it is estimated."""
-    if exact or tokens < 100:
-        return f"{tokens:,.0f}"
-    unit = 10.0 ** (len(str(int(tokens))) - 2)
-    return f"{round(tokens / unit) * unit:,.0f}"
-
+REASONS = 5  # of failed prompts, shown at the end
 
 log = logging.getLogger(__name__)
 
 
-class PreparedShard(NamedTuple):
-    """A shard's prompts with what is known of them before the model has seen them, all by prompt index."""
+class Share(NamedTuple):
+    """The share of one of several processes: the `number`-th of `processes`, counted from 1."""
 
     number: int
-    prompts: Sequence[SourcePrompt]
-    rendered: dict[int, TokenizedPrompt]
-    """The prompts that became tokens."""
-    skipped: dict[int, str]
-    """Why the others did not."""
+    processes: int
+
+    def of(self, items: Iterable[T]) -> Iterator[T]:
+        """Every n-th item, starting with this process's first."""
+        return islice(items, self.number - 1, None, self.processes)
+
+    def has(self, place: int) -> bool:
+        """Whether the item at this place, counted from 0, belongs to this process."""
+        return place % self.processes == self.number - 1
 
 
 @dataclass
-class Notes:
-    """What a run learns on its way, kept in its folder, so that a resumed one repeats it or tells it.
+class Summary:
+    """What a run did: prompts by status, tokens and seconds of what was computed, and how many were stored before."""
 
-    Batches that ran out of memory are known as the indices of their prompts: a resumed run halves them without trying,
-    since prompts computed in other company differ in their last bits. Forms that were given up in a shard are told.
+    prompts: int = 0
+    stored_before: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    failed: int = 0
+    skipped: int = 0
+    reasons: tuple[str, ...] = ()
+    """Of the first few failed prompts."""
+    without_results: str | None = None
+    """Why the first prompt has no results, if no prompt of the folder has any."""
+    finished: bool = True
+    """Whether the folder is complete; False while other processes have shards to compute."""
 
-    Attributes:
-        splits: the batches that ran out of memory.
-        store: takes the name of a list and an item for it.
+
+class ShardDone(NamedTuple):
+    """The account of one shard."""
+
+    number: int
+    prompts: int
+    stored_before: bool
+    tokens: int = 0
+    failed: tuple[str, ...] = ()
+    """A line for each failed prompt."""
+    skipped: int = 0
+
+
+def run_prompts(run: Run, report: Report, share: Share | None = None) -> Summary:
+    """Compute the prompts that the results folder lacks, and finish the folder.
+
+    Args:
+        run: what `open_run` gave.
+        report: called with each step.
+        share: this process's shards, if several processes fill the folder; the last of them finishes it.
+
+    Raises:
+        UserError: as `compute_shards`.
     """
+    writer, prompts, size = run.writer, run.prompts, run.settings.shard_size
+    known = prompts.total is not None
+    with step("checking what is stored"):  # this drops damaged shards from the index
+        missing = writer.missing_shards(prompts.total or writer.index.stop, None if share is None else share.has)
+    stored: dict[int, int] = {}
+    if prompts.total is not None:  # stored prompts are reported first, so that the time left is that of the others
+        lacking = {shard.number for shard in missing}
+        stored = {i: min(size, prompts.total - i * size) for i in mine(prompts.total, size, share) if i not in lacking}
+    report(Progress(sum(stored.values()), 0))
+    summary, began = Summary(), time.perf_counter()
+    for done in compute_shards(run, writer.add, report, mine(prompts.total, size, share)):
+        summary.prompts += done.prompts
+        summary.stored_before += done.prompts if done.stored_before else 0
+        summary.tokens += done.tokens
+        summary.failed += len(done.failed)
+        summary.skipped += done.skipped
+        summary.reasons = (summary.reasons + done.failed)[:REASONS]
+        if done.stored_before and done.number not in stored:
+            report(Progress(done.prompts, 0))
+    summary.seconds = time.perf_counter() - began
+    assert prompts.total is not None  # the end has been read
+    if not known:
+        writer.expect(prompts.total)
+    if share is not None and not _is_last(writer, prompts.total):
+        summary.finished = False
+        return summary
+    summary.prompts = prompts.total if share is None else summary.prompts
+    finish(summary, writer, run.settings, prompts.total)
+    return summary
 
-    splits: set[tuple[int, ...]] = field(default_factory=set)
-    store: Callable[[str, list[Any]], None] = lambda name, item: None
 
-    def split(self, members: Sequence[int]) -> None:
-        """Remember a batch that ran out of memory."""
-        self.splits.add(tuple(members))
-        self.store("splits", list(members))
+def mine(total: int | None, shard_size: int, share: Share | None) -> Iterator[int]:
+    """The numbers of this process's shards; endless if the number of prompts is not known."""
+    numbers: Iterable[int] = count() if total is None else range(-(-total // shard_size))
+    return iter(numbers) if share is None else share.of(numbers)
 
 
-def prepare(renderer: Renderer, number: int, prompts: Sequence[SourcePrompt]) -> PreparedShard:
-    """Render and tokenise the prompts of shard `number`."""
-    shard = PreparedShard(number, prompts, {}, {})
-    for prompt in prompts:
-        try:
-            if prompt.skipped is not None or prompt.messages_or_text is None:
-                raise SkippedPrompt(prompt.skipped or "no prompt")
-            shard.rendered[prompt.index] = renderer.render(prompt.messages_or_text)
-        except SkippedPrompt as skip:
-            shard.skipped[prompt.index] = str(skip)
-    return shard
+def compute_shards(
+    run: Run, store: Callable[[int, Sequence[PromptResult]], Any], report: Report, numbers: Iterator[int]
+) -> Iterator[ShardDone]:
+    """Compute and store the shards of these numbers up to the end of the data; yields an account of each.
+
+    A shard is stored when the next account is yielded, or when the iterator ends.
+
+    Args:
+        run: what `open_run` gave.
+        store: takes a shard's number and results.
+        report: as for `compute_shard`.
+        numbers: of the shards, in order.
+
+    Raises:
+        UserError: the folder cannot be written, or the data cannot be read to the end.
+    """
+    with behind() as later, closing(ahead(run.prepared(numbers))) as shards:
+        for shard in shards:
+            if not (shard.rendered or shard.skipped):
+                yield ShardDone(shard.number, len(shard.prompts), True)
+                continue
+            results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.notes, report)
+            later(store, shard.number, results)
+            tokens, skipped = sum(r.num_tokens for r in results), sum(r.status == "skipped" for r in results)
+            failed = tuple(_failure(r.index, r.reason) for r in results if r.status == "failed")
+            yield ShardDone(shard.number, len(results), False, tokens, failed, skipped)
+
+
+def finish(summary: Summary, writer: ResultsWriter, settings: Settings, total: int) -> None:
+    """Write the files made from all shards, and count the failed and skipped prompts of the whole folder.
+
+    Raises:
+        UserError: a shard is missing or damaged, or the folder cannot be written.
+    """
+    npz = wants_npz(settings.export_npz, settings.save, total)
+    writer.finish(total, settings=settings.model_dump(), save=settings.save, export_npz=npz)
+    table = pq.read_table(writer.folder / TABLE_NAME, columns=["prompt_index", "status", "reason"])
+    table = table.filter((pc.field("prompt_index") < total) & (pc.field("status") != "ok"))
+    if table.num_rows == total > 0:
+        first = table.slice(0, 1).to_pylist()[0]
+        summary.without_results = f"prompt {first['prompt_index']} {was(first['status'])}: {first['reason']}"
+    failed = table.filter(pc.field("status") == "failed")
+    summary.failed, summary.skipped = failed.num_rows, table.num_rows - failed.num_rows
+    rows = failed.slice(0, REASONS).to_pylist()
+    summary.reasons = tuple(_failure(row["prompt_index"], row["reason"]) for row in rows)
+
+
+def _is_last(writer: ResultsWriter, total: int) -> bool:
+    """Whether all shards of all processes are stored; index.json then lists them."""
+    index = writer.refresh()
+    wanted = max(total, index.num_prompts or 0)
+    missing = len(index.missing(wanted))
+    if missing:
+        log.info("%d of %d shards are not there yet; the process that computes the last one finishes %s, or run "
+                 "fisher-vmap finish", missing, -(-wanted // index.shard_size), writer.folder)  # fmt: skip
+    return not missing
+
+
+def _failure(index: int, reason: str | None) -> str:
+    return f"prompt {index} failed: {reason}"
+
+
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items; a background thread makes the next one while the current one is in use.
+
+    Raises:
+        Exception: whatever `items` raises, in place of the item.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming: Future[Any] = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+
+
+@contextmanager
+def behind() -> Iterator[Callable[..., None]]:
+    """Within the context, `later(function, *arguments)` calls it in a background thread, one call at a time.
+
+    Each call, and the end of the context, waits for the previous call and raises its error. If the context is left by
+    an error or Ctrl-C, a call that has begun is still completed.
+    """
+    begun: Future[Any] | None = None
+    with ThreadPoolExecutor(1, "behind") as thread:
+
+        def later(function: Callable[..., Any], *arguments: Any) -> None:
+            nonlocal begun
+            if begun is not None:
+                begun.result()
+            begun = thread.submit(function, *arguments)
+
+        yield later
+        if begun is not None:
+            begun.result()
 
 
 def compute_shard(
-    fisher: FisherModel, shard: PreparedShard, rank: int, notes: Notes, report: Callable[[Progress], None]
+    fisher: FisherModel, shard: PreparedShard, rank: int, notes: Notes, report: Report
 ) -> list[PromptResult]:
-    """The results of a shard's prompts, in their order; a prompt that cannot be computed says why.
+    """The results of a shard's prompts in their order; a failed prompt has a reason.
 
-    Where the audit finds a batch wrong, the whole shard is computed by the form that takes over.
+    If the audit finds a batch wrong, the whole shard is computed again by the form that takes over.
 
     Args:
         fisher: the model.
         shard: the prompts.
         rank: R.
-        notes: what the run has learned; more is added.
-        report: called when the work begins, and after each batch.
+        notes: what the run has learned; this adds to it.
+        report: called before the first batch and after each.
     """
-    found = {i: reason for i, prompt in shard.rendered.items() if (reason := _not_in_vocabulary(fisher, prompt.ids))}
-    numbers: dict[int, PromptNumbers | str] = dict(found)
-    places = [i for i in shard.rendered if i not in found]
+    size = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    numbers: dict[int, PromptNumbers | str] = {
+        i: f"the tokenizer gives token {max(prompt.ids)}, but the model knows {size}: is the tokenizer another model's?"
+        for i, prompt in shard.rendered.items()
+        if max(prompt.ids) >= size
+    }
+    places = [i for i in shard.rendered if i not in numbers]
     lengths = [len(shard.rendered[i].ids) for i in places]
     report(Progress(len(shard.prompts) - len(places), 0, len(places), sum(lengths)))
     batches = pack(lengths, fisher.batch_size, fisher.max_batch_tokens)
     audited = None
     if batches:
         with fisher.one_shard(shard.number, [[lengths[j] for j in batch] for batch in batches]) as forms:
-            numbers |= _compute_batches(fisher, shard, [[places[j] for j in batch] for batch in batches], rank, notes,
-                                        report, forms)  # fmt: skip
+            ids = [{places[j]: shard.rendered[places[j]].ids for j in batch} for batch in batches]
+            numbers |= _compute_batches(fisher, ids, rank, notes, report, forms)
             given_up = forms.given_up()
         for layer, (form, why) in given_up.items():
             notes.store("audits", [shard.number, layer, form, why])
@@ -271,20 +269,18 @@ def compute_shard(
 
 def _compute_batches(
     fisher: FisherModel,
-    shard: PreparedShard,
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[dict[int, list[int]]],
     rank: int,
     notes: Notes,
-    report: Callable[[Progress], None],
+    report: Report,
     forms: ShardForms,
 ) -> dict[int, PromptNumbers | str]:
-    """The batches, given as indices of prompts; anew from the first one on where a form is given up on the way."""
+    """Compute the batches, given as token ids by prompt index; again from the first one when a form is given up."""
     reported = 0
     while True:
         forms.begin()
         numbers: dict[int, PromptNumbers | str] = {}
-        for number, batch in enumerate(batches):
-            ids = {i: shard.rendered[i].ids for i in batch}
+        for number, ids in enumerate(batches):
             numbers.update(compute_batch(fisher, ids, rank, notes))
             if number >= reported:
                 report(Progress(len(ids), sum(map(len, ids.values()))))
@@ -298,7 +294,7 @@ def _compute_batches(
 def compute_batch(
     fisher: FisherModel, prompts_ids: dict[int, list[int]], rank: int, notes: Notes
 ) -> dict[int, PromptNumbers | str]:
-    """One batch, by prompt index; out of memory it is halved, and a single prompt that does not fit gets a reason."""
+    """Compute a batch; out of memory it is halved, and a single prompt that does not fit gets a reason."""
     members = list(prompts_ids)
     if tuple(members) not in notes.splits:
         try:
@@ -308,7 +304,7 @@ def compute_batch(
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
             if not is_out_of_memory(error):
                 raise
-        # Outside of the handler, whose traceback holds on to the tensors that were in the way.
+        # Outside of the handler, whose traceback keeps the tensors alive.
         longest = max(map(len, prompts_ids.values()))
         log.warning("out of memory on %d prompts of up to %d tokens", len(members), longest)
         if torch.cuda.is_available():
@@ -319,13 +315,6 @@ def compute_batch(
     half = (len(members) + 1) // 2
     halves = ({i: prompts_ids[i] for i in part} for part in (members[:half], members[half:]))
     return {i: numbers for part in halves for i, numbers in compute_batch(fisher, part, rank, notes).items()}
-
-
-def _not_in_vocabulary(fisher: FisherModel, ids: Sequence[int]) -> str | None:
-    size = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if max(ids) < size:
-        return None
-    return f"the tokenizer gives token {max(ids)}, but the model knows {size}: is the tokenizer another model's?"
 
 
 def _result(
@@ -339,12 +328,8 @@ def _result(
     if numbers is None:
         return PromptResult(**common, status="skipped", reason=shard.skipped[prompt.index])
     rendered = shard.rendered[prompt.index]
-    common |= {
-        "audit": audited,
-        "text": rendered.text,
-        "num_tokens": len(rendered.ids),
-        "truncated": rendered.truncated,
-    }
+    common |= {"audit": audited, "text": rendered.text, "truncated": rendered.truncated}
+    common |= {"num_tokens": len(rendered.ids)}
     if pieces is not None:
         common["prompt_tokens"] = pieces.each(rendered.ids)
     if isinstance(numbers, str):
@@ -357,7 +342,7 @@ def _result(
 
 
 def _not_finite(numbers: PromptNumbers) -> str | None:
-    """What is wrong with numbers that are stored beside S, V and the log probabilities."""
+    """What is wrong with the numbers that `PromptNumbers.reason` does not cover."""
     for layer, result in numbers.layers.items():
         for name in ("Q", "position_energy", "residual_norm", "trace"):
             if not np.isfinite(getattr(result, name)).all():

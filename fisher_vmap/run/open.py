@@ -1,19 +1,17 @@
-"""Before a run begins: the model opened, the kernel proven, the folder compared, and all that can refuse has spoken.
-
-What the settings name, made: the prompts, the model, its hooked layers, the renderer, the layout of shards.
-"""
+"""Open what a run needs: prompts, model, renderer and results folder, with all checks before anything is written."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fisher_vmap.data.batching import batch_tokens_for, pack
-from fisher_vmap.data.prompts import PromptSource, SourcePrompt, read_prompts
-from fisher_vmap.data.tokenize import Renderer, SkippedPrompt
+from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
+from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import TRACE_SAMPLES, FisherModel
 from fisher_vmap.load.model import Loaded, load_model
@@ -22,14 +20,25 @@ from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
 from fisher_vmap.results.index import ShardLayout, stored_precision
 from fisher_vmap.results.writer import ResultsWriter
-from fisher_vmap.run.compute import Notes, PreparedShard, prepare
 from fisher_vmap.run.settings import Settings
 
 log = logging.getLogger(__name__)
 
+PROOF_TOKENS = 64  # of each of two prompts, if a whole batch does not fit in memory
+PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
+# Settings that do not change a prompt's results.
+NOT_IN_FINGERPRINT = {
+    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
+    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
+    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
+    *("vectors_dtype", "store_text", "keep_columns", "save"),  # part of the layout, which is compared as well
+    "prompt_column",  # the column that it led to is in the fingerprint
+    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
+}
+
 
 def source_of(settings: Settings) -> PromptSource:
-    """The prompts that the settings name; errors as `read_prompts`."""
+    """The prompts of the settings; errors as `read_prompts`."""
     return read_prompts(
         settings.dataset_name,
         dataset_config=settings.dataset_config,
@@ -45,9 +54,9 @@ def source_of(settings: Settings) -> PromptSource:
 
 
 def model_of(settings: Settings) -> Loaded:
-    """The model that the settings name, in the precision of the run that its folder holds; errors as `load_model`.
+    """Load the model of the settings; errors as `load_model`.
 
-    What the folder has is no reason to refuse here: that is for `open_run`, which compares all of it.
+    With precision auto, a resumed run keeps the precision of its folder.
     """
     precision: str = settings.precision
     if precision == "auto" and not settings.overwrite and (stored := stored_precision(Path(settings.output_dir))):
@@ -69,7 +78,7 @@ def model_of(settings: Settings) -> Loaded:
 
 
 def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
-    """What the shards of a run with hooked layers of these widths hold."""
+    """The contents of a run's shards, for hooked layers of these widths."""
     return ShardLayout(
         widths=widths,
         top_k=settings.top_k_tokens,
@@ -83,7 +92,7 @@ def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
 
 
 def check_save(settings: Settings) -> None:
-    """Raise UserError where the files that are asked for cannot all be made."""
+    """Raise UserError if the settings ask for files that exclude each other."""
     if settings.save == "mean" and settings.export_npz is True:
         raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
 
@@ -125,7 +134,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
 
 
 def _batch_tokens(settings: Settings, loaded: Loaded) -> int | None:
-    """The limit that the settings name, or the one for as many vectors as estimator full takes; None: by top_k."""
+    """The limit of the settings, or for estimator full one that fits its number of vectors; None: by top_k."""
     if settings.max_batch_tokens != "auto":
         return settings.max_batch_tokens
     if settings.estimator == "topk":
@@ -136,7 +145,7 @@ def _batch_tokens(settings: Settings, loaded: Loaded) -> int | None:
 
 
 def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
-    """The renderer of a run; `date` is what its template was told, None: today's."""
+    """The renderer of a run; `date` is the date for its chat template, None: today's."""
     max_length, limit = settings.max_length, most_positions(loaded.model)
     if limit is not None and limit < max_length:
         log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
@@ -152,55 +161,52 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
     )
 
 
-PROOF_TOKENS = 64  # of each of two prompts, where a whole batch does not fit into memory
-PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
-# Settings that do not change a prompt's results: where and how many, but not what.
-NOT_IN_FINGERPRINT = {
-    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
-    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
-    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
-    *("vectors_dtype", "store_text", "keep_columns", "save"),  # in the layout, which is compared as well
-    "prompt_column",  # the column that it led to is there
-    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
-}
+class PreparedShard(NamedTuple):
+    """A shard's prompts before they are computed, by prompt index."""
+
+    number: int
+    prompts: Sequence[SourcePrompt]
+    rendered: dict[int, TokenizedPrompt]
+    """The prompts that became tokens."""
+    skipped: dict[int, str]
+    """Why the others did not."""
 
 
-class ShardPrompts:
-    """The prompts of each shard, read from the data set in order; one that lies further back begins it anew.
+def prepare(renderer: Renderer, number: int, prompts: Sequence[SourcePrompt]) -> PreparedShard:
+    """Render and tokenise the prompts of a shard."""
+    shard = PreparedShard(number, prompts, {}, {})
+    for prompt in prompts:
+        try:
+            if prompt.skipped is not None or prompt.messages_or_text is None:
+                raise SkippedPrompt(prompt.skipped or "no prompt")
+            shard.rendered[prompt.index] = renderer.render(prompt.messages_or_text)
+        except SkippedPrompt as skip:
+            shard.skipped[prompt.index] = str(skip)
+    return shard
+
+
+@dataclass
+class Notes:
+    """What a run learns on the way and keeps in its folder, for resumed runs.
+
+    Prompts computed in another batch differ in their last bits, so a resumed run must split the same batches.
 
     Attributes:
-        total: the number of prompts: where it is not known beforehand, None until the end has been read.
+        splits: the batches that ran out of memory and were halved, as prompt indices.
+        store: takes the name of a list and an item for it.
     """
 
-    def __init__(self, source: PromptSource, shard_size: int) -> None:
-        self.total = source.total
-        self._source, self._size = source, shard_size
-        self._stream: Iterator[SourcePrompt] = iter(())
-        self._place = -1  # in prompts; before the first reading
-        self._last: tuple[int, list[SourcePrompt]] = (-1, [])
+    splits: set[tuple[int, ...]] = field(default_factory=set)
+    store: Callable[[str, list[Any]], None] = lambda name, item: None
 
-    def of(self, number: int) -> list[SourcePrompt]:
-        """The prompts of a shard: fewer than its size, or none, at the end of the data.
-
-        Raises:
-            UserError: a row cannot be read.
-        """
-        if self._last[0] == number:
-            return self._last[1]
-        start = number * self._size
-        if not 0 <= self._place <= start:
-            self._stream, self._place = iter(self._source), 0
-        self._place += sum(1 for _ in islice(self._stream, start - self._place))
-        prompts = list(islice(self._stream, self._size)) if self._place == start else []
-        self._place += len(prompts)
-        if len(prompts) < self._size:
-            self.total = self._place
-        self._last = number, prompts
-        return prompts
+    def split(self, members: Sequence[int]) -> None:
+        """Remember a batch that ran out of memory."""
+        self.splits.add(tuple(members))
+        self.store("splits", list(members))
 
 
 class Run(NamedTuple):
-    """A run that nothing stands in the way of: the model, the folder, and the prompts, tokenised as they are needed."""
+    """An opened run."""
 
     settings: Settings
     fisher: FisherModel
@@ -210,7 +216,7 @@ class Run(NamedTuple):
     notes: Notes
 
     def prepared(self, numbers: Iterator[int]) -> Iterator[PreparedShard]:
-        """The shards of these numbers, to the end of the data; of a stored one nothing is rendered or skipped."""
+        """The shards of these numbers up to the end of the data; stored ones without rendered prompts."""
         for number in numbers:
             prompts = self.prompts.of(number)
             if not prompts:
@@ -222,16 +228,16 @@ class Run(NamedTuple):
 
 
 def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device_share: float = 1.0) -> Run:
-    """Everything that can refuse, before anything is written: the layers, the kernel's proof, the folder.
+    """Open a run: find the layers, prove the kernel and compare the folder, then write index.json.
 
-    What is chosen automatically is what the folder has stored, or is stored there now: the same for a run that carries
-    on, and for all processes that fill the folder together, whichever of them came first.
+    Automatic choices come from the folder if it has them, else they are stored there. So they are the same for a
+    resumed run and for all processes that fill the folder together.
 
     Args:
         settings: of the run.
         loaded: the model and its tokenizer.
         source: the prompts.
-        device_share: the part of its device's memory that this process may use, where others share it.
+        device_share: the part of its device's memory that this process may use.
 
     Raises:
         UserError: settings do not fit the model, the data or the folder.
@@ -272,7 +278,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
         overwrite=settings.overwrite,
     )
     resolved = writer.resolved or {}
-    # Another process may have begun the run since the folder was looked at: its choices hold.
+    # Another process may have opened the run in the meantime: its choices hold.
     _compare_forms(settings.output_dir, resolved.get("forms"), forms)
     fisher.max_batch_tokens = resolved["max_batch_tokens"]
     _set_threads(resolved.get("threads", torch.get_num_threads()))
@@ -288,17 +294,14 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)  # sums split over threads differ in their last bits
 
 
-class Excerpt(NamedTuple):
-    """Prompts of the run: input_ids [B, T] and attention_mask [B, T]."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+Excerpt = tuple[Tensor, Tensor]
+"""input_ids [B, T] and attention_mask [B, T]."""
 
 
 def _excerpts(settings: Settings, fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> list[Excerpt]:
-    """The run's first batch, wherever a resumed run carries on; and two short prompts, if that does not fit.
+    """The batches to prove the kernel on: the run's first batch, and two short prompts if that does not fit in memory.
 
-    The first batch, since a proof holds as far as it was made: for such long prompts, and so many rows.
+    A resumed run takes the same ones. A real batch has the run's lengths and number of rows, which a proof depends on.
 
     Raises:
         UserError: neither a prompt nor a plain word becomes tokens that the model knows.
@@ -316,7 +319,7 @@ def _padded(fisher: FisherModel, rows: list[list[int]]) -> Excerpt:
     mask = torch.zeros_like(few)
     for row, ids in enumerate(rows):
         few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids, device="cpu"), 1
-    return Excerpt(few, mask)
+    return few, mask
 
 
 def _plain_word(settings: Settings, renderer: Renderer, known: int) -> list[int]:
@@ -336,7 +339,7 @@ def _plain_word(settings: Settings, renderer: Renderer, known: int) -> list[int]
 
 
 def _prove(fisher: FisherModel, excerpts: Sequence[Excerpt]) -> dict[str, dict[str, str]]:
-    """Choose the kernel's form for each layer, by what it gives for the first excerpt that fits into memory.
+    """Choose the kernel's form for each layer on the first excerpt that fits in memory.
 
     Raises:
         UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
@@ -353,12 +356,12 @@ def _prove(fisher: FisherModel, excerpts: Sequence[Excerpt]) -> dict[str, dict[s
             raise
         if not others:
             raise UserError(
-                f"out of memory on two prompts of {few.input_ids.shape[1]} tokens; try dtype bfloat16, fewer layers or "
+                f"out of memory on two prompts of {few[0].shape[1]} tokens; try dtype bfloat16, fewer layers or "
                 "top_k_tokens, or another device"
             ) from error
     else:
         return fisher.forms
-    return _prove(fisher, others)  # outside of the handler, whose traceback holds on to the tensors in the way
+    return _prove(fisher, others)  # outside of the handler, whose traceback keeps the tensors alive
 
 
 def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:
@@ -372,7 +375,7 @@ def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen
 
 
 def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
-    """Everything that decides a prompt's results: the settings that do, and what they led to."""
+    """Everything that a prompt's results depend on: settings, and what they led to."""
     chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
     return chosen | {
         "model": loaded.identity,

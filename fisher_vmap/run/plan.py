@@ -30,8 +30,16 @@ from fisher_vmap.results.outputs import npz_size, wants_npz
 from fisher_vmap.results.record import LayerResult, PromptResult
 from fisher_vmap.results.shard import TensorSpec, size_of, tensor_specs
 from fisher_vmap.results.table import common_schema, in_schema, rows_table
-from fisher_vmap.run.compute import PreparedShard, prepare
-from fisher_vmap.run.open import check_save, layout_of, make_renderer, model_of, open_model, source_of
+from fisher_vmap.run.open import (
+    PreparedShard,
+    check_save,
+    layout_of,
+    make_renderer,
+    model_of,
+    open_model,
+    prepare,
+    source_of,
+)
 from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skeleton_of, unavoidable, work_of
 from fisher_vmap.run.settings import Settings
 
@@ -71,9 +79,8 @@ class Sample(NamedTuple):
 def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> Sample:
     """Tokenise up to `MOST_TOKENISED` prompts: every n-th of a local data set, the first ones of a stream."""
     if source.total is None:
-        stream: Iterator[SourcePrompt] = islice(iter(source), MOST_TOKENISED + 1)
         with step("reading the prompts"):
-            chosen = list(stream)
+            chosen = list(islice(iter(source), MOST_TOKENISED + 1))
         more = len(chosen) > MOST_TOKENISED
         if settings.num_prompts == "all" and more:
             with step("counting the prompts"):
@@ -374,10 +381,10 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
 
 def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[tuple[str, Storage]]:
     """Settings that would change the storage, and what it would be then."""
+    table = found.storage.parts["tables"]
 
     def with_(**changes: object) -> Storage:
-        changed = settings.model_copy(update=changes)
-        return storage_of(changed, skeleton, found.sample, found.storage.parts["tables"])
+        return storage_of(settings.model_copy(update=changes), skeleton, found.sample, table)
 
     if settings.save != "mean":
         if settings.vectors_dtype == "float32":

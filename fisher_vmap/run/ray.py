@@ -22,8 +22,8 @@ from fisher_vmap.errors import UserError, WorkerError
 from fisher_vmap.progress import step
 from fisher_vmap.results.index import ShardEntry
 from fisher_vmap.results.writer import ResultsWriter, ShardRange
-from fisher_vmap.run.compute import Progress
-from fisher_vmap.run.pipeline import Summary, count_problems, finish
+from fisher_vmap.run.bar import Progress
+from fisher_vmap.run.compute import Summary, finish
 from fisher_vmap.run.ray_worker import ShardWorker, begin
 from fisher_vmap.run.settings import Settings
 
@@ -282,8 +282,7 @@ def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Calla
         arguments = (seen_from_anywhere(settings, overwrite=False), share)
         with bar(total, engine.most) as report:
             summary = drive(engine, worker, arguments, writer, missing, total, report)
-    finish(writer, settings, total)
-    count_problems(summary, writer, total)
+    finish(summary, writer, settings, total)
     return summary
 
 

@@ -21,9 +21,9 @@ from fisher_vmap.results.files import readable_write_errors
 from fisher_vmap.results.index import SHARD_FOLDER, read_entry
 from fisher_vmap.results.record import PromptResult
 from fisher_vmap.results.shard import write_shard
-from fisher_vmap.run.compute import Progress
+from fisher_vmap.run.bar import Progress
+from fisher_vmap.run.compute import compute_shards
 from fisher_vmap.run.open import model_of, open_run, source_of
-from fisher_vmap.run.pipeline import compute_shards
 from fisher_vmap.run.settings import Settings
 
 

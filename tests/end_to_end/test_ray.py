@@ -198,7 +198,7 @@ def drive_here(settings, worker=ShardWorker):
     steps = []
     missing = writer.missing_shards(38)
     summary = ray.drive(HereEngine(), worker, (settings, 1.0), writer, missing, 38, steps.append)
-    ray.finish(writer, settings, 38)
+    ray.finish(summary, writer, settings, 38)
     return summary, steps
 
 

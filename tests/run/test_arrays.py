@@ -20,7 +20,7 @@ from command_cases import (
 from fisher_vmap import open_results
 from fisher_vmap.finish import main as finish
 from fisher_vmap.run.__main__ import main
-from fisher_vmap.run.pipeline import Share, run_items
+from fisher_vmap.run.compute import Share
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_each_computes_its_own_shards_and_the_last_one_finishes(model, data, alo
         names = {f"shard-{number:05d}.json" for number in those}
         assert {path.name for path in set(out.glob("shards/*.json")) - before} == names
         assert not open_results(out, allow_incomplete=True).index.complete
-    assert "5 of 13 shards are not there yet; whoever computes the last one finishes" in caplog.text
+    assert "5 of 13 shards are not there yet; the process that computes the last one finishes" in caplog.text
     assert share(model, data, out, "1/3") == 0
     assert numbers_of(out) == numbers_of(alone)
     assert share(model, data, out, "2/3") == 0  # nothing is left to do
@@ -82,7 +82,7 @@ def test_a_run_on_one_machine_carries_on_what_an_array_began(model, data, alone,
 
 def test_finish_where_nobody_saw_the_last_shard(model, data, alone, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr("fisher_vmap.run.pipeline._is_last", lambda writer, total: False)
+    monkeypatch.setattr("fisher_vmap.run.compute._is_last", lambda writer, total: False)
     assert share(model, data, out, "1/2") == 0
     assert finish([str(out)]) == 2
     assert "lacks 6 shards (1, 3, 5, 7, 9, ...) of its 38 prompts" in capsys.readouterr().err
@@ -152,7 +152,6 @@ def test_shares_that_cannot_be(model, data, tmp_path, shards, settings, words, c
 
 def test_shares_cover_everything_once():
     for n in (1, 2, 5):
-        parts = [list(run_items(lambda items: items, range(11), Share(i, n))) for i in range(1, n + 1)]
+        parts = [list(Share(i, n).of(range(11))) for i in range(1, n + 1)]
         assert sorted(item for part in parts for item in part) == list(range(11))
         assert all(Share(i + 1, n).has(item) for i, part in enumerate(parts) for item in part)
-    assert list(run_items(lambda items: items, range(3))) == [0, 1, 2]
