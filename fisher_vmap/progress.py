@@ -1,11 +1,6 @@
-"""What is under way, on standard error: a live line on a terminal, and elsewhere a plain line now and then.
+"""Progress on standard error: a live line on a terminal, elsewhere a plain line from time to time.
 
-Only commands switch it on, with `show`: whoever uses the package from Python sees nothing of it. A background thread
-keeps the line moving while the work itself says nothing.
-
-Numbers of bytes in words.
-
-What is said of a step that is under way: in a plain line of a log, and in a live line of a terminal.
+Only the commands switch it on, with `show`. A background thread updates the line while a step runs.
 """
 
 import logging
@@ -30,12 +25,12 @@ def readable(size: float) -> str:
 
 @dataclass(eq=False)
 class Line:
-    """A step whose length is not known.
+    """The progress line of a step of unknown length.
 
     Attributes:
-        what: is done, such as "loading the model".
-        began: when.
-        at_once: whether it shows before it has lasted for a while.
+        what: the step, such as "loading the model".
+        began: when it began.
+        at_once: whether to show the line at once, not only when the step takes long.
         told: when its last plain line was written.
     """
 
@@ -55,7 +50,7 @@ class Line:
 
 @dataclass(eq=False)
 class Counted(Line):
-    """A step of `total` units, `done` of them so far; bytes where `unit` is "B"."""
+    """The progress line of a step of `total` units, `done` of them so far; bytes if `unit` is "B"."""
 
     total: int = 0
     unit: str = ""
@@ -94,14 +89,14 @@ def duration(seconds: float) -> str:
 
 
 def on_a_clock(seconds: float) -> str:
-    """A time that is seen to move, such as 00:50 or 2:05:00."""
+    """A time as on a clock, such as 00:50 or 2:05:00."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
 def meter(what: str, done: int, total: int, text: str, columns: int, ascii_only: bool) -> str:
-    """A bar as tqdm draws it, with words of ours behind it."""
+    """A bar drawn by tqdm, followed by `text`."""
     from tqdm import tqdm
 
     words = text.replace("{", "{{").replace("}", "}}")
@@ -114,23 +109,23 @@ def meter(what: str, done: int, total: int, text: str, columns: int, ascii_only:
 
 T = TypeVar("T")
 
-DRAWN_AFTER_S = 1.0  # on a terminal: what is over sooner leaves no trace, and nothing flickers
-TOLD_AFTER_S = 2.0  # elsewhere, in a plain line
+DRAWN_AFTER_S = 1.0  # on a terminal; shorter steps are not shown, so that nothing flickers
+TOLD_AFTER_S = 2.0  # elsewhere, as a plain line
 TOLD_EVERY_S = 30.0
 TICK_S = 0.5
-FRAME_S = 0.1  # least time between two pictures of the same line
+FRAME_S = 0.1  # least time between two updates of a line
 
 log = logging.getLogger("fisher_vmap")
 
 
 class Display:
-    """Where lines are shown: the latest that has begun and not ended is the one that is seen.
+    """Shows the progress line of the step that began last and has not ended.
 
     Args:
-        stream: standard error. One that cannot be written any more is left alone.
-        terminal: None: look whether the stream is one.
+        stream: standard error; write errors are ignored.
+        terminal: whether the stream is a terminal; None: find out.
         clock: seconds.
-        ticking: whether a thread keeps the line moving.
+        ticking: whether a thread updates the line.
     """
 
     def __init__(
@@ -148,7 +143,7 @@ class Display:
         self._ticking = ticking
         self._lines: list[Line] = []
         self._lock = threading.RLock()
-        self._width = 0  # of what stands on the terminal
+        self._width = 0  # of the line on the terminal
         self._frame = -FRAME_S
         self._broken = False
 
@@ -175,7 +170,7 @@ class Display:
             self.tick()
 
     def tick(self) -> None:
-        """Draw the line as it is now, or write a plain one if it is time for that."""
+        """Draw the line, or write a plain one if it is due."""
         with self._lock:
             line = self._lines[-1] if self._lines else None
             if line is None or not self._is_due(line):
@@ -186,16 +181,16 @@ class Display:
                 self._frame = now
                 return
             text, line.told = line.plain(now), now
-        log.info("%s", text)  # without the lock: whoever logs has the handler's, and wants ours
+        log.info("%s", text)  # without the lock: a logging thread holds the handler's lock and may wait for this one
 
     def moved(self) -> None:
-        """The line's numbers have changed: draw it anew, but not too often."""
+        """Draw the line again after a change, but not too often."""
         if not self._terminal or self.clock() - self._frame >= FRAME_S:
             self.tick()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within the context others write to the terminal, where no live line stands meanwhile."""
+        """Remove the live line within the context, so that something else can be written."""
         if not self._terminal:
             yield
             return
@@ -235,7 +230,7 @@ class Display:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # closed, or its disk is full: the work goes on without it
+        except (OSError, ValueError):  # closed, or the disk is full
             self._broken = True
 
     def _columns(self) -> int:
@@ -243,36 +238,36 @@ class Display:
             columns = os.get_terminal_size(self._stream.fileno()).columns
         except (OSError, ValueError):
             columns = 0
-        return (columns or 80) - 1  # in the last column many terminals begin a new line
+        return (columns or 80) - 1  # many terminals wrap after the last column
 
 
 _display: Display | None = None
 
 
 def show() -> None:
-    """Show what is under way from now on, unless TQDM_DISABLE is set. For commands."""
+    """Show progress from now on, unless TQDM_DISABLE is set. For commands."""
     global _display
     disabled = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
     _display = None if disabled or sys.stderr is None else Display(sys.stderr)
 
 
 def hide() -> None:
-    """Show nothing from now on."""
+    """Show no progress from now on."""
     global _display
     _display = None
 
 
 def display() -> Display | None:
-    """Where lines are shown, if they are."""
+    """The display, if progress is shown."""
     return _display
 
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Name what is done within the context, if it takes more than a moment.
+    """Show a line while the context runs, if it takes more than a moment.
 
     Args:
-        what: is done, such as "loading the model".
+        what: the step, such as "loading the model".
     """
     if (place := _display) is None:
         yield
@@ -283,15 +278,15 @@ def step(what: str) -> Iterator[None]:
 
 @contextmanager
 def bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar over work of known length.
+    """Show a bar while the context runs.
 
     Args:
-        total: how much there is to do.
-        unit: of what, such as "shards", or "B" for bytes.
-        what: is done, such as "writing prompts.parquet".
+        total: the amount of work.
+        unit: its unit, such as "shards", or "B" for bytes.
+        what: the step, such as "writing prompts.parquet".
 
     Returns:
-        A function that takes how much has been done since it was called last.
+        A function that takes the amount done since the last call.
     """
     if (place := _display) is None:
         yield lambda amount: None
@@ -307,7 +302,7 @@ def bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
 
 
 def passing(items: Iterable[T], advance: Callable[[int], None]) -> Iterator[T]:
-    """The same items; a bar advances by one when each has been dealt with."""
+    """The same items; calls `advance(1)` after each."""
     for item in items:
         yield item
         advance(1)
@@ -315,7 +310,7 @@ def passing(items: Iterable[T], advance: Callable[[int], None]) -> Iterator[T]:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Within the context something is printed (not logged: that does this itself), and no live line is in its way."""
+    """Remove the live line within the context, for printing; logging does this by itself."""
     if (place := _display) is None:
         yield
         return

@@ -52,7 +52,7 @@ def test_a_control_vector_is_what_llama_cpp_and_repeng_read(tmp_path):
     ("vectors", "message"),
     [
         ({"model.layers.0": np.ones(4)}, "block 0, which llama.cpp cannot steer"),
-        ({"model.layers.3.mlp": np.ones(4)}, "is no block of the model"),
+        ({"model.layers.3.mlp": np.ones(4)}, "is not a block of the model"),
         ({"model.layers.3": np.ones((2, 4))}, "one direction a layer"),
         ({"model.layers.3": np.full(4, np.nan)}, "not finite"),
     ],

@@ -1,9 +1,4 @@
-"""Prompts as they come, a window at a time: batches want prompts of like length together, a stream wants no waiting.
-
-Which prompts are computed together: a pure function of their lengths and two limits: runs can be repeated.
-
-From a batch's estimate to each prompt's low-rank matrices, as arrays on the CPU.
-"""
+"""Which prompts are computed together, and the results of a batch as each prompt's arrays on the CPU."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,18 +15,18 @@ from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.model.offload import model_dtype
 from fisher_vmap.results.record import LayerResult
 
-# On a CPU larger batches gain nothing and leave its caches; on a GPU memory is the limit.
+# On a CPU larger batches gain nothing and no longer fit into its caches; on a GPU memory is the limit.
 CPU_BATCH_TOKENS = 1024
 GPU_MEMORY_SHARE = 0.4
 
 
 def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list[list[int]]:
-    """Indices of prompts in batches, longest first; batch tokens count the padding to the batch's longest prompt.
+    """Indices of prompts in batches, longest first; the same for the same lengths, so that runs can be repeated.
 
     Args:
         lengths: the number of tokens of each prompt.
         batch_size: most prompts in a batch.
-        max_batch_tokens: most tokens in a batch; a prompt longer than that is a batch of its own.
+        max_batch_tokens: most tokens in a batch, with padding; a longer prompt is a batch by itself.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -45,9 +40,9 @@ def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list
 
 
 def batch_tokens_for(model: nn.Module, device: torch.device, top_k: int) -> int:
-    """How many tokens the pullback of K cotangents through one block has room for on this device.
+    """How many tokens fit in this device's memory for the pullback of K cotangents through one block.
 
-    A token holds, for each cotangent, the outputs of the block's linear layers about twice over.
+    For each token and cotangent it holds the outputs of the block's linear layers about twice.
     """
     if device.type != "cuda":
         return CPU_BATCH_TOKENS
@@ -62,7 +57,7 @@ def batch_tokens_for(model: nn.Module, device: torch.device, top_k: int) -> int:
 class PromptNumbers(NamedTuple):
     """One prompt's results as arrays on the CPU: token_ids [K], log_probs [K], and each layer's low-rank matrix.
 
-    `reason` says what is wrong with them, where they are not finite; else it is None.
+    `reason` says which numbers are not finite, or is None.
     """
 
     token_ids: np.ndarray
@@ -76,8 +71,8 @@ def numbers_of(found: Estimate, lengths: Sequence[int], rank: int) -> list[Promp
 
     Args:
         found: the batch's estimate.
-        lengths: the number of tokens of each prompt, which stand on the left of the position energy's columns.
-        rank: R, singular values kept.
+        lengths: the number of tokens of each prompt; the position energy is padded on the right.
+        rank: R, singular values to keep.
     """
     token_ids, log_probs = found.token_ids.cpu().numpy(), _numpy(found.log_probs)
     low_ranks = compress_layers(found.factors, rank)
@@ -132,17 +127,17 @@ def in_windows(
     batch_size: int,
     max_batch_tokens: int,
 ) -> Iterator[Computed | SkippedPrompt]:
-    """Render and compute prompts in batches of like length, and give them back in order.
+    """Render and compute prompts in batches of similar length, a window at a time, and yield them in order.
 
     Args:
         prompts: texts or lists of messages.
-        renderer: makes tokens of a prompt, or says why it has none.
-        compute: one batch: of each prompt's token ids its numbers.
+        renderer: makes a prompt's tokens, or says why it has none.
+        compute: computes a batch, from each prompt's token ids.
         batch_size: most prompts in a batch.
         max_batch_tokens: most tokens in a batch, padding included.
 
     Yields:
-        For each prompt its tokens and numbers, or why it is skipped.
+        Each prompt's tokens and numbers, or why it is skipped.
     """
     stream = iter(prompts)
     while window := [_rendered(prompt, renderer) for prompt in islice(stream, WINDOW)]:

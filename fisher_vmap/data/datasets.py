@@ -1,9 +1,7 @@
-"""What needs the `datasets` library: data sets of the Hugging Face hub, folders of data files, `save_to_disk` folders.
+"""Tables of rows from the hub, from folders and from files, by the `datasets` library.
 
-A hub data set is streamed. Of a folder the library only says which files make up a split, by the conventions of the
-hub; they are read by `local_files.py`. No script of a data set is ever run.
-
-A table: what a data set is to the rest of the package, wherever it comes from.
+A hub data set is streamed. For a folder the library only says which files make up a split; `files.py` reads them. A
+data set's script is never run.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ class Table(NamedTuple):
         name: the data set in messages to the user.
         fingerprint: the same text for the same rows, another for others.
         columns: the names of the columns.
-        read: starts a new reading of the columns named, or of all for None; yields one row after the other, a dict
-            unless a JSON file holds something else.
-        local: whether reading it once more costs little, so that it may be checked and counted beforehand.
+        read: reads the named columns (None: all) from the start; yields one row after the other, a dict unless a JSON
+            file holds something else.
+        local: whether reading it again is cheap, so that the rows can be checked and counted first.
     """
 
     name: str
@@ -60,8 +58,8 @@ def table_of_files(name: str, paths: Sequence[Path]) -> Table:
 
 SHUFFLE_BUFFER = 10_000
 
-# What the library raises for data it cannot find, fetch or read. The hub's error derives from its HTTP client's own
-# error class, which is not the same client in every version; RuntimeError is what a data set script comes to.
+# What the library raises for data it cannot find, fetch or read. The hub's error derives from the error class of its
+# HTTP client, which differs between versions; a data set with a script raises RuntimeError.
 _PROBLEMS: tuple[type[Exception], ...] = (
     *HfHubHTTPError.__bases__,
     datasets.exceptions.DatasetsError,
@@ -112,13 +110,13 @@ def _explained(name: str, *, local: bool) -> Iterator[None]:
 
 
 def open_hub(name: str, *, config: str | None, split: str, revision: str | None, shuffle_seed: int | None) -> Table:
-    """Open a data set of the hub as a stream: nothing is downloaded but what is read.
+    """Open a data set of the hub as a stream, which downloads only what is read.
 
     Args:
         name: the hub's id of the data set.
         config: its configuration (subset), or None for its default one.
         split: its split.
-        revision: branch, tag or commit, or None for the main branch; it is resolved to a commit once, here.
+        revision: branch, tag or commit, or None for the main branch; it is resolved to a commit here.
         shuffle_seed: shuffle the order of the files, and the rows in a window of `SHUFFLE_BUFFER`; None: do not.
 
     Raises:
@@ -130,7 +128,7 @@ def open_hub(name: str, *, config: str | None, split: str, revision: str | None,
         if shuffle_seed is not None:
             stream = stream.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
         columns = stream.column_names
-        if columns is None:  # files without a schema, such as JSON lines: their first row shows it
+        if columns is None:  # files without a schema, such as JSON lines: take it from the first row
             columns = list(next(iter(stream), {}))
     if not columns:
         raise UserError(f"data set {name}: holds no rows; expected at least one prompt")
@@ -145,7 +143,7 @@ def open_hub(name: str, *, config: str | None, split: str, revision: str | None,
 
 
 def open_folder(folder: Path, *, config: str | None, split: str) -> Table:
-    """Open a folder: what `save_to_disk` wrote, or data files, which make up splits by the conventions of the hub.
+    """Open a folder of data files in splits by the conventions of the hub, or one that `save_to_disk` wrote.
 
     Args:
         folder: the folder.
@@ -153,7 +151,7 @@ def open_folder(folder: Path, *, config: str | None, split: str) -> Table:
         split: the split.
 
     Raises:
-        UserError: there is no such split or configuration, or the folder holds nothing that can be read.
+        UserError: there is no such split or configuration, or no file can be read.
     """
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _open_saved(folder, config=config, split=split)

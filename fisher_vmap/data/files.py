@@ -1,9 +1,7 @@
-"""Rows of a local data file, one at a time: memory stays flat in the length of the file (but for a .json array).
+"""Rows of local data files, read one at a time, so that memory does not grow with the file (except for a .json array).
 
-Each reader yields the rows as they are, usually a dict, and raises a `UserError` that names the file, and the line
-where there is one. Blank lines are no rows.
-
-Is what a user wrote a path of this machine, or a name on the hub? Told by its spelling, before anything is asked.
+Each reader yields rows as they are, usually dicts, and skips blank lines. Errors name the file and, if possible, the
+line.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from fisher_vmap.errors import UserError
 
 
 def spelt_as_path(name: str) -> bool:
-    """Whether it begins as a path does and no name on the hub can."""
+    """Whether a name is spelt as a local path, which no name on the hub is."""
     return name.startswith((".", "/", "~"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers from 1; a line ends at a line feed and nowhere else."""
+    """The lines of a UTF-8 file with their numbers from 1; only a line feed ends a line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -121,13 +119,13 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str] | None = None) -> It
 
     Args:
         paths: files whose names end in one of `SUFFIXES`.
-        columns: what will be used of each row; a parquet file is read for these columns alone. None: all of them.
+        columns: the columns that a parquet file is read for; None: all.
 
     Yields:
         One object a row: a dict, unless a JSON file holds something else.
 
     Raises:
-        UserError: a file cannot be read, or does not hold what its name says.
+        UserError: a file cannot be read, or its content does not fit its name.
     """
     for path in paths:
         check_suffix(path)

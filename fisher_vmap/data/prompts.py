@@ -1,7 +1,4 @@
-"""The prompts of a run, taken from a data set in order: which rows, which column, and what is skipped and why.
-
-Which data set a `dataset_name` names: a file or a folder of this machine, or one of the hub.
-"""
+"""The prompts of a run: which rows and column of which data set, in order, and which are skipped and why."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
     Raises:
         UserError: no such data set, one that cannot be read, or a choice that this kind of data set does not have.
     """
-    path, exists = Path(name), os.path.exists(name)  # the function takes names that no path can have
+    path, exists = Path(name), os.path.exists(name)  # unlike Path.exists, it accepts any name
     if exists or path.suffix.lower() in SUFFIXES or spelt_as_path(name):
         if not exists:
             raise UserError(f"{name}: no such file or folder; correct dataset_name")
@@ -61,7 +58,7 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
     if name in _FORMATS or not _HUB_ID.fullmatch(name):
         kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{name}: no data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a {kinds} file"
+            f"{name}: not a data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a {kinds} file"
         )
     if name in _MISSPELT:
         _log.info("dataset_name %s is taken for %s", name, _MISSPELT[name])
@@ -71,7 +68,7 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
     return open_hub(name, config=config, split=split, revision=revision, shuffle_seed=shuffle_seed)
 
 
-# Where a prompt is looked for, in this order; "conversations" is ShareGPT's spelling of the first.
+# Columns that are looked for, in this order; "conversations" is ShareGPT's name of the first.
 PROMPT_COLUMNS = ("conversation", "messages", "conversations", "prompt", "instruction", "question", "text")
 
 
@@ -80,9 +77,8 @@ class SourcePrompt:
     """One prompt as it stands in the data set.
 
     Attributes:
-        index: its position in this run, from 0; a skipped prompt has one too.
-        source_row: the number of its row in the data set, from 0; in a shuffled stream from the hub, where that is not
-            known, the position in the shuffled stream.
+        index: its position in this run, from 0; skipped prompts count.
+        source_row: the number of its row in the data set, from 0; in a shuffled stream, its position in that.
         messages_or_text: the turns that lead up to the answer, or a text; None if the prompt is skipped.
         kept: the values of `keep_columns`.
         skipped: why the prompt is skipped, or None.
@@ -96,13 +92,12 @@ class SourcePrompt:
 
 
 class PromptSource:
-    """The prompts that a run asks for; `read_prompts` makes it. Each iteration reads the data set anew.
+    """The prompts of a run, made by `read_prompts`. Each iteration reads the data set from the start.
 
     Attributes:
         column: the name of the column that holds the prompts.
-        fingerprint: the same text for the same data, another for other data (the settings that choose rows and
-            columns are not part of it).
-        total: the number of prompts, or None where it is only known at the end (a data set of the hub).
+        fingerprint: the same text for the same data, another for other data; without the choice of rows and columns.
+        total: the number of prompts; None for a data set of the hub, where it is only known at the end.
     """
 
     def __init__(
@@ -116,7 +111,7 @@ class PromptSource:
         limit: int | None,
         shuffle_seed: int | None,
     ) -> None:
-        """Check that there are prompts: a local data set is read through once, as far as the run will need it.
+        """Check that there are prompts; a local data set is read once, as far as the run needs it.
 
         Raises:
             UserError: there is no prompt to read, or a row on the way to the last one cannot be read.
@@ -146,7 +141,7 @@ class PromptSource:
             if first is None:
                 after = f" after offset {offset}; lower offset" if offset else "; expected at least one prompt"
                 raise UserError(f"{table.name}: holds no rows{after}")
-            self._begun = chain([first], rows)  # a stream is costly to begin twice
+            self._begun = chain([first], rows)  # starting a stream twice is expensive
 
     def __iter__(self) -> Iterator[SourcePrompt]:
         """Yield the prompts in order, skipped ones included.
@@ -175,7 +170,7 @@ class PromptSource:
         return self._shuffled_rows(numbered)
 
     def _shuffled_rows(self, numbered: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
-        # Files are read in their own order; only the rows that the run asks for are held.
+        # Files are read in their own order; only the rows of the run are kept in memory.
         assert self._order is not None
         wanted = set(self._order.tolist())
         held = {number: row for number, row in numbered if number in wanted}
@@ -263,8 +258,8 @@ def read_prompts(
 ) -> PromptSource:
     """Open a data set and choose its prompts.
 
-    A hub data set is streamed and never read further than asked for. A local one is read row by row; shuffling it
-    holds the rows that the run asks for in memory. The order that a seed gives does not depend on `num_prompts`.
+    A hub data set is streamed, and read only as far as needed. A local one is read row by row; shuffling keeps the
+    run's rows in memory. The order of a seed does not depend on `num_prompts`.
 
     Args:
         dataset_name: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file (one prompt a line).
@@ -272,11 +267,11 @@ def read_prompts(
         dataset_split: split of a hub data set or folder.
         dataset_revision: branch, tag or commit of a hub data set.
         num_prompts: how many rows make up the run.
-        offset: rows passed over first, after the shuffling if there is one.
-        shuffle_seed: seed of a random order: of all rows of a local data set; for the hub, in a window that moves on.
-        prompt_column: the column, or "auto" for the first of `PROMPT_COLUMNS` that there is.
-        keep_columns: further columns that each prompt carries along.
-        conversation: see `fisher_vmap.prompts.conversations.extract_prompt`.
+        offset: rows to skip first, after shuffling.
+        shuffle_seed: seed of a random order: of all rows of a local data set; for the hub, within a moving window.
+        prompt_column: the column, or "auto" for the first of `PROMPT_COLUMNS` that exists.
+        keep_columns: further columns that are kept with each prompt.
+        conversation: as for `extract_prompt`.
 
     Returns:
         The prompts, an iterable of `SourcePrompt`.

@@ -1,17 +1,9 @@
-"""Token ids as text, one piece a token: what the pieces of a prompt join to is what was tokenised.
+"""From a data set's cell to token ids, and from token ids back to text.
 
-A token alone does not say its text: SentencePiece drops the space of a first word, and one letter outside ASCII may be
-spread over several tokens of bytes.
-
-What a data set's cell holds as a prompt: a text, or the turns of a conversation that lead up to the answer.
-
-From a prompt to token ids: the chat template, applied and tokenised once, and the cut of a prompt that is too long.
-
-The cut: a prompt of more than `max_length` tokens loses characters at the end of the (last) user's text, as few as
-possible, and is rendered and tokenised anew, so that the template's tail (generation prompt and prefill) stays whole
-and the ids are what the tokenizer gives for the shorter text. The number of characters is found by bisection. It starts
-from a text of a few characters a token, made longer until the prompt is too long, so that a text of 10 MB is never
-tokenised whole.
+A prompt of more than `max_length` tokens loses as few characters as possible at the end of the last user's text, and is
+rendered and tokenised again. So the template's tail (generation prompt and prefill) stays whole, and the ids are those
+of the shorter text. Bisection finds the number of characters; it starts from a short text, so that a text of 10 MB is
+never tokenised whole.
 """
 
 from __future__ import annotations
@@ -38,13 +30,13 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "a
 
 
 class SkippedPrompt(ValueError):
-    """One prompt cannot be used; the message is the reason, as it is written beside the prompt's results."""
+    """One prompt cannot be used; the message is the reason, which is stored with the results."""
 
 
 def _valid(text: str) -> str:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair, which no tokenizer accepts
         raise SkippedPrompt(f"character {error.start} of the text is not valid Unicode") from error
     return text
 
@@ -59,13 +51,13 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
     """Take the prompt out of a cell.
 
     Args:
-        value: a text; or a conversation: a list of turns with "role" and "content" (or "from" and "value"), or the
-            same as a mapping of lists, which is how a column of lists comes from some data sets.
-        conversation: "first_turn" keeps the first user turn and the system turns before it, "full" everything up to
+        value: a text; or a conversation: a list of turns with "role" and "content" (or "from" and "value"), or, as some
+            data sets have it, a mapping of lists.
+        conversation: "first_turn" keeps the first user turn and the system turns before it, "full" all turns up to
             and including the last user turn.
 
     Returns:
-        The text as it is, or messages whose last one is the user's.
+        The text as it is, or messages that end with the user's.
 
     Raises:
         SkippedPrompt: there is no user turn, or a turn that is needed is malformed or holds no text.
@@ -94,13 +86,13 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
         role, content = roles[number], _content(value[number], number)
         if role is None:
             raise SkippedPrompt(f"turn {number} of the conversation has no role")
-        if role != "system" or content.strip():  # an empty system turn says nothing
+        if role != "system" or content.strip():  # leave out an empty system turn
             turns.append({"role": role, "content": content})
     return [*turns, {"role": "user", "content": _not_blank(_content(value[last], last))}]
 
 
 def check_prompts(prompts: object) -> None:
-    """Raise ValueError for what can be iterated over, but not prompt by prompt: one text, one conversation, a table."""
+    """Raise ValueError for one text, one conversation or a table, whose iteration does not give prompts."""
     if isinstance(prompts, str | bytes):
         raise ValueError("prompts is one text; give a list: fisher([text])")
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
@@ -133,23 +125,22 @@ def _first_of(turn: object, *names: str) -> object:
 
 _log = logging.getLogger(__name__)
 
-MAX_LENGTH = 2048  # tokens of a prompt, where nothing else is said
-_MARK = "q7Zx probe"  # a text that no template contains by itself
-_FIRST_CUT = 8  # characters for each token of max_length that the search for a cut begins with
+MAX_LENGTH = 2048  # tokens of a prompt, by default
+_MARK = "q7Zx probe"  # a text that no template contains
+_FIRST_CUT = 8  # characters per token of max_length at which the search for a cut begins
 
-# What a template raises: its own objection, or an operation on a turn that is not as it expects.
+# What a template raises: its own error, or that of an operation on a turn of an unexpected form.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
 
 
 class TokenizedPrompt(NamedTuple):
-    """A prompt as the model takes it.
+    """A prompt as token ids.
 
     Attributes:
-        ids: token ids, special tokens included; never empty.
-        text: what was used of the prompt, without template and system turn: the user's text; of a conversation of
-            several turns all of them, each after its role.
-        truncated: whether the end of the (last) user's text was cut off.
+        ids: token ids with special tokens; never empty.
+        text: the text that was used, without template and system turn; of several turns, each after its role.
+        truncated: whether the end of the last user's text was cut off.
     """
 
     ids: list[int]
@@ -158,12 +149,12 @@ class TokenizedPrompt(NamedTuple):
 
 
 class Renderer:
-    """Turns prompts into token ids, with one tokenizer and one set of choices.
+    """Turns prompts into token ids.
 
     Attributes:
         uses_template: whether prompts are rendered with the tokenizer's chat template.
-        template_date: the date that the template writes into every prompt as today's, ISO 8601; None if it writes
-            none. Give it again as `date` to render the same prompts alike on another day.
+        template_date: the date that the template writes into every prompt, ISO 8601, or None. As `date` it renders the
+            same prompts alike on another day.
     """
 
     def __init__(
@@ -177,20 +168,20 @@ class Renderer:
         prefill: str | None = None,
         date: str | None = None,
     ) -> None:
-        """Choose between the template and plain text, and see that the choice works on a short prompt.
+        """Choose between the template and plain text, and try the choice on a short prompt.
 
         Args:
             tokenizer: the model's.
             max_length: most tokens of a prompt, template and special tokens included.
-            chat_template: True, False, or "auto": use the template if there is one and it renders a user turn, but
-                not for a column named "text".
-            column: name of the column that the prompts come from; only "auto" looks at it.
-            system_prompt: a system turn put before every prompt, in place of its own.
-            prefill: text put after the template's generation prompt.
-            date: what a template that asks for the date is told, ISO 8601; None: today's.
+            chat_template: True, False, or "auto": use the template if it renders a user turn, but not for a column
+                named "text".
+            column: the column of the prompts, for "auto".
+            system_prompt: system turn of every prompt; it replaces the prompt's own.
+            prefill: text after the template's generation prompt.
+            date: today's date for the template, ISO 8601; None: the real one.
 
         Raises:
-            UserError: a template is needed and there is none, it takes no system turn, or `max_length` has no room.
+            UserError: a template is missing or takes no system turn, or `max_length` leaves no room for a prompt.
         """
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -222,15 +213,15 @@ class Renderer:
         """Tokenise one prompt.
 
         Args:
-            prompt: a text, which under a template is one user turn; or a conversation, of which everything up to the
-                last user turn counts. Without a template the turns' texts are joined by blank lines.
+            prompt: a text, which is one user turn of a template; or a conversation, which is used up to its last user
+                turn. Without a template the turns' texts are joined by blank lines.
 
         Returns:
             The token ids, at most `max_length`.
 
         Raises:
-            SkippedPrompt: it holds no text, gives no tokens, has a turn that the template refuses, or earlier turns
-                that leave no room for the last one.
+            SkippedPrompt: it has no text or no tokens, the template refuses a turn, or the earlier turns leave no room
+                for the last one.
         """
         extracted = extract_prompt(prompt)
         turns = [{"role": "user", "content": extracted}] if isinstance(extracted, str) else extracted
@@ -248,7 +239,7 @@ class Renderer:
         return TokenizedPrompt(ids, text[:length], length < len(text))
 
     def _longest_fit(self, earlier: list[Message], text: str) -> tuple[int, list[int]]:
-        """The number of characters of the last turn that `max_length` has room for, and the prompt's ids with them."""
+        """The most characters of the last turn that fit into `max_length`, and the prompt's ids with them."""
 
         def ids_with(length: int) -> list[int]:
             return self._ids([*earlier, {"role": "user", "content": text[:length]}])
@@ -284,12 +275,12 @@ class Renderer:
                 reason = " ".join(str(error).split())[:200]
                 raise SkippedPrompt(f"the chat template refuses the conversation ({reason})") from error
         try:
-            # A template writes its own special tokens: the tokenizer must not put them a second time.
+            # A template writes the special tokens itself.
             encoded = self._tokenizer(
                 text, add_special_tokens=self._template is None, padding=False, truncation=False, verbose=False
             )
         except Exception as error:
-            if type(error) is not Exception:  # exactly this is what the `tokenizers` library raises for a text
+            if type(error) is not Exception:  # the `tokenizers` library raises exactly `Exception`
                 raise
             raise SkippedPrompt(f"the tokenizer refuses the text ({error})") from error
         return list(encoded["input_ids"])
@@ -298,7 +289,7 @@ class Renderer:
 def _usable_template(
     tokenizer: PreTrainedTokenizerBase, date: str | None, *, required: bool
 ) -> tuple[str | None, str | None]:
-    """The tokenizer's chat template, if it renders a user turn, and the date it writes, if it writes one."""
+    """The tokenizer's chat template if it renders a user turn, and the date that it writes, if any."""
     try:
         template = str(tokenizer.get_chat_template())
     except ValueError as error:  # there is none, or several and no default
@@ -316,7 +307,7 @@ def _usable_template(
 
 
 def _with_fixed_date(template: str, day: str) -> str:
-    """Write the date into a template in place of its question for it: a run that goes on overnight must not change."""
+    """Replace a template's call for the date by the date, so that prompts do not change at midnight."""
     midnight = datetime.datetime.fromisoformat(day)
     return _DATE_CALL.sub(
         lambda call: json.dumps(midnight.strftime(call[1] or call[2] or ""), ensure_ascii=False), template
@@ -330,20 +321,24 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence
 
 
 def _renders_mark(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Message]) -> bool:
-    """Whether the template takes these turns and writes out the one that holds the mark."""
+    """Whether the template accepts these turns and its output contains the mark."""
     try:
         return _MARK in _rendered(tokenizer, template, turns)
     except _TEMPLATE_ERRORS:
         return False
 
 
-_UNFINISHED = "\ufffd"  # what decoding gives for a part of a letter
+_UNFINISHED = "\ufffd"  # decoded from an incomplete character
 ANY_OTHER = "(any other token)"
-_MOST_BYTES = 8  # tokens that one letter is spread over, at most
+_MOST_BYTES = 8  # tokens of one character, at most
 
 
 class Pieces:
-    """The texts of tokens, remembered."""
+    """The texts of tokens, with a cache.
+
+    A token's text depends on its neighbours: SentencePiece drops the space of a first word, and a character outside
+    ASCII may be several tokens. The texts of a prompt's tokens join to its text.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -354,11 +349,11 @@ class Pieces:
         self._anchor_text = self._decode(self._anchor)
 
     def single(self, token: int) -> str:
-        """One token's text, as it stands after another word; a negative id stands for all tokens not listed."""
+        """One token's text after another word; a negative id is the outcome "any other token"."""
         if token < 0:
             return ANY_OTHER
         if token not in self._known:
-            if self._size is not None and token >= self._size:  # the model's vocabulary is larger, as if padded
+            if self._size is not None and token >= self._size:  # a model's vocabulary may be padded
                 self._known[token] = f"<{token}>"
                 return self._known[token]
             text = self._decode([*self._anchor, token])
@@ -366,7 +361,7 @@ class Pieces:
         return self._known[token]
 
     def each(self, ids: Sequence[int]) -> list[str]:
-        """Each token's text; of a letter spread over tokens the last has the letter, and those before it nothing."""
+        """Each token's text; of a character's several tokens the last has the character, the others are empty."""
         texts = [self.single(int(token)) for token in ids]
         start: int | None = None
         for i, text in enumerate(texts):

@@ -1,1 +1,6 @@
-"""A model and its tokenizer, from a hub, a folder, a file or an adapter."""
+"""Loading models.
+
+model: `load_model`, for a model and its tokenizer.
+source: the files of a model: on the hub, in a folder, or in a .gguf file.
+adapters: PEFT adapters and their base models.
+"""

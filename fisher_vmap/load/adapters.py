@@ -1,4 +1,4 @@
-"""PEFT adapters: found beside or instead of a model, put on their base, and merged into its weights."""
+"""PEFT adapters: find them, find their base model, and merge them into its weights."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ class Base(NamedTuple):
 
 
 def find_adapter(path: str, revision: str | None) -> Path | None:
-    """The folder of the adapter that a path names, fetched from the hub if it is there; None if it names none.
+    """The folder of the adapter at a path, downloaded if it is on the hub; None if there is no adapter.
 
     Args:
         path: a folder or a hub id.
@@ -53,7 +53,7 @@ def find_adapter(path: str, revision: str | None) -> Path | None:
 
 
 def base_of(adapter: Path) -> Base:
-    """The base that an adapter names; a folder that holds a whole model beside the adapter is its own base.
+    """The base that an adapter names; a folder with a whole model and an adapter is its own base.
 
     Raises:
         UserError: the adapter's configuration cannot be read or names no base.
@@ -79,25 +79,25 @@ def base_of(adapter: Path) -> Base:
 
 
 def adapter_files(adapter: Path) -> list[Path]:
-    """The files that make an adapter."""
+    """The files of an adapter."""
     return [path for name in (CONFIG, *WEIGHTS) if (path := adapter / name).is_file()]
 
 
 @contextmanager
-def without_adapter(folder: Path) -> Iterator[Path]:
-    """The folder of a model as it is without the adapter in it, which transformers would put on unasked."""
-    if not (folder / CONFIG).is_file():
-        yield folder
+def without_adapter(source: str) -> Iterator[str]:
+    """A model's hub id or folder; a folder without the adapter in it, which transformers would load as well."""
+    if not Path(source, CONFIG).is_file():
+        yield source
         return
     with tempfile.TemporaryDirectory(prefix="fisher_vmap-") as scratch:
-        for path in folder.iterdir():
+        for path in Path(source).iterdir():
             if path.name != CONFIG:
-                (Path(scratch) / path.name).symlink_to(path.resolve())
-        yield Path(scratch)
+                Path(scratch, path.name).symlink_to(path.resolve())
+        yield scratch
 
 
 def with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with the adapter merged into its weights; beside them where they are quantised.
+    """The model with the adapter merged into its weights, or next to them if they are quantised.
 
     Args:
         model: the base, in the dtype that it runs in.
@@ -121,9 +121,9 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             raise UserError(f"the adapter in {adapter} {reason}; give one of another kind, or the merged model")
         _make_room(model, adapter)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing weights, which are looked for below
+            warnings.simplefilter("ignore")  # about missing weights, which are checked below
             adapted = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
-            found = adapted.load_adapter(str(adapter), adapter_name="default")  # again, for what it reports
+            found = adapted.load_adapter(str(adapter), adapter_name="default")  # again, for its report
         _check_complete(adapter, model, found.missing_keys, found.unexpected_keys)
         if quantized_linears(model):
             log.info("the adapter stays beside the quantised weights of %s", type(model).__name__)
@@ -131,7 +131,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
         merged = adapted.merge_and_unload(safe_merge=True)
     except UserError:
         raise
-    except Exception as error:  # whatever peft stumbles over: other sizes, other modules, damaged files
+    except Exception as error:  # peft may raise anything: other sizes, other modules, damaged files
         message = " ".join(str(error).split())
         raise UserError(
             f"the adapter in {adapter} cannot be put on {type(model).__name__}: is it another model's? "
@@ -142,7 +142,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def _check_complete(adapter: Path, model: Any, missing: list[str], unexpected: list[str]) -> None:
-    """Peft goes on where weights of an adapter are missing or fit no module: what they do to the model is lost."""
+    """Raise UserError for an adapter's missing or unexpected weights, which peft ignores."""
     for names, what in ((missing, "lacks"), (unexpected, "has, but the model has no place for,")):
         if names:
             raise UserError(
@@ -152,7 +152,7 @@ def _check_complete(adapter: Path, model: Any, missing: list[str], unexpected: l
 
 
 def _make_room(model: Any, adapter: Path) -> None:
-    """Give the model as many token embeddings as the adapter brings: it may have been trained with added tokens."""
+    """Resize the token embeddings to those of the adapter, which may have been trained with added tokens."""
     file = adapter / WEIGHTS[0]
     embedding = model.get_input_embeddings()
     name = next((name for name, module in model.named_modules() if module is embedding), None)
@@ -161,7 +161,7 @@ def _make_room(model: Any, adapter: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - it is no dict
+        for key in tensors.keys():  # noqa: SIM118 - not a dict
             if key in (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"):
                 rows = tensors.get_slice(key).get_shape()[0]
                 if rows != embedding.num_embeddings:

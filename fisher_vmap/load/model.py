@@ -1,14 +1,4 @@
-"""Load a causal LM and its tokenizer: a hub id, a folder, a .gguf file, or an adapter on one of these.
-
-Where a model goes: one device, or several as `device_map` says.
-
-Is what a user names a causal LM? Its configuration is asked before its weights are read, the model itself after.
-
-Unpacked weights, and the others beside them, in one number format: a quantised checkpoint's others keep their own.
-
-transformers leaves the embeddings, norms and biases of a checkpoint that is quantised already in the format they were
-saved in, whatever `dtype` asks for. Beside unpacked matrices of another format they do not run.
-"""
+"""Load a causal LM and its tokenizer: from a hub id, a folder, a .gguf file, or an adapter on one of these."""
 
 import copy
 import importlib.util
@@ -27,16 +17,15 @@ from torch import Tensor, nn
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.kernels.quantized import CannotDifferentiate, quantized_linears, quantized_pullbacks, unpack
-from fisher_vmap.load.adapters import Base, adapter_files, base_of, find_adapter, with_adapter
+from fisher_vmap.load.adapters import Base, adapter_files, base_of, find_adapter, with_adapter, without_adapter
 from fisher_vmap.load.source import (
     explained,
     hashed,
+    log_missing_local,
     quiet_progress,
     refuse_empty,
-    say_if_it_looks_local,
     source_of_model,
     tokenizer_files,
-    without_adapter_inside,
 )
 from fisher_vmap.model.layers import sees_ahead
 from fisher_vmap.model.offload import FLOATS
@@ -48,10 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name; for "auto" CUDA, else MPS, else the CPU.
+    """The device of this name; for "auto" CUDA, else MPS, else the CPU.
 
     Raises:
-        UserError: no such device, or torch cannot use it.
+        UserError: torch cannot use this device.
     """
     if device != "auto":
         try:
@@ -67,7 +56,8 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda")
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
         log.warning(
-            "an NVIDIA GPU seems to be there, but torch %s cannot use it: running on the CPU", torch.__version__
+            "this machine seems to have an NVIDIA GPU, but torch %s cannot use it: running on the CPU",
+            torch.__version__,
         )
     if torch.backends.mps.is_available():
         return torch.device("mps")
@@ -77,10 +67,10 @@ def choose_device(device: str) -> torch.device:
 def placement_options(
     model_path: str, config: Any, place: torch.device, device_map: Any, max_memory: dict[Any, Any] | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told of devices; nothing where the model is moved to its device afterwards."""
+    """The device options of `from_pretrained`; none if the model is moved to its device afterwards."""
     if device_map is None:
         quantized = getattr(config, "quantization_config", None) is not None
-        return {"device_map": {"": place}} if quantized else {}  # quantised weights are packed for the device at once
+        return {"device_map": {"": place}} if quantized else {}  # quantised weights are packed for their device
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("device_map needs the package accelerate: pip install accelerate")
     if device_map == "auto" and max_memory is None and not torch.accelerator.is_available():
@@ -88,7 +78,7 @@ def placement_options(
     return {"device_map": device_map} | ({"max_memory": max_memory} if max_memory else {})
 
 
-def places_of(model: Any, place: torch.device) -> str:
+def devices_in_words(model: Any, place: torch.device) -> str:
     """The devices of a model, in words."""
     placed = getattr(model, "hf_device_map", None) or {"": place}
     count = Counter(str(device) for device in placed.values())
@@ -96,7 +86,7 @@ def places_of(model: Any, place: torch.device) -> str:
 
 
 def refuse_other_kinds(model_path: str, config: Any) -> None:
-    """Raise UserError for what its configuration says is an encoder, an encoder-decoder, or no language model."""
+    """Raise UserError if the configuration is not that of a decoder-only causal LM."""
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model_path} is an encoder-decoder ({config.model_type}); expected a decoder-only causal LM")
     known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -111,7 +101,7 @@ def refuse_other_kinds(model_path: str, config: Any) -> None:
 
 
 def refuse_foresight(model_path: str, model: Any) -> None:
-    """Raise UserError for a model whose attention looks ahead, whatever it calls itself, or that has no derivatives."""
+    """Raise UserError if the model's attention looks ahead, or if it has no derivatives."""
     try:
         with quantized_pullbacks(model):
             ahead = sees_ahead(model)
@@ -125,17 +115,18 @@ def refuse_foresight(model_path: str, model: Any) -> None:
 
 
 def to_one_dtype(model: Any, dtype: torch.dtype) -> list[str]:
-    """Give every weight the format that it has where an ordinary checkpoint is loaded in `dtype`.
+    """Convert every weight to the format that it has when an ordinary checkpoint is loaded in `dtype`.
 
-    That is `dtype`, but for what the model's class makes in a format of its own or keeps in float32. Tensors that are
-    packed, and buffers that are computed and not saved, stay as they are.
+    transformers leaves the embeddings, norms and biases of a quantised checkpoint in the format they were saved in.
+    The model does not run with those next to unpacked matrices of another format. Packed tensors, and buffers that are
+    computed and not saved, stay as they are.
 
     Args:
         model: of transformers, its linear layers unpacked.
-        dtype: float32, bfloat16 or float16, as the user asked.
+        dtype: float32, bfloat16 or float16.
 
     Returns:
-        The names of those that had another.
+        The names of the converted weights.
     """
     with torch.device("meta"):
         made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
@@ -152,7 +143,7 @@ def to_one_dtype(model: Any, dtype: torch.dtype) -> list[str]:
 
 
 def _kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """The names that transformers keeps in float32: some beside float16 alone, some beside any narrow format."""
+    """The names that transformers keeps in float32: some only with float16, some with any narrow format."""
     names: set[str] = set()
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -162,7 +153,7 @@ def _kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, its tokenizer, what identifies its weights, and what it computes in."""
+    """A model in evaluation mode on its device, its tokenizer, the identity of its weights, and its precision."""
 
     model: Any
     tokenizer: Any
@@ -189,21 +180,20 @@ def load_model(
 
     Args:
         model_path: a hub id ("owner/name"), a folder as `save_pretrained` writes it, a .gguf file (a path, or
-            "owner/name/file.gguf" on the hub), or a PEFT adapter (hub id or folder), which is put on the base it names.
+            "owner/name/file.gguf" on the hub), or a PEFT adapter (hub id or folder), which is merged into its base.
         revision: of a hub model: branch, tag or commit.
         trust_remote_code: whether code that comes with the model may run.
         dtype: "bfloat16", "float32", "float16" or "float64".
         device: "auto", or a torch device.
-        device_map: the blocks' devices, as `from_pretrained` takes it; None: all of the model on `device`.
-        max_memory: the most that `device_map` may put on each device.
-        adapter_path: a PEFT adapter, hub id or folder, to put on the model.
+        device_map: the blocks' devices, as for `from_pretrained`; None: the whole model on `device`.
+        max_memory: most memory that `device_map` may use of each device.
+        adapter_path: a PEFT adapter, hub id or folder, to merge into the model.
         adapter_revision: of an adapter on the hub.
         dequantize: whether quantised weights are unpacked to `dtype`.
-        precision: what it will be computed in, as for `fisher_scores`; where that is float32 and memory has room for
-            it, the weights are widened from `dtype`.
+        precision: as for `fisher_scores`; for float32 the weights are widened from `dtype` if memory allows.
 
     Returns:
-        A named tuple: the model in evaluation mode on its device, its tokenizer, what identifies its weights, and its
+        A named tuple: the model in evaluation mode on its device, its tokenizer, the identity of its weights, and its
         precision with the reason.
 
     Raises:
@@ -215,7 +205,7 @@ def load_model(
         raise UserError("max_memory is for device_map; give device_map: auto as well")
     place = choose_device(device)
     for path in filter(None, (model_path, adapter_path)):
-        say_if_it_looks_local(path)
+        log_missing_local(path)
     with quiet_progress():
         adapter = explained(
             adapter_path or model_path,
@@ -234,7 +224,7 @@ def load_model(
         log.info("%s is an adapter on %s", model_path, base.model_path)
     source, identity = source_of_model(base.model_path, base.revision, getattr(torch, dtype))
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": trust_remote_code}
-    with quiet_progress(), without_adapter_inside(source) as folder:
+    with quiet_progress(), without_adapter(source) as folder:
         config = explained(base.model_path, "config", transformers.AutoConfig.from_pretrained, folder, **options)
         refuse_other_kinds(base.model_path, config)
         placed = placement_options(base.model_path, config, place, device_map, max_memory)
@@ -254,7 +244,7 @@ def load_model(
     if not placed:
         model = explained(model_path, "model", model.to, place)
     model = model.eval()
-    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, places_of(model, place))
+    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, devices_in_words(model, place))
     try:
         chosen = choose_precision(model, precision)
     except ValueError as error:
@@ -287,10 +277,10 @@ def _load(
         **options,
         **placed,
     )
-    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
+    if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
         raise UserError(
-            f"the model of {model_path} lacks {len(missing)} weights ({missing[0]} ...): it is damaged, or no causal "
-            "LM; fetch it again, or give another model"
+            f"the model of {model_path} lacks {len(missing)} weights ({missing[0]} ...): it is damaged, or not a "
+            "causal LM; fetch it again, or give another model"
         )
     if dequantize:
         quantizer = getattr(model, "hf_quantizer", None)
@@ -307,7 +297,7 @@ def _load(
 
 
 def _unpacks_itself(model_path: str, config: Any) -> bool:
-    """Whether a format unpacks its weights at the first call anyway: compressed-tensors does, under hooks of its own.
+    """Whether a format unpacks its weights at the first call, as compressed-tensors does with its own hooks.
 
     Raises:
         UserError: it is compressed-tensors with rounded inputs, which have no gradient.
@@ -325,7 +315,7 @@ def _unpacks_itself(model_path: str, config: Any) -> bool:
 
 
 def _ask_for_floats(config: Any) -> None:
-    """Have the loader unpack quantised weights, for the formats whose loader can; `unpack` does it for the others."""
+    """Have transformers unpack quantised weights if it can for this format; `unpack` does it for the others."""
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict):
         kinds = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING

@@ -1,11 +1,4 @@
-"""Where a model's files are: on the hub, in a folder, or in a .gguf file, which is unpacked into a folder.
-
-Calls of other libraries' loaders: what can go wrong in them becomes one line, and their bars are not shown.
-
-The files that a model is made of, and what identifies them.
-
-A .gguf file as an ordinary transformers folder: converted once, then read from the user's cache.
-"""
+"""Find a model's files: on the hub, in a folder, or in a .gguf file, which is converted once into the user's cache."""
 
 import hashlib
 import importlib.util
@@ -28,13 +21,17 @@ from safetensors import SafetensorError
 
 from fisher_vmap.data.files import spelt_as_path
 from fisher_vmap.errors import UserError
-from fisher_vmap.load.adapters import without_adapter
 from fisher_vmap.progress import step
+
+log = logging.getLogger(__name__)
+
+ABANDONED_AFTER_S = 24 * 3600.0
+UNUSED_AFTER_S = 7 * 24 * 3600.0
 
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Without the progress bars of transformers: ours is the only one on the screen."""
+    """Hide the progress bars of transformers within the context."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -45,7 +42,7 @@ def quiet_progress() -> Iterator[None]:
 
 
 def refuse_empty(model_path: str, tokenizer: Any) -> None:
-    """Raise UserError for the tokenizer that transformers makes of no files: special tokens, and no others."""
+    """Raise UserError if the tokenizer has only special tokens; transformers makes such a one if files are missing."""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(
             f"the tokenizer of {model_path} gives no tokens for any text; save its tokenizer into the folder "
@@ -54,7 +51,7 @@ def refuse_empty(model_path: str, tokenizer: Any) -> None:
 
 
 def explained(model_path: str, what: str, load: Any, *source: Any, **options: Any) -> Any:
-    """Load a part; what can go wrong outside this package becomes one line."""
+    """Call another library's loader; any error becomes a UserError with one line."""
     try:
         return load(*source, **options)
     except Exception as error:
@@ -66,7 +63,7 @@ def explained(model_path: str, what: str, load: Any, *source: Any, **options: An
         elif isinstance(error, torch.OutOfMemoryError | MemoryError):
             todo = "it does not fit in memory: try device_map auto, another device or dtype"
         elif isinstance(error, ImportError):
-            todo = "it needs a package that is not here: install that"
+            todo = "it needs a package that is not installed: install it"
         elif (
             "huggingface.co" in message
             or "is not a valid model identifier" in message
@@ -84,7 +81,7 @@ def explained(model_path: str, what: str, load: Any, *source: Any, **options: An
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that make a model and its tokenizer; not what a trainer leaves beside them."""
+    """The files of a model and its tokenizer, without other files that a trainer leaves in the folder."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     weights = [path for path in weights if not path.name.startswith("adapter_")]
     others = {path for pattern in ("config.json", "*.py") for path in folder.glob(pattern)}
@@ -92,34 +89,21 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that make a tokenizer, its chat template among them."""
-    patterns = (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab*",
-        "merges.txt",
-        "*.model",
-        "*.jinja",
-    )
+    """The files of a tokenizer, including its chat template."""
+    patterns = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
+    patterns += ["*.model", "*.jinja"]
     return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
 def hashed(paths: Sequence[Path]) -> dict[str, str]:
-    """The SHA-256 of each file by its name. Two fine-tuned models may differ in nothing but their weights."""
+    """The SHA-256 of each file by name. Two fine-tuned models may differ only in their weights."""
 
     def sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    with ThreadPoolExecutor(8) as threads:  # which hashing leaves to one another
+    with ThreadPoolExecutor(8) as threads:  # hashing releases the GIL
         return dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
-
-
-log = logging.getLogger(__name__)
-
-ABANDONED_AFTER_S = 24 * 3600.0
-UNUSED_AFTER_S = 7 * 24 * 3600.0
 
 
 def cache_folder() -> Path:
@@ -130,8 +114,8 @@ def cache_folder() -> Path:
 def converted(path: Path, sha256: str, dtype: torch.dtype) -> Path:
     """The folder that holds the model and the tokenizer of a .gguf file, with its weights unpacked to `dtype`.
 
-    The conversion is kept for what the file holds, wherever it lies, the dtype, and the version of transformers, which
-    makes the model of it. What another version has made of the same is removed when nobody has used it for a week.
+    The conversion is kept in the cache by the file's content, the dtype and the version of transformers. Those of
+    other versions are removed when they were not used for a week.
 
     Args:
         path: the file.
@@ -180,10 +164,9 @@ def converted(path: Path, sha256: str, dtype: torch.dtype) -> Path:
 
 
 def _remove_unused(folder: Path, content: str) -> None:
-    """Remove what other versions of transformers have made of the same file and nobody has used for a week.
+    """Remove conversions of the same file by other versions of transformers that were not used for a week.
 
-    A process that has opened such a copy keeps what it has mapped; one that is opening it has used it just now. The
-    copy first gets another name, at once, so that nobody finds half of it.
+    A process that has opened a copy keeps its mapping. The copy is renamed first, so that no process finds half of it.
     """
     for other in folder.parent.glob(f"{content}*"):
         if other != folder and time.time() - other.stat().st_mtime > UNUSED_AFTER_S:
@@ -193,7 +176,7 @@ def _remove_unused(folder: Path, content: str) -> None:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what conversions that were killed have left: as large as the models themselves."""
+    """Remove the files of conversions that were killed; they are as large as the models."""
     for scratch in cache.glob(".converting-*"):
         with suppress(FileNotFoundError):  # it may just have been finished
             if time.time() - scratch.stat().st_mtime > ABANDONED_AFTER_S:
@@ -201,7 +184,7 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
-    for package in ("gguf", "accelerate"):  # transformers needs both and says so at length
+    for package in ("gguf", "accelerate"):  # transformers needs both; this message is shorter
         if importlib.util.find_spec(package) is None:
             raise UserError(f"reading {path.name} needs the package {package}: pip install 'fisher_vmap[gguf]'")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -213,7 +196,7 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
             output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # whatever the readers of a damaged file stumble over
+    except Exception as error:  # reading a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a GGUF language model ({reason}); fetch the file again") from error
     if missing := sorted(found["missing_keys"]):
@@ -228,7 +211,7 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
 
 
 def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is given for a model, and what identifies it.
+    """Find what `from_pretrained` takes for a model, and what identifies it.
 
     Args:
         model_path: a hub id, a folder, or a .gguf file, here or on the hub.
@@ -267,18 +250,8 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
     return model_path, {"hub": model_path}
 
 
-def say_if_it_looks_local(model_path: str) -> None:
-    """Tell who gives a folder that is not there, in one that is, that the hub is asked, which may take a while."""
+def log_missing_local(model_path: str) -> None:
+    """Log that a missing path that looks local is looked up on the hub, which may take a while."""
     path = Path(model_path)
     if len(path.parts) == 2 and path.parent.is_dir() and not path.exists():
-        log.info("%s is no folder here (%s is one); looking on the hub", model_path, path.parent)
-
-
-@contextmanager
-def without_adapter_inside(source: str) -> Iterator[str]:
-    """The same for `from_pretrained`, but for an adapter that lies in the model's folder; see `without_adapter`."""
-    if not Path(source).is_dir():
-        yield source
-        return
-    with without_adapter(Path(source)) as folder:
-        yield str(folder)
+        log.info("there is no folder %s (but there is %s); looking on the hub", model_path, path.parent)

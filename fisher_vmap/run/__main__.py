@@ -1,4 +1,4 @@
-"""`python -m fisher_vmap.run`: the main job, from settings to a results folder."""
+"""`python -m fisher_vmap.run`: compute a data set's Fisher matrices into a results folder."""
 
 import logging
 import sys
@@ -25,8 +25,8 @@ log = logging.getLogger("fisher_vmap")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
-    0 done; 1 a worker on another machine failed, told in one line; 2 the user's mistake, told in one line; 3 with
-    --strict when a prompt failed; 130 stopped by Ctrl-C.
+    0 done; 1 a worker failed; 2 a user's mistake; 3 a prompt failed, with --strict; 130 stopped by Ctrl-C. 1 and 2
+    come with a one-line message.
     """
     start_logging()
     settings = None
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stopped(settings: Settings | None) -> str:
-    """What is said after Ctrl-C: what is stored, and how to carry on."""
+    """The message after Ctrl-C: what is stored, and how to continue."""
     from fisher_vmap.results.index import read_index
 
     stored = 0
@@ -66,16 +66,16 @@ def stopped(settings: Settings | None) -> str:
 
 
 def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded | None" = None) -> "Summary":
-    """The main job with these settings.
+    """Run with these settings.
 
     Args:
         settings: of the run.
-        options: what is for this process alone: its share of the shards.
-        loaded: the settings' model, where it is loaded already.
+        options: of this process: its share of the shards.
+        loaded: the model, if it is loaded already.
 
     Raises:
-        UserError: one line that says what is wrong with the settings, the model, the data or the folder.
-        WorkerError: engine ray: one line that names a worker that failed, with its reason.
+        UserError: the settings, the model, the data or the folder are wrong.
+        WorkerError: with engine ray, a worker failed.
     """
     from fisher_vmap.results.folder import inspect_folder
 
@@ -129,7 +129,7 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
 
 
 def tell(summary: "Summary", settings: Settings) -> None:
-    """The closing lines: what was done, how fast, what went wrong, and where it is."""
+    """Log what was done, how fast, what went wrong, and where the results are."""
     computed = summary.prompts - summary.stored_before
     if computed:
         seconds = max(summary.seconds, 1e-9)

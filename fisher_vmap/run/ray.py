@@ -1,9 +1,7 @@
-"""The driver of a run whose shards are computed on other machines: it hands out numbers and keeps index.json.
+"""The driver of a run on Ray: it hands out shard numbers, and records the finished shards in index.json.
 
-Items computed by the workers of a Ray cluster, or of a Ray that is started on this machine for the run.
-
-The items go through `ray.data ... map_batches` on a pool of actors, each of which makes its worker once. An actor that
-dies is started anew by Ray, on another node if need be, and its items are computed again.
+The numbers go through `ray.data ... map_batches` on a pool of actors, each of which makes its worker once. Ray restarts
+an actor that dies, on another node if necessary, and its shards are computed again.
 """
 
 import importlib.util
@@ -27,24 +25,25 @@ from fisher_vmap.run.compute import Summary, finish
 from fisher_vmap.run.ray_worker import ShardWorker, begin
 from fisher_vmap.run.settings import Settings
 
-OBJECT_STORE_BYTES = 200 * 2**20  # of a Ray of our own: what goes through it are numbers and lines of text
-ITEMS_AT_A_TIME = 4  # most items that a worker is handed at once, so that it can prepare one while it computes another
-HANDS_PER_WORKER = 8  # but so few that each worker is handed items at least so often, if there are enough
+OBJECT_STORE_BYTES = 200 * 2**20  # of a local Ray, which only carries numbers and lines of text
+ITEMS_AT_A_TIME = 4  # most items in one call of a worker, so that it can prepare one while it computes another
+CALLS_PER_WORKER = 8  # fewer items in a call, if there are not enough for so many calls
 CALL_RETRIES = 3  # of a single call whose process died
+MOST_FAILED = 10  # shards that may fail before the run stops
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 log = logging.getLogger(__name__)
 
 Worker = Callable[[list[int]], list[dict[str, Any]]]
-"""Takes items and gives a result for each, as JSON can hold it. The class of a worker is called once an actor."""
+"""Takes items and returns a result for each, as JSON can hold it. Each actor makes one."""
 
 
 class Pool(NamedTuple):
-    """Which Ray, how many workers, and what each of them takes."""
+    """Which Ray to use, and the number and size of the workers."""
 
     address: str | None
-    """None: a Ray of our own on this machine; else as `ray.init` takes it."""
+    """As `ray.init` takes it; None: start a local Ray."""
     workers: int | tuple[int, int] | Literal["auto"]
     gpus: float | Literal["auto"]
     cpus: int
@@ -81,21 +80,21 @@ class RayEngine:
         self._check_room(pool.address, there)
 
     def _check_room(self, address: str | None, there: dict[str, float]) -> None:
-        """A Ray of our own never grows: what does not fit into it would be waited for without end."""
+        """A local Ray never grows, so a worker that does not fit would be waited for forever."""
         wanted = max(1, self.least) * self.gpus
         if self.gpus and wanted > there.get("GPU", 0) + 1e-9:
             asked = f"{self.least} workers with {self.gpus:g} GPUs each were asked for"
             line = f"{asked}, and Ray has {there.get('GPU', 0):g} GPUs"
             if address is None:
                 raise UserError(f"{line}; lower ray_workers or ray_gpus_per_worker, or give a ray_address")
-            log.warning("%s: the others are waited for", line)
+            log.warning("%s: waiting for the others", line)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function once, in a process of its own on a node that has room for a worker; returns its result.
+        """Call a function once, in its own process on a node with room for a worker; returns its result.
 
         Raises:
-            UserError: as the function raises it.
-            WorkerError: whatever else it raises, or the process died.
+            UserError: the function raised it.
+            WorkerError: the function raised anything else, or the process died.
         """
         ray = self._ray
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_calls=1, max_retries=CALL_RETRIES)(function)
@@ -111,16 +110,16 @@ class RayEngine:
     def run_items(
         self, worker: Callable[..., Worker], arguments: Sequence[Any], items: Sequence[int]
     ) -> Iterator[dict[str, Any]]:
-        """The workers' results as they come, in any order.
+        """The workers' results, in any order.
 
         Args:
-            worker: makes a worker, called with the arguments once in each actor.
-            arguments: what it is called with.
-            items: what is to be computed.
+            worker: makes a worker; called once in each actor.
+            arguments: of that call.
+            items: to compute.
 
         Raises:
-            WorkerError: a worker could not be made, or Ray itself failed. A worker that dies is started again, however
-                often: it is for the worker to refuse an item over which it has died.
+            WorkerError: a worker could not be made, or Ray itself failed. A worker that dies is restarted without
+                limit; it must itself refuse an item that killed it before.
         """
         if not items:
             return
@@ -132,17 +131,17 @@ class RayEngine:
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         most = max(1, min(self.most, len(items)))
-        at_a_time = max(1, min(ITEMS_AT_A_TIME, len(items) // (most * HANDS_PER_WORKER)))
+        at_a_time = max(1, min(ITEMS_AT_A_TIME, len(items) // (most * CALLS_PER_WORKER)))
         results = ray_data.from_items(
             [{"item": item} for item in items], override_num_blocks=-(-len(items) // at_a_time)
         ).map_batches(
             _Actor,
             fn_constructor_args=(worker, tuple(arguments)),
             batch_size=None,
-            # One item is computed and one waits: more of them would wait while other workers have none.
+            # One call is computed and one waits; with more, calls would wait while other workers have none.
             compute=ray_data.ActorPoolStrategy(
-                # Where a node is lost for good, the items that it had are another's once that one has nothing to do: it
-                # makes room for an actor in the lost one's place. So the pool may shrink to one.
+                # If a node is lost for good, its items go to a new actor, which takes the place of an idle one. So the
+                # pool must be allowed to shrink.
                 min_size=1,
                 initial_size=min(self.least, most),
                 max_size=most,
@@ -163,9 +162,7 @@ class RayEngine:
 
 @contextmanager
 def connected(pool: Pool) -> Iterator[RayEngine]:
-    """A connection to Ray while the context lasts; a Ray of our own ends with it, and so do all of its processes.
-
-    A Ray that this process is connected to already is used, and left as it is.
+    """Within the context, a connection to Ray. A local Ray is started and stopped; an existing connection is kept.
 
     Raises:
         UserError: no Ray answers at the address, or it cannot be started.
@@ -176,9 +173,9 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
             f"ray_address {pool.address} is for Ray Client, which Ray Data does not run on; start the run on a node of "
             "the cluster (ray submit, ray job submit), with ray_address auto"
         )
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else a Ray that we start would report to its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
-    if pool.address is None:  # on loopback, as Ray does by itself on Windows and macOS; read when Ray is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports from a local Ray
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors come as exceptions
+    if pool.address is None:  # use loopback, Ray's default on Windows and macOS; read when Ray is imported
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with step("loading Ray"):
         import ray
@@ -193,7 +190,7 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
                 else:
                     ray.init(address=pool.address, **options)
         except Exception as error:
-            # Exactly this class is what Ray raises where its processes take too long to start.
+            # Ray raises exactly `Exception` if its processes take too long to start.
             if type(error) is not Exception and not isinstance(error, ConnectionError | ValueError | RuntimeError):
                 raise
             where = "on this machine" if pool.address is None else f"at ray_address {pool.address}"
@@ -210,18 +207,18 @@ def connected(pool: Pool) -> Iterator[RayEngine]:
 
 
 def _own_ray(pool: Pool) -> dict[str, Any]:
-    """Options of a Ray for this run alone: on this machine, and not to be reached from others."""
+    """Options of a local Ray, which other machines cannot reach."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = 1 if pool.workers == "auto" else pool.workers[0] if isinstance(pool.workers, tuple) else pool.workers
     return {
-        "num_cpus": max(cores, workers * pool.cpus),  # as many workers as were asked for, be the cores fewer
+        "num_cpus": max(cores, workers * pool.cpus),  # the workers that were asked for, even on fewer cores
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
 
 
 class _Actor:
-    """What Ray Data calls: a worker with its results as lines of JSON, since those pass any version of it unchanged."""
+    """A worker for Ray Data. Results are lines of JSON, which every version of Ray Data passes unchanged."""
 
     def __init__(self, worker: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
         self._worker = worker(*arguments)
@@ -231,36 +228,34 @@ class _Actor:
 
 
 def _in_a_line(error: BaseException | None) -> str:
-    """An error in one line; of one that Ray tells with another's traceback, that one, which stands at its end."""
+    """An error in one line; if Ray's message ends in a traceback, its last line."""
     lines = [line for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
     if "creation task" in (lines or [""])[0]:
         return f"it could not be made: {' '.join(lines[-1].split())}"
     return f"{type(error).__name__}: {' '.join((lines or [''])[0].split())}"
 
 
-MOST_FAILED = 10  # shards that may fail before the rest is not tried any more
-
 Bar = Callable[[int | None, int], AbstractContextManager[Callable[[Progress], None]]]
 
 
 class Engine(Protocol):
-    """What computes items somewhere; `RayEngine` is one."""
+    """What `drive` needs of `RayEngine`."""
 
     def run_items(
         self, worker: Callable[..., Any], arguments: Sequence[Any], items: Sequence[int]
     ) -> Iterator[dict[str, Any]]:
-        """The workers' results as they come."""
+        """The workers' results, in any order."""
         ...
 
 
 def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Callable[..., Any] = ShardWorker) -> Summary:
-    """Compute what the results folder lacks on the workers of a Ray cluster, and finish it.
+    """Compute the shards that the results folder lacks on Ray, and finish the folder.
 
     Args:
         settings: of the run.
         source: its prompts, which are counted here and read by the workers.
-        bar: makes the progress bar over so many prompts, computed by so many workers.
-        worker: makes a worker, from the settings and its share of the device.
+        bar: makes the progress bar from the numbers of prompts and of workers.
+        worker: makes a worker from the settings and its share of the device.
 
     Raises:
         UserError: as `open_run`, or Ray cannot be reached.
@@ -295,10 +290,10 @@ def drive(
     total: int,
     report: Callable[[Progress], None],
 ) -> Summary:
-    """Have the missing shards computed, and list each as it comes.
+    """Have the missing shards computed, and record each in the index.
 
     Raises:
-        WorkerError: shards failed; the others have been computed, unless very many did.
+        WorkerError: shards failed; the others are stored, unless `MOST_FAILED` stopped the run.
     """
     began, summary = time.perf_counter(), Summary(prompts=total)
     lacking = {shard.number: shard.stop - shard.start for shard in missing}
@@ -326,7 +321,7 @@ def drive(
 
 
 def seen_from_anywhere(settings: Settings, **changes: Any) -> Settings:
-    """The settings with whole paths: a worker's working folder is another."""
+    """The settings with absolute paths, since a worker has another working folder."""
     names = ("model_path", "adapter_path", "dataset_name")
     here = {name: value for name in names if (value := getattr(settings, name)) is not None and os.path.exists(value)}
     here["output_dir"] = settings.output_dir

@@ -1,11 +1,8 @@
-"""A worker of a run that is spread over machines: the model loaded once, then shards by their numbers.
+"""A worker of a run on Ray: it loads the model once, then computes shards by their numbers.
 
-What it computes it writes straight to the results folder, which all machines see; it gives back one small account a
-shard, and leaves index.json to the driver.
-
-How often a shard has been begun and not stored: what a process that dies over it leaves behind, a byte a time.
-
-Who starts a dead process anew cannot tell a node that was lost from a prompt that kills whoever computes it.
+It writes shards to the results folder, which all machines share, and returns a small account of each; the driver keeps
+index.json. A file next to the shards counts a shard's failed attempts, one byte each: Ray restarts dead processes, but
+cannot tell a lost node from a prompt that kills every process.
 """
 
 import os
@@ -28,7 +25,7 @@ from fisher_vmap.run.settings import Settings
 
 
 def begin_shard(folder: Path, number: int) -> None:
-    """Note that the shard is begun.
+    """Count an attempt at the shard.
 
     Raises:
         UserError: the folder cannot be written.
@@ -38,7 +35,7 @@ def begin_shard(folder: Path, number: int) -> None:
 
 
 def times_begun(folder: Path, number: int) -> int:
-    """How often it has been begun and not ended."""
+    """The number of attempts that did not end."""
     try:
         return _path(folder, number).stat().st_size
     except OSError:
@@ -46,13 +43,13 @@ def times_begun(folder: Path, number: int) -> int:
 
 
 def end_shard(folder: Path, number: int) -> None:
-    """Forget that it was begun: it is stored, or it failed with a reason."""
+    """Forget the attempts: the shard is stored, or it failed with a reason."""
     with suppress(OSError):
         _path(folder, number).unlink()
 
 
 def forget(folder: Path) -> None:
-    """Forget all of it: a run that is started again may try everything anew."""
+    """Forget all attempts, for a run that is started again."""
     for path in (folder / SHARD_FOLDER).glob(".begun-*"):
         with suppress(OSError):
             path.unlink()
@@ -62,11 +59,11 @@ def _path(folder: Path, number: int) -> Path:
     return folder / SHARD_FOLDER / f".begun-{number:05d}"
 
 
-MOST_DEATHS = 3  # of processes over one shard, before it is given up
+MOST_DEATHS = 3  # of processes on one shard, before it is given up
 
 
 def begin(settings: Settings, device_share: float) -> None:
-    """Open the run once, before there are workers: what can refuse does, and the folder has what was chosen.
+    """Open the run once before there are workers: this checks everything, and stores the automatic choices.
 
     Raises:
         UserError: as `open_run`.
@@ -76,20 +73,20 @@ def begin(settings: Settings, device_share: float) -> None:
 
 
 class ShardWorker:
-    """Computes shards of a run that `begin` has opened."""
+    """Computes shards of a run that `begin` opened."""
 
     def __init__(self, settings: Settings, device_share: float) -> None:
         self.run = open_run(settings, model_of(settings), source_of(settings), device_share=device_share)
         self._notes: list[tuple[str, list[Any]]] = []
-        self.run.notes.store = lambda name, item: self._notes.append((name, item))  # the driver keeps them
+        self.run.notes.store = lambda name, item: self._notes.append((name, item))  # the driver stores them
 
     def __call__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """Compute and store the shards of these numbers that are not there yet.
+        """Compute and store the shards of these numbers that are not stored yet.
 
         Returns:
-            An account of each: "number" and "entry", the entry that it has in the index, or "error", why it has none,
-            with "user_error" where the user can mend that; "prompts" and "tokens" that were computed; "notes", what
-            the run is to remember, as the name of a list and an item for it.
+            An account of each: "number"; "entry", its entry in the index, or "error", why it has none; "user_error",
+            whether the user can fix that; "prompts" and "tokens" that were computed; "notes" for the run's index, as
+            pairs of a list's name and an item.
         """
         begun = [times_begun(self.run.writer.folder, number) for number in numbers]
         try:
@@ -100,7 +97,7 @@ class ShardWorker:
         except Exception as error:
             if len(numbers) == 1:
                 return [self._failed(numbers[0], error)]
-        # One of several failed, or a process died over one: each by itself. What is stored is not computed again.
+        # One of several failed or killed a process: try each alone. Stored ones are not computed again.
         return [account for number in numbers for account in self([number])]
 
     def _compute(self, numbers: list[int]) -> list[dict[str, Any]]:
@@ -112,7 +109,7 @@ class ShardWorker:
         for number in numbers:
             begin_shard(folder, number)
         accounts = []
-        for done in list(compute_shards(self.run, store, _nothing, iter(numbers))):  # all of them are stored then
+        for done in list(compute_shards(self.run, store, _nothing, iter(numbers))):  # `list`: now all are stored
             entry = read_entry(folder, done.number, index.mark)
             assert entry is not None, f"shard {done.number} was written, but its entry is not there"
             end_shard(folder, done.number)
@@ -139,4 +136,4 @@ class ShardWorker:
 
 
 def _nothing(step: Progress) -> None:
-    """Steps are the local run's: here a shard's account is one."""
+    """No steps within a shard: the driver's progress bar counts shards."""

@@ -1,1 +1,6 @@
-"""Checks of a results folder: its bytes, and its numbers against the model."""
+"""Checks of a results folder.
+
+__main__: the command.
+folder: checks of its files and numbers.
+kl: its predictions compared with the model, and `measured_kl`.
+"""

@@ -1,9 +1,7 @@
-"""`python -m fisher_vmap.verify DIR`: is a results folder whole, and are its numbers what they claim to be?
+"""`python -m fisher_vmap.verify DIR`: check a results folder's files and numbers.
 
-One line a check: "ok", or "BAD" with what is wrong. Exit code 0 when all is well, 1 when something is damaged or the
-run is unfinished, 2 when DIR is no results folder.
-
-With `--kl` the model is loaded, and what the matrices predict is set beside what it does: see `kl_verify`.
+Prints a line for each check: "ok", or "BAD" with the reason. Exit code 0: all checks passed; 1: a check failed or the
+run is unfinished; 2: DIR is not a results folder. With `--kl` the matrices are compared with the model: see `kl.py`.
 """
 
 import argparse
@@ -20,8 +18,8 @@ from fisher_vmap.progress import aside, bar, step
 from fisher_vmap.results.index import INDEX_NAME, TABLE_NAME
 from fisher_vmap.verify.folder import Check, checks
 
-PROMPTS = 8  # that --kl looks at
-MANY = 4  # checks of one kind, from which those that find nothing are told in one line
+PROMPTS = 8  # of --kl
+MANY = 4  # so many passed checks of one kind are printed in one line
 
 
 @command
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse_flags_of_kl(arguments: argparse.Namespace) -> None:
-    """Raise UserError for a flag that nothing would read."""
+    """Raise UserError for a flag that needs --kl."""
     for name in ("layer", "prompts", "model_path", "dataset_name", "plot"):
         if getattr(arguments, name) is not None and not arguments.kl:
             raise UserError(f"--{name} is for the check against the model; add --kl, or leave --{name} out")
@@ -75,7 +73,7 @@ def _kind(check: Check) -> object:
 
 
 def _carry_out(alike: Sequence[Check], advance: Callable[[int], None]) -> int:
-    """Do checks of one kind and print a line for each, or one for all of many that find nothing; returns the bad."""
+    """Do checks of one kind and print their lines; returns the number that failed."""
     many, good, bad = len(alike) >= MANY, 0, 0
     for check in alike:
         try:
@@ -105,7 +103,7 @@ def _without_results(folder: Path) -> str:
 
 
 def _check_kl(arguments: argparse.Namespace) -> int:
-    """Print how well the matrices predict, and draw it; returns the number of layers where they do not."""
+    """Print and plot how well the matrices predict; returns 1 if they do not, else 0."""
     with step("loading the libraries"):
         from fisher_vmap.results.reader import open_results
         from fisher_vmap.verify.kl import check_kl, plot_kl

@@ -1,4 +1,4 @@
-"""What `verify DIR` checks of a results folder's files, one after another."""
+"""The checks of `verify DIR` on a results folder's files."""
 
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,18 +30,18 @@ from fisher_vmap.results.record import Stack, covered_mass
 from fisher_vmap.results.shard_reader import ShardReader, is_ok, readers
 from fisher_vmap.results.table import common_schema, in_schema
 
-# Largest entry of V V^T - 1. A float16 number is off by up to 2^-11 of itself, a squared norm by twice that.
+# Largest entry of V V^T - 1. The relative error of a float16 number is up to 2^-11, that of a squared norm twice that.
 ORTHONORMAL_TO = {"float32": 1e-5, "float16": 2e-3}
 
 
 class Check(NamedTuple):
-    """One thing that is looked at.
+    """One check.
 
     Attributes:
-        name: what it is called.
+        name: of the check.
         look: returns what it found, or raises UserError.
-        kind: the same in words for all that a folder has one of a layer; None: there are no others like it.
-        size: bytes that are read.
+        kind: a name for all checks of this kind, if there is one for each layer; None: it is the only one.
+        size: bytes that it reads.
     """
 
     name: str
@@ -158,7 +158,7 @@ def _check_numbers(
 
 def _check_table(folder: Path, index: Index) -> str:
     path = folder / TABLE_NAME
-    check_sha256(path, index.files[TABLE_NAME].bytes, index.files[TABLE_NAME].sha256)  # Arrow trusts what it reads
+    check_sha256(path, index.files[TABLE_NAME].bytes, index.files[TABLE_NAME].sha256)  # Arrow does not check it
     schema = common_schema((shard.table.schema for shard in readers(folder, index)), index.layout)
     with pq.ParquetFile(path) as table:
         groups = (table.read_row_group(number, use_threads=False) for number in range(table.num_row_groups))

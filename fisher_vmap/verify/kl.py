@@ -1,11 +1,7 @@
-"""`verify DIR --kl`: do the stored matrices predict what steps of the residual stream do to the next token?
+"""`verify DIR --kl`: do the stored matrices predict how steps of the residual stream change the next token?
 
-For some prompts the model is run anew, in float32, with steps +-eps v added at the hooked layer, v the leading stored
-directions and random ones. The KL divergence that it shows is set beside 1/2 eps^2 v^T F v.
-
-How far a step along a direction really moves the next-token distribution, to set beside what F predicts.
-
-What `verify DIR --kl` found: predicted beside measured KL divergences, whether they agree, as text and as a plot.
+For some prompts the model runs again, in float32, with steps +-eps v added at the hooked layer, for the leading stored
+directions v and random ones. The measured KL divergence is compared with 1/2 eps^2 v^T F v, as text and as a plot.
 """
 
 from collections.abc import Sequence
@@ -36,7 +32,7 @@ from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.run.open import make_renderer, model_of, source_of
 from fisher_vmap.run.settings import Settings
 
-ROWS_AT_A_TIME = 1024  # tokens of all steps that go through the model together
+ROWS_AT_A_TIME = 1024  # tokens of the steps that go through the model together
 
 
 def measured_kl(
@@ -94,25 +90,25 @@ def measured_kl(
         for some in steps.split(max(1, ROWS_AT_A_TIME // T)):
             change_nV = log_p(some) - origin_V
             terms_nV = origin_V.exp() * (torch.expm1(change_nV) - change_nV)
-            found.append(torch.where(origin_V > -torch.inf, terms_nV, 0).sum(1))  # a token that is banned stays so
+            found.append(torch.where(origin_V > -torch.inf, terms_nV, 0).sum(1))  # a banned token stays banned
     return torch.cat(found).cpu()
 
 
-# Steps are chosen by the KL divergence that F predicts for them, in nats. Below the first, float32's rounding shows.
+# The KL divergences, in nats, that F predicts for the steps. Smaller ones drown in float32's rounding.
 PREDICTED = np.array([1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
 # How far the median ratio of leading directions may be from 1, by the precision of the folder's gradients. On SmolLM2
-# it was 1.00 in float32, 0.997 in mixed and 0.995 in bfloat16, and single directions of the last up to 5% away.
+# it was 1.00 in float32, 0.997 in mixed and 0.995 in bfloat16, where single directions were up to 5% off.
 ALLOWED = {"float64": 0.01, "float32": 0.01, "mixed": 0.03, "float16": 0.05, "bfloat16": 0.1}
 
 Numbers = NDArray[np.float64]
 
 
 class Directions(NamedTuple):
-    """What steps along n directions did: the leading ones of every prompt, or the random ones.
+    """The effect of steps along n directions: the leading ones of every prompt, or the random ones.
 
     Attributes:
         predicted: [n, E] nats, 1/2 eps^2 v^T F v.
-        measured: [n, E] nats, the mean of +eps and -eps: odd terms cancel.
+        measured: [n, E] nats, the mean of +eps and -eps, whose odd terms cancel.
         eps: [n, E].
         residual_norm: [n], of the residual stream where the step was added.
     """
@@ -145,7 +141,7 @@ class KlCheck(NamedTuple):
         random: random directions.
         estimator: of the folder.
         precision: of the folder's gradients, a key of `ALLOWED`.
-        share_full: median share of the whole vocabulary's trace that is stored, or None where it was not estimated.
+        share_full: median share of the whole vocabulary's trace that is stored, if it was estimated.
     """
 
     layer: str
@@ -157,7 +153,7 @@ class KlCheck(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the matrices promise no more than there is, and those of estimator full all of it."""
+        """Whether predictions are not above the measurements and, for estimator full, not below them either."""
         median, allowed = float(np.median(self.leading.ratio[:, 0])), ALLOWED[self.precision]
         return median < 1 + allowed and (self.estimator != "full" or median > 1 - allowed)
 
@@ -231,17 +227,17 @@ def check_kl(
     model_path: str | None = None,
     dataset_name: str | None = None,
 ) -> KlCheck:
-    """Set predicted beside measured KL divergences, for a few prompts of a results folder.
+    """Compare predicted and measured KL divergences for a few prompts of a results folder.
 
     Args:
         results: the folder, complete.
         prompts: how many prompts, spread evenly over those with results.
         layer: which hooked layer; None: the first.
-        model_path: where the model is now; None: where it was.
-        dataset_name: where the prompts are now; None: where they were.
+        model_path: where the model is now; None: as in the folder's settings.
+        dataset_name: where the prompts are now; None: as in the folder's settings.
 
     Raises:
-        UserError: the model or the prompts cannot be had, or are not those that the folder was made from.
+        UserError: the model or the prompts cannot be read, or are not those of the folder.
     """
     results = results.at(layer or results.layer)
     settings = _settings(results, model_path=model_path, dataset_name=dataset_name)
@@ -279,7 +275,7 @@ def check_kl(
 
 
 def _settings(results: Results, **now: str | None) -> Settings:
-    """The folder's settings, with what has another place now.
+    """The folder's settings, with new places.
 
     Raises:
         UserError: a file or folder is not where it was.
@@ -298,7 +294,7 @@ def _settings(results: Results, **now: str | None) -> Settings:
 
 
 def _is_a_path(value: str) -> bool:
-    """Whether a setting is a place on this machine; else it may be on the hub, or missing there."""
+    """Whether a setting is a local path, not a name on the hub."""
     if Path(value).suffix == ".gguf":  # OWNER/NAME/FILE.gguf is on the hub
         return value.count("/") != 2 or spelt_as_path(value)
     return Path(value).suffix.lower() in SUFFIXES or spelt_as_path(value)
@@ -310,7 +306,7 @@ def _widened(loaded: Loaded, settings: Settings) -> Any:
         return loaded.model
     try:
         return loaded.model.float()
-    except (ValueError, RuntimeError, NotImplementedError) as error:  # quantised weights, or weights put aside
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # quantised or offloaded weights
         raise UserError(
             f"the model cannot be widened to float32 ({' '.join(str(error).split())[:120]}); --kl needs weights that "
             "are not quantised and fit on one device"
@@ -318,7 +314,7 @@ def _widened(loaded: Loaded, settings: Settings) -> Any:
 
 
 def _token_ids(results: Results, settings: Settings, loaded: Loaded, chosen: Sequence[int]) -> dict[int, list[int]]:
-    """The prompts as the run gave them to the model, read and rendered anew."""
+    """The token ids of the prompts, read and rendered again."""
     source = source_of(settings.model_copy(update={"num_prompts": max(chosen) + 1}))
     date = (results.index.resolved or {}).get("template_date")
     renderer = make_renderer(settings, loaded, source, date)
@@ -348,7 +344,7 @@ def _spread_over(items: Sequence[int], count: int) -> list[int]:
 
 
 def _directions(record: PromptRecord, seed: int) -> Numbers:
-    """The leading directions of a prompt, and random ones, as unit rows."""
+    """The leading directions of a prompt and random ones, as unit rows."""
     shown = record.V[: min(LEADING, int((record.S > 0).sum()))].astype(np.float64)
     random = np.random.default_rng(seed).standard_normal((RANDOM, record.V.shape[1]))
     return np.concatenate([shown, random / np.linalg.norm(random, axis=1, keepdims=True)])

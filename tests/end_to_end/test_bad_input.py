@@ -499,7 +499,7 @@ def test_a_prompt_longer_than_the_models_positions_is_cut(case, family):
 def test_a_folder_that_is_not_there_beside_others_is_looked_for_on_the_hub(case, caplog, monkeypatch):
     monkeypatch.chdir(case.tmp_path)
     caplog.set_level("INFO", "fisher_vmap")
-    said = "full/nope is no folder here (full is one); looking on the hub"
+    said = "there is no folder full/nope (but there is full); looking on the hub"
     assert case.run({"model": "full/nope"}) == 2 and said in caplog.text
     caplog.clear()
     assert case.run({"model": "nobody/nope"}) == 2 and "looking on the hub" not in caplog.text

@@ -367,4 +367,4 @@ def test_more_gpus_than_there_are(caplog):
         with pytest.raises(UserError, match=r"were asked for, and Ray has 4 GPUs; lower ray_workers"):
             RayEngine(FakeRay(CPU=8.0, GPU=4.0), Pool(None, workers, gpus, 1))
     assert RayEngine(FakeRay(CPU=8.0, GPU=4.0), Pool("auto", 5, 1.0, 1)).most == 5
-    assert "the others are waited for" in caplog.text
+    assert "waiting for the others" in caplog.text
