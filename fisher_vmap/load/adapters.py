@@ -113,7 +113,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     if put_aside(model):
         raise UserError(
             f"{type(model).__name__} does not fit in memory, so that the adapter in {adapter} cannot be merged into "
-            "it; merge the two beforehand, and give the merged model"
+            "it; merge the two first, and give the merged model"
         )
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter))
@@ -126,7 +126,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             found = adapted.load_adapter(str(adapter), adapter_name="default")  # again, for its report
         _check_complete(adapter, model, found.missing_keys, found.unexpected_keys)
         if quantized_linears(model):
-            log.info("the adapter stays beside the quantised weights of %s", type(model).__name__)
+            log.info("the adapter is kept next to the quantised weights of %s", type(model).__name__)
             return adapted.get_base_model()
         merged = adapted.merge_and_unload(safe_merge=True)
     except UserError:

@@ -71,7 +71,7 @@ def explained(model_path: str, what: str, load: Any, *source: Any, **options: An
         ):
             todo = "the hub does not answer or has no such model: check the name, the network and `hf auth login`"
         elif what == "tokenizer":
-            todo = "put the tokenizer's files beside the model's"
+            todo = "put the tokenizer's files next to the model's"
         else:
             todo = "fetch it again, or give another model"
         first = message[:160] + ("..." if len(message) > 160 else "")

@@ -194,4 +194,4 @@ def _reason(scores: Scores, name: str, i: int) -> str:
         return f"unlike the mean of the others: cosine {1 - scores.distance[i]:.2f} ({z})"
     others = [j for j in scores.company[i] if j != scores.prompts[i]]
     shown = listed([str(j) for j in others], 8)
-    return f"{scores.share[i]:.0%} of its trace along a direction shared with {shown} and hardly anyone else ({z})"
+    return f"{scores.share[i]:.0%} of its trace along a direction shared with {shown} and hardly any others ({z})"

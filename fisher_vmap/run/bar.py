@@ -102,17 +102,22 @@ class RunLine(Line):
 
     pace: Pace = field(default_factory=lambda: Pace(None, 0.0))
 
-    def plain(self, now: float) -> str:
-        """For a log."""
+    def _parts(self, of: str, about: str, a_second: str) -> list[str]:
+        """Prompts, tokens and rate, with these words between the numbers."""
         pace, left, rate = self.pace, self.pace.tokens_left, self.pace.rate
-        parts = [f"{pace.prompts:,} prompts" if pace.total is None else f"{pace.prompts:,} of {pace.total:,} prompts"]
+        parts = [f"{pace.prompts:,}{'' if pace.total is None else f'{of}{pace.total:,}'} prompts"]
         if left is not None and (pace.tokens or left):
-            about = "" if pace.is_exact else "about "
-            parts.append(f"{pace.tokens:,} of {about}{_rounded(pace.tokens + left, pace.is_exact)} tokens")
+            total = ("" if pace.is_exact else about) + _rounded(pace.tokens + left, pace.is_exact)
+            parts.append(f"{pace.tokens:,}{of}{total} tokens")
         elif pace.tokens:
             parts.append(f"{pace.tokens:,} tokens")
         if rate is not None:
-            parts.append(f"{_rate(rate)} tokens a second")
+            parts.append(f"{rate:,.0f}{a_second}" if rate >= 10 else f"{rate:.2g}{a_second}")
+        return parts
+
+    def plain(self, now: float) -> str:
+        """For a log."""
+        pace, parts = self.pace, self._parts(" of ", "about ", " tokens a second")
         if (seconds := pace.seconds_left(now)) is not None:
             parts.append(f"{duration(seconds)} left")
         elif self.told is not None:
@@ -121,14 +126,7 @@ class RunLine(Line):
 
     def drawn(self, now: float, columns: int, ascii_only: bool) -> str:
         """For a terminal of this width."""
-        pace, left, rate = self.pace, self.pace.tokens_left, self.pace.rate
-        parts = [f"{pace.prompts:,} prompts" if pace.total is None else f"{pace.prompts:,}/{pace.total:,} prompts"]
-        if left is not None:
-            parts.append(f"{pace.tokens:,}/{_rounded(pace.tokens + left, pace.is_exact)} tokens")
-        elif pace.tokens:
-            parts.append(f"{pace.tokens:,} tokens")
-        if rate is not None:
-            parts.append(f"{_rate(rate)}/s")
+        pace, parts = self.pace, self._parts("/", "", "/s")
         seconds = pace.seconds_left(now)
         times = on_a_clock(now - self.began) + ("" if seconds is None else f"<{on_a_clock(seconds)}")
         text = f"{', '.join(parts)} [{times}]"
@@ -160,10 +158,6 @@ def run_bar(total: int | None, warm_up: int = 1) -> Iterator[Callable[[Progress]
 
     with place.showing(line):
         yield report
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _rounded(tokens: float, exact: bool) -> str:
