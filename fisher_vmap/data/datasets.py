@@ -1,4 +1,4 @@
-"""Tables of rows from the hub, from folders and from files, by the `datasets` library.
+"""Tables of data sets of the hub and of folders, by the `datasets` library.
 
 A hub data set is streamed. For a folder the library only says which files make up a split; `files.py` reads them. A
 data set's script is never run.
@@ -6,55 +6,17 @@ data set's script is never run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from pyarrow import ArrowException
 
-from fisher_vmap.data.files import check_suffix, content_hash, read_rows
+from fisher_vmap.data.files import Table, check_suffix, content_hash, table_of_files
 from fisher_vmap.errors import UserError
-
-
-class Table(NamedTuple):
-    """Rows that can be read from the start any number of times.
-
-    Attributes:
-        name: the data set in messages to the user.
-        fingerprint: the same text for the same rows, another for others.
-        columns: the names of the columns.
-        read: reads the named columns (None: all) from the start; yields one row after the other, a dict unless a JSON
-            file holds something else.
-        local: whether reading it again is cheap, so that the rows can be checked and counted first.
-    """
-
-    name: str
-    fingerprint: str
-    columns: Sequence[str]
-    read: Callable[[Sequence[str] | None], Iterator[object]]
-    local: bool
-
-
-def table_of_files(name: str, paths: Sequence[Path]) -> Table:
-    """Make a table of local data files; its columns are the keys of the first 100 rows.
-
-    Raises:
-        UserError: a file cannot be read, holds no rows, or rows without named columns.
-    """
-    rows = list(islice(read_rows(paths), 100))
-    if not rows:
-        raise UserError(f"{name}: holds no rows; expected at least one prompt")
-    columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-    if not columns:
-        raise UserError(f'{name}: its rows have no named columns; expected objects such as {{"prompt": "..."}}')
-    kinds = "+".join(sorted({path.suffix.lower() for path in paths}))
-    fingerprint = f"{kinds} sha256:{content_hash(paths)}"
-    return Table(name, fingerprint, list(columns), lambda chosen: read_rows(paths, chosen), local=True)
-
 
 SHUFFLE_BUFFER = 10_000
 

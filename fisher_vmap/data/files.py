@@ -1,4 +1,4 @@
-"""Rows of local data files, read one at a time, so that memory does not grow with the file (except for a .json array).
+"""Tables of local data files, read row by row, so that memory does not grow with the file (except for a .json array).
 
 Each reader yields rows as they are, usually dicts, and skips blank lines. Errors name the file and, if possible, the
 line.
@@ -10,9 +10,11 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from fisher_vmap.errors import UserError
 
@@ -147,3 +149,39 @@ def content_hash(paths: Sequence[Path]) -> str:
         with _readable(path), path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+class Table(NamedTuple):
+    """Rows that can be read from the start any number of times.
+
+    Attributes:
+        name: the data set in messages to the user.
+        fingerprint: the same text for the same rows, another for others.
+        columns: the names of the columns.
+        read: reads the named columns (None: all) from the start; yields one row after the other, a dict unless a JSON
+            file holds something else.
+        local: whether reading it again is cheap, so that the rows can be checked and counted first.
+    """
+
+    name: str
+    fingerprint: str
+    columns: Sequence[str]
+    read: Callable[[Sequence[str] | None], Iterator[object]]
+    local: bool
+
+
+def table_of_files(name: str, paths: Sequence[Path]) -> Table:
+    """Make a table of local data files; its columns are the keys of the first 100 rows.
+
+    Raises:
+        UserError: a file cannot be read, holds no rows, or rows without named columns.
+    """
+    rows = list(islice(read_rows(paths), 100))
+    if not rows:
+        raise UserError(f"{name}: holds no rows; expected at least one prompt")
+    columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+    if not columns:
+        raise UserError(f'{name}: its rows have no named columns; expected objects such as {{"prompt": "..."}}')
+    kinds = "+".join(sorted({path.suffix.lower() for path in paths}))
+    fingerprint = f"{kinds} sha256:{content_hash(paths)}"
+    return Table(name, fingerprint, list(columns), lambda chosen: read_rows(paths, chosen), local=True)
