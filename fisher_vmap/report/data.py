@@ -162,18 +162,14 @@ def compare_prompts(results: Results, layer: str, prompts: NDArray[np.int64]) ->
         prompts: [m] the indices of prompts with numbers.
     """
     prompts = np.sort(prompts)
-    mask = np.isin(np.arange(results.index.stop), prompts)
-    cosines = np.clip(algebra.cosines(results.stack(layer, where=mask[_stored(results)])), 0, 1)
+    stored = np.concatenate([np.arange(entry.start, entry.stop) for entry in results.index.shards])
+    cosines = np.clip(algebra.cosines(results.stack(layer, where=np.isin(stored, prompts))), 0, 1)
     cosines = np.nan_to_num(cosines)  # a zero matrix is similar to none
     if len(prompts) > 2:
         distances = squareform(1 - cosines, checks=False)
         order = leaves_list(linkage(distances, "average", optimal_ordering=True))
         prompts, cosines = prompts[order], cosines[np.ix_(order, order)]
     return Similarity(prompts, cosines.astype(np.float32))
-
-
-def _stored(results: Results) -> NDArray[np.int64]:
-    return np.concatenate([np.arange(entry.start, entry.stop) for entry in results.index.shards])
 
 
 MEAN_RANK = 30  # eigenvalues of the mean that are shown
@@ -265,22 +261,19 @@ def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> 
     finite = np.isfinite(mean).all()
     values = algebra.eigenvectors(mean, min(MEAN_RANK, width)).S if finite else np.zeros(0)
     alone = results.index.layout.means_only
+    S = [np.zeros((0, results.index.layout.rank), np.float32)]
+    S += [] if alone else [reader.stack(layer).S[is_ok(reader)] for reader in results.shards()]
     scores = None if alone else score_prompts(results, layer)
     return LayerSurvey(
         name=layer,
         width=width,
         mean_values=values,
         mean_trace=float(np.trace(mean)),
-        S=None if alone else _singular_values(results, layer),
+        S=None if alone else np.concatenate(S),
         similarity=None if alone or len(compared) < 2 else compare_prompts(results, layer, compared),
         scores=scores,
         outliers=[] if scores is None else rank_outliers(scores),
     )
-
-
-def _singular_values(results: Results, layer: str) -> NDArray[np.float32]:
-    found = [reader.stack(layer).S[is_ok(reader)] for reader in results.shards()]
-    return np.concatenate(found) if found else np.zeros((0, results.index.layout.rank), np.float32)
 
 
 def _sample(

@@ -18,7 +18,6 @@ from fisher_vmap.results.files import readable_write_errors
 from fisher_vmap.results.index import SHARD_FOLDER, read_entry
 from fisher_vmap.results.record import PromptResult
 from fisher_vmap.results.shard import write_shard
-from fisher_vmap.run.bar import Progress
 from fisher_vmap.run.compute import compute_shards
 from fisher_vmap.run.open import model_of, open_run, source_of
 from fisher_vmap.run.settings import Settings
@@ -109,7 +108,8 @@ class ShardWorker:
         for number in numbers:
             begin_shard(folder, number)
         accounts = []
-        for done in list(compute_shards(self.run, store, _nothing, iter(numbers))):  # `list`: now all are stored
+        # A list, since a shard is stored only when the next account has come.
+        for done in list(compute_shards(self.run, store, lambda step: None, iter(numbers))):
             entry = read_entry(folder, done.number, index.mark)
             assert entry is not None, f"shard {done.number} was written, but its entry is not there"
             end_shard(folder, done.number)
@@ -133,7 +133,3 @@ class ShardWorker:
             "user_error": isinstance(error, UserError),
             "worker": f"process {os.getpid()} on {socket.gethostname()}",
         }
-
-
-def _nothing(step: Progress) -> None:
-    """No steps within a shard: the driver's progress bar counts shards."""

@@ -241,11 +241,10 @@ def check_kl(
     """
     results = results.at(layer or results.layer)
     settings = _settings(results, model_path=model_path, dataset_name=dataset_name)
-    chosen = _spread_over(
-        [i for i, status in enumerate(results.table().column("status").to_pylist()) if status == "ok"], prompts
-    )
-    if not chosen:
+    ok = [i for i, status in enumerate(results.table().column("status").to_pylist()) if status == "ok"]
+    if not ok:
         raise UserError(f"{results.folder} has no prompt with results; there is nothing to compare")
+    chosen = [ok[i] for i in np.linspace(0, len(ok) - 1, min(len(ok), prompts)).round().astype(int)]
     loaded = model_of(settings)
     if (now := plain_values(loaded.identity)) != (then := results.index.fingerprint.get("model")):
         raise UserError(f"the model at {settings.model_path} is not the folder's: {now} here, {then} there")
@@ -335,12 +334,6 @@ def _token_ids(results: Results, settings: Settings, loaded: Loaded, chosen: Seq
     if missing := set(chosen) - set(found):
         raise UserError(f"{settings.dataset_name} has no prompt {min(missing)} any more; the data set has changed")
     return found
-
-
-def _spread_over(items: Sequence[int], count: int) -> list[int]:
-    if len(items) <= count:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def _directions(record: PromptRecord, seed: int) -> Numbers:
