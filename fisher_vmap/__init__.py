@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fisher_vmap.fisher import fisher_scores as fisher_scores
     from fisher_vmap.fisher_model import FisherModel as FisherModel
     from fisher_vmap.linearize.network import LinearizedNetwork as LinearizedNetwork
-    from fisher_vmap.linearize.output import Scores as Scores
+    from fisher_vmap.linearize.scores import Scores as Scores
     from fisher_vmap.load.model import load_model as load_model
     from fisher_vmap.results.reader import Results as Results
     from fisher_vmap.results.reader import open_results as open_results
@@ -38,7 +38,7 @@ _HOMES = {
     "LinearizedNetwork": "linearize.network",
     "LowRank": "decomposition",
     "Results": "results.reader",
-    "Scores": "linearize.output",
+    "Scores": "linearize.scores",
     "UserError": "errors",
     "compress": "decomposition",
     "fisher_full": "estimators",

@@ -11,28 +11,35 @@ wide need no search: with Z = 1 the formula is F itself, by one pullback of C^(1
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.decomposition import float64_device
-from fisher_vmap.fisher import broken_off, check_inputs, check_kernel, prompt_seeds
-from fisher_vmap.linearize.audit import check_audit
+from fisher_vmap.fisher import broken_off, check_inputs, join_layers, prompt_seeds
+from fisher_vmap.linearize.linear_map import KernelOptions, LinearMap, Options, Summed, as_it_is, differentiable
 from fisher_vmap.linearize.network import LinearizedNetwork, OneAtATime, linearize
-from fisher_vmap.linearize.output import Metric, Probes, Scores, leading_vectors, orthonormal, probe_rows
-from fisher_vmap.linearize.positions import Summed
-from fisher_vmap.linearize.probe import as_it_is, differentiable, probe
+from fisher_vmap.linearize.output import (
+    Asked,
+    Distribution,
+    Probes,
+    Reading,
+    distribution,
+    leading_vectors,
+    orthonormal,
+)
+from fisher_vmap.linearize.probe import probe
+from fisher_vmap.linearize.scores import Scores
 from fisher_vmap.linearize.select import choose_forms, give_up
-from fisher_vmap.linearize.upper import Upper
-from fisher_vmap.model.head import Reading
 from fisher_vmap.model.layers import resolve_layers
 from fisher_vmap.model.layout import batches_apart, join_prompts, lay_out, select
-from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.wrappers import names_inside, unwrapped
 
+TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
 START_ITERATIONS = 1  # of the subspace iteration for C's leading eigenvectors
 
 
@@ -62,6 +69,52 @@ class Estimate(NamedTuple):
     residual_norm: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EstimatorOptions:
+    """Which matrix is estimated, and how.
+
+    Attributes:
+        estimator: "topk", the matrix of the K likeliest tokens, or "full", near the best one of the rank asked for of
+            the whole vocabulary's.
+        include_rest: of topk: take "any other token" for one more outcome.
+        oversampling: of full: vectors beyond the rank.
+        passes: of full: rounds of push and pull.
+        trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
+
+    Raises:
+        ValueError: one of them is none of these, or they do not go together.
+    """
+
+    estimator: str = "topk"
+    include_rest: bool = False
+    oversampling: int = 6
+    passes: int = 1
+    trace_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.estimator not in ("topk", "full"):
+            raise ValueError(f"estimator is {self.estimator!r}; expected 'topk' or 'full'")
+        check_whole("oversampling", self.oversampling, 0)
+        check_whole("passes", self.passes, 1)
+        check_whole("trace_samples", self.samples, 0)
+
+    @property
+    def samples(self) -> int:
+        """The number of random vectors."""
+        if self.trace_samples is not None:
+            return self.trace_samples
+        return TRACE_SAMPLES if self.estimator == "full" else 0
+
+
+def check_fit(how: EstimatorOptions, kernel: str) -> None:
+    """Raise ValueError for settings that do not go together."""
+    if how.estimator == "full" and kernel == "loop":
+        raise ValueError("estimator full needs forward derivatives, which kernel loop has not; use auto or whole")
+    if how.estimator == "full" and how.include_rest:
+        raise ValueError("estimator full has every token in it: include_rest is for estimator topk; leave it false")
+
+
 def topk(scores: Scores) -> Estimate:
     """The matrix of the outcomes that the scores are of: A = diag(sqrt p) G."""
     factors = {layer: scores.factor(layer) for layer in scores.gradients}
@@ -88,49 +141,44 @@ def full(
         top_k: K, tokens that are read off beside.
         probes: random vectors for the remainder; None: none.
     """
-    found: dict[str, Estimate] = {}
-    for upper in net.sharing():
-        for layer, estimate in _full_of(upper, net.metric(upper.layers[0]), vectors, passes, top_k, probes).items():
-            found[layer] = estimate
-    return join_layers([found[layer] for layer in net.layers])
+    found = [_full_of(one, vectors, passes, top_k, probes) for one in net.maps()]
+    return join_layers(found, net.layers)
 
 
-def _full_of(
-    upper: Upper, c: Metric, vectors: int, passes: int, top_k: int, probes: Probes | None
-) -> dict[str, Estimate]:
-    reading = upper.head.read(upper.rows, top_k, None)
-    root_p_BK = (reading.log_probs / 2).exp()
-    token_rows_BKX = c.rows(reading.token_ids) * root_p_BK[:, :, None]
-    tokens = reading, token_rows_BKX
-    if vectors >= upper.rows.shape[1]:
-        return _exact_of(upper, c, tokens, 0 if probes is None else probes.vectors)
-    start_BmX = leading_vectors(c, vectors, START_ITERATIONS)
-    random_BSX = start_BmX[:, :0] if probes is None else probe_rows(c, probes)
-    first = upper.pull(torch.cat([start_BmX, random_BSX], 1))
-    found = {}
-    for layer in upper.layers:
-        pulled, random_BSD = first[layer].gradients[:, :vectors], first[layer].gradients[:, vectors:]
-        for _ in range(passes):
-            z_BmX, cz_BmX = _whitened(c, upper.push(orthonormal(pulled).to(pulled), layer))
-            last = upper.pull(cz_BmX, [layer])[layer]
-            pulled = last.gradients
-        remainder_BSD = random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled
-        found[layer] = _estimate(upper, layer, tokens, z_BmX, last, remainder_BSD)
-    return found
+def _full_of(net: LinearMap, vectors: int, passes: int, top_k: int, probes: Probes | None) -> Estimate:
+    """The record of the layers of one map."""
+    with net.prepared():
+        exact = vectors >= net.rows.shape[1]
+        c = distribution(net.head, net.rows, Asked(top_k, probes=None if exact else probes))
+        if exact:
+            return _exact_of(net, c, 0 if probes is None else probes.vectors)
+        start_BmX = leading_vectors(c, vectors, START_ITERATIONS)
+        random_BSX = c.reading.random.transpose(0, 1)
+        first = net.pull(torch.cat([start_BmX, random_BSX.to(start_BmX)], 1))
+        found = []
+        for layer in net.layers:
+            pulled, random_BSD = first[layer].gradients[:, :vectors], first[layer].gradients[:, vectors:]
+            for _ in range(passes):
+                z_BmX, cz_BmX = _whitened(c, net.push(orthonormal(pulled).to(pulled), layer))
+                last = net.pull(cz_BmX, [layer])[layer]
+                pulled = last.gradients
+            remainder_BSD = random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled
+            found.append(_estimate(net, layer, c.reading, z_BmX, last, remainder_BSD))
+        return join_layers(found, net.layers)
 
 
-def _exact_of(upper: Upper, c: Metric, tokens: tuple[Reading, Tensor], samples: int) -> dict[str, Estimate]:
+def _exact_of(net: LinearMap, c: Distribution, samples: int) -> Estimate:
     """F itself at every layer, by the pullback of C^(1/2): there is no remainder."""
-    B, X = upper.rows.shape
-    z_BXX, cz_BXX = _whitened(c, torch.eye(X, device=upper.rows.device).expand(B, X, X))
-    arrived = upper.pull(cz_BXX)
-    return {
-        layer: _estimate(upper, layer, tokens, z_BXX, last, last.gradients.new_zeros(B, samples, upper.widths[layer]))
-        for layer, last in arrived.items()
-    }
+    B, X = net.rows.shape
+    z_BXX, cz_BXX = _whitened(c, torch.eye(X, device=net.rows.device).expand(B, X, X))
+    found = [
+        _estimate(net, layer, c.reading, z_BXX, last, last.gradients.new_zeros(B, samples, net.widths[layer]))
+        for layer, last in net.pull(cz_BXX).items()
+    ]
+    return join_layers(found, net.layers)
 
 
-def _whitened(c: Metric, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
+def _whitened(c: Distribution, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
     """M^-1/2 Z and M^-1/2 Z C, M = Z C Z^T: of the new Z, Z C Z^T = 1 but for what is zero to rounding."""
     cz_BmX = c.product(z_BmX)
     z_BmX = z_BmX.to(cz_BmX)
@@ -139,10 +187,10 @@ def _whitened(c: Metric, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _estimate(
-    upper: Upper, layer: str, tokens: tuple[Reading, Tensor], z_BmX: Tensor, last: Summed, remainder_BSD: Tensor
+    net: LinearMap, layer: str, reading: Reading, z_BmX: Tensor, last: Summed, remainder_BSD: Tensor
 ) -> Estimate:
     """The record of one layer; A = Z C J is `last`, with Z C Z^T = 1."""
-    reading, token_rows_BKX = tokens
+    token_rows_BKX = reading.cotangents.transpose(0, 1) * (reading.log_probs / 2).exp()[:, :, None]
     return Estimate(
         reading.log_probs,
         reading.token_ids,
@@ -150,7 +198,7 @@ def _estimate(
         {layer: token_rows_BKX.to(z_BmX) @ z_BmX.mT},
         {layer: remainder_BSD},
         {layer: last.energy},
-        {layer: upper.residual_norm[layer]},
+        {layer: net.residual_norm[layer]},
     )
 
 
@@ -182,11 +230,7 @@ def fisher_full(
     passes: int = 1,
     top_k: int = 10,
     trace_samples: int = 4,
-    positions: str | Tensor = "all",
-    kernel: str = "auto",
-    chunk_size: int | None = None,
-    precision: str = "auto",
-    audit: str = "auto",
+    **options: Unpack[Options],
 ) -> Estimate:
     """Near the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a whole batch of prompts.
 
@@ -205,11 +249,8 @@ def fisher_full(
         passes: rounds of push and pull.
         top_k: K, how many of the likeliest tokens are read off beside.
         trace_samples: S, random vectors that the remainder is estimated with; they join the first pullback.
-        positions: where the bias is added: "all", "last" or a mask [B, T].
-        kernel: "auto", or a form by name: "layerwise" or "whole".
-        chunk_size: vectors at a time; None: as many as the device does well with.
-        precision: as for `fisher_scores`.
-        audit: as for `fisher_scores`.
+        options: positions, kernel ("auto", "layerwise" or "whole"), chunk_size, precision and audit, as for
+            `fisher_scores`.
 
     Returns:
         Estimate, with factors [B, R + oversampling, D].
@@ -217,45 +258,36 @@ def fisher_full(
     Raises:
         ValueError: an argument is not as described, or the model has no forward derivatives.
     """
-    check_kernel(kernel)
-    check_audit(audit)
+    how = KernelOptions(**options)
     bounds = (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1), ("top_k", top_k, 1))
     for name, value, least in (*bounds, ("trace_samples", trace_samples, 0)):
         check_whole(name, value, least)
-    if kernel == "loop":
+    if how.kernel == "loop":
         raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use auto or whole")
-    layout = lay_out(input_ids, attention_mask)
+    layout = lay_out(input_ids, attention_mask, how.positions)
     given, model = model, unwrapped(model)
-    precision = choose_precision(model, precision).name
-    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, precision):
+    how = how.on(model)
+    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, how.precision):
         with differentiable(model):
             names = resolve_layers(model, names_inside(given, model, layers))
-            check_inputs(model, layout, positions, chunk_size)
+            check_inputs(model, layout)
             known = probe(model, layout)
 
         def of_group(group: list[int]) -> Estimate:
             part = select(layout, group)
-            where = positions[group] if isinstance(positions, Tensor) else positions
-            options: dict[str, Any] = {
-                "positions": where,
-                "chunk_size": chunk_size,
-                "kernel": kernel,
-                "precision": precision,
-                "audit": audit,
-                "vectors": 2 * passes * (rank + oversampling) + trace_samples,
-            }
             probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
 
             def run() -> Estimate:
-                net = linearize(model, known, part, names, **options)
+                products = 2 * passes * (rank + oversampling) + trace_samples
+                net = linearize(model, known, part, names, how, products)
                 return full(net, vectors=rank + oversampling, passes=passes, top_k=top_k, probes=probes)
 
             try:
                 return run()
             except StructureChanged as reason:
                 with differentiable(model):
-                    forms = choose_forms(model, known, part, names, kernel)
-                    give_up(model, known, part, kernel, broken_off(known, forms, names, kernel, reason))
+                    forms = choose_forms(model, known, part, names, how.kernel)
+                    give_up(model, known, part, how.kernel, broken_off(known, forms, names, how.kernel, reason))
                 return run()
 
         groups = batches_apart(model, layout.lengths)
@@ -265,17 +297,3 @@ def fisher_full(
             groups = [[b] for b in range(len(layout.lengths))]
             parts = [of_group(group) for group in groups]
         return join_prompts(parts, groups)
-
-
-def join_layers(parts: Sequence[Estimate]) -> Estimate:
-    """One record of several that differ in their layers alone."""
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merged._replace(
-            factors=merged.factors | part.factors,
-            loadings=merged.loadings | part.loadings,
-            remainder=merged.remainder | part.remainder,
-            position_energy=merged.position_energy | part.position_energy,
-            residual_norm=merged.residual_norm | part.residual_norm,
-        )
-    return merged

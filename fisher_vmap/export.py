@@ -25,10 +25,9 @@ from fisher_vmap.errors import UserError, listed
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.results.files import readable_write_errors
 from fisher_vmap.results.hub import HUB
-from fisher_vmap.results.layer_names import several
 from fisher_vmap.results.outputs import write_npz
 from fisher_vmap.results.reader import Results, open_results
-from fisher_vmap.results.record import was
+from fisher_vmap.results.record import several, was
 from fisher_vmap.results.shard_reader import Where
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)$")

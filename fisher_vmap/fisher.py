@@ -7,24 +7,24 @@ over `torch.func.vjp` with one-hot cotangents. The probe finds out which form of
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.linearize.audit import Found, check_audit, plan_audit, remember_reach, why_wrong
-from fisher_vmap.linearize.compare import run_choice
-from fisher_vmap.linearize.output import Probes, Scores, Wanted
+from fisher_vmap.linearize.audit import Found, plan_audit, remember_reach, why_wrong
+from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable
+from fisher_vmap.linearize.model_info import Choice, ModelInfo
+from fisher_vmap.linearize.output import Probes
 from fisher_vmap.linearize.plain import first_line
-from fisher_vmap.linearize.positions import position_mask
-from fisher_vmap.linearize.probe import Choice, Probe, as_it_is, differentiable, probe
-from fisher_vmap.linearize.select import KERNELS, choose_forms, give_up
+from fisher_vmap.linearize.probe import probe
+from fisher_vmap.linearize.scores import Scores, Wanted, run_choice
+from fisher_vmap.linearize.select import choose_forms, give_up
 from fisher_vmap.model.layers import layers_of, resolve_layers
 from fisher_vmap.model.layout import Layout, lay_out
 from fisher_vmap.model.offload import input_device
-from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.recording import StructureChanged
-from fisher_vmap.model.validation import check_tensor, check_whole, is_out_of_memory
+from fisher_vmap.model.validation import check_tensor, check_whole, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked, names_inside, unwrapped
 
 
@@ -36,13 +36,9 @@ def fisher_scores(
     layers: str | int | Sequence[str | int],
     top_k: int = 10,
     token_ids: Tensor | None = None,
-    positions: str | Tensor = "all",
-    kernel: str = "auto",
-    chunk_size: int | None = None,
     include_rest: bool = False,
     trace_samples: int = 0,
-    precision: str = "auto",
-    audit: str = "auto",
+    **options: Unpack[Options],
 ) -> Scores:
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
@@ -58,15 +54,19 @@ def fisher_scores(
             decoder blocks, negative from the top; or "all" blocks.
         top_k: K, how many of the likeliest tokens.
         token_ids: [B, K] int64, the tokens, where the caller chooses them; `top_k` is then not read.
-        positions: where the bias is added: "all", "last" (the last real token) or a mask [B, T].
-        kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
-        chunk_size: how many cotangents to pull back at a time; None: as many as the device does well with.
         include_rest: take "any other token" for one more outcome, the last, with token id -1.
         trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
+        options: how it is computed, any of the following.
+        positions: where the bias is added: "all" (the default), "last" (the last real token) or a mask [B, T].
+        kernel: "auto" (the default), or a form by name: "layerwise", "whole" or "loop".
+        chunk_size: how many cotangents to pull back at a time; None (the default): as many as the device does well
+            with.
         precision: what the model is computed in, from the same weights: "model", their own format; "float32"; "mixed",
-            the forward alone in float32; or "auto", float32 where this processor is faster in it, else "model".
-        audit: how often what is computed is compared with the model as it is and plain autograd: "auto", as often as
-            costs next to nothing; "always", in every call; or "off", only where a call reaches further than the proof.
+            the forward alone in float32; or "auto" (the default), float32 where this processor is faster in it, else
+            "model".
+        audit: how often what is computed is compared with the model as it is and plain autograd: "auto" (the default),
+            as often as costs next to nothing; "always", in every call; or "off", only where a call reaches further
+            than the proof.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
@@ -76,47 +76,46 @@ def fisher_scores(
         ValueError: an argument is not as described, the kernel asked for cannot be trusted with this model, or no
             form of it agrees with the model itself.
     """
-    check_kernel(kernel)
-    check_audit(audit)
+    how = KernelOptions(**options)
     check_whole("trace_samples", trace_samples, 0)
     if token_ids is None:
         check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
     input_device(model)  # raises where no weights are loaded
-    precision = choose_precision(model, precision).name
-    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, precision):
+    how = how.on(model)
+    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, how.precision):
         with differentiable(model):
             names = resolve_layers(model, names_inside(given, model, layers))
-            layout = lay_out(input_ids, attention_mask)
-            check_inputs(model, layout, positions, chunk_size)
+            layout = lay_out(input_ids, attention_mask, how.positions)
+            check_inputs(model, layout)
             known = probe(model, layout)
             _check_chosen(token_ids, layout, known.parts.vocabulary)
-            forms = choose_forms(model, known, layout, names, kernel)
+            forms = choose_forms(model, known, layout, names, how.kernel)
         probes = Probes(trace_samples, prompt_seeds(layout)) if trace_samples else None
-        wanted = Wanted(top_k, token_ids, positions, chunk_size, include_rest, probes, precision)
+        wanted = Wanted(top_k, token_ids, include_rest, probes)
         while True:
-            results, wrong = _computed(model, known, layout, names, forms, wanted, kernel)
+            results, wrong = _computed(model, known, layout, names, forms, wanted, how)
             if not wrong:
-                plan = plan_audit(model, known, layout, forms, top_k + trace_samples, audit)
+                plan = plan_audit(model, known, layout, forms, top_k + trace_samples, how.audit)
                 for scores in results:
                     norms, likeliest = scores.residual_norm, token_ids is None
                     found = Found(scores.log_probs, scores.token_ids, scores.gradients, norms, likeliest)
-                    wrong |= why_wrong(model, known, layout, found, plan, positions)
+                    wrong |= why_wrong(model, known, layout, found, plan)
             if not wrong:
-                remember_reach(known, kernel, forms, layout, plan)
-                return _joined(results, names)
+                remember_reach(known, how.kernel, forms, layout, plan)
+                return join_layers(results, names)
             with differentiable(model):
-                forms |= give_up(model, known, layout, kernel, wrong)
+                forms |= give_up(model, known, layout, how.kernel, wrong)
 
 
 def _computed(
     model: nn.Module,
-    known: Probe,
+    known: ModelInfo,
     layout: Layout,
     names: Sequence[str],
     forms: Mapping[str, Choice],
     wanted: Wanted,
-    kernel: str,
+    options: KernelOptions,
 ) -> tuple[list[Scores], dict[str, str]]:
     """A record for each form; or the layers whose form broke off, and why."""
     results: list[Scores] = []
@@ -124,11 +123,11 @@ def _computed(
         group = [name for name in names if forms[name].key == key]
         try:
             with differentiable(model):
-                results.append(run_choice(forms[group[0]], model, known, layout, group, wanted))
+                results.append(run_choice(forms[group[0]], model, known, layout, group, wanted, options))
         except StructureChanged as reason:
-            return [], broken_off(known, forms, group, kernel, reason)
+            return [], broken_off(known, forms, group, options.kernel, reason)
         except Exception as error:
-            if is_out_of_memory(error) or not is_hooked(model):
+            if is_out_of_memory(error) or is_our_fault(error) or not is_hooked(model):
                 raise
             # A hook that worked on the prompts of the proof, and does not on these as the form lays them out.
             return [], dict.fromkeys(group, f"it broke off: {first_line(error)}")
@@ -138,12 +137,6 @@ def _computed(
     return results, {}
 
 
-def check_kernel(kernel: str) -> None:
-    """Raise ValueError unless a kernel has this name."""
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel is {kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
-
-
 def prompt_seeds(layout: Layout) -> list[int]:
     """A number for each prompt that depends on its tokens alone."""
     ids_N = layout.input_ids.flatten().cpu()
@@ -151,7 +144,7 @@ def prompt_seeds(layout: Layout) -> list[int]:
 
 
 def broken_off(
-    known: Probe, forms: Mapping[str, Choice], group: Sequence[str], kernel: str, reason: StructureChanged
+    known: ModelInfo, forms: Mapping[str, Choice], group: Sequence[str], kernel: str, reason: StructureChanged
 ) -> dict[str, str]:
     """From now on the model's own forward to the end, whatever its blocks do: for each layer that needs it, why.
 
@@ -168,11 +161,8 @@ def broken_off(
     return {name: f"it broke off: {reason}" for name in forms if name in wrong}
 
 
-def check_inputs(model: Any, layout: Layout, positions: str | Tensor, chunk_size: int | None) -> None:
-    """Raise ValueError for tokens or places that the model does not know, a bias nowhere, or a chunk of nothing."""
-    if chunk_size is not None:
-        check_whole("chunk_size", chunk_size, 1)
-    position_mask(positions, layout)
+def check_inputs(model: Any, layout: Layout) -> None:
+    """Raise ValueError for tokens that the model does not have, or more of them than it has positions for."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(embedding, "num_embeddings", None)
     lowest, highest = int(layout.input_ids.min()), int(layout.input_ids.max())
@@ -199,19 +189,14 @@ def _check_chosen(token_ids: Tensor | None, layout: Layout, vocabulary: int) -> 
         raise ValueError(f"token_ids has an entry outside 0 to {vocabulary - 1}, the model's vocabulary")
 
 
-def _joined(results: Sequence[Scores], names: Sequence[str]) -> Scores:
-    """One record of several that differ in their layers alone."""
-    merged = results[0]
-    for other in results[1:]:
-        merged = merged._replace(
-            gradients=merged.gradients | other.gradients,
-            position_energy=merged.position_energy | other.position_energy,
-            residual_norm=merged.residual_norm | other.residual_norm,
-            remainder=merged.remainder | other.remainder,
-        )
-    return merged._replace(
-        gradients={name: merged.gradients[name] for name in names},
-        position_energy={name: merged.position_energy[name] for name in names},
-        residual_norm={name: merged.residual_norm[name] for name in names},
-        remainder={name: merged.remainder[name] for name in names},
-    )
+Record = TypeVar("Record", bound=NamedTuple)
+
+
+def join_layers(parts: Sequence[Record], names: Sequence[str]) -> Record:
+    """One record of several that differ in their layers alone, with the layers in this order."""
+    merged = {}
+    for field, values in zip(parts[0]._fields, zip(*parts, strict=True), strict=True):
+        if isinstance(values[0], dict):
+            every = {layer: value for part in values for layer, value in part.items()}
+            merged[field] = {name: every[name] for name in names if name in every}
+    return parts[0]._replace(**merged)

@@ -6,8 +6,8 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_windows, numbers_of
 from fisher_vmap.data.tokenize import MAX_LENGTH, Pieces, Renderer, SkippedPrompt, TokenizedPrompt, check_prompts
-from fisher_vmap.estimators import Estimate, fisher_full, topk
-from fisher_vmap.fisher import check_inputs, check_kernel, fisher_scores
-from fisher_vmap.linearize.audit import ShardForms, check_audit, due_batch, one_shard
+from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, fisher_full, topk
+from fisher_vmap.fisher import check_inputs, fisher_scores
+from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
+from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable, undisturbed
 from fisher_vmap.linearize.network import LinearizedNetwork, linearize
-from fisher_vmap.linearize.output import Scores
-from fisher_vmap.linearize.probe import as_it_is, differentiable, known_of, layer_widths, probe, signature, undisturbed
+from fisher_vmap.linearize.probe import known_of, layer_widths, probe, signature
+from fisher_vmap.linearize.scores import Scores
 from fisher_vmap.model.layers import layers_of, resolve_layers
 from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.offload import input_device
@@ -105,7 +106,14 @@ def empty_record(index: int, reason: str, widths: Mapping[str, int], outcomes: i
     return record_of(index, TokenizedPrompt([], "", False), numbers, None, status="skipped")
 
 
-TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
+class ModelOptions(Options, total=False):
+    """The options of a `FisherModel` as keyword arguments."""
+
+    estimator: str
+    include_rest: bool
+    oversampling: int
+    passes: int
+    trace_samples: int | None
 
 
 class FisherModel:
@@ -127,19 +135,10 @@ class FisherModel:
         *,
         layers: str | int | Sequence[str | int],
         top_k: int = 10,
-        positions: str = "all",
-        kernel: str = "auto",
-        chunk_size: int | None = None,
         batch_size: int | None = 8,
         max_batch_tokens: int | None = None,
         renderer: Renderer | None = None,
-        estimator: str = "topk",
-        include_rest: bool = False,
-        oversampling: int = 6,
-        passes: int = 1,
-        trace_samples: int | None = None,
-        precision: str = "auto",
-        audit: str = "auto",
+        **options: Unpack[ModelOptions],
     ) -> None:
         """Open a model: resolve its layers and check what can be checked without a prompt.
 
@@ -148,40 +147,36 @@ class FisherModel:
             tokenizer: its tokenizer; only `fisher` needs one; None: that of nnsight or the TransformerBridge.
             layers: names of modules, numbers of decoder blocks (negative from the top), or "all" blocks.
             top_k: K, how many of the likeliest tokens.
-            positions: where the bias is added: "all", or "last", the prompt's last token.
-            kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
-            chunk_size: how many cotangents to pull back at a time; None: as many as the device does well with.
             batch_size: most prompts computed at once by `fisher`; None: as many as max_batch_tokens has
                 room for, of those that are sorted together.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
-            estimator: "topk", the matrix of the K likeliest tokens, or "full", near the best one of the rank asked for
-                of the whole vocabulary's.
+            options: positions ("all" or "last"), kernel, chunk_size, precision (what it came to is an attribute) and
+                audit, as for `fisher_scores`; and any of the following.
+            estimator: "topk" (the default), the matrix of the K likeliest tokens, or "full", near the best one of the
+                rank asked for of the whole vocabulary's.
             include_rest: of topk: take "any other token" for one more outcome.
-            oversampling: of full: vectors beyond the rank.
-            passes: of full: rounds of push and pull.
-            trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
-            precision: as for `fisher_scores`; what it came to is an attribute.
-            audit: as for `fisher_scores`.
+            oversampling: of full: vectors beyond the rank (6).
+            passes: of full: rounds of push and pull (1).
+            trace_samples: random vectors that what the matrix lacks is estimated with; None (the default): 4 for full,
+                0 for topk.
 
         Raises:
             ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, top_k above V, or
                 settings that do not go together.
         """
-        check_kernel(kernel)
-        check_estimator(estimator, kernel, include_rest)
-        check_audit(audit)
+        own = {name: value for name, value in options.items() if name in Options.__annotations__}
+        others = {name: value for name, value in options.items() if name not in own}
+        self.options, how = KernelOptions(**own), EstimatorOptions(**others)  # type: ignore[arg-type]
+        self.estimator, self.include_rest = how.estimator, how.include_rest
+        self.oversampling, self.passes, self.trace_samples = how.oversampling, how.passes, how.samples
+        check_fit(how, self.options.kernel)
         check_whole("top_k", top_k)
-        optional = {"batch_size": batch_size, "chunk_size": chunk_size, "max_batch_tokens": max_batch_tokens}
-        for name, value in optional.items():
+        for name, value in {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}.items():
             if value is not None:
                 check_whole(name, value, 1)
-        for name, value, least in (("oversampling", oversampling, 0), ("passes", passes, 1)):
-            check_whole(name, value, least)
-        if trace_samples is not None:
-            check_whole("trace_samples", trace_samples, 0)
-        if positions not in ("all", "last"):
-            raise ValueError(f"positions is {positions!r}; expected 'all' or 'last'")
+        if self.options.positions not in ("all", "last"):
+            raise ValueError(f"positions is {self.options.positions!r}; expected 'all' or 'last'")
         given, model = model, unwrapped(model)
         if isinstance(tokenizer, nn.Module):
             raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}, a model; expected the model's tokenizer")
@@ -189,34 +184,36 @@ class FisherModel:
         self.pieces = None if self.tokenizer is None else Pieces(self.tokenizer)
         self.model = model
         self.device: torch.device = input_device(model)
-        self.precision, self.precision_why, _ = choose_precision(model, precision)
+        self.precision, self.precision_why, _ = choose_precision(model, self.options.precision)
+        self.options = replace(self.options, precision=self.precision)
         with undisturbed(model, self.precision):
             self.layers = resolve_layers(model, names_inside(given, model, layers))
             self.widths = layer_widths(model, self.layers)
             self.vocabulary = layers_of(model).vocabulary
-        self.top_k, self.positions, self.kernel, self.chunk_size = top_k, positions, kernel, chunk_size
-        self.estimator, self.include_rest = estimator, include_rest
-        self.oversampling, self.passes, self.audit = oversampling, passes, audit
-        if trace_samples is None:
-            trace_samples = TRACE_SAMPLES if estimator == "full" else 0
-        self.trace_samples = trace_samples
+        self.top_k = top_k
         self.batch_size = sys.maxsize if batch_size is None else batch_size
-        vectors = top_k + trace_samples + (oversampling if estimator == "full" else 0)
+        vectors = top_k + self.trace_samples + (self.oversampling if self.estimator == "full" else 0)
         self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
         self._renderer = renderer
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
-        if include_rest and top_k == self.vocabulary:
+        if self.include_rest and top_k == self.vocabulary:
             raise ValueError(f"include_rest with all {top_k} tokens leaves no other one; lower top_k")
 
     @property
     def forms(self) -> dict[str, dict[str, str]]:
-        """The kernel's form ("form") and why it was chosen ("why"), for each layer that has been computed."""
+        """What ran, in words, for each layer that has been computed.
+
+        "form" is the kernel's form and "why" the reason for it; "attention", "prompts" (how they are laid out), "rules"
+        (the blocks pulled back by hand, and why others are not), "last_block" (whether it is cut at the last row),
+        "precision", and "audit" (how many batches were compared with plain autograd).
+        """
         with undisturbed(self.model, self.precision):
             known = known_of(self.model)
-            chosen = known.forms if known is not None and known.made_of == signature(self.model) else {}
-        found = {layer: chosen[layer, self.kernel] for layer in self.layers if (layer, self.kernel) in chosen}
-        return {layer: {"form": choice.form, "why": choice.why} for layer, choice in found.items()}
+            if known is None or known.made_of != signature(self.model):
+                return {}
+            ran = {layer: known.ran(layer, self.options.kernel) for layer in self.layers}
+        return {layer: {**found, "precision": self.precision} for layer, found in ran.items() if found is not None}
 
     @contextmanager
     def one_shard(self, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:
@@ -244,13 +241,9 @@ class FisherModel:
         settings: dict[str, Any] = {
             "layers": self.layers,
             "top_k": self.top_k,
-            "positions": self.positions,
-            "kernel": self.kernel,
-            "chunk_size": self.chunk_size,
             "include_rest": self.include_rest,
             "trace_samples": self.trace_samples if self.estimator == "topk" else 0,
-            "precision": self.precision,
-            "audit": self.audit,
+            **vars(self.options),
         }
         return fisher_scores(self.model, input_ids, attention_mask, **(settings | choices))
 
@@ -278,11 +271,7 @@ class FisherModel:
             passes=self.passes,
             top_k=self.top_k,
             trace_samples=self.trace_samples,
-            positions=self.positions,
-            kernel=self.kernel,
-            chunk_size=self.chunk_size,
-            precision=self.precision,
-            audit=self.audit,
+            **vars(self.options),
         )
 
     @autocast_off()
@@ -351,29 +340,9 @@ class FisherModel:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
         with torch.inference_mode(False), torch.no_grad(), as_it_is(self.model, self.precision):
-            layout = lay_out(input_ids, attention_mask)
-            check_inputs(self.model, layout, self.positions, self.chunk_size)
+            layout = lay_out(input_ids, attention_mask, self.options.positions)
+            check_inputs(self.model, layout)
             with differentiable(self.model):
                 known = probe(self.model, layout)
-            network = linearize(
-                self.model,
-                known,
-                layout,
-                self.layers,
-                positions=self.positions,
-                chunk_size=self.chunk_size,
-                kernel=self.kernel,
-                precision=self.precision,
-                audit=self.audit,
-            )
+            network = linearize(self.model, known, layout, self.layers, self.options)
         yield network
-
-
-def check_estimator(estimator: str, kernel: str, include_rest: bool) -> None:
-    """Raise ValueError for an estimator that there is not, or that these settings do not fit."""
-    if estimator not in ("topk", "full"):
-        raise ValueError(f"estimator is {estimator!r}; expected 'topk' or 'full'")
-    if estimator == "full" and kernel == "loop":
-        raise ValueError("estimator full needs forward derivatives, which kernel loop has not; use auto or whole")
-    if estimator == "full" and include_rest:
-        raise ValueError("estimator full has every token in it: include_rest is for estimator topk; leave it false")

@@ -8,8 +8,8 @@ from operator import itemgetter
 from fisher_vmap.cli import command, folder_command
 from fisher_vmap.progress import readable
 from fisher_vmap.results.index import sum_name
-from fisher_vmap.results.layer_names import RUN, natural, several
 from fisher_vmap.results.reader import Results, open_results
+from fisher_vmap.results.record import RUN, natural, several
 from fisher_vmap.run.settings import Settings
 
 SHOWN = 5  # failed prompts, and skipped ones

@@ -53,6 +53,7 @@ def steer(
         raise ValueError(f"scale is {scale} and residual_norm {residual_norm}; expected finite numbers")
     step_D = factor * unit_D / length
 
+    # `model.wrappers.is_step` knows this hook by its module: it is the same at every position of every batch.
     def add_step(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         # Checked here, since running the model beforehand would set off the user's own hooks.
         stream = output_of(output)

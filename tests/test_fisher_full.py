@@ -13,7 +13,7 @@ from toys.state import LateStateful
 
 from fisher_vmap import FisherModel, compress, fisher_full, fisher_scores
 from fisher_vmap.decomposition import quality
-from fisher_vmap.linearize.upper import Upper
+from fisher_vmap.linearize.linear_map import LinearMap
 
 LENGTHS = (5, 1, 8)
 # transformers' own eager attention, which the Hessian needs, is float32 inside but for gpt2's.
@@ -55,7 +55,7 @@ def test_with_vectors_for_every_direction_it_is_the_exact_matrix(family, kernel,
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole"])
 def test_the_exact_matrices_of_all_layers_take_one_pullback(kernel, monkeypatch):
-    pulls, pull = [], Upper.pull
+    pulls, pull = [], LinearMap.pull
 
     def counted(self, cotangents, *args):
         pulls.append(cotangents.shape[1])
@@ -63,8 +63,8 @@ def test_the_exact_matrices_of_all_layers_take_one_pullback(kernel, monkeypatch)
 
     layers, rows = [block("gpt2", number) for number in (0, 2)], prompts(LENGTHS)
     fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=1, kernel=kernel)  # proves J adjoint to J^T
-    monkeypatch.setattr(Upper, "pull", counted)
-    monkeypatch.setattr(Upper, "push", None)
+    monkeypatch.setattr(LinearMap, "pull", counted)
+    monkeypatch.setattr(LinearMap, "push", None)
     found = fisher_full(tiny("gpt2"), *padded(rows, "left"), layers=layers, rank=WIDTH - 6, kernel=kernel, audit="off")
     assert pulls == [WIDTH]
     for layer in layers:

@@ -8,6 +8,7 @@ from oracles import plain_scores, relative
 from toys import ToyLM
 
 from fisher_vmap import FisherModel, compress, fisher_scores
+from fisher_vmap.linearize.output import Asked, distribution
 from fisher_vmap.linearize.probe import known_of
 
 LENGTHS = (7, 1, 12, 3)
@@ -111,7 +112,10 @@ def test_settings_are_those_of_fisher_scores():
     found = opened.scores(ids, mask)
     expected = fisher_scores(model, ids, mask, layers=1, top_k=4, positions="last")
     assert relative(found.gradients[block("gpt2", 1)], expected.gradients[block("gpt2", 1)]) < 1e-12
-    assert opened.forms == {block("gpt2", 1): {"form": "whole", "why": "asked for"}}
+    assert list(opened.forms) == [block("gpt2", 1)]
+    ran = opened.forms[block("gpt2", 1)]
+    assert (ran["form"], ran["why"], ran["precision"]) == ("whole", "asked for", "model")
+    assert ran["audit"] == "2 of 2 batches compared, and they agreed"
     other = opened.scores(ids, mask, positions="all", top_k=2)
     assert other.token_ids.shape == (4, 2)
     assert relative(other.gradients[block("gpt2", 1)], expected.gradients[block("gpt2", 1)][:, :2]) > 0.1
@@ -176,7 +180,7 @@ def test_pulled_back_cotangents_of_the_head_are_the_scores(positions, side):
     ids, mask = padded(prompts(LENGTHS), side)
     scores = opened.scores(ids, mask)
     with opened.linearize(ids, mask) as net:
-        reading = known_of(opened.model).parts.head.read(net.output, 5, None)
+        reading = distribution(known_of(opened.model).parts.head, net.output, Asked(5)).reading
         assert torch.equal(reading.token_ids, scores.token_ids)
         for name in names:
             pulled = net.pullback(reading.cotangents.transpose(0, 1), name)

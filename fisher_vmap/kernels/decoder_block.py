@@ -26,9 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.kernels.autograd import Scratch, stretches
-from fisher_vmap.kernels.gated_mlp import MlpParts, fused_gated_mlp, is_gated_mlp, pull_mlp
 from fisher_vmap.kernels.hf_attention import Packed, packed_now
-from fisher_vmap.kernels.norm import NormKind, NormRows, fused_norm, norm_kind, norm_rows
+from fisher_vmap.kernels.modules import (
+    MlpParts,
+    NormKind,
+    NormRows,
+    fused_gated_mlp,
+    fused_norm,
+    is_gated_mlp,
+    norm_kind,
+    norm_rows,
+    pull_mlp,
+)
 from fisher_vmap.kernels.rotary_attention import (
     AttentionParts,
     Heads,
@@ -42,6 +51,7 @@ from fisher_vmap.kernels.rotary_attention import (
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import BlockCall, check_primal, hooks, output_of, with_hidden
 from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.wrappers import has_hooks
 
 Forward = Callable[..., Any]
 
@@ -209,10 +219,24 @@ def rules_for(block: nn.Module) -> Iterator[BlockRule]:
     attention, parts = attentions[0]
     if attention_scale(attention) is None:
         return
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in block.modules()):
+    if has_hooks(block) or any("forward" in vars(m) for m in block.modules()):
         return
     for places in PLACES.get(len(norms), ()):
         yield BlockRule(dict(zip(places, norms, strict=True)), attention, parts, mlps[0])
+
+
+def why_no_rule(block: nn.Module) -> str:
+    """Why `rules_for` has no rule for a block, in words."""
+    if has_hooks(block):
+        return "it has a hook"
+    if any("forward" in vars(m) for m in block.modules()):
+        return "a forward in it has been exchanged"
+    children = list(block.children())
+    if not any(parts_of(module) is not None for module in children):
+        return "its attention is not of the plain rotary kind"
+    if not any(is_gated_mlp(module) for module in children):
+        return "its MLP is not a gated one"
+    return "its parts are others than norms, rotary attention and gated MLP"
 
 
 # Of what forwards compute, how much is kept for the pullback; the blocks that find no room run again.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_vmap.kernels.attention import AttentionKind, Group, attention, group_prompts
-from fisher_vmap.model.layout import Layout
+from fisher_vmap.kernels.attention import AttentionKind, attention
+from fisher_vmap.model.layout import Group, Layout, group_prompts
 
 NAME = "fisher_vmap"
 

@@ -26,16 +26,8 @@ from fisher_vmap.linearize.compare import (
     measured_budget,
     noise_between,
 )
-from fisher_vmap.linearize.plain import (
-    Plain,
-    Reference,
-    first_line,
-    plain_autograd,
-    plain_log_probs,
-    positions_in,
-    reference_of,
-)
-from fisher_vmap.linearize.probe import Choice, Probe
+from fisher_vmap.linearize.model_info import Choice, ModelInfo
+from fisher_vmap.linearize.plain import Plain, Reference, first_line, plain_autograd, plain_log_probs, reference_of
 from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.validation import is_out_of_memory
@@ -43,7 +35,6 @@ from fisher_vmap.model.wrappers import is_hooked
 
 log = logging.getLogger(__name__)
 
-AUDITS = ("auto", "always", "off")
 SHARE = 0.01  # of a batch's work that its audit may take; where it would take more, only some batches are audited
 SCORE_SHARE = 0.02  # of a shard's work that the audit of a score may take
 ALONE = 3  # times as long as its share of a batch takes one prompt by itself
@@ -76,14 +67,8 @@ class Found:
     likeliest: bool
 
 
-def check_audit(audit: str) -> None:
-    """Raise ValueError unless an audit has this name."""
-    if audit not in AUDITS:
-        raise ValueError(f"audit is {audit!r}; expected 'auto', 'always' or 'off'")
-
-
 def plan_audit(
-    model: nn.Module, known: Probe, layout: Layout, forms: Mapping[str, Choice], vectors: int, audit: str
+    model: nn.Module, known: ModelInfo, layout: Layout, forms: Mapping[str, Choice], vectors: int, audit: str
 ) -> Plan:
     """What of a batch is audited: it depends on the batch, and on how many came before in the shard, or at all.
 
@@ -123,7 +108,7 @@ def plan_audit(
     return Plan(one) if hooked or mark % _apart(share, SHARE) == 0 else Plan()
 
 
-def _work(model: nn.Module, known: Probe, layers: Sequence[str], vectors: int) -> tuple[int, int, int]:
+def _work(model: nn.Module, known: ModelInfo, layers: Sequence[str], vectors: int) -> tuple[int, int, int]:
     """The work of a token in a forward, in plain autograd and in a batch, in passes of a row through a block."""
     order, blocks = list(known.parts.call_order), len(decoder_blocks(model))
     above = max(len(order) - 1 - order.index(layer) if layer in order else blocks for layer in layers)
@@ -136,7 +121,12 @@ def _apart(share: float, most: float) -> int:
 
 
 def due_batch(
-    model: nn.Module, known: Probe, layers: Sequence[str], vectors: int, number: int, batches: Sequence[Sequence[int]]
+    model: nn.Module,
+    known: ModelInfo,
+    layers: Sequence[str],
+    vectors: int,
+    number: int,
+    batches: Sequence[Sequence[int]],
 ) -> int:
     """The batch of a run's shard, from 1, of which a score is audited if none was before; 0: none.
 
@@ -156,9 +146,10 @@ def due_batch(
     return len(batches) if zlib.crc32(str(number).encode()) % _apart(share, SCORE_SHARE) == 0 else 0
 
 
-def remember_reach(known: Probe, kernel: str, forms: Mapping[str, Choice], layout: Layout, plan: Plan) -> None:
+def remember_reach(known: ModelInfo, kernel: str, forms: Mapping[str, Choice], layout: Layout, plan: Plan) -> None:
     """Note that a batch has been computed, and that its forms are proven as far as the scores of it that agreed."""
     known.calls += 1
+    known.audits += bool(plan.scores or plan.log_probs)
     known.scored = known.scored or bool(plan.scores)
     longest = max((layout.lengths[b] for b in plan.scores), default=0)
     rows = sum(layout.lengths) if len(layout.lengths) - 1 in plan.scores else 0
@@ -174,7 +165,7 @@ class ShardForms:
     So a shard's results are the same whichever process computes it, and after whichever others.
     """
 
-    def __init__(self, known: Probe) -> None:
+    def __init__(self, known: ModelInfo) -> None:
         self._known = known
         self._before = dict(known.forms)
         self._changes = known.changes
@@ -198,7 +189,7 @@ class ShardForms:
 
 
 @contextmanager
-def one_shard(known: Probe, due: int) -> Iterator[ShardForms]:
+def one_shard(known: ModelInfo, due: int) -> Iterator[ShardForms]:
     """Within the context the batches are those of one shard of a run.
 
     Args:
@@ -213,9 +204,7 @@ def one_shard(known: Probe, due: int) -> Iterator[ShardForms]:
         known.parts, known.why_no_head, known.forms, known.due = before
 
 
-def why_wrong(
-    model: nn.Module, known: Probe, layout: Layout, found: Found, plan: Plan, positions: str | Tensor
-) -> dict[str, str]:
+def why_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Found, plan: Plan) -> dict[str, str]:
     """For each layer whose numbers are not the model's, how; the model must be as it is, with nothing of ours in it.
 
     Args:
@@ -224,7 +213,6 @@ def why_wrong(
         layout: the batch.
         found: what was computed.
         plan: what is audited.
-        positions: where the bias is added.
     """
     layers = list(found.gradients)
     for b in plan.log_probs:
@@ -234,24 +222,21 @@ def why_wrong(
             return dict.fromkeys(layers, wrong)
     wrong_at: dict[str, str] = {}
     for b in plan.scores:
-        wrong_at |= _scores_wrong(model, known, layout, found, b, positions)
+        wrong_at |= _scores_wrong(model, known, layout, found, b)
     return wrong_at
 
 
-def _scores_wrong(
-    model: nn.Module, known: Probe, layout: Layout, found: Found, b: int, positions: str | Tensor
-) -> dict[str, str]:
+def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Found, b: int) -> dict[str, str]:
     layers = list(found.gradients)
     reference = reference_of(model, layout, b)
     rank = _weightiest(found, b)
     token_1 = found.token_ids[b, rank : rank + 1]
-    where = positions_in(reference, positions, layout, b)
     gather = known.parts.gather and not is_hooked(model)
 
     def plainly() -> Plain:
         # Some quantised layers have no backward, and autograd does not say so: theirs is of their matrix.
         with quantized_pullbacks(model):
-            return plain_autograd(model, reference, layers, token_1, where, gather)
+            return plain_autograd(model, reference, layers, token_1, gather)
 
     reason = ""
     try:
@@ -295,7 +280,7 @@ def _weightiest(found: Found, b: int) -> int:
 
 
 def _log_probs_wrong(
-    model: nn.Module, known: Probe, reference: Reference, log_probs_V: Tensor, found: Found, b: int
+    model: nn.Module, known: ModelInfo, reference: Reference, log_probs_V: Tensor, found: Found, b: int
 ) -> str | None:
     if bool(log_probs_V.isnan().any()):
         return None

@@ -17,23 +17,20 @@ had at the last positions, in every batch. Where it has not, since nobody needs 
 returned just that before, on prompts of the run, and what counts as having a row for each position is the same.
 """
 
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fisher_vmap.kernels.autograd import Scratch
-from fisher_vmap.kernels.decoder_block import Forward, Rules, pullback_by_rule
+from fisher_vmap.kernels.decoder_block import Rules, pullback_by_rule
 from fisher_vmap.kernels.hf_attention import KeysCaptured, against_keys, capturing_keys
-from fisher_vmap.model.head import UnembeddingHead
+from fisher_vmap.linearize.model_info import Places
 from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.offload import weights_ready
-from fisher_vmap.model.patches import OldFunction
-from fisher_vmap.model.recording import BlockCall, Recording, StructureChanged, check_primal, with_hidden
+from fisher_vmap.model.recording import BlockCall, Recording, check_primal, with_hidden
 
 # Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
 # prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.
@@ -50,10 +47,9 @@ def cotangents_at_a_time(cotangents: int, rows: int, device: torch.device) -> in
 
 
 class Arrived(NamedTuple):
-    """The cotangents at a hooked block's output, [B, T, K, D], and that output itself, [B, T, D]."""
+    """The cotangents at a hooked layer's output, [B, T, K, D]."""
 
     layer: str
-    hidden: Tensor
     cotangents: Tensor
 
 
@@ -81,7 +77,7 @@ def pullback_blocks(
         call = recording.calls.pop()
         rule = rules.get(call.block)
         if call.name in layers:
-            yield Arrived(call.name, expected, cotangents)
+            yield Arrived(call.name, cotangents)
             cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
         cotangents = cotangents.to(call.hidden.device).contiguous()
         by_rule = False
@@ -92,7 +88,7 @@ def pullback_blocks(
             cotangents = pullback_block(call, expected, cotangents, chunk_size)
         expected = call.hidden
     check_primal(f"what {recording.below} returned", recording.bottom, expected)
-    yield Arrived(recording.below, expected, cotangents)
+    yield Arrived(recording.below, cotangents)
 
 
 def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None) -> Tensor:
@@ -163,37 +159,35 @@ def push_function(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
-log = logging.getLogger(__name__)
-
-
 class NotPositionwise(Exception):
     """The block is given something whose positions cannot be told."""
 
 
-Places = frozenset[tuple[Any, ...]]
-"""Where among a call's arguments tensors have a row for each position: keys and indices from the outside in."""
+class LastBlock(NamedTuple):
+    """The last block at the last rows: its call, its output there, [B, D], and the pullback of cotangents of that."""
 
-
-class TopRows(NamedTuple):
-    """The last block at the last rows: its output there, [B, D], and the pullback of cotangents of that."""
-
+    call: BlockCall
     rows: Tensor
     pull: Callable[[Tensor, int | None], Tensor]
     """[K, B, D] and how many cotangents at a time, to the cotangents of the block's input, [1, N, K, D]."""
 
 
-def open_top(call: BlockCall, layout: Layout) -> TopRows:
+def open_last(call: BlockCall, layout: Layout, top: Tensor | None = None) -> LastBlock:
     """Run the last block at the last rows.
 
     Args:
         call: the last call of the forward, on packed prompts; it need not have been made.
         layout: of the batch, packed.
+        top: [1, N, D], what the call returned; None: it has not been made.
 
     Raises:
         NotPositionwise: the block cannot be cut like this; run it whole.
+        StructureChanged: it was cut and returned something else than before.
     """
     with weights_ready(call.block):
         primal, pullback = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
+    if top is not None:
+        check_primal(f"the replay of {call.name} at the last positions", primal[0], layout.targets_of(top))
 
     def pull(cotangents_KBD: Tensor, chunk_size: int | None) -> Tensor:
         cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)
@@ -201,24 +195,23 @@ def open_top(call: BlockCall, layout: Layout) -> TopRows:
             (below,) = vmap(pullback, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
         return below  # type: ignore[no-any-return]
 
-    return TopRows(primal[0], pull)
+    return LastBlock(call, primal[0], pull)
 
 
-def proven_places(call: BlockCall, layout: Layout, top: Tensor) -> Places | None:
-    """Where a last call's arguments have rows, if cut there it returns what it had; None if it cannot be cut.
+def proven_places(call: BlockCall, layout: Layout, top: Tensor) -> Places:
+    """Where a last call's arguments have rows, if cut there it returns what it had.
 
     Args:
         call: the last call, on packed prompts.
         layout: of the batch, packed.
         top: [1, N, D], what the call returned.
+
+    Raises:
+        NotPositionwise: it cannot be cut.
+        StructureChanged: cut, it returns something else.
     """
-    try:
-        rows = open_top(call, layout).rows
-        check_primal(f"the replay of {call.name} at the last positions", rows, layout.last(top))
-        return places_of(call, layout)
-    except (NotPositionwise, StructureChanged) as reason:
-        log.debug("the last block is run whole: %s", reason)
-        return None
+    open_last(call, layout, top)
+    return places_of(call, layout)
 
 
 def places_of(call: BlockCall, layout: Layout) -> Places:
@@ -244,41 +237,18 @@ def places_of(call: BlockCall, layout: Layout) -> Places:
     return frozenset(found)
 
 
-def pullback_top(
-    call: BlockCall, layout: Layout, top: Tensor, cotangents_KBD: Tensor, chunk_size: int | None
-) -> Tensor:
-    """Cotangents of the last rows of the last block's output to those of its input, [1, N, K, D].
-
-    Args:
-        call: the last call of the forward, on packed prompts.
-        layout: of the batch, packed.
-        top: [1, N, D], what the call returned.
-        cotangents_KBD: [K, B, D].
-        chunk_size: how many cotangents at a time; None: all at once.
-
-    Raises:
-        NotPositionwise: the block cannot be cut like this; pull it back whole.
-        StructureChanged: it was cut and returned something else than before.
-    """
-    opened = open_top(call, layout)
-    check_primal(f"the replay of {call.name} at the last positions", opened.rows, layout.last(top))
-    return opened.pull(cotangents_KBD, chunk_size)
-
-
-def pushforward_top(call: BlockCall, layout: Layout, top: Tensor, tangents: Tensor, chunk_size: int | None) -> Tensor:
-    """Tangents of the last block's input, [1, N, K, D], to those of the last rows of its output, [K, B, D].
-
-    Arguments and errors as for `pullback_top`.
-    """
-    what, last = f"the replay of {call.name} at the last positions", layout.last_rows(top.device)
+def pushforward_last(last: LastBlock, layout: Layout, tangents: Tensor, chunk_size: int | None) -> Tensor:
+    """Tangents of the last block's input, [1, N, K, D], to those of the last rows of its output, [K, B, D]."""
+    call, what = last.call, f"the replay of {last.call.name} at the last positions"
     with weights_ready(call.block):
-        moved = push_function(what, _at_last_rows(call, layout), call.hidden, top[:, last], tangents, chunk_size)
+        function = _at_last_rows(call, layout)
+        moved = push_function(what, function, call.hidden, last.rows[None], tangents, chunk_size)
     return moved[0].transpose(0, 1)
 
 
 def _at_last_rows(call: BlockCall, layout: Layout) -> Callable[[Tensor], Tensor]:
     """The block as a function from all rows of its input, [1, N, D], to the last rows of its output, [1, B, D]."""
-    last = layout.last_rows(call.hidden.device)
+    last = layout.target_rows(call.hidden.device)
     args, kwargs = at_rows((call.args, dict(call.kwargs)), last, layout.input_ids.numel())
 
     def rows(hidden: Tensor) -> Tensor:
@@ -330,35 +300,3 @@ def _has_rows(tensor: Tensor, count: int) -> bool:
     if count in tensor.shape:
         raise NotPositionwise(f"a tensor of shape {tuple(tensor.shape)}")
     return False
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What there is in a model, and what may be done with it.
-
-    Attributes:
-        blocks: the decoder blocks by name.
-        call_order: the names of the blocks in the order of their calls.
-        head: the head taken apart; None where only the model itself can make its logits.
-        vocabulary: V, the number of logits.
-        why_not_packed: why prompts cannot be packed end to end; empty where nothing is known to speak against it.
-        gather: whether what follows the output embedding looks at each position alone.
-        above: the ids of the modules that return after the last block has: the final norm, the model itself.
-        fused: modules inside the blocks that have a fused pullback, with the forward that has it.
-        rules: blocks that are pulled back as a whole by hand, where prompts are packed.
-        old_functions: the model's autograd functions that torch.func cannot transform as they are.
-        top_places: where the last block's arguments have a row for each position; None: it is not known to be right
-            if its forward is cut at the last rows.
-    """
-
-    blocks: Mapping[str, nn.Module]
-    call_order: Sequence[str]
-    head: UnembeddingHead | None
-    vocabulary: int
-    why_not_packed: str
-    gather: bool
-    above: frozenset[int]
-    fused: Sequence[tuple[nn.Module, Forward]]
-    rules: Rules
-    old_functions: Sequence[OldFunction]
-    top_places: Places | None = None

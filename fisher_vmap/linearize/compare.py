@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from fisher_vmap.kernels.hf_attention import UnsupportedAttention, attention_set_to, prompts_packed
 from fisher_vmap.kernels.quantized import quantized_linears
-from fisher_vmap.linearize.block import Parts
-from fisher_vmap.linearize.blockwise import run_form
-from fisher_vmap.linearize.output import Scores, Wanted
+from fisher_vmap.linearize.linear_map import KernelOptions
+from fisher_vmap.linearize.model_info import Choice, ModelInfo, Parts
 from fisher_vmap.linearize.plain import (
     Plain,
     first_line,
@@ -30,11 +29,12 @@ from fisher_vmap.linearize.plain import (
     plain_log_probs,
     reference_of,
 )
-from fisher_vmap.linearize.probe import Choice, Probe, excerpt
+from fisher_vmap.linearize.probe import excerpt
+from fisher_vmap.linearize.scores import Scores, Wanted, attention_of, run_choice
 from fisher_vmap.model.layout import Layout, pack_rows
 from fisher_vmap.model.offload import model_dtype, put_aside
 from fisher_vmap.model.recording import StructureChanged, run_blocks
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.widening import NARROW, in_float32
 from fisher_vmap.model.wrappers import is_hooked
 
@@ -61,7 +61,7 @@ def arithmetic(model: nn.Module, autocast: Collection[torch.dtype]) -> torch.dty
     return max(formats, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def budget_of(model: nn.Module, layer: str, known: Probe) -> Budget:
+def budget_of(model: nn.Module, layer: str, known: ModelInfo) -> Budget:
     """What is allowed at a layer, by the arithmetic and the noise that the proof has found."""
     dtype = known.arithmetic
     if dtype in NARROW and layer in known.noise:
@@ -110,7 +110,7 @@ def in_wide(model: nn.Module, compute: Callable[[], Any]) -> Any:
         with in_float32(model, keep=False):
             return compute()
     except (RuntimeError, TypeError, ValueError) as error:  # a hook with weights of its own, say
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_our_fault(error):
             raise
         return None
 
@@ -178,7 +178,7 @@ def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expecte
     try:
         plain = compute()
     except Exception as error:  # a hook of the user may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_our_fault(error):
             raise
         raise not_differentiable(model, layers, error) from error
     finite = finite and all(bool(x.isfinite().all()) for one in plain for x in one.scores.values())
@@ -198,31 +198,20 @@ def not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception
     )
 
 
-def run_choice(
-    choice: Choice, model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], wanted: Wanted
-) -> Scores:
-    """The scores of a batch by a form, under the attention that it goes with."""
-    with attention_set_to(model, attention_of(choice, known)):
-        parts = known.under(choice.attention).parts
-        return run_form(choice.form, choice.prompts, model, parts, layout, layers, wanted)
-
-
-def attention_of(choice: Choice, known: Probe) -> str | None:
-    """The attention implementation that a form runs under; None: the model's own."""
-    return None if choice.attention == "own" else known.under(choice.attention).attention
-
-
-def why_wrong(model: nn.Module, known: Probe, expected: Expected, layers: Sequence[str], choice: Choice) -> str | None:
+def why_wrong(
+    model: nn.Module, known: ModelInfo, expected: Expected, layers: Sequence[str], choice: Choice
+) -> str | None:
     """How a form fails on the excerpt; None where it agrees. What was measured of the noise is kept."""
 
     def run() -> Scores:
-        return run_choice(choice, model, known, expected.few, layers, Wanted(0, expected.token_ids, "all", None))
+        wanted, options = Wanted(0, expected.token_ids), KernelOptions(precision="model")
+        return run_choice(choice, model, known, expected.few, layers, wanted, options)
 
     try:
         found = run()
         wide = in_wide(model, run) if expected.wide is not None else None
     except Exception as error:  # a hook of the user may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_our_fault(error):
             raise
         return first_line(error)
     if not expected.finite:
@@ -267,7 +256,7 @@ def _distances(
     return None
 
 
-def excerpt_for(model: nn.Module, known: Probe, layout: Layout, choice: Choice) -> Layout:
+def excerpt_for(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> Layout:
     """Two short prompts of a batch; of a hooked model all of it as it is, for hooks may be made for its shape.
 
     Raises:

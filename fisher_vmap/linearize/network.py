@@ -1,8 +1,8 @@
-"""The upper network as the linear map J that it is to first order, with its two products open to any vectors.
+"""`LinearizedNetwork`: the linear map of a batch for users, and for estimators that need both of its products.
 
 J = dh / dtheta for each prompt: theta a bias at a hooked layer, h the last token's residual stream after the last
-block, before the final norm. `pullback` is J^T times vectors, `pushforward` is J times vectors. Where a model's head
-cannot be told from the rest of it, h is its logits.
+block, before the final norm. Where a model's head cannot be told from the rest of it, h is its logits. Layers of one
+form share a `LinearMap`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from fisher_vmap.linearize.audit import Found, plan_audit, remember_reach, why_wrong
 from fisher_vmap.linearize.compare import budget_of
-from fisher_vmap.linearize.output import Metric, metric
-from fisher_vmap.linearize.probe import Choice, Probe, differentiable, excerpt
+from fisher_vmap.linearize.linear_map import KernelOptions, LinearMap, differentiable
+from fisher_vmap.linearize.model_info import Choice, ModelInfo
+from fisher_vmap.linearize.output import Asked, Distribution, distribution
+from fisher_vmap.linearize.probe import excerpt
+from fisher_vmap.linearize.scores import groups_of, opened
 from fisher_vmap.linearize.select import choose_forms, give_up
-from fisher_vmap.linearize.upper import Choices, Upper, open_upper
-from fisher_vmap.model.layout import Layout, as_given, batches_apart
+from fisher_vmap.model.layout import Layout, batches_apart
 from fisher_vmap.model.patches import autocast_off
-from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.recording import StructureChanged
-from fisher_vmap.model.validation import check_tensor, is_out_of_memory
+from fisher_vmap.model.validation import check_tensor, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
 
 AUDITED = 2  # of the likeliest tokens that are read off for the audit
@@ -38,19 +39,19 @@ class LinearizedNetwork:
     norm.
     """
 
-    def __init__(self, uppers: Mapping[str, Upper]) -> None:
-        self._uppers = dict(uppers)
-        self._metrics: dict[int, Metric] = {}
+    def __init__(self, maps: Mapping[str, LinearMap]) -> None:
+        self._maps = dict(maps)
+        self._metrics: dict[int, Distribution] = {}
 
     @property
     def layers(self) -> list[str]:
         """The names of the hooked layers."""
-        return list(self._uppers)
+        return list(self._maps)
 
     @property
     def output(self) -> Tensor:
         """The h of each prompt at bias zero, [B, D]; [B, V] where h is the logits."""
-        return next(iter(self._uppers.values())).rows
+        return next(iter(self._maps.values())).rows
 
     @autocast_off()
     def pullback(
@@ -74,8 +75,8 @@ class LinearizedNetwork:
             raise ValueError("pullback takes either cotangents or token_ids; give one of the two")
         if cotangents is None:
             cotangents = self._token_rows(name, token_ids)
-        self._check(cotangents, self._uppers[name].rows.shape[-1])
-        return self._uppers[name].pull(cotangents, [name])[name].gradients
+        self._check(cotangents, self._maps[name].rows.shape[-1])
+        return self._maps[name].pull(cotangents, [name])[name].gradients
 
     @autocast_off()
     def pushforward(self, tangents: Tensor, layer: str | None = None, *, token_ids: Tensor | None = None) -> Tensor:
@@ -93,24 +94,24 @@ class LinearizedNetwork:
             ValueError: shapes that do not fit, or a layer that is not hooked.
         """
         name = self._layer(layer)
-        self._check(tangents, self._uppers[name].widths[name])
-        moved_BKX = self._uppers[name].push(tangents, name)
+        self._check(tangents, self._maps[name].widths[name])
+        moved_BKX = self._maps[name].push(tangents, name)
         if token_ids is None:
             return moved_BKX
         return torch.einsum("bkx,bnx->bkn", moved_BKX, self._token_rows(name, token_ids).to(moved_BKX))
 
     @autocast_off()
-    def metric(self, layer: str | None = None) -> Metric:
+    def metric(self, layer: str | None = None) -> Distribution:
         """The output metric C at h, with which F = J^T C J is the Fisher matrix of the whole vocabulary."""
-        upper = self._uppers[self._layer(layer)]
-        if id(upper) not in self._metrics:
+        net = self._maps[self._layer(layer)]
+        if id(net) not in self._metrics:
             with torch.no_grad():
-                self._metrics[id(upper)] = metric(upper.head, upper.rows)
-        return self._metrics[id(upper)]
+                self._metrics[id(net)] = distribution(net.head, net.rows)
+        return self._metrics[id(net)]
 
-    def sharing(self) -> list[Upper]:
-        """The upper networks behind the layers: those of one form share a forward pass and their pullbacks."""
-        return list({id(upper): upper for upper in self._uppers.values()}.values())
+    def maps(self) -> list[LinearMap]:
+        """The maps behind the layers: those of one form share a forward pass and their pullbacks."""
+        return list({id(net): net for net in self._maps.values()}.values())
 
     def _token_rows(self, layer: str, token_ids: Tensor | None) -> Tensor:
         B = len(self.output)
@@ -127,9 +128,9 @@ class LinearizedNetwork:
             return c.rows(token_ids)
 
     def _layer(self, layer: str | None) -> str:
-        if layer is None and len(self._uppers) == 1:
-            return next(iter(self._uppers))
-        if layer is None or layer not in self._uppers:
+        if layer is None and len(self._maps) == 1:
+            return next(iter(self._maps))
+        if layer is None or layer not in self._maps:
             raise ValueError(f"layer is {layer!r}; expected one of the hooked layers, {self.layers}")
         return layer
 
@@ -142,36 +143,27 @@ class LinearizedNetwork:
 
 def linearize(
     model: nn.Module,
-    known: Probe,
+    known: ModelInfo,
     layout: Layout,
     layers: Sequence[str],
-    *,
-    positions: str | Tensor = "all",
-    chunk_size: int | None = None,
-    kernel: str = "auto",
-    precision: str = "auto",
-    audit: str = "auto",
+    options: KernelOptions,
     vectors: int = 16,
 ) -> LinearizedNetwork:
-    """Open the upper network of a batch, in the form that each layer is trusted with; the model must be `as_it_is`.
+    """Open the linear map of a batch, in the form that each layer is trusted with; the model must be `as_it_is`.
 
     Args:
         model: the causal LM.
         known: what the probe found.
         layout: the batch, padded.
         layers: the names of the hooked layers.
-        positions: where the bias is added.
-        chunk_size: vectors at a time.
-        kernel: the form asked for.
-        precision: as for `fisher_scores`.
-        audit: as for `fisher_scores`.
+        options: how it is computed.
         vectors: about how many will be pulled and pushed.
 
     Raises:
         OneAtATime: the prompts can be computed one at a time alone.
         ValueError: no form of the model has both products, or they are not adjoint to each other.
     """
-    precision = choose_precision(model, precision).name
+    options = options.on(model)
     if len(batches_apart(model, layout.lengths)) > 1:
         raise ValueError(
             "this model's rotary embedding depends on the longest prompt of a batch, and these prompts would differ: "
@@ -179,53 +171,63 @@ def linearize(
         )
     while True:
         with differentiable(model):
-            forms = choose_forms(model, known, layout, layers, kernel)
-            _prove(model, known, layout, layers, forms, precision)
-        net = _opened(model, known, layout, layers, forms, Choices(positions, chunk_size, precision))
-        plan = plan_audit(model, known, layout, forms, vectors, audit)
+            forms = choose_forms(model, known, layout, layers, options.kernel)
+            _prove(model, known, layout, layers, forms, options)
+        net = _opened(model, known, layout, layers, forms, options)
+        plan = plan_audit(model, known, layout, forms, vectors, options.audit)
         wrong: dict[str, str] = {}
         if plan.scores or plan.log_probs:
-            for upper in net.sharing():
-                found = _found(upper, scores=bool(plan.scores))
-                wrong |= why_wrong(model, known, layout, found, plan, positions)
+            for one in net.maps():
+                wrong |= why_wrong(model, known, layout, _found(one, scores=bool(plan.scores)), plan)
         if not wrong:
-            remember_reach(known, kernel, forms, layout, plan)
+            remember_reach(known, options.kernel, forms, layout, plan)
             return net
         with differentiable(model):
-            give_up(model, known, layout, kernel, wrong)
+            give_up(model, known, layout, options.kernel, wrong)
 
 
-def _found(upper: Upper, scores: bool) -> Found:
+def _found(net: LinearMap, scores: bool) -> Found:
     """The likeliest tokens of each prompt, and their scores where these are wanted, for the audit."""
-    reading = upper.head.read(upper.rows, AUDITED, None)
-    summed = upper.pull(reading.cotangents.transpose(0, 1)) if scores else {}
-    device = upper.layout.device
-    gradients = {layer: summed[layer].gradients if scores else upper.rows[:, :0] for layer in upper.layers}
-    return Found(reading.log_probs.to(device), reading.token_ids.to(device), gradients, upper.residual_norm, True)
+    with net.prepared():
+        reading = distribution(net.head, net.rows, Asked(AUDITED)).reading
+        summed = net.pull(reading.cotangents.transpose(0, 1)) if scores else {}
+    device = net.layout.device
+    gradients = {layer: summed[layer].gradients if scores else net.rows[:, :0] for layer in net.layers}
+    return Found(reading.log_probs.to(device), reading.token_ids.to(device), gradients, net.residual_norm, True)
 
 
 def _opened(
     model: nn.Module,
-    known: Probe,
+    known: ModelInfo,
     layout: Layout,
     layers: Sequence[str],
     forms: Mapping[str, Choice],
-    choices: Choices,
+    options: KernelOptions,
 ) -> LinearizedNetwork:
-    uppers: dict[str, Upper] = {}
+    maps: dict[str, LinearMap] = {}
     for key in dict.fromkeys(forms[layer].key for layer in layers):
         group = [layer for layer in layers if forms[layer].key == key]
         choice = forms[group[0]]
-        if choice.prompts == "alone" and len(layout.lengths) > 1:
+        if choice.form == "loop":
+            raise ValueError(
+                "the kernel of this model is the loop, plain autograd token by token, so that its upper network cannot "
+                "be linearised: use estimator topk"
+            )
+        groups = groups_of(choice, model, layout)
+        if len(groups) > 1:
             raise OneAtATime(f"these prompts can only be linearised one at a time ({choice.why}); give one a batch")
-        stands = as_given(layout) if choice.prompts == "given" else layout
-        upper = open_upper(choice.form, model, known.under(choice.attention), stands, group, choices)
-        uppers |= dict.fromkeys(group, upper)
-    return LinearizedNetwork({layer: uppers[layer] for layer in layers})
+        with opened(choice, model, known, groups[0][1], group, options) as net:
+            maps |= dict.fromkeys(group, net)
+    return LinearizedNetwork({layer: maps[layer] for layer in layers})
 
 
 def _prove(
-    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], forms: Mapping[str, Choice], precision: str
+    model: nn.Module,
+    known: ModelInfo,
+    layout: Layout,
+    layers: Sequence[str],
+    forms: Mapping[str, Choice],
+    options: KernelOptions,
 ) -> None:
     """U . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
     new = [layer for layer in layers if (layer, forms[layer].key) not in known.adjoint]
@@ -234,12 +236,12 @@ def _prove(
     few = layout if is_hooked(model) else excerpt(layout, PROOF_TOKENS)
     generator = torch.Generator().manual_seed(0)
     try:
-        net = _opened(model, known, few, new, forms, Choices(precision="model" if precision == "mixed" else precision))
+        precision = "model" if options.precision == "mixed" else options.precision
+        net = _opened(model, known, few._replace(positions="all"), new, forms, KernelOptions(precision=precision))
         for layer in new:
-            upper = net._uppers[layer]
-            rows = upper.rows
+            rows = net._maps[layer].rows
             u = torch.randn(len(rows), 2, rows.shape[1], generator=generator, device="cpu").to(rows)
-            v = torch.randn(len(rows), 2, upper.widths[layer], generator=generator, device="cpu").to(rows)
+            v = torch.randn(len(rows), 2, net._maps[layer].widths[layer], generator=generator, device="cpu").to(rows)
             moved, pulled = net.pushforward(v, layer).to(u.device), net.pullback(u, layer).to(u.device)
             left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
             right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())
@@ -252,7 +254,7 @@ def _prove(
                 )
             known.adjoint.add((layer, forms[layer].key))
     except (StructureChanged, RuntimeError, NotImplementedError, TypeError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_our_fault(error):
             raise
         raise ValueError(
             f"this model has no forward derivatives ({type(error).__name__}: {str(error).splitlines()[0][:160]}); use "

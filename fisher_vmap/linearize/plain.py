@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fisher_vmap.linearize.positions import position_mask, residual_norm
+from fisher_vmap.linearize.linear_map import residual_norm
 from fisher_vmap.linearize.whole import rows_from_logits
 from fisher_vmap.model.layers import Place, decoder_blocks, hooked
 from fisher_vmap.model.layout import Layout, alone, as_given, forget_lengths
 from fisher_vmap.model.offload import put_aside, saved_aside
 from fisher_vmap.model.recording import forwards_set, hooks, inputs_of, output_of, with_output
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import hook_behind, is_hooked
 
 GRAPH_ROWS = 8192  # rows of all blocks together whose graph is kept; of longer prompts it is made again, block by block
@@ -87,7 +87,7 @@ def _why_not(model: nn.Module, reference: Reference) -> Exception | None:
         with torch.no_grad():
             logits: Tensor = model(**inputs_of(model, reference.layout)).logits
     except Exception as error:  # a hook of the user may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_our_fault(error):
             raise
         return error
     if logits.shape[:2] == ids.shape:
@@ -121,7 +121,6 @@ def plain_autograd(
     reference: Reference,
     layers: Sequence[str],
     token_ids: Tensor,
-    positions: str | Tensor = "all",
     gather: bool = False,
 ) -> Plain:
     """Scores of tokens [K] by the plainest means: the model's own attention, logits and backward.
@@ -131,7 +130,6 @@ def plain_autograd(
         reference: the prompt.
         layers: names of hooked modules.
         token_ids: [K].
-        positions: where the bias is added: "all", "last", or a mask of the reference's columns.
         gather: whether the last rows alone are unembedded, which is right where what follows looks at one position.
 
     Raises:
@@ -149,7 +147,7 @@ def plain_autograd(
             norms[name] = float(residual_norm(place.gathered(hidden.detach()), layout)[b])
             if name not in biases:
                 biases[name] = hidden.new_zeros(1, 1, hidden.shape[-1]).requires_grad_()
-            return with_output(output, hidden + place.spread(_spread(biases[name], positions, layout, b)))
+            return with_output(output, hidden + place.spread(_spread(biases[name], layout, b)))
 
         return after
 
@@ -169,27 +167,19 @@ def plain_autograd(
     return Plain(log_p_V.detach().to(layout.device), scores, norms)
 
 
-def positions_in(reference: Reference, positions: str | Tensor, layout: Layout, b: int) -> str | Tensor:
-    """Where the bias is added in the reference: a mask of the caller's columns, [B, W], is cut to the prompt."""
-    if isinstance(positions, str) or reference.given:
-        return positions
-    start = layout.start[b]
-    return positions[b : b + 1, start : start + layout.lengths[b]]
-
-
 def _log_softmax(row_V: Tensor) -> Tensor:
     return row_V.to(torch.promote_types(row_V.dtype, torch.float32)).log_softmax(0)
 
 
-def _spread(bias_11D: Tensor, positions: str | Tensor, layout: Layout, b: int) -> Tensor:
+def _spread(bias_11D: Tensor, layout: Layout, b: int) -> Tensor:
     """The bias where it is added: everywhere, [1, 1, D], or at some rows of one prompt of the layout, [B, T, D]."""
-    if isinstance(positions, str) and positions == "all" and len(layout.lengths) == 1:
+    if isinstance(layout.positions, str) and layout.positions == "all" and len(layout.lengths) == 1:
         return bias_11D
     where_N = torch.zeros(layout.input_ids.numel(), dtype=torch.bool, device=layout.device)
     first, stop = layout.ranges()[b]
     where_N[first:stop] = True
-    if (mask_N := position_mask(positions, layout)) is not None:
-        where_N &= mask_N.to(layout.device)
+    if (mask_N := layout.bias_mask()) is not None:
+        where_N &= mask_N.bool()
     return bias_11D * where_N.view(*layout.input_ids.shape, 1).to(bias_11D)
 
 

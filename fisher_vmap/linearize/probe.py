@@ -8,33 +8,37 @@ the one just below it has another way to the bias: keys and values shared betwee
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_vmap.kernels import hf_attention
-from fisher_vmap.kernels.decoder_block import BlockRule, Forward, Rules, fused_forward, proven_blocks, rules_for
+from fisher_vmap.kernels.decoder_block import (
+    BlockRule,
+    Forward,
+    Rules,
+    fused_forward,
+    proven_blocks,
+    rules_for,
+    why_no_rule,
+)
 from fisher_vmap.kernels.hf_attention import attention_set_to, noting_odd_masks, prompts_packed, supports_ours
-from fisher_vmap.kernels.quantized import quantized_pullbacks
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward, proven_attentions
-from fisher_vmap.linearize.block import Parts
 from fisher_vmap.linearize.find_head import watch
+from fisher_vmap.linearize.linear_map import undisturbed
+from fisher_vmap.linearize.model_info import ModelInfo, Parts, Reach
 from fisher_vmap.linearize.whole import hooked_outputs, rows_from_logits
 from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.layers import decoder_blocks, hooked, layers_of
 from fisher_vmap.model.layout import Layout, lay_out, pack_rows
-from fisher_vmap.model.offload import input_device, model_dtype, placed, saved_aside, weights_ready
-from fisher_vmap.model.patches import autocast_off, experts_apart, old_functions, one_at_a_time, own_forwards
-from fisher_vmap.model.recording import forward_inputs, hooks, output_of, run_blocks, with_output
-from fisher_vmap.model.validation import is_out_of_memory
-from fisher_vmap.model.widening import in_float32
-from fisher_vmap.model.wrappers import hook_behind, hooks_off, is_hooked
-
-Reach = list[set[int]]
+from fisher_vmap.model.offload import input_device, model_dtype, saved_aside, weights_ready
+from fisher_vmap.model.patches import old_functions
+from fisher_vmap.model.recording import StructureChanged, forward_inputs, hooks, output_of, run_blocks, with_output
+from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
+from fisher_vmap.model.wrappers import hook_behind, hooks_off, is_hooked, is_step
 
 
 def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) -> Reach:
@@ -53,7 +57,8 @@ def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Te
 
     def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output_of(output)
-        assert hidden is not None
+        if hidden is None:
+            raise StructureChanged("a block returned no tensor")
         outputs.append(hidden)
         leaves.append(hidden.detach().clone().requires_grad_())
         return with_output(output, leaves[-1].clone())  # a copy: what comes next may write into it
@@ -88,138 +93,43 @@ HOOKED_LOGITS = 2**26  # most logits of a hooked model's batch that it is watche
 NOT_THE_MODEL = ("_attn_implementation", "_attn_implementation_internal", "use_cache")
 
 
-class Choice(NamedTuple):
-    """How the scores at a layer are computed, and how far that is proven.
+MOST_KEPT = 4  # sets of hooks for which a model is remembered
 
-    Attributes:
-        form: "packed", "layerwise", "whole" or "loop".
-        attention: "ours", "plain" (transformers' eager, or the model's own), or "own".
-        prompts: "together", "alone" (one at a time) or "given" (as the caller's tensor has them).
-        why: this one.
-        length: of the longest prompt that it was proven on.
-        rows: of the largest packed batch that it was proven on.
+Hooks = tuple[tuple[int, ...], ...]  # the hooks that may change what is known, by their handles
+
+# By model, the dtype that it is computed in, and its hooks.
+_PROBES: Remembered[dict[tuple[torch.dtype, Hooks], ModelInfo]] = Remembered()
+
+
+def probe(model: nn.Module, layout: Layout) -> ModelInfo:
+    """What is known of the model; found out at the first call, and again when the model has been rebuilt since.
+
+    With other hooks than before, what a hook can change is looked at again. The rest is kept, and so is what was known
+    without these hooks.
     """
-
-    form: str
-    attention: str
-    prompts: str
-    why: str
-    length: int = 0
-    rows: int = 0
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What is run."""
-        return self.form, self.attention, self.prompts
-
-
-@dataclass
-class Probe:
-    """What is known of one model.
-
-    Attributes:
-        parts: its blocks, their order and its head.
-        reach: the structural proof.
-        attention: the attention implementation that the forms run under.
-        why_no_head: why the head could not be taken apart; empty where it could.
-        made_of: the signature of the model that was looked at.
-        finite: whether what was seen were numbers; else it holds for one batch alone.
-        forms: the form chosen for each (layer, kernel asked for), and why.
-        adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
-        plain: what is known of the model under an attention other than ours; None: not looked at, or this is it.
-        arithmetic: the narrowest format that it was found to compute in.
-        noise: for each layer, the relative distance that rounding accounts for, where it was measured.
-        log_probs_noise: the same of log-probabilities, in standard deviations over the vocabulary.
-        calls: how many batches have been computed.
-        due: the batch of a run's shard whose scores are audited, or 0; None: of a process, those numbered 1, 2, 4, ...
-        scored: whether a score of the shard, or of the process, has been audited.
-        changes: how often a form was given up after it had been chosen.
-        told: the changes that have been told.
-    """
-
-    parts: Parts
-    reach: Reach
-    attention: str | None
-    why_no_head: str
-    made_of: int
-    finite: bool
-    forms: dict[tuple[str, str], Choice] = field(default_factory=dict)
-    adjoint: set[tuple[str, tuple[str, str, str]]] = field(default_factory=set)
-    plain: "Probe | None" = None
-    arithmetic: torch.dtype = torch.float32
-    noise: dict[str, float] = field(default_factory=dict)
-    log_probs_noise: float = 0.0
-    calls: int = 0
-    due: int | None = None
-    scored: bool = False
-    changes: int = 0
-    told: set[tuple[str, str]] = field(default_factory=set)
-
-    def under(self, attention: str) -> "Probe":
-        """What is known under "ours", or "plain": the model's own attention, or transformers' eager in its place."""
-        return self if attention == "ours" or self.plain is None else self.plain
-
-
-# By model, and the dtype that it is computed in.
-_PROBES: Remembered[dict[torch.dtype, Probe]] = Remembered()
-
-
-@contextmanager
-def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
-    """Evaluation mode and the chosen dtypes, and nothing else of ours; afterwards every module is as it was.
-
-    Threads that compute on one model wait for one another here.
-
-    Args:
-        model: a causal LM.
-        precision: as `choose_precision` gave it; with "float32" the model's weights are float32 inside.
-    """
-    with one_at_a_time(model):
-        training = [module for module in model.modules() if module.training]
-        try:
-            model.eval()
-            widened = in_float32(model) if precision == "float32" else nullcontext()
-            with autocast_off(), own_forwards(model), widened:
-                yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-@contextmanager
-def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
-    """As `as_it_is`, with every layer differentiable by `torch.func`, and weights where they are needed."""
-    with as_it_is(model, precision), differentiable(model):
-        yield
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Within the context every layer can be differentiated by `torch.func`, and weights are where they are needed."""
-    with placed(model), quantized_pullbacks(model), experts_apart(model):
-        yield
-
-
-def probe(model: nn.Module, layout: Layout) -> Probe:
-    """What is known of the model; found out at the first call, and again when the model has been rebuilt since."""
     probes, dtype = _PROBES.setdefault(model, {}), model_dtype(model)
-    found, made_of = probes.get(dtype), signature(model)
-    if found is None or found.made_of != made_of:
-        found = _look(model, looked_at(model, layout), made_of)
-        probes.pop(dtype, None)
-        if found.finite:
-            probes[dtype] = found
+    made_of, key = signature(model), (dtype, hooks_of(model))
+    for other in [other for other, info in probes.items() if other[0] == dtype and info.made_of != made_of]:
+        del probes[other]
+    found = probes.pop(key, None)
+    if found is None:
+        before = next((info for other, info in probes.items() if other[0] == dtype and not any(other[1])), None)
+        found = _look(model, looked_at(model, layout), made_of, before)
+    if found.finite:
+        probes[key] = found  # the last one used comes last
+        for other in list(probes)[:-MOST_KEPT]:
+            del probes[other]
     return found
 
 
-def known_of(model: nn.Module) -> Probe | None:
+def known_of(model: nn.Module) -> ModelInfo | None:
     """What has been found out of a model in the precision that it is computed in now; None: nothing yet."""
     probes = _PROBES.get(model) or {}
-    return probes.get(model_dtype(model)) if len(probes) != 1 else next(iter(probes.values()))
+    return probes.get((model_dtype(model), hooks_of(model))) if len(probes) != 1 else next(iter(probes.values()))
 
 
 def signature(model: nn.Module) -> int:
-    """Changes when a module or a parameter is exchanged, hooked, patched or moved; values may change freely."""
+    """Changes when a module or a parameter is exchanged, patched or moved; values may change freely."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     parts: list[object] = [getattr(config, "_attn_implementation", None), *_plain_values(text)]
@@ -227,9 +137,19 @@ def signature(model: nn.Module) -> int:
         parts += [id(module), type(module), id(vars(module).get("forward"))]
         # A module's own numbers, such as an epsilon; whole ones may be counts of its calls.
         parts += [(name, value) for name, value in vars(module).items() if type(value) is float]
-        parts += [tuple(module._forward_hooks), tuple(module._forward_pre_hooks)]
     parts += [(p.is_meta or id(p), p.dtype, p.device) for p in model.parameters()]  # put aside: another each time
     return hash(tuple(parts))
+
+
+def hooks_of(model: nn.Module) -> Hooks:
+    """The hooks that may change what is known of a model: all but steps that `steer` adds to a block or inside one."""
+    blocks = decoder_blocks(model).values()
+    inside = {id(module) for block in blocks for module in block.modules()}
+    found = []
+    for module in model.modules():
+        for kind in (module._forward_hooks, module._forward_pre_hooks):
+            found.append(tuple(key for key, hook in kind.items() if not (is_step(hook) and id(module) in inside)))
+    return tuple(found)
 
 
 def _plain_values(config: object) -> list[object]:
@@ -246,7 +166,7 @@ def looked_at(model: nn.Module, layout: Layout) -> Tensor:
     return excerpt(layout, tokens=8).input_ids
 
 
-def look_under_plain(model: nn.Module, known: Probe, layout: Layout) -> Probe | None:
+def look_under_plain(model: nn.Module, known: ModelInfo, layout: Layout) -> ModelInfo | None:
     """What is known of the model under another attention than ours; None where it has been looked at under that alone.
 
     That is transformers' eager attention, which `torch.func` can transform; the model's own where that is of the
@@ -256,7 +176,8 @@ def look_under_plain(model: nn.Module, known: Probe, layout: Layout) -> Probe | 
         return None
     if known.plain is None:
         input_ids = looked_at(model, layout)
-        known.plain = _look_under(_plain_attention(model), model, input_ids, known.made_of, "not under our attention")
+        why = "not under our attention"
+        known.plain = _look_under(_plain_attention(model), model, input_ids, known.made_of, why)
     return known.plain
 
 
@@ -265,20 +186,20 @@ def _plain_attention(model: nn.Module) -> str | None:
     return "eager" if isinstance(current, str) and current.startswith(STANDARD) else None
 
 
-def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
+def _look(model: nn.Module, input_ids: Tensor, made_of: int, before: ModelInfo | None) -> ModelInfo:
     why = "the model has no attention that ours could stand in for"
     if supports_ours(model):
         try:
-            return _look_under(hf_attention.NAME, model, input_ids, made_of, "")
+            return _look_under(hf_attention.NAME, model, input_ids, made_of, "", before)
         except Exception as reason:  # a hook of the user may raise anything
-            if is_out_of_memory(reason):
+            if is_out_of_memory(reason) or is_our_fault(reason):
                 raise
             log.info("attention: eager, because %s", reason)
             why = " ".join(str(reason).split())[:120] or type(reason).__name__
     try:
         return _look_under(_plain_attention(model), model, input_ids, made_of, why)
     except Exception as reason:
-        if is_out_of_memory(reason) or not is_hooked(model):
+        if is_out_of_memory(reason) or is_our_fault(reason) or not is_hooked(model):
             raise
         behind = hook_behind(model, reason) or "a hook"
         why = f"{behind} cannot be run on other prompts than its own ({type(reason).__name__})"
@@ -288,7 +209,15 @@ def _look(model: nn.Module, input_ids: Tensor, made_of: int) -> Probe:
         return found
 
 
-def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made_of: int, why_not_ours: str) -> Probe:
+def _look_under(
+    attention: str | None,
+    model: nn.Module,
+    input_ids: Tensor,
+    made_of: int,
+    why_not_ours: str,
+    before: ModelInfo | None = None,
+) -> ModelInfo:
+    """What is known under an attention; `before` is what was known without hooks."""
     blocks = decoder_blocks(model)
     with attention_set_to(model, attention), noting_odd_masks() as odd:
         watched = watch(model, blocks, input_ids)
@@ -306,20 +235,23 @@ def _look_under(attention: str | None, model: nn.Module, input_ids: Tensor, made
         old_functions=old_functions(model),
     )
     if not why_not_packed:
-        with attention_set_to(model, attention):
-            attentions, rules = _proven_packed(model, parts, input_ids)
-        parts = replace(parts, fused=[*parts.fused, *attentions], rules=rules)
+        if before is not None and before.attention == attention and not before.parts.why_not_packed:
+            parts = replace(parts, fused=before.parts.fused, rules=before.parts.rules, no_rule=before.parts.no_rule)
+        else:
+            with attention_set_to(model, attention):
+                attentions, rules, no_rule = _proven_packed(model, parts, input_ids)
+            parts = replace(parts, fused=[*parts.fused, *attentions], rules=rules, no_rule=no_rule)
     reach: Reach = []
     why_no_head = watched.why_not
     try:
         with attention_set_to(model, attention):
             reach = block_reach(model, blocks, input_ids)
-    except (RuntimeError, TypeError, AssertionError) as reason:
-        if is_out_of_memory(reason) or attention == hf_attention.NAME:
+    except (RuntimeError, TypeError, StructureChanged) as reason:
+        if is_out_of_memory(reason) or is_our_fault(reason) or attention == hf_attention.NAME:
             raise
         why_no_head = f"the chain of blocks cannot be proven whole ({type(reason).__name__}: {str(reason)[:80]})"
         parts = replace(parts, head=None)
-    return Probe(parts, reach, attention, why_no_head, made_of, watched.finite)
+    return ModelInfo(parts, reach, attention, why_no_head, made_of, watched.finite)
 
 
 def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
@@ -333,8 +265,14 @@ def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
     return list(found.values())
 
 
-def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[list[tuple[nn.Module, Forward]], Rules]:
-    """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end."""
+def _proven_packed(
+    model: nn.Module, parts: Parts, input_ids: Tensor
+) -> tuple[list[tuple[nn.Module, Forward]], Rules, dict[str, str]]:
+    """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end.
+
+    Returns:
+        The attention modules' forwards, the blocks' rules, and for each other block why it has none.
+    """
     inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
     forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
     candidates: dict[nn.Module, list[BlockRule]] = {}
@@ -348,12 +286,19 @@ def _proven_packed(model: nn.Module, parts: Parts, input_ids: Tensor) -> tuple[l
             def run() -> object:
                 return run_blocks(model, parts.blocks, parts.call_order, packed)
 
-            return list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
+            attentions, rules = list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
     except Exception as reason:  # then nothing will be packed either; a hook of the user may raise anything
-        if is_out_of_memory(reason):
+        if is_out_of_memory(reason) or is_our_fault(reason):
             raise
-        log.debug("no fused attention: %s", reason)
-        return [], {}
+        log.info("no attention is pulled back by hand: %s", reason)
+        return [], {}, dict.fromkeys(parts.blocks, f"it does not run on packed prompts ({type(reason).__name__})")
+    unlike = "it returns something else than a norm, rotary attention and gated MLP do"
+    no_rule = {
+        name: unlike if candidates[block] else why_no_rule(block)
+        for name, block in parts.blocks.items()
+        if block not in rules
+    }
+    return attentions, rules, no_rule
 
 
 def layer_widths(model: nn.Module, layers: Sequence[str], precision: str = "model") -> dict[str, int]:

@@ -8,18 +8,21 @@ from itertools import dropwhile
 from torch import nn
 
 from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
+from fisher_vmap.linearize.block import NotPositionwise
 from fisher_vmap.linearize.blockwise import prove_top
-from fisher_vmap.linearize.compare import Expected, attention_of, excerpt_for, expected_on, packable, why_wrong
+from fisher_vmap.linearize.compare import Expected, excerpt_for, expected_on, packable, why_wrong
+from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.plain import first_line
-from fisher_vmap.linearize.probe import Choice, Probe, chain_is_whole, look_under_plain
+from fisher_vmap.linearize.probe import chain_is_whole, look_under_plain
+from fisher_vmap.linearize.scores import attention_of
 from fisher_vmap.model.layers import Place, layers_of
 from fisher_vmap.model.layout import Layout, pack_rows
 from fisher_vmap.model.offload import put_aside
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.recording import StructureChanged
+from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
+from fisher_vmap.model.wrappers import is_hooked
 
 log = logging.getLogger(__name__)
-
-KERNELS = ("auto", "layerwise", "whole", "loop")
 
 
 class NoFormAgrees(ValueError):
@@ -27,7 +30,7 @@ class NoFormAgrees(ValueError):
 
 
 def choose_forms(
-    model: nn.Module, known: Probe, layout: Layout, layers: Sequence[str], kernel: str
+    model: nn.Module, known: ModelInfo, layout: Layout, layers: Sequence[str], kernel: str
 ) -> dict[str, Choice]:
     """The form for each layer, proven on this batch where it has not been before.
 
@@ -40,7 +43,9 @@ def choose_forms(
     return {layer: found.get(layer) or known.forms[layer, kernel] for layer in layers}
 
 
-def give_up(model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: Mapping[str, str]) -> dict[str, Choice]:
+def give_up(
+    model: nn.Module, known: ModelInfo, layout: Layout, kernel: str, wrong: Mapping[str, str]
+) -> dict[str, Choice]:
     """The next form down for layers whose form turned out wrong, proven on this batch.
 
     Args:
@@ -64,7 +69,7 @@ def give_up(model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: 
 
 
 def _first_that_agree(
-    model: nn.Module, known: Probe, layout: Layout, kernel: str, wrong: Mapping[str, str]
+    model: nn.Module, known: ModelInfo, layout: Layout, kernel: str, wrong: Mapping[str, str]
 ) -> dict[str, Choice]:
     """For each layer the first form that agrees with plain autograd; after the one that is wrong, where it says so."""
     left = {layer: _left(model, known, layout, layer, kernel, bool(reason)) for layer, reason in wrong.items()}
@@ -81,6 +86,7 @@ def _first_that_agree(
                 why = f"{reasons[layer]}; {candidate.why}" if reasons[layer] else candidate.why
                 length, rows = (max(few.lengths), sum(few.lengths)) if few is not None else (0, 0)
                 found[layer] = candidate._replace(why=why, length=length, rows=rows)
+                log.debug("kernel at %s: %s, since %s", layer, candidate.form, why)
                 if finite:  # what held for these prompts alone is not kept
                     known.forms[layer, kernel] = found[layer]
             else:
@@ -93,7 +99,9 @@ def _first_that_agree(
     return found
 
 
-def _left(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str, given_up: bool) -> Iterator[Choice]:
+def _left(
+    model: nn.Module, known: ModelInfo, layout: Layout, layer: str, kernel: str, given_up: bool
+) -> Iterator[Choice]:
     """The forms that a layer may have, from the first on, or after the one that it had."""
     if given_up and (layer, kernel) in known.forms:
         gone = known.forms[layer, kernel].key
@@ -117,7 +125,7 @@ def _next(left: Iterator[Choice], layer: str, kernel: str, reason: str) -> Choic
 
 def _compare(
     model: nn.Module,
-    known: Probe,
+    known: ModelInfo,
     layout: Layout,
     layers: Sequence[str],
     group: Sequence[str],
@@ -128,32 +136,40 @@ def _compare(
     try:
         few = excerpt_for(model, known, layout, choice)
     except Exception as error:  # a hook of the user may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_our_fault(error):
             raise
         return first_line(error), None, True
     if few.lengths not in excerpts:
         excerpts[few.lengths] = expected_on(model, few, layers)
     expected = excerpts[few.lengths]
     why_not = why_wrong(model, known, expected, group, choice)
-    if why_not is None and choice.form == "packed" and known.parts.top_places is None and not put_aside(model):
+    if why_not is None and choice.form == "packed" and not (known.parts.top_places or known.parts.not_cut):
         _prove_top(model, known, layout, choice)
     return why_not, few, expected.finite
 
 
-def _prove_top(model: nn.Module, known: Probe, layout: Layout, choice: Choice) -> None:
+def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> None:
     """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
     try:
+        if put_aside(model):
+            raise NotPositionwise("weights are offloaded")
         with attention_set_to(model, attention_of(choice, known)):
             few = pack_rows(packable(model, known.parts, layout))
             with prompts_packed(few):
                 known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
-    except Exception as error:  # a hook of the user may raise anything
-        if is_out_of_memory(error):
+    except (NotPositionwise, StructureChanged) as reason:
+        why = str(reason)
+    except Exception as error:
+        if is_out_of_memory(error) or is_our_fault(error) or not is_hooked(model):
             raise
-        log.debug("the last block is run whole: %s", first_line(error))
+        why = first_line(error)  # a hook of the user may raise anything
+    else:
+        return
+    log.info("the last block's forward runs at all positions: %s", why)
+    known.parts = replace(known.parts, not_cut=why)
 
 
-def _candidates(model: nn.Module, known: Probe, layout: Layout, layer: str, kernel: str) -> Iterator[Choice]:
+def _candidates(model: nn.Module, known: ModelInfo, layout: Layout, layer: str, kernel: str) -> Iterator[Choice]:
     """The forms that a layer may have, the fastest first; those after the first are looked for when they are needed.
 
     Raises:
@@ -192,7 +208,7 @@ def _candidates(model: nn.Module, known: Probe, layout: Layout, layer: str, kern
             yield Choice("loop", "own", "given", stands)
 
 
-def _by_structure(known: Probe, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
+def _by_structure(known: ModelInfo, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
     """The best form that the structure allows for a layer, and the reason."""
     why_not = ""
     if layer not in known.parts.call_order:

@@ -1,18 +1,22 @@
-"""The upper network in one piece: the head's input as a function of a bias at every position of the hooked modules.
+"""The linear map in one piece: the head's input as a function of a bias at every position of the hooked modules.
 
-It works for any hooked module of any model. Pulled back by `vmap` over `vjp` it is the kernel's whole form; by plain
-autograd, one backward pass a cotangent, it is the loop, the last resort for what `torch.func` cannot express.
+It works for any hooked module of any model. `vmap` over `vjp` and `jvp` gives its products. The loop, one backward pass
+of plain autograd a cotangent, is the last resort for what `torch.func` cannot transform.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vjp, vmap
+from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.model.layers import Hooked
+from fisher_vmap.linearize.block import Arrived
+from fisher_vmap.linearize.linear_map import LinearMap
+from fisher_vmap.model.head import Head, LogitsHead
+from fisher_vmap.model.layers import Hooked, hooked
 from fisher_vmap.model.layout import Layout
+from fisher_vmap.model.patches import OldFunction
 from fisher_vmap.model.recording import (
     StructureChanged,
     hooks,
@@ -26,15 +30,84 @@ from fisher_vmap.model.recording import (
 Biases = dict[str, Tensor]  # [B, T, D] for each hooked module
 
 
-def rows_from_blocks(
-    model: nn.Module, blocks: Mapping[str, nn.Module], call_order: Sequence[str], layout: Layout
-) -> Callable[[], Tensor]:
-    """A function that runs the model's blocks and returns the last rows, [B, D]: the input of an `UnembeddingHead`."""
+class Whole(LinearMap):
+    """Everything above the hooked modules in one piece."""
 
-    def run() -> Tensor:
-        return layout.last(run_blocks(model, blocks, call_order, layout))
+    _at_once = True
 
-    return run
+    def _open(self) -> None:
+        if self._precision == "mixed":
+            raise ValueError(
+                f"precision mixed needs the layerwise kernel, which {self.layers[0]} cannot have; use precision float32"
+            )
+        modules = hooked(self._model, self.layers)
+        run, self.head = self._run_and_head(modules)
+        self._outputs = hooked_outputs(run, modules, self.layout)
+        self._zeros = zero_biases(self._outputs)
+        self._function = with_biases(run, modules)
+        rows, self._pullback = self._linearized()
+        self.rows, self.dtype = rows.detach(), rows.dtype
+        self._describe(self._outputs)
+
+    def _run_and_head(self, modules: Mapping[str, Hooked]) -> tuple[Callable[[], Tensor], Head]:
+        """The network and the head that reads its rows: up to the blocks' end, or to the logits if need be."""
+        model, parts, layout = self._model, self._parts, self.layout
+        if parts.head is None or any(id(hook.module) in parts.above for hook in modules.values()):
+            unembedding = output_embedding(model)  # where that is hooked, it must see all positions
+            gather = parts.gather and all(hook.module is not unembedding for hook in modules.values())
+            return rows_from_logits(model, layout, gather=gather), LogitsHead()
+        return lambda: layout.targets_of(run_blocks(model, parts.blocks, parts.call_order, layout)), parts.head
+
+    def _linearized(self) -> tuple[Tensor, Callable[[Tensor], Biases]]:
+        """The rows, [M, X], and the map from their cotangents, [K, M, X], to those of the biases, [B, T, K, D]."""
+        rows, pull = vjp(self._function, self._zeros)  # type: ignore[misc]
+
+        def pullback(cotangents_KMX: Tensor) -> Biases:
+            (pulled,) = vmap(pull, out_dims=2, chunk_size=self._chunk_size)(cotangents_KMX)
+            return pulled  # type: ignore[no-any-return]
+
+        return rows, pullback
+
+    def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
+        arrived = self._pullback(unit_KMX.to(self.dtype))
+        for layer in self.layers:
+            yield Arrived(layer, arrived.pop(layer))
+
+    def _push(self, layer: str, tangents: Tensor) -> Tensor:
+        def push(tangent: Tensor) -> Tensor:
+            moved = {other: torch.zeros_like(zero) for other, zero in self._zeros.items()}
+            moved[layer] = tangent
+            return jvp(self._function, (self._zeros,), (moved,))[1]  # type: ignore[no-any-return]
+
+        moved: Tensor = vmap(push, in_dims=2, chunk_size=self._chunk_size)(tangents.to(self._zeros[layer]))
+        return moved
+
+
+class Loop(Whole):
+    """The same by plain autograd and the model's own forward: K backward passes through one graph, and no push."""
+
+    def _run_and_head(self, modules: Mapping[str, Hooked]) -> tuple[Callable[[], Tensor], Head]:
+        return rows_from_logits(self._model, self.layout, gather=False), LogitsHead()
+
+    def _linearized(self) -> tuple[Tensor, Callable[[Tensor], Biases]]:
+        with torch.enable_grad():
+            leaves = {name: bias.detach().requires_grad_() for name, bias in self._zeros.items()}
+            rows = self._function(leaves)
+
+        def pullback(cotangents_KMX: Tensor) -> Biases:
+            pulled = [
+                torch.autograd.grad(rows, list(leaves.values()), cotangent, retain_graph=True)
+                for cotangent in cotangents_KMX
+            ]
+            return {name: torch.stack([grads[i] for grads in pulled], 2) for i, name in enumerate(leaves)}
+
+        return rows, pullback
+
+    def _push(self, layer: str, tangents: Tensor) -> Tensor:
+        raise NotImplementedError("the loop has no forward derivatives")
+
+    def _old_functions(self) -> Sequence[OldFunction]:
+        return ()
 
 
 def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Callable[[], Tensor]:
@@ -48,14 +121,14 @@ def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Calla
 
     def gather_last(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].shape[:2] == (B, T):
-            return (layout.last(args[0])[:, None], *args[1:])
+            return (layout.targets_of(args[0])[:, None], *args[1:])
         return None
 
     def run() -> Tensor:
         handles = [] if unembedding is None else [unembedding.register_forward_pre_hook(gather_last)]
         with hooks(*handles):
             logits: Tensor = model(**inputs_of(model, layout)).logits
-        return logits[:, 0] if logits.shape[1] == 1 else layout.last(logits)
+        return logits[:, 0] if logits.shape[1] == 1 else layout.targets_of(logits)
 
     return run
 
@@ -118,34 +191,3 @@ def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, Hooked], lay
 def zero_biases(outputs: Biases) -> Biases:
     """A zero bias, [B, T, D], for each hooked module."""
     return {name: hidden.new_zeros(*hidden.shape[:2], hidden.shape[-1]) for name, hidden in outputs.items()}
-
-
-def pullback_whole(
-    function: Callable[[Biases], Tensor], biases: Biases
-) -> tuple[Tensor, Callable[[Tensor, int | None], Biases]]:
-    """The rows [B, X] and the map from their cotangents [K, B, X] to those of the biases, [B, T, K, D], in one call."""
-    rows, pull = vjp(function, biases)  # type: ignore[misc]
-
-    def pullback(cotangents_KBX: Tensor, chunk_size: int | None) -> Biases:
-        (pulled,) = vmap(pull, out_dims=2, chunk_size=chunk_size)(cotangents_KBX)
-        return pulled  # type: ignore[no-any-return]
-
-    return rows, pullback
-
-
-def pullback_loop(
-    function: Callable[[Biases], Tensor], biases: Biases
-) -> tuple[Tensor, Callable[[Tensor, int | None], Biases]]:
-    """The same by plain autograd: K backward passes through one graph. `chunk_size` has no effect."""
-    with torch.enable_grad():
-        leaves = {name: bias.detach().requires_grad_() for name, bias in biases.items()}
-        rows = function(leaves)
-
-    def pullback(cotangents_KBX: Tensor, chunk_size: int | None) -> Biases:
-        pulled = [
-            torch.autograd.grad(rows, list(leaves.values()), cotangent, retain_graph=True)
-            for cotangent in cotangents_KBX
-        ]
-        return {name: torch.stack([grads[i] for grads in pulled], 2) for i, name in enumerate(leaves)}
-
-    return rows.detach(), pullback

@@ -1,20 +1,15 @@
-"""The output distribution, in float32: log p of the chosen tokens, and their cotangents at the residual stream.
+"""The head, from the last block's output to the logits, in float32: final norm, unembedding, function of each logit.
 
-With h' the normed last row, logits z = phi(W h' + b) and p = softmax(z), the gradient of log p_t with respect to h' is
-
-    phi'_t W_t  -  sum_v p_v phi'_v W_v
-
-and the second term is the same for every t: the work of size V is one product for all K tokens, not K of them.
+Its unembedding is the one tensor of the size of the vocabulary: what is summed over all tokens is summed in one pass.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vjp, vmap
 
 from fisher_vmap.model.offload import weights_at_hand
 from fisher_vmap.model.widening import widened
@@ -23,27 +18,48 @@ VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding,
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
 
 
-class Reading(NamedTuple):
-    """What a head reads off the last rows.
+class Rest(NamedTuple):
+    """What is summed beside the mean over all tokens: the same over all but some of them.
 
     Attributes:
-        log_probs: [B, K] float32, in nats, highest first unless the caller chose the tokens.
-        token_ids: [B, K] int64.
-        cotangents: [K, B, X] float32: the gradient of each log p with respect to the head's input, of width X.
-        log_rest: [B] float32, the log-probability of all other tokens together, from their own logits; -inf if none.
+        without: the tokens left out: this many of the likeliest, or their ids, [B, K].
+        signs: [B, S, V] int8, of S random sums; None: none.
     """
 
-    log_probs: Tensor
-    token_ids: Tensor
-    cotangents: Tensor
-    log_rest: Tensor
+    without: int | Tensor
+    signs: Tensor | None = None
 
 
-class Head(Protocol):
-    """From the rows of the last tokens to log p and its cotangents."""
+class RestSums(NamedTuple):
+    """Sums over the tokens that are not left out, q = p / sum p among them.
 
-    def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
-        """Read the top_k likeliest tokens, or the tokens given, [B, K]."""
+    Attributes:
+        mean: [B, D'], sum_v q_v phi'_v W_v.
+        signed: [B, S, D'], sum_v x_v sqrt(p_v) phi'_v W_v, x the signs.
+        signs: [B, S], sum_v x_v sqrt(p_v).
+    """
+
+    mean: Tensor
+    signed: Tensor
+    signs: Tensor
+
+
+class Sums(NamedTuple):
+    """What one pass over the unembedding W gives; p = softmax(z), and phi' is the slope of what is done to the logits.
+
+    Attributes:
+        z: [B, V], the logits.
+        log_normaliser: [B, 1], log sum exp z.
+        mean: [B, D'], sum_v p_v phi'_v W_v.
+        slope: [B, V], phi'; None where it is 1.
+        rest: the sums over the rest, where they are asked for.
+    """
+
+    z: Tensor
+    log_normaliser: Tensor
+    mean: Tensor
+    slope: Tensor | None
+    rest: RestSums | None
 
 
 @dataclass(frozen=True)
@@ -101,66 +117,32 @@ class UnembeddingHead:
         with weights_at_hand(self.unembedding, *chain), widened(*chain, *getattr(self.norm, "runs", ())):
             yield
 
-    def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
-        """Log p of the tokens, and its gradient with respect to the last block's output, [K, B, D]."""
-        with self.at_hand():
-            return self._read(rows_BX, top_k, token_ids)
+    def sums(self, normed_BD: Tensor, rest: Rest | None = None) -> Sums:
+        """Everything of size V, in one pass over the unembedding.
 
-    def _read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
-        rows_BD = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
-        normed_BD, pull_norm = vjp(self.norm, rows_BD)  # type: ignore[misc]
-        z_BV, log_normaliser_B1, expected_BD = self.outputs(normed_BD.to(self.weight.device))
-        if token_ids is None:
-            check_top_k(top_k, z_BV.shape[1])
-            token_ids = likeliest(z_BV, top_k)
-        token_ids = token_ids.to(self.weight.device)
-        z_BK = z_BV.gather(1, token_ids)
-        row_BKD = self.weight[token_ids].to(z_BK.dtype)
-        raw_BK = torch.einsum("bkd,bd->bk", row_BKD, normed_BD.to(row_BKD.device))
-        if self.bias is not None:
-            raw_BK += self.bias[token_ids].to(raw_BK.dtype)
-        if (slope_BK := self.phi.derivative(raw_BK)) is not None:
-            row_BKD *= slope_BK[:, :, None]
-        cotangents_KBD = (row_BKD - expected_BD[:, None]).transpose(0, 1).to(normed_BD.device)
-        (cotangents_KBD,) = vmap(pull_norm)(cotangents_KBD)
-        log_probs_BK = (z_BK - log_normaliser_B1).to(rows_BD)
-        log_rest_B = _log_rest(z_BV, token_ids, log_normaliser_B1).to(rows_BD)
-        return Reading(log_probs_BK, token_ids.to(rows_BD.device), cotangents_KBD, log_rest_B)
-
-    def outputs(self, normed_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits z [B, V], log sum exp z [B, 1], and sum_v p_v phi'_v W_v [B, D'], in one pass over the unembedding.
-
-        Each chunk of W is upcast once and serves both products: the sum is kept relative to the largest logit so far,
-        as in an online softmax, in float64 where there is one.
+        Each chunk of W is upcast once and serves every product. Sums are kept relative to the largest logit so far, as
+        in an online softmax.
         """
-        wide = torch.float64 if normed_BD.device.type != "mps" else torch.float32
-        B = len(normed_BD)
-        x_BD = _at_least_rows(normed_BD)
-        z_BV = x_BD.new_empty(len(x_BD), len(self.weight))
-        top_B1 = x_BD.new_full((len(x_BD), 1), -torch.inf)
-        mass_B1 = torch.zeros_like(top_B1, dtype=wide)
-        sum_BD = x_BD.new_zeros(len(x_BD), self.weight.shape[1], dtype=wide)
+        x_BD, B = _at_least_rows(normed_BD), len(normed_BD)
+        V, width = self.weight.shape
+        z_BV = x_BD.new_empty(len(x_BD), V)
+        slope_BV = None if self.phi == Phi() else torch.empty_like(z_BV)
+        every, others = _OnlineSums(x_BD, width), None if rest is None else _RestPass(rest, normed_BD, width)
         for where, weight_vD in self.chunks(x_BD.dtype):
             raw_Bv = x_BD @ weight_vD.T
             if self.bias is not None:
                 raw_Bv += self.bias[where].to(raw_Bv.dtype)
             z_BV[:, where] = z_Bv = self.phi(raw_Bv)
-            higher_B1 = torch.maximum(top_B1, z_Bv.amax(1, keepdim=True))
-            shrink_B1 = (top_B1 - higher_B1).exp_().to(wide)
-            weight_Bv = (z_Bv - higher_B1).exp_()
-            mass_B1 = mass_B1 * shrink_B1 + weight_Bv.sum(1, keepdim=True, dtype=wide)
-            if (slope_Bv := self.phi.derivative(raw_Bv)) is not None:
-                weight_Bv = weight_Bv * slope_Bv
-            sum_BD.mul_(shrink_B1).add_(weight_Bv @ weight_vD)
-            top_B1 = higher_B1
-        log_normaliser_B1 = top_B1 + mass_B1.log().to(top_B1.dtype)
-        return z_BV[:B], log_normaliser_B1[:B], (sum_BD / mass_B1)[:B].to(z_BV.dtype)
-
-    def raw(self, normed_BD: Tensor) -> Tensor:
-        """What goes into phi, W h' + b, [B, V]."""
-        parts = [normed_BD @ weight_vD.T for _, weight_vD in self.chunks(normed_BD.dtype)]
-        raw_BV = torch.cat(parts, 1)
-        return raw_BV if self.bias is None else raw_BV + self.bias.to(raw_BV.dtype)
+            if slope_BV is not None:
+                slope_BV[:, where] = torch.ones_like(raw_Bv) if (d := self.phi.derivative(raw_Bv)) is None else d
+            slope_Bv = None if slope_BV is None else slope_BV[:, where]
+            every.add(z_Bv, slope_Bv, weight_vD)
+            if others is not None:
+                others.add(where, z_Bv[:B], None if slope_Bv is None else slope_Bv[:B], weight_vD)
+        z_BV, slope_BV = z_BV[:B], None if slope_BV is None else slope_BV[:B]
+        log_normaliser_B1, mean_BD = every.log_mass()[:B], every.mean()[:B]
+        found = None if others is None else others.finished(z_BV, slope_BV, self.weight, log_normaliser_B1)
+        return Sums(z_BV, log_normaliser_B1, mean_BD, slope_BV, found)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The unembedding in rows of the vocabulary, each chunk upcast: (where, [v, D'])."""
@@ -175,18 +157,96 @@ class UnembeddingHead:
 class LogitsHead:
     """A head that is not of the common kind: its input is the logits that the model itself made, [B, V]."""
 
-    def read(self, rows_BX: Tensor, top_k: int, token_ids: Tensor | None) -> Reading:
-        """Log p of the tokens, and its gradient with respect to the logits: one-hot minus p, [K, B, V]."""
-        z_BV = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
-        log_p_BV = z_BV.log_softmax(1)
-        if token_ids is None:
-            check_top_k(top_k, z_BV.shape[1])
-            token_ids = likeliest(z_BV, top_k)
-        token_ids = token_ids.to(z_BV.device)
-        one_hot_BKV = torch.nn.functional.one_hot(token_ids, z_BV.shape[1]).to(z_BV.dtype)
-        cotangents_BKV = one_hot_BKV - log_p_BV.exp()[:, None]
-        log_rest_B = _log_rest(log_p_BV, token_ids, torch.zeros_like(log_p_BV[:, :1]))
-        return Reading(log_p_BV.gather(1, token_ids), token_ids, cotangents_BKV.transpose(0, 1), log_rest_B)
+
+Head = UnembeddingHead | LogitsHead
+
+
+class _OnlineSums:
+    """sum_v e^(z_v) r_v and sum_v x_v e^(z_v / 2) r_v over rows r_v that come in pieces, x random signs.
+
+    They are relative to the largest logit so far, and wider than the rows: float64 where there is one.
+    """
+
+    def __init__(self, x_BD: Tensor, width: int, signs: int = 0) -> None:
+        B, wide = len(x_BD), torch.float64 if x_BD.device.type != "mps" else torch.float32
+        self._kind = x_BD.dtype
+        self.top_B1 = x_BD.new_full((B, 1), -torch.inf)
+        self.mass_Bm1 = x_BD.new_zeros(B, 1 + signs, 1, dtype=wide)
+        self.sum_BmD = x_BD.new_zeros(B, 1 + signs, width, dtype=wide)
+
+    def add(
+        self,
+        z_Bv: Tensor,
+        slope_Bv: Tensor | None,
+        rows: Tensor,
+        signs_BSv: Tensor | None = None,
+    ) -> None:
+        """Take one piece, its rows [v, D'], or each prompt's own, [B, v, D']."""
+        top_B1 = torch.maximum(self.top_B1, z_Bv.amax(1, keepdim=True))
+        at_B1 = torch.where(top_B1.isneginf(), 0, top_B1)
+        shrink_Bm1 = (self.top_B1 - at_B1).exp_()[:, :, None].to(self.mass_Bm1.dtype)
+        y_Bmv = (z_Bv - at_B1).exp_()[:, None]
+        if signs_BSv is not None:
+            y_Bmv = torch.cat([y_Bmv, signs_BSv * y_Bmv.sqrt()], 1)
+            shrink_Bm1 = torch.cat([shrink_Bm1, shrink_Bm1.sqrt().expand_as(self.mass_Bm1[:, 1:])], 1)
+        self.mass_Bm1 = self.mass_Bm1 * shrink_Bm1 + y_Bmv.sum(2, keepdim=True, dtype=self.mass_Bm1.dtype)
+        if slope_Bv is not None:
+            y_Bmv = y_Bmv * slope_Bv[:, None]
+        self.sum_BmD.mul_(shrink_Bm1).add_(y_Bmv @ rows)
+        self.top_B1 = top_B1
+
+    def log_mass(self) -> Tensor:
+        """Log sum_v e^(z_v), [B, 1]."""
+        return self.top_B1 + self.mass_Bm1[:, 0].log().to(self._kind)
+
+    def mean(self) -> Tensor:
+        """The mean of the rows under softmax(z), [B, D']."""
+        return (self.sum_BmD[:, 0] / self.mass_Bm1[:, 0]).to(self._kind)
+
+
+class _RestPass:
+    """The sums over all tokens but some, in the pass that finds out which.
+
+    What is left out is never added, since what the others have would cancel where those hold almost everything. The
+    likeliest tokens are known at the end only: of each chunk its own likeliest wait until then.
+    """
+
+    def __init__(self, rest: Rest, normed_BD: Tensor, width: int) -> None:
+        self._without, self._signs_BSV = rest.without, rest.signs
+        self._waiting: list[Tensor] = []
+        self._sums = _OnlineSums(normed_BD, width, 0 if rest.signs is None else rest.signs.shape[1])
+
+    def add(self, where: slice, z_Bv: Tensor, slope_Bv: Tensor | None, weight_vD: Tensor) -> None:
+        """Take one chunk of the vocabulary."""
+        if not isinstance(self._without, int):
+            at_BK = self._without.to(z_Bv.device) - where.start
+            inside_BK = (at_BK >= 0) & (at_BK < z_Bv.shape[1])
+            out_Bv = torch.zeros_like(z_Bv).scatter_add_(1, at_BK.clamp(0, z_Bv.shape[1] - 1), inside_BK.to(z_Bv)) > 0
+            z_Bv = z_Bv.masked_fill(out_Bv, -torch.inf)
+        elif self._without:
+            ids_Bk = likeliest(z_Bv, min(self._without, z_Bv.shape[1]))
+            self._waiting.append(ids_Bk + where.start)
+            z_Bv = z_Bv.scatter(1, ids_Bk, -torch.inf)
+        signs_BSv = None if self._signs_BSV is None else self._signs_BSV[:, :, where].to(z_Bv)
+        self._sums.add(z_Bv, slope_Bv, weight_vD, signs_BSv)
+
+    def finished(self, z_BV: Tensor, slope_BV: Tensor | None, weight: Tensor, log_normaliser_B1: Tensor) -> RestSums:
+        """The sums, with those tokens that waited and stay."""
+        left_BK = likeliest(z_BV, self._without) if self._waiting and isinstance(self._without, int) else None
+        for ids_Bk in self._waiting:
+            assert left_BK is not None
+            goes_Bk = (ids_Bk[:, :, None] == left_BK[:, None]).any(2)
+            z_Bk = z_BV.gather(1, ids_Bk).masked_fill(goes_Bk, -torch.inf)
+            slope_Bk = None if slope_BV is None else slope_BV.gather(1, ids_Bk)
+            rows_BkD = weight[ids_Bk].to(z_BV.dtype)
+            signs_BSk = None
+            if (signs := self._signs_BSV) is not None:
+                signs_BSk = signs.to(z_BV.device).gather(2, ids_Bk[:, None].expand(-1, signs.shape[1], -1)).to(z_BV)
+            self._sums.add(z_Bk, slope_Bk, rows_BkD, signs_BSk)
+        sums = self._sums
+        scale_B11 = ((sums.top_B1 - log_normaliser_B1) / 2).exp()[:, :, None].to(sums.sum_BmD)
+        signed_BSD, signs_BS = sums.sum_BmD[:, 1:] * scale_B11, (sums.mass_Bm1[:, 1:] * scale_B11)[:, :, 0]
+        return RestSums(sums.mean(), signed_BSD.to(z_BV.dtype), signs_BS.to(z_BV.dtype))
 
 
 def likeliest(z_BV: Tensor, top_k: int) -> Tensor:
@@ -205,11 +265,6 @@ def check_top_k(top_k: int, vocabulary: int) -> None:
     """Raise ValueError unless 1 <= top_k <= V."""
     if not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k is {top_k}; expected 1 to {vocabulary}, the size of this model's vocabulary")
-
-
-def _log_rest(z_BV: Tensor, token_ids: Tensor, log_normaliser_B1: Tensor) -> Tensor:
-    """Log of the probability of all tokens but these, [B]; not 1 - sum p, which cancels where they hold almost all."""
-    return z_BV.scatter(1, token_ids, -torch.inf).logsumexp(1) - log_normaliser_B1[:, 0]
 
 
 def _at_least_rows(x_BX: Tensor) -> Tensor:

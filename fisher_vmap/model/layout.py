@@ -15,6 +15,8 @@ given     [B, T] with its attention mask, as the caller's tensor has it: for mod
 All are one thing to the rest of the package: rows of tokens, of which prompt b owns a contiguous range.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,6 +44,9 @@ class Layout(NamedTuple):
         width: the number of columns of the caller's tensor.
         given: the caller's own tensors; None where these prompts are not all of theirs.
         attention_mask: [B, T] where the model is to be told one: of prompts that stand as they were given.
+        positions: where the bias is added: "all", "last" (each prompt's last token), or a mask [B, width] in the
+            caller's columns.
+        targets: for each prompt the positions whose next-token distribution is read; None: its last token alone.
     """
 
     input_ids: Tensor
@@ -52,6 +57,8 @@ class Layout(NamedTuple):
     width: int
     given: Given | None = None
     attention_mask: Tensor | None = None
+    positions: str | Tensor = "all"
+    targets: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def packed(self) -> bool:
@@ -67,33 +74,57 @@ class Layout(NamedTuple):
         """[first, last + 1) row of each prompt."""
         return [(first, first + length) for first, length in zip(self.first_row, self.lengths, strict=True)]
 
-    def last_rows(self, device: torch.device) -> Tensor:
-        """[B] int64, the row of each prompt's last token."""
-        return torch.tensor([stop - 1 for _, stop in self.ranges()], device=device)
+    def last_rows(self) -> list[int]:
+        """The row of each prompt's last token."""
+        return [stop - 1 for _, stop in self.ranges()]
 
-    def last(self, x_bTD: Tensor) -> Tensor:
-        """[B, D]: the rows of the last real tokens."""
-        return x_bTD.flatten(0, 1)[self.last_rows(x_bTD.device)]
+    def target_rows(self, device: torch.device) -> Tensor:
+        """[M] int64, the rows whose next-token distribution is read, prompt by prompt."""
+        if self.targets is None:
+            return torch.tensor(self.last_rows(), device=device)
+        rows = [first + at for first, places in zip(self.first_row, self.targets, strict=True) for at in places]
+        return torch.tensor(rows, device=device)
 
-    def last_of(self, x_bTKD: Tensor) -> Tensor:
-        """[K, B, D]: the rows of the last real tokens, of [b, T, K, D]."""
-        return x_bTKD.flatten(0, 1)[self.last_rows(x_bTKD.device)].transpose(0, 1)
+    def prompt_of_target(self, device: torch.device) -> Tensor | None:
+        """[M] int64, the prompt of each target; None where target b is prompt b's."""
+        if self.targets is None:
+            return None
+        counts = torch.tensor([len(places) for places in self.targets], device=device)
+        return torch.arange(len(counts), device=device).repeat_interleave(counts)
 
-    def everywhere(self, rows_BKD: Tensor, mask_N: Tensor | None) -> Tensor:
-        """[b, T, K, D]: each prompt's rows at all of its positions, or at those of the mask; zero at padding."""
+    def targets_of(self, x_bTD: Tensor) -> Tensor:
+        """[M, D]: the rows of the targets."""
+        return x_bTD.flatten(0, 1)[self.target_rows(x_bTD.device)]
+
+    def fields_of(self, x_bTKD: Tensor) -> Tensor:
+        """[K, M, D]: the rows of the targets, of [b, T, K, D]."""
+        return self.targets_of(x_bTKD).transpose(0, 1)
+
+    def at_targets(self, rows_KMD: Tensor) -> Tensor:
+        """[b, T, K, D], zero but for the rows given, [K, M, D], at the targets."""
+        K, _, D = rows_KMD.shape
+        out_NKD = rows_KMD.new_zeros(self.input_ids.numel(), K, D)
+        out_NKD[self.target_rows(rows_KMD.device)] = rows_KMD.transpose(0, 1)
+        return out_NKD.view(*self.input_ids.shape, K, D)
+
+    def bias_mask(self) -> Tensor | None:
+        """[N] of 0 and 1, the rows where the bias is added; None for every one."""
+        if isinstance(self.positions, Tensor):
+            return self.from_caller((self.positions.to(self.device) != 0).float())
+        if self.positions == "all":
+            return None
+        mask_N = torch.zeros(self.input_ids.numel(), device=self.device)
+        mask_N[self.last_rows()] = 1
+        return mask_N
+
+    def at_bias(self, rows_BKD: Tensor) -> Tensor:
+        """[b, T, K, D]: each prompt's rows at all positions where the bias is added; zero elsewhere."""
         out_NKD = rows_BKD.new_zeros(self.input_ids.numel(), *rows_BKD.shape[1:])
         for b, (first, stop) in enumerate(self.ranges()):
             out_NKD[first:stop] = rows_BKD[b]
-        if mask_N is not None:
+        if (mask_N := self.bias_mask()) is not None:
             out_NKD *= mask_N.to(out_NKD)[:, None, None]
         return out_NKD.view(*self.input_ids.shape, *rows_BKD.shape[1:])
-
-    def at_last(self, rows_KBD: Tensor) -> Tensor:
-        """[b, T, K, D], zero but for the rows given, [K, B, D], at each prompt's last real token."""
-        K, _, D = rows_KBD.shape
-        out_NKD = rows_KBD.new_zeros(self.input_ids.numel(), K, D)
-        out_NKD[self.last_rows(rows_KBD.device)] = rows_KBD.transpose(0, 1)
-        return out_NKD.view(*self.input_ids.shape, K, D)
 
     def sum_prompts(self, x_NKD: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, K, D]: the sum over each prompt's rows, accumulated in `dtype`."""
@@ -127,18 +158,22 @@ def select(layout: Layout, prompts: list[int]) -> Layout:
         first_row=tuple(i * T for i in range(len(prompts))),
         start=tuple(layout.start[b] for b in prompts),
         width=layout.width,
+        positions=layout.positions[prompts] if isinstance(layout.positions, Tensor) else layout.positions,
+        targets=None if layout.targets is None else tuple(layout.targets[b] for b in prompts),
     )
 
 
-def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
+def lay_out(input_ids: Tensor, attention_mask: Tensor | None, positions: str | Tensor = "all") -> Layout:
     """Lay prompts on the left of a padded tensor, whichever side they were padded on.
 
     Args:
         input_ids: [B, T] int64.
         attention_mask: [B, T], nonzero for real tokens, which must be contiguous; None: every token is real.
+        positions: where the bias is added: "all", "last", or a mask [B, T].
 
     Raises:
-        ValueError: shapes or dtypes are not these, a prompt is empty, or its real tokens have a gap.
+        ValueError: shapes or dtypes are not these, a prompt is empty, its real tokens have a gap, or `positions`
+            selects no real token of a prompt.
     """
     check_tensor("input_ids", input_ids, "[B, T] int64")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.numel() == 0:
@@ -168,13 +203,36 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None) -> Layout:
     ids_BT = input_ids.gather(1, start[:, None] + offset_BT)
     first_rows = tuple(b * T for b in range(B))
     given = Given(input_ids, attention_mask)
-    return Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W, given)
+    layout = Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W, given)
+    _check_positions(positions, layout)
+    return layout._replace(positions=positions)
+
+
+def _check_positions(positions: str | Tensor, layout: Layout) -> None:
+    """Raise ValueError unless a bias can be added there."""
+    if isinstance(positions, Tensor):
+        expected = (len(layout.lengths), layout.width)
+        if positions.shape != expected:
+            raise ValueError(f"positions has shape {tuple(positions.shape)}; expected that of input_ids, {expected}")
+        mask_N = layout._replace(positions=positions).bias_mask()
+        assert mask_N is not None
+        if not bool(layout.to_caller(mask_N).any(1).all()):
+            raise ValueError("positions selects no real token of some prompt; give at least one for each")
+        return
+    if not isinstance(positions, str):
+        check_tensor("positions", positions, "[B, T], or 'all' or 'last'")
+    if positions not in ("all", "last"):
+        raise ValueError(f"positions is {positions!r}; expected 'all', 'last' or a mask [B, T]")
 
 
 def alone(layout: Layout, b: int) -> Layout:
     """One prompt of a layout, unpadded."""
-    first, stop = layout.ranges()[b]
-    return lay_out(layout.input_ids.flatten()[None, first:stop], None)
+    (first, stop), start = layout.ranges()[b], layout.start[b]
+    where = layout.positions
+    if isinstance(where, Tensor):
+        where = where[b : b + 1, start : start + layout.lengths[b]]
+    one = lay_out(layout.input_ids.flatten()[None, first:stop], None, where)
+    return one._replace(targets=None if layout.targets is None else (layout.targets[b],))
 
 
 def as_given(layout: Layout) -> Layout:
@@ -191,6 +249,93 @@ def pack_rows(layout: Layout) -> Layout:
     positions_N = torch.cat([torch.arange(length, device=ids_N.device) for length in layout.lengths])
     firsts = tuple(sum(layout.lengths[:b]) for b in range(len(layout.lengths)))
     return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)
+
+
+PADDING = 1.25  # a group's padded rows may be this many times its real ones
+# Prompts of so many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
+ALONE_FROM = {"cpu": 24}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Packed prompts that attend together, padded to the longest.
+
+    Only in attention does a packed batch know padding: a few products on a padded group take the place of many small
+    ones, a prompt each.
+
+    Attributes:
+        rows: [b, T] int64, the row of each token; padding repeats the prompt's last row.
+        real: [b, T] bool.
+        own: [n] int64, the rows of the real tokens, in the order of `real`.
+        prompts: [b] int64, the number of each prompt in the batch.
+        single: [start, stop) where the group is one prompt, which needs no copy.
+    """
+
+    rows: Tensor
+    real: Tensor
+    own: Tensor
+    prompts: Tensor
+    single: tuple[int, int] | None
+
+    def on(self, device: torch.device) -> "Group":
+        """The same group with its rows on a device."""
+        if self.rows.device == device:
+            return self
+        rows, real, own, prompts = (t.to(device) for t in (self.rows, self.real, self.own, self.prompts))
+        return Group(rows, real, own, prompts, self.single)
+
+    def take(self, x: Tensor) -> Tensor:
+        """[b, H, T, ...] of the group, from [1, H, N, ...]."""
+        if self.single is not None:
+            return x[:, :, self.single[0] : self.single[1]]
+        return x[0, :, self.rows].transpose(0, 1)
+
+    def take_real(self, x: Tensor) -> Tensor:
+        """The same with zeros at padding."""
+        taken = self.take(x)
+        if self.single is not None:
+            return taken
+        return taken * self.real[:, None, :].view(len(self.real), 1, -1, *(1,) * (x.dim() - 3))
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Write [b, H, T, ...] of the group into [1, H, N, ...], padding left out."""
+        if self.single is not None:
+            out[:, :, self.single[0] : self.single[1]] = x
+        else:
+            out[0, :, self.own] = x.transpose(0, 1)[:, self.real]
+
+    def take_queries(self, x: Tensor) -> Tensor:
+        """[b, H, 1, ...] of the group, from [1, H, B, ...], a row a prompt."""
+        return x[0, :, self.prompts].transpose(0, 1)[:, :, None]
+
+    def put_queries(self, out: Tensor, x: Tensor) -> None:
+        """Write [b, H, 1, ...] of the group into [1, H, B, ...]."""
+        out[0, :, self.prompts] = x[:, :, 0].transpose(0, 1)
+
+
+def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
+    """Groups of the prompts [start, stop): similar lengths together, each prompt in one group."""
+    lengths = [stop - start for start, stop in ranges]
+    groups: list[list[int]] = []
+    alone_from = ALONE_FROM.get(device.type)
+    for prompt in sorted(range(len(ranges)), key=lambda b: (-lengths[b], b)):
+        if groups and (alone_from is None or lengths[groups[-1][0]] < alone_from):
+            joined = [*groups[-1], prompt]
+            if lengths[joined[0]] * len(joined) <= PADDING * sum(lengths[b] for b in joined):
+                groups[-1] = joined
+                continue
+        groups.append([prompt])
+    return tuple(_group(prompts, ranges, device) for prompts in groups)
+
+
+def _group(prompts: list[int], ranges: Sequence[tuple[int, int]], device: torch.device) -> Group:
+    starts = torch.tensor([ranges[b][0] for b in prompts], device=device)
+    lengths = torch.tensor([ranges[b][1] - ranges[b][0] for b in prompts], device=device)
+    column = torch.arange(ranges[prompts[0]][1] - ranges[prompts[0]][0], device=device)
+    real = column < lengths[:, None]
+    rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
+    single = ranges[prompts[0]] if len(prompts) == 1 else None
+    return Group(rows, real, rows[real], torch.tensor(prompts, device=device), single)
 
 
 Record = TypeVar("Record", bound=NamedTuple)

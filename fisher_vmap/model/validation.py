@@ -14,8 +14,21 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
+_FAULTS = (AssertionError, AttributeError, NameError, TypeError)
+
 # How out of memory is spelt where it comes as a RuntimeError: torch on the CPU, cuBLAS, Apple's GPUs.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def is_our_fault(error: BaseException) -> bool:
+    """Whether an error is a programming error of this package, not something that a model or a user's hook did.
+
+    Such an error must not be taken for a reason to choose a slower form.
+    """
+    trace, last = error.__traceback__, ""
+    while trace is not None:
+        last, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return isinstance(error, _FAULTS) and last.partition(".")[0] == __name__.partition(".")[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,10 +21,23 @@ from fisher_vmap.model.validation import listed_layers
 NOT_THE_USERS = {"torch", "transformers", "accelerate", "peft"}  # packages whose hooks are part of a model
 
 
+STEERING = "fisher_vmap.steering"
+
+
+def is_step(hook: Any) -> bool:
+    """Whether a hook is `steer`'s: it adds a step at every position, whatever the batch."""
+    return getattr(hook, "__module__", None) == STEERING
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, has a hook of any kind."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 def users_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks and pre-hooks of one module that no library has put there."""
+    """The forward hooks and pre-hooks of one module that no library has put there, and that may depend on the batch."""
     every = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in every if _this_package(hook) not in NOT_THE_USERS]
+    return [hook for hook in every if _of_package(hook) not in NOT_THE_USERS and not is_step(hook)]
 
 
 def is_hooked(model: nn.Module) -> bool:
@@ -34,8 +47,8 @@ def is_hooked(model: nn.Module) -> bool:
 
 @contextmanager
 def hooks_off(model: nn.Module) -> Iterator[None]:
-    """Within the context no hook of a user is called; what is registered meanwhile is."""
-    hooked = [module for module in model.modules() if users_hooks(module)]
+    """Within the context no hook of a user is called, nor a step of `steer`; what is registered meanwhile is."""
+    hooked = [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
     before = [(module, module._forward_pre_hooks, module._forward_hooks) for module in hooked]
     try:
         for module, pre, post in before:
@@ -61,10 +74,10 @@ def hook_behind(model: nn.Module, error: BaseException) -> str:
 
 
 def _without_users(hooks: Any) -> list[tuple[int, Any]]:
-    return [(key, hook) for key, hook in hooks.items() if _this_package(hook) in NOT_THE_USERS]
+    return [(key, hook) for key, hook in hooks.items() if _of_package(hook) in NOT_THE_USERS]
 
 
-def _this_package(hook: Any) -> str:
+def _of_package(hook: Any) -> str:
     hook = getattr(hook, "func", hook)  # of a functools.partial
     module = getattr(hook, "__module__", None) or type(hook).__module__
     return str(module).partition(".")[0]

@@ -1,9 +1,9 @@
 """The report on a results folder: one HTML page that needs no network, and images of its figures.
 
-__main__: the command.
-data: the numbers of the figures and the table, and which prompts of a large run are shown.
-outliers: prompts whose matrix is unlike the rest, with the reason.
-figures: the page's figures, for plotly.
-images: the main figures as PNGs, by matplotlib.
-page: the page.
+__main__  the command
+data      the numbers of the figures and the table, and which prompts of a large run are shown
+outliers  prompts whose matrix is unlike the rest, with the reason
+figures   the page's figures, for plotly
+images    the main figures as PNGs, by matplotlib
+page      the page
 """

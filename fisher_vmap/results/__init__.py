@@ -3,13 +3,10 @@
 files         files written whole or not at all, checks that they are unchanged, locks
 index         index.json and the entry files: what is stored, from which settings
 folder        which folders a run may use, and which files in it are ours
-layer_names   layer names sorted, shortened and found by number
 record        the records of one prompt, as computed and as read
-table         the prompts table: a row a prompt
-shard         writing a shard: safetensors and its rows of the table
+shard         writing a shard: safetensors, and its rows of the prompts table
 shard_reader  reading a shard; choosing prompts by `where`
-mean          the mean matrix and the running sum
-outputs       the files made from all shards: table, mean, npz, metadata
+outputs       the files made from all shards: mean, table, npz, metadata
 writer        ResultsWriter: open or resume a folder, store shards, finish
 reader        open_results and Results: prompts, stacks, means
 hub           upload to and download from the Hugging Face hub

@@ -14,10 +14,8 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.results.files import check_sha256
 from fisher_vmap.results.hub import download, push_to_hub
 from fisher_vmap.results.index import Index, read_index, sum_name
-from fisher_vmap.results.layer_names import layer_named
-from fisher_vmap.results.mean import add_shards
-from fisher_vmap.results.outputs import mean_of, metadata_of, table_of
-from fisher_vmap.results.record import Float32, PromptRecord, Stack
+from fisher_vmap.results.outputs import add_shards, mean_of, metadata_of, table_of
+from fisher_vmap.results.record import Float32, PromptRecord, Stack, layer_named
 from fisher_vmap.results.shard_reader import ShardReader, Where, chooser, readers, why_none
 
 if TYPE_CHECKING:
@@ -279,7 +277,7 @@ class Results:
         return push_to_hub(self.folder, self.index, repo, private=private, share_text=share_text, token=token)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.results.table` describes the columns."""
+        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.results.shard` describes the columns."""
         return self.table().to_pandas()
 
     def table(self) -> pa.Table:

@@ -14,17 +14,18 @@ from safetensors import SafetensorError, safe_open
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.results.files import check_sha256, check_size, damaged, read_checked
 from fisher_vmap.results.index import SHARD_FOLDER, Index, ShardEntry, ShardLayout
-from fisher_vmap.results.layer_names import several
-from fisher_vmap.results.record import Float32, PromptRecord, Stack
+from fisher_vmap.results.record import Float32, PromptRecord, Stack, several
 from fisher_vmap.results.shard import (
     LAYER_TENSORS,
     SAFETENSORS_DTYPES,
     TOKEN_TENSORS,
     check_sizes,
+    common_schema,
+    in_schema,
+    is_checksum,
     row_checksum,
     tensor_specs,
 )
-from fisher_vmap.results.table import common_schema, in_schema, is_checksum
 
 Where = Callable[[dict[str, Any]], bool] | Mapping[str, Any] | ArrayLike | None
 

@@ -35,8 +35,7 @@ from fisher_vmap.results.index import (
     remove_entries,
     write_index,
 )
-from fisher_vmap.results.mean import fold, sum_is_intact
-from fisher_vmap.results.outputs import Save, product_names, write_product
+from fisher_vmap.results.outputs import Save, fold, product_names, sum_is_intact, write_product
 from fisher_vmap.results.record import PromptResult
 from fisher_vmap.results.shard import check_sizes, stage_shard
 from fisher_vmap.results.shard_reader import ShardReader

@@ -13,7 +13,8 @@ from fisher_vmap.data.batching import batch_tokens_for, pack
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.errors import UserError
-from fisher_vmap.fisher_model import TRACE_SAMPLES, FisherModel
+from fisher_vmap.estimators import TRACE_SAMPLES
+from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.load.model import Loaded, load_model
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step

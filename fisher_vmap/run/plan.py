@@ -28,8 +28,7 @@ from fisher_vmap.progress import bar, passing, readable, step
 from fisher_vmap.results.index import ShardLayout
 from fisher_vmap.results.outputs import npz_size, wants_npz
 from fisher_vmap.results.record import LayerResult, PromptResult
-from fisher_vmap.results.shard import TensorSpec, size_of, tensor_specs
-from fisher_vmap.results.table import common_schema, in_schema, rows_table
+from fisher_vmap.results.shard import TensorSpec, common_schema, in_schema, rows_table, size_of, tensor_specs
 from fisher_vmap.run.open import (
     PreparedShard,
     check_save,
@@ -44,10 +43,9 @@ from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skel
 from fisher_vmap.run.settings import Settings
 
 MOST_TOKENISED = 2048  # prompts of the sample
-MEASURED_S = 10.0
+MEASURED_S, WORKERS = 10.0, (1, 8, 64)
 COUNTED_PROMPTS = 256  # whose lengths the operations are counted for
 INDEX_BYTES, METADATA_BYTES = 480, 4096  # of index.json for a shard; of metadata.yaml and the rest
-WORKERS = (1, 8, 64)
 
 
 class Sample(NamedTuple):

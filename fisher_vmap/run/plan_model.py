@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.fisher_model import TRACE_SAMPLES
+from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.kernels.decoder_block import KEPT_BYTES, WORTH_KEEPING
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.load.adapters import base_of, find_adapter

@@ -1,6 +1,5 @@
 """Checks of a results folder.
 
-__main__: the command.
-folder: checks of its files and numbers.
-kl: its predictions compared with the model, and `measured_kl`.
+__main__  the command, and its checks of the files and their numbers
+kl        predictions compared with the model, and `measured_kl`
 """

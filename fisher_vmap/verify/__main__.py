@@ -2,21 +2,212 @@
 
 Prints a line for each check: "ok", or "BAD" with the reason. Exit code 0: all checks passed; 1: a check failed or the
 run is unfinished; 2: DIR is not a results folder. With `--kl` the matrices are compared with the model: see `kl.py`.
+
+The checks of `verify DIR` on a results folder's files.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import aside, bar, step
-from fisher_vmap.results.index import INDEX_NAME, TABLE_NAME
-from fisher_vmap.verify.folder import Check, checks
+from fisher_vmap.results.files import check_sha256, damaged
+from fisher_vmap.results.index import (
+    INDEX_NAME,
+    MEAN_NAME,
+    TABLE_NAME,
+    FileEntry,
+    Index,
+    ShardEntry,
+    npz_name,
+    read_index,
+    sum_name,
+)
+from fisher_vmap.results.outputs import npz_arrays, read_mean, running_sum, sum_is_intact
+from fisher_vmap.results.record import Stack, covered_mass, natural
+from fisher_vmap.results.shard import common_schema, in_schema
+from fisher_vmap.results.shard_reader import ShardReader, is_ok, readers
+
+# Largest entry of V V^T - 1. The relative error of a float16 number is up to 2^-11, that of a squared norm twice that.
+ORTHONORMAL_TO = {"float32": 1e-5, "float16": 2e-3}
+
+
+class Check(NamedTuple):
+    """One check.
+
+    Attributes:
+        name: of the check.
+        look: returns what it found, or raises UserError.
+        kind: a name for all checks of this kind, if there is one for each layer; None: it is the only one.
+        size: bytes that it reads.
+    """
+
+    name: str
+    look: Callable[[], str]
+    kind: str | None = None
+    size: int = 0
+
+
+def checks(folder: Path) -> Iterator[Check]:
+    """All checks of a folder; those of one kind follow one another."""
+    try:
+        index = read_index(folder)
+    except UserError as error:
+        yield Check(INDEX_NAME, partial(_fail, error))
+        return
+    yield Check(INDEX_NAME, partial(_check_index, folder, index))
+    tables = sum(shard.table_bytes for shard in index.shards)
+    arrays = sum(0 if shard.folded else shard.bytes for shard in index.shards)
+    for shard in index.shards:
+        size = shard.table_bytes + (0 if shard.folded else shard.bytes)
+        yield Check(shard.file, partial(_check_shard, folder, index, shard), size=size)
+    if index.sum is not None:
+        name = sum_name(index.folded)
+        for layer in index.layers:
+            look = partial(_check_sum, folder, index, layer)
+            yield Check(f"{name}, {layer}", look, f"{name}, the sum of each layer", index.sum.bytes)
+    archives = {npz_name(layer, index.layers): layer for layer in index.layers}
+    for name in sorted(index.files, key=natural):
+        kind = "the npz of each layer" if name in archives else None
+        yield Check(name, partial(_check_file, folder / name, index.files[name]), kind, index.files[name].bytes)
+    if TABLE_NAME in index.files:
+        size = 2 * (index.files[TABLE_NAME].bytes + tables)
+        yield Check(f"{TABLE_NAME} = the shards' rows", partial(_check_table, folder, index), size=size)
+    for layer in index.layers if MEAN_NAME in index.files else ():
+        kind = f"{MEAN_NAME}, the mean of each layer"
+        size = index.files[MEAN_NAME].bytes // len(index.layers)
+        yield Check(f"{MEAN_NAME}, {layer}", partial(_check_mean, folder, index, layer), kind, size)
+    for name, layer in archives.items():
+        if name in index.files:
+            look = partial(_check_npz, folder, index, layer)
+            size = index.files[name].bytes + arrays // len(index.layers)
+            yield Check(f"{name} = the shards' arrays", look, "the npz of each layer = the shards' arrays", size)
+
+
+def _fail(error: UserError) -> str:
+    raise error
+
+
+def _check_index(folder: Path, index: Index) -> str:
+    stored = sum(entry.stop - entry.start for entry in index.shards)
+    if not index.complete:
+        raise UserError(f"the run is unfinished: {stored} of {index.num_prompts} prompts; run the same command again")
+    return f"complete, {stored} prompts in {len(index.shards)} shards"
+
+
+def _check_file(path: Path, entry: FileEntry) -> str:
+    check_sha256(path, entry.bytes, entry.sha256)
+    return f"SHA-256 as recorded, {entry.bytes:,} bytes"
+
+
+def _check_sum(folder: Path, index: Index, layer: str) -> str:
+    path = folder / sum_name(index.folded)
+    if not sum_is_intact(folder, index):
+        raise damaged(path, "its SHA-256 differs from the index")
+    found = running_sum(folder, index, layer)
+    if found is None or not np.isfinite(found.total).all() or not np.allclose(found.total, found.total.T, rtol=1e-9):
+        raise damaged(path, f"the sum of {layer} is not finite or not symmetric")
+    return f"SHA-256 as recorded, {found.prompts} prompts of {index.folded} shards, trace {np.trace(found.total):.4g}"
+
+
+def _check_shard(folder: Path, index: Index, entry: ShardEntry) -> str:
+    shard = ShardReader(folder, entry, index.layout)
+    shard.check_sha256()
+    prompts = f"prompts {entry.start}..{entry.stop - 1}"
+    if entry.folded:
+        return f"SHA-256 of its table; {prompts}, in the sum alone"
+    ok = is_ok(shard)
+    mass = shard.table.column("mass").to_pylist()
+    for row, prompt in enumerate(range(entry.start, entry.stop)):
+        token_ids, log_probs = shard.tokens(prompt)
+        if not ok[row]:
+            continue
+        covered = covered_mass(log_probs, token_ids)
+        known = token_ids[: shard.layout.top_k]
+        if not np.isfinite(log_probs).all() or (known < 0).any() or abs((covered or 0.0) - mass[row]) > 1e-5:
+            raise damaged(shard.path, f"the tokens of prompt {prompt} are not the table's")
+    for layer in shard.layout.layers:
+        stack = shard.stack(layer)
+        _check_numbers(shard, layer, Stack(*(part[ok] for part in stack)), np.flatnonzero(ok) + shard.entry.start)
+        if not all(np.isnan(part[~ok]).all() for part in stack):
+            raise damaged(shard.path, f"{layer}: a prompt without a result has numbers")
+    without = f", {(~ok).sum()} without numbers" if not ok.all() else ""
+    return f"SHA-256, shapes, order of S, orthonormal V; {prompts}{without}"
+
+
+def _check_numbers(
+    shard: ShardReader, layer: str, stack: Stack, prompts: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> None:
+    tolerance = ORTHONORMAL_TO[shard.layout.vectors_dtype]
+    trace = shard.table.column(f"{layer}/trace").to_pylist()
+    for S, V, Q, prompt in zip(*stack, prompts, strict=True):
+        what = f"{layer}, prompt {prompt}"
+        if not (np.isfinite(S).all() and np.isfinite(V).all() and np.isfinite(Q).all()):
+            raise damaged(shard.path, f"{what}: not finite")
+        if (S < 0).any() or (np.diff(S) > 0).any():
+            raise damaged(shard.path, f"{what}: S is negative or not in order")
+        if float(S.astype(np.float64).sum()) > trace[prompt - shard.entry.start] * (1 + 1e-4) + 1e-30:
+            raise damaged(shard.path, f"{what}: the trace is below the sum of S")
+        V = V.astype(np.float64)
+        expected = np.diag((S > 0).astype(np.float64))  # rows beyond the rank are zero
+        if (off := float(np.abs(V @ V.T - expected).max())) > tolerance:
+            raise damaged(shard.path, f"{what}: V is off orthonormal by {off:.1e}, more than {tolerance:.0e}")
+
+
+def _check_table(folder: Path, index: Index) -> str:
+    path = folder / TABLE_NAME
+    check_sha256(path, index.files[TABLE_NAME].bytes, index.files[TABLE_NAME].sha256)  # Arrow does not check it
+    schema = common_schema((shard.table.schema for shard in readers(folder, index)), index.layout)
+    with pq.ParquetFile(path) as table:
+        groups = (table.read_row_group(number, use_threads=False) for number in range(table.num_row_groups))
+        rest = schema.empty_table()
+        for shard in readers(folder, index):
+            expected = in_schema(shard.table, schema)
+            while rest.num_rows < expected.num_rows and (group := next(groups, None)) is not None:
+                rest = pa.concat_tables([rest, group])
+            if not rest.slice(0, expected.num_rows).equals(expected):
+                raise damaged(path, f"its rows differ from {shard.entry.table}")
+            rest = rest.slice(expected.num_rows)
+        if rest.num_rows or next(groups, None) is not None:
+            raise damaged(path, "it has more rows than the shards")
+    return f"{index.stop} rows"
+
+
+def _check_mean(folder: Path, index: Index, layer: str) -> str:
+    mean = read_mean(folder / MEAN_NAME, index.files[MEAN_NAME], layer, index.layout.widths[layer])
+    if not np.isnan(mean).all() and not np.allclose(mean, mean.T, rtol=1e-5, atol=1e-6 * np.abs(mean).max()):
+        raise damaged(folder / MEAN_NAME, f"the mean of {layer} is not symmetric")
+    return f"{mean.shape}, symmetric, trace {np.trace(mean):.4g}"
+
+
+def _check_npz(folder: Path, index: Index, layer: str) -> str:
+    path = folder / npz_name(layer, index.layers)
+    count = 0
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name, array in npz_arrays(readers(folder, index), layer):
+                found, count = archive[name], count + 1
+                if found.dtype != array.dtype or not np.array_equal(found, array, equal_nan=True):
+                    raise damaged(path, f"{name} differs from the shards")
+            if len(archive.files) != count:
+                raise damaged(path, f"it has {len(archive.files)} arrays instead of {count}")
+    except (OSError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise damaged(path, str(error)) from error
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else damaged(path, str(error)) from error
+    return f"{count} arrays"
+
 
 PROMPTS = 8  # of --kl
 MANY = 4  # so many passed checks of one kind are printed in one line

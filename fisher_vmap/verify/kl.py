@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fisher_vmap.data.files import SUFFIXES, spelt_as_path
+from fisher_vmap.data.datasets import SUFFIXES, spelt_as_path
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher import check_inputs
-from fisher_vmap.linearize.positions import position_mask
-from fisher_vmap.linearize.probe import layer_widths, undisturbed
+from fisher_vmap.linearize.linear_map import undisturbed
+from fisher_vmap.linearize.probe import layer_widths
 from fisher_vmap.linearize.whole import rows_from_logits, with_biases
 from fisher_vmap.load.model import Loaded
 from fisher_vmap.model.layers import hooked, resolve_layers
@@ -68,13 +68,13 @@ def measured_kl(
             raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected {shape}, of one prompt")
     given, model = model, unwrapped(model)
     precision = choose_precision(model, precision).name
-    T, prompt = len(input_ids), lay_out(input_ids[None], None)
+    T, prompt = len(input_ids), lay_out(input_ids[None], None, positions)
     with undisturbed(model, precision):
         (name,) = resolve_layers(model, names_inside(given, model, layer))
-        check_inputs(model, prompt, positions, None)
+        check_inputs(model, prompt)
     if steps.shape[1] != (width := layer_widths(model, [name], precision)[name]):
         raise ValueError(f"steps has shape {tuple(steps.shape)}; expected [N, {width}], the width of {name}")
-    mask_T = position_mask(positions, prompt)
+    mask_T = prompt.bias_mask()
     where_1T1 = (torch.ones(T) if mask_T is None else mask_T).to(input_ids.device)[None, :, None]
 
     def log_p(steps_nD: Tensor) -> Tensor:

@@ -44,34 +44,25 @@ def test_both_name_every_exit_code_alike():
     assert [int(code) for code in re.findall(r"(?:: |, )(\d+) [a-z]", said[0])] == [0, 2, 3, 130, 1]
 
 
-def tree() -> dict[str, set[str]]:
-    """The files that the book's tree names, by their folder in the package; "" is the package itself."""
-    block, found, folder = (ROOT / "docs" / "inside.md").read_text().split("## Where things are")[1], {}, ""
-    for line in block.splitlines():
-        if re.match(r" {2}\S", line):
-            start = re.match(r" {2}(\w+)/ ", line)
-            folder = start[1] if start else ""
-        found.setdefault(folder, set()).update(re.findall(r"(?<![\w.])(\w+\.py)\b", line))
-    return found
+INSIDE = (ROOT / "docs" / "inside.md").read_text("utf-8")
+PACKAGE = ROOT / "fisher_vmap"
 
 
-def test_every_file_it_names_is_there():
-    for folder, names in tree().items():
-        for name in names - {"__init__.py", "attention.py"}:
-            assert (ROOT / "fisher_vmap" / folder / name).is_file(), f"{folder}/{name}"
+def test_inside_fits_on_a_screen_and_its_path_is_of_files_that_there_are():
+    assert len(INSIDE.splitlines()) <= 60
+    path = re.findall(r"(?m)^([\w/]+\.py)  ", INSIDE.split("## The path of a batch")[1])
+    assert len(path) == 18
+    for name in path:
+        assert (PACKAGE / name).is_file(), name
 
 
-def test_every_module_has_its_line():
-    named = tree()
-    listed_elsewhere = {"storage", "report", "engines"}
-    for folder in {path.parent for path in (ROOT / "fisher_vmap").rglob("*.py")}:
-        name = "" if folder.name == "fisher_vmap" else folder.name
-        assert name in named or name == "engines", f"docs/inside.md does not name {name}/"
-        if name not in listed_elsewhere:
-            missing = {path.name for path in folder.glob("[a-z]*.py")} - named[name]
-            assert not missing, f"docs/inside.md does not name {sorted(missing)} of {name or 'the package'}"
+def test_inside_has_a_line_for_each_folder():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r"(?m)^  (\w+)/ ", INSIDE)) == folders
 
 
-def test_the_storage_folder_says_what_each_of_its_files_is():
-    text = (ROOT / "fisher_vmap" / "storage" / "__init__.py").read_text()
-    assert {path.stem for path in (ROOT / "fisher_vmap" / "storage").glob("[a-z]*.py")} <= set(re.findall(r"\w+", text))
+def test_each_folder_has_a_line_for_each_of_its_modules_and_no_other():
+    for init in PACKAGE.glob("*/__init__.py"):
+        listed = set(re.findall(r"(?m)^(\w+)(?::| {2,})", init.read_text("utf-8")))
+        there = {path.stem for path in init.parent.glob("*.py")} - {"__init__"}
+        assert listed == there, init.parent.name

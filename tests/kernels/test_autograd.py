@@ -5,7 +5,7 @@ import torch
 from oracles import relative
 
 from fisher_vmap.kernels.autograd import Scratch, norm_pullback, softmax_pullback
-from fisher_vmap.kernels.norm import NormRows
+from fisher_vmap.kernels.modules import NormRows
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -185,7 +185,7 @@ def test_an_error_on_the_way_leaves_no_module_changed(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_vmap.linearize.positions.Collected.add", fail)
+    monkeypatch.setattr("fisher_vmap.linearize.linear_map.sum_positions", fail)
     with pytest.raises(KeyboardInterrupt) as held:
         fisher_scores(model, torch.arange(12).view(2, 6), layers=[0], top_k=2)
     assert not any("forward" in vars(module) for module in model.modules())

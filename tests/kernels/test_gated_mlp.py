@@ -6,7 +6,7 @@ from models import tiny
 from torch import Tensor
 
 from fisher_vmap.kernels.decoder_block import fused_forward
-from fisher_vmap.kernels.gated_mlp import is_gated_mlp
+from fisher_vmap.kernels.modules import is_gated_mlp
 
 
 @pytest.mark.parametrize(("family", "name"), [("llama", "model.layers.1.mlp"), ("gemma2", "model.layers.2.mlp")])

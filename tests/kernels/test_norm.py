@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import ToyLM
 from toys.norms import GatedBlock
 
-from fisher_vmap.kernels.norm import norm_kind
+from fisher_vmap.kernels.modules import norm_kind
 
 
 @pytest.mark.parametrize(

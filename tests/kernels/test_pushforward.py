@@ -72,7 +72,7 @@ def test_prompts_laid_end_to_end_do_not_see_one_another(lengths):
     module, N = torch.nn.Module(), sum(lengths)
     q, k, v = (x[:1] for x in tensors(6, 2, N, N))
     tangents = tuple(draw(K, *x.shape, seed=20 + i) for i, x in enumerate((q, k, v)))
-    last = layout.last_rows(q.device)
+    last = layout.target_rows(q.device)
     with prompts_packed(layout):
         found = push(lambda q, k, v: _attention_forward(module, q, k, v, None, scaling=SCALE)[0], (q, k, v), tangents)
 

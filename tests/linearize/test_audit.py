@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager, nullcontext
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,7 @@ from models import block, fresh, padded, prompts
 from oracles import plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, open_results
-from fisher_vmap.linearize import audit, blockwise, select
+from fisher_vmap.linearize import audit, scores, select
 from fisher_vmap.run.__main__ import main
 
 LAYERS = [block("llama", 0), block("llama", 1)]
@@ -27,13 +28,17 @@ def unproven(monkeypatch):
 
 def planted(monkeypatch, change, kinds=("packed",)):
     """Change what the forms of these kinds give."""
-    right = blockwise._run_together
+    right = scores.scores_of
 
-    def wrong(form, model, parts, layout, layers, wanted):
-        found = right(form, model, parts, layout, layers, wanted)
-        return change(found) if form in kinds else found
+    def wrong(net, wanted):
+        found = right(net, wanted)
+        return change(found) if form_of(net) in kinds else found
 
-    monkeypatch.setattr(blockwise, "_run_together", wrong)
+    monkeypatch.setattr(scores, "scores_of", wrong)
+
+
+def form_of(net):
+    return "packed" if net.layout.packed else {"Blockwise": "layerwise"}.get(type(net).__name__, "whole")
 
 
 def _gradients(found, change):
@@ -96,9 +101,9 @@ def test_a_planted_fault_is_caught_told_and_mended(fault, unproven, monkeypatch,
 
 
 def test_a_position_off_by_one_is_caught(unproven, monkeypatch):
-    right = blockwise.pack_rows
+    right = scores.pack_rows
     monkeypatch.setattr(
-        blockwise, "pack_rows", lambda layout: (p := right(layout))._replace(position_ids=3 * p.position_ids)
+        scores, "pack_rows", lambda layout: (p := right(layout))._replace(position_ids=3 * p.position_ids)
     )
     model, rows = fresh("llama"), prompts(LENGTHS)
     assert_right(fisher_scores(model, *padded(rows, "left"), layers=LAYERS, top_k=4), model, rows)
@@ -107,15 +112,14 @@ def test_a_position_off_by_one_is_caught(unproven, monkeypatch):
 def test_a_hook_that_is_lost_is_caught(unproven, monkeypatch):
     from fisher_vmap.model.wrappers import hooks_off
 
-    right = blockwise._run_together
+    right = scores.opened
 
-    def without(form, model, *rest):
-        if form != "packed":
-            return right(form, model, *rest)
-        with hooks_off(model):
-            return right(form, model, *rest)
+    @contextmanager
+    def without(choice, model, *rest, **more):
+        with hooks_off(model) if choice.form == "packed" else nullcontext(), right(choice, model, *rest, **more) as net:
+            yield net
 
-    monkeypatch.setattr(blockwise, "_run_together", without)
+    monkeypatch.setattr(scores, "opened", without)
     model, rows = fresh("llama"), prompts(LENGTHS)
     model.model.layers[2].register_forward_hook(lambda _m, _a, out: 1.02 * out)
     assert_right(fisher_scores(model, *padded(rows, "left"), layers=LAYERS, top_k=4), model, rows)
@@ -134,7 +138,7 @@ def test_a_stale_weight_is_caught(unproven, monkeypatch):
 
 
 def test_the_full_matrix_and_the_linearised_network_are_audited(unproven, monkeypatch):
-    from fisher_vmap.linearize.upper import Blockwise
+    from fisher_vmap.linearize.blockwise import Blockwise
 
     right = Blockwise._pull
 
@@ -229,15 +233,15 @@ def job(tmp_path):
 
 def _wrong_in_some_batches(monkeypatch):
     """The packed form is wrong for a prompt of 43 tokens, in the second shard."""
-    right = blockwise._run_together
+    right = scores.scores_of
 
-    def wrong(form, model, parts, layout, layers, wanted):
-        found = right(form, model, parts, layout, layers, wanted)
-        if form == "packed" and 38 < max(layout.lengths) < 45:
+    def wrong(net, wanted):
+        found = right(net, wanted)
+        if net.layout.packed and 38 < max(net.layout.lengths) < 45:
             return _by_temperature(_by_scale(found))
         return found
 
-    monkeypatch.setattr(blockwise, "_run_together", wrong)
+    monkeypatch.setattr(scores, "scores_of", wrong)
 
 
 def _tensors(folder):
@@ -278,13 +282,13 @@ def test_a_run_that_is_resumed_repeats_its_audits_to_the_bit(job, tmp_path, unpr
 
 
 def test_prompts_that_no_form_gets_right_fail_with_the_reason(job, tmp_path, unproven, monkeypatch):
-    right = blockwise.read_outcomes
+    right = scores.scores_of
 
-    def wrong(head, rows, wanted):
-        found = right(head, rows, wanted)
+    def wrong(net, wanted):
+        found = right(net, wanted)
         return found._replace(log_probs=1.1 * found.log_probs) if wanted.top_k > 2 else found
 
-    monkeypatch.setattr(blockwise, "read_outcomes", wrong)
+    monkeypatch.setattr(scores, "scores_of", wrong)
     assert main(job("failed", audit="always")) == 0
     results = open_results(tmp_path / "failed")
     assert {record.status for record in results} == {"failed"}
@@ -294,3 +298,17 @@ def test_prompts_that_no_form_gets_right_fail_with_the_reason(job, tmp_path, unp
 def test_audit_off_is_told_in_the_metadata(job, tmp_path):
     main(job("off", audit="off"))
     assert yaml.safe_load((tmp_path / "off" / "metadata.yaml").read_text())["settings"]["audit"] == "off"
+
+
+@pytest.mark.parametrize("positions", ["last", "mask"])
+def test_a_score_is_audited_wherever_the_bias_is(unproven, monkeypatch, caplog, positions):
+    model, rows = fresh("llama"), prompts(LENGTHS)
+    ids, mask = padded(rows, "left")
+    where = mask.clone()
+    where[:, -1] = 0
+    planted(monkeypatch, _by_scale)
+    with caplog.at_level(logging.INFO, logger="fisher_vmap"):
+        chosen = positions if positions == "last" else where
+        fisher_scores(model, ids, mask, layers=LAYERS, top_k=4, positions=chosen, audit="always")
+    assert "could not be audited" not in caplog.text
+    assert "the audit found the score" in caplog.text

@@ -6,7 +6,7 @@ from models import VOCABULARY, WIDTH, block, padded, prompts, tiny
 from oracles import dense_svd, plain_scores, relative
 
 from fisher_vmap import FisherModel
-from fisher_vmap.linearize.output import Probes, leading_vectors, metric, probe_rows
+from fisher_vmap.linearize.output import Asked, Probes, distribution, leading_vectors
 from fisher_vmap.model.head import LogitsHead
 
 LENGTHS = (5, 1, 8)
@@ -22,8 +22,6 @@ def test_the_metric_is_the_hessian_of_the_kl_at_the_heads_input(family):
         C = c.product(torch.eye(WIDTH, dtype=torch.float64).expand(len(rows), -1, -1))
         a = c.rows(torch.arange(VOCABULARY).expand(len(rows), -1))
         assert relative(C, torch.einsum("bv,bvx,bvy->bxy", c.probs, a, a)) < 1e-6
-        y = torch.randn(len(rows), 2, VOCABULARY, dtype=torch.float64)
-        assert relative(c.transposed(y), y @ a) < 1e-6
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, block(family, -1), where_T=torch.arange(len(row)) == len(row) - 1).fisher
         assert relative(C[b], expected) < 1e-6
@@ -45,13 +43,13 @@ def test_leading_vectors_are_the_leading_eigenvectors():
 def test_random_vectors_have_the_right_second_moment(logits, centred):
     """Signs one by one: the sum over all of an orthogonal set of sign vectors is exact."""
     rows = torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    c = metric(LogitsHead(), rows)
     without = torch.tensor([[3, 7]])
+    c = distribution(LogitsHead(), rows, Asked(None, without, centred, Probes(40_000, [5]), of_rest=True))
     a, p = c.rows(torch.arange(16)[None])[0], c.probs[0].clone()
     p[without[0]] = 0
     if centred:
         a = a - (p @ a) / p.sum()
     expected = torch.einsum("v,vx,vy->xy", p, a, a)
-    many = probe_rows(c, Probes(40_000, [5]), without, centred=centred)[0]
+    many = c.reading.random[:, 0]
     assert relative(many.T @ many / len(many), expected) < 0.03
     assert relative(a.T @ a, expected) > 0.3

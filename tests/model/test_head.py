@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from toys import ToyLM
 
 from fisher_vmap import fisher_scores
+from fisher_vmap.linearize.output import Asked, Probes, Reading, distribution
 from fisher_vmap.linearize.probe import known_of
 from fisher_vmap.model import head
-from fisher_vmap.model.head import LogitsHead, Phi, Reading, UnembeddingHead, likeliest
+from fisher_vmap.model.head import LogitsHead, Phi, UnembeddingHead, likeliest
 
 LENGTHS = (7, 1, 12, 3)
 
@@ -81,6 +82,10 @@ class Problem:
         return log_p.detach(), torch.stack(grads)
 
 
+def read(head, rows: Tensor, top_k: int, token_ids: Tensor | None = None) -> Reading:
+    return distribution(head, rows, Asked(top_k, token_ids)).reading
+
+
 KINDS = pytest.mark.parametrize(
     ("phi", "biased"),
     [(Phi(), False), (Phi(), True), (Phi(0.3), False), (Phi(1.0, 9.0), False), (Phi(4.0, 12.0), True)],
@@ -107,7 +112,7 @@ def assert_right_to_float32(problem: Problem, reading: Reading) -> None:
 @pytest.mark.parametrize("logits_std", [1.0, 4.0])
 def test_cotangents_are_right_to_float32(B, logits_std, phi, biased):
     problem = Problem(B, logits_std, phi, biased)
-    reading = problem.head.read(problem.rows, 10, None)
+    reading = read(problem.head, problem.rows, 10)
     assert reading.log_probs.dtype == reading.cotangents.dtype == torch.float32
     assert (reading.log_probs[:, :-1] >= reading.log_probs[:, 1:]).all()
     assert_right_to_float32(problem, reading)
@@ -117,7 +122,7 @@ def test_cotangents_are_right_to_float32(B, logits_std, phi, biased):
 def test_few_rows_are_as_right_as_many(B):
     """Products of fewer than four rows take another path in some libraries; in this head they must not."""
     problem = Problem(B, 1.0)
-    reading = problem.head.read(problem.rows, 10, None)
+    reading = read(problem.head, problem.rows, 10)
     _, grads = problem.truth(torch.float64, reading.token_ids)
     assert relative(reading.cotangents, grads) < 3e-7
 
@@ -125,7 +130,42 @@ def test_few_rows_are_as_right_as_many(B):
 @KINDS
 def test_chunks_of_the_vocabulary_do_not_matter(phi, biased, chunks):
     problem = Problem(2, 1.0, phi, biased)
-    assert_right_to_float32(problem, problem.head.read(problem.rows, 6, None))
+    assert_right_to_float32(problem, read(problem.head, problem.rows, 6))
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@KINDS
+def test_what_the_other_tokens_have_is_summed_in_the_same_pass(phi, biased, chosen, chunks, monkeypatch):
+    """The rest's gradient, and random vectors of the rest, against float64 sums over all tokens one by one."""
+    problem, passes, right = Problem(3, 4.0, phi, biased), [], UnembeddingHead.chunks
+    monkeypatch.setattr(UnembeddingHead, "chunks", lambda self, dtype: passes.append(1) or right(self, dtype))
+    tokens = torch.randint(0, 5003, (3, 6), generator=torch.Generator().manual_seed(1)) if chosen else None
+    probes = Probes(2, [5, 6, 7])
+    reading = distribution(problem.head, problem.rows, Asked(6, tokens, True, probes, of_rest=True)).reading
+    assert len(passes) == 1
+    assert_right_to_float32(problem, reading)
+    every = torch.arange(5003).expand(3, -1)
+    is_rest = ~(every[:, :, None] == reading.token_ids[:, None]).any(2)
+
+    def truth(dtype: torch.dtype) -> list[Tensor]:
+        rows = problem.rows.to(dtype).requires_grad_()
+        x = torch.nn.functional.layer_norm(rows, rows.shape[1:]) @ problem.weight.to(dtype).T
+        x = phi.scale * (x if problem.bias is None else x + problem.bias.to(dtype))
+        log_p = (x if phi.cap is None else phi.cap * torch.tanh(x / phi.cap)).log_softmax(1)
+        log_rest = torch.where(is_rest, log_p, -torch.inf).logsumexp(1)
+        q = torch.where(is_rest, (log_p - log_rest[:, None]).exp(), 0).detach()
+        signed = probes.signs(5003).to(dtype) * torch.where(is_rest, log_p.exp(), 0).sqrt().detach()[:, None]
+        # Less what the rest has in common, which is an outcome of its own.
+        signed = signed - signed.sum(2, keepdim=True) * q[:, None]
+        outputs = [log_rest.sum(), *((signed[:, s] * log_p).sum() for s in range(2))]
+        return [log_rest.detach(), *(torch.autograd.grad(y, rows, retain_graph=True)[0] for y in outputs)]
+
+    log_rest, *gradients = truth(torch.float64)
+    torch.testing.assert_close(reading.log_rest.double(), log_rest, atol=4e-6, rtol=0)
+    found = [reading.rest[0], *reading.random]
+    for one, expected, plain in zip(found, gradients, truth(torch.float32)[1:], strict=True):
+        error, own = float((one - expected).norm()), float((plain - expected).norm())
+        assert error <= max(2 * own, 1e-4 * float(expected.norm()))
 
 
 def test_a_token_with_almost_all_the_probability():
@@ -137,7 +177,7 @@ def test_a_token_with_almost_all_the_probability():
         at = torch.randint(0, 5003, (5,), generator=generator)
         normed = torch.nn.functional.layer_norm(problem.rows, (68,))
         problem.weight[at] = (normed * torch.linspace(0.1, 0.4, 5)[:, None]).bfloat16()
-        reading = problem.head.read(problem.rows, 5, None)
+        reading = read(problem.head, problem.rows, 5)
         log_p, grads = problem.truth(torch.float64, reading.token_ids)
         assert log_p[:, 0].max() > -1e-7
         for b in range(5):
@@ -147,9 +187,9 @@ def test_a_token_with_almost_all_the_probability():
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
     problem = Problem(5, 3.0)
-    together = problem.head.read(problem.rows, 6, None)
+    together = read(problem.head, problem.rows, 6)
     for b in range(5):
-        alone = problem.head.read(problem.rows[b : b + 1], 6, None)
+        alone = read(problem.head, problem.rows[b : b + 1], 6)
         assert torch.equal(alone.token_ids[0], together.token_ids[b])
         torch.testing.assert_close(alone.log_probs[0], together.log_probs[b], atol=4e-6, rtol=0)
         assert relative(alone.cotangents[:, 0], together.cotangents[:, b]) < 1e-6
@@ -158,7 +198,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 def test_rows_of_bfloat16_are_read_in_float32():
     problem = Problem(2, 3.0)
     low = problem.rows.bfloat16()
-    reading, widened = problem.head.read(low, 6, None), problem.head.read(low.float(), 6, None)
+    reading, widened = read(problem.head, low, 6), read(problem.head, low.float(), 6)
     for found, expected in zip(reading, widened, strict=True):
         assert torch.equal(found, expected)
 
@@ -166,18 +206,18 @@ def test_rows_of_bfloat16_are_read_in_float32():
 def test_tokens_of_the_callers_choice_and_logits_as_they_come():
     problem = Problem(3, 3.0)
     tokens = torch.randint(0, 5003, (3, 4), generator=torch.Generator().manual_seed(1))
-    reading = problem.head.read(problem.rows, 9, tokens)
+    reading = read(problem.head, problem.rows, 9, tokens)
     log_p, grads = problem.truth(torch.float64, tokens)
     assert torch.equal(reading.token_ids, tokens)
     torch.testing.assert_close(reading.log_probs.double(), log_p, atol=4e-6, rtol=0)
     assert relative(reading.cotangents, grads) < 1e-6
 
     logits = torch.nn.functional.layer_norm(problem.rows, (68,)) @ problem.weight.float().T
-    plain = LogitsHead().read(logits, 9, tokens)
+    plain = read(LogitsHead(), logits, 9, tokens)
     torch.testing.assert_close(plain.log_probs, reading.log_probs, atol=4e-6, rtol=0)
     expected = torch.nn.functional.one_hot(tokens, 5003).transpose(0, 1) - logits.softmax(1)
     torch.testing.assert_close(plain.cotangents, expected, atol=1e-6, rtol=0)
-    best = LogitsHead().read(logits, 9, None)
+    best = read(LogitsHead(), logits, 9)
     assert torch.equal(best.token_ids, logits.sort(dim=1, descending=True, stable=True).indices[:, :9])
 
 
@@ -185,7 +225,7 @@ def test_logits_of_minus_infinity_have_no_probability():
     """As models give to tokens that are only there to round the vocabulary up."""
     problem = Problem(2, 3.0, biased=True)
     problem.bias[4000:] = -torch.inf
-    reading = problem.head.read(problem.rows, 6, None)
+    reading = read(problem.head, problem.rows, 6)
     log_p, grads = problem.truth(torch.float64, reading.token_ids)
     assert reading.token_ids.max() < 4000
     torch.testing.assert_close(reading.log_probs.double(), log_p, atol=4e-6, rtol=0)

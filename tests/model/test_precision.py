@@ -14,7 +14,8 @@ from precision_cases import FAST, SLOW, NarrowProducts
 from torch import nn
 
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
-from fisher_vmap.linearize.probe import known_of, undisturbed
+from fisher_vmap.linearize.linear_map import undisturbed
+from fisher_vmap.linearize.probe import known_of
 from fisher_vmap.model import precision as precision_module
 from fisher_vmap.model import widening
 from fisher_vmap.model.precision import Rates, choose_precision

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results.layer_names import layer_named, natural, several
+from fisher_vmap.results.record import layer_named, natural, several
 
 LAYERS = [f"model.layers.{i}" for i in (2, 15, 20)]
 HERE = Path("out")

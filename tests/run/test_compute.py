@@ -3,7 +3,7 @@
 import pytest
 from progress_cases import pass_time, screen
 
-from fisher_vmap.run.compute import Pace, Progress, run_bar
+from fisher_vmap.run.bar import Pace, Progress, run_bar
 
 
 def test_the_bar_of_a_run_in_a_log(shown, clock, caplog):

@@ -1,0 +1,374 @@
+"""The linear map J = dh / dtheta of one batch, for as many products by J and J^T as are wanted.
+
+theta is a bias at a hooked layer, h the last block's output at the targets of each prompt: its last token, unless the
+layout says otherwise. `pull` is J^T times cotangents, `push` is J times directions. `blockwise` and `whole` are the two
+ways to compute them. Nothing here knows of tokens to choose, of estimators, or of prompts as text.
+
+The bias is one vector, so its gradient is a sum over positions.
+
+The model as it must be while it is computed with, and afterwards as it was.
+
+`as_it_is` changes nothing of what the model computes: plain autograd, the reference, runs in it. `differentiable` makes
+every layer one that `torch.func` can transform. `undisturbed` is both.
+
+How the linear map is computed: the arguments that all public functions share.
+"""
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.kernels.hf_attention import attention_set_to, prompts_packed
+from fisher_vmap.kernels.quantized import quantized_pullbacks
+from fisher_vmap.linearize.block import Arrived
+from fisher_vmap.linearize.model_info import Parts
+from fisher_vmap.model.head import Head
+from fisher_vmap.model.layout import Layout, forget_lengths
+from fisher_vmap.model.offload import placed, weights_ready
+from fisher_vmap.model.patches import OldFunction, autocast_off, experts_apart, modernised, one_at_a_time, own_forwards
+from fisher_vmap.model.precision import choose_precision
+from fisher_vmap.model.validation import check_whole
+from fisher_vmap.model.widening import in_float32
+
+
+@contextmanager
+def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
+    """Evaluation mode and the chosen dtypes, and nothing else of ours; afterwards every module is as it was.
+
+    Threads that compute on one model wait for each other here.
+
+    Args:
+        model: a causal LM.
+        precision: as `choose_precision` gave it; with "float32" the model's weights are float32 inside.
+    """
+    with one_at_a_time(model):
+        training = [module for module in model.modules() if module.training]
+        try:
+            model.eval()
+            widened = in_float32(model) if precision == "float32" else nullcontext()
+            with autocast_off(), own_forwards(model), widened:
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
+    """As `as_it_is`, with every layer differentiable by `torch.func`, and weights where they are needed."""
+    with as_it_is(model, precision), differentiable(model):
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Within the context every layer can be differentiated by `torch.func`, and weights are where they are needed."""
+    with placed(model), quantized_pullbacks(model), experts_apart(model):
+        yield
+
+
+KERNELS = ("auto", "layerwise", "whole", "loop")
+AUDITS = ("auto", "always", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """How the linear map is computed.
+
+    Attributes:
+        positions: where the bias is added: "all", "last" (the last real token) or a mask [B, T].
+        kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
+        chunk_size: how many vectors to pull or push at a time; None: as many as the device does well with.
+        precision: what the model is computed in, from the same weights: "model", their own format; "float32"; "mixed",
+            the forward alone in float32; or "auto", float32 where this processor is faster in it, else "model".
+        audit: how often what is computed is compared with the model as it is and plain autograd: "auto", as often as
+            costs next to nothing; "always", in every call; or "off", only where a call reaches further than the proof.
+
+    Raises:
+        ValueError: one of them is none of these.
+    """
+
+    positions: str | Tensor = "all"
+    kernel: str = "auto"
+    chunk_size: int | None = None
+    precision: str = "auto"
+    audit: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel is {self.kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
+        if self.audit not in AUDITS:
+            raise ValueError(f"audit is {self.audit!r}; expected 'auto', 'always' or 'off'")
+        if self.chunk_size is not None:
+            check_whole("chunk_size", self.chunk_size, 1)
+
+    def on(self, model: nn.Module) -> "KernelOptions":
+        """The same with the precision that "auto" comes to for a model on this processor."""
+        return replace(self, precision=choose_precision(model, self.precision).name)
+
+
+class Options(TypedDict, total=False):
+    """The same as keyword arguments."""
+
+    positions: str | Tensor
+    kernel: str
+    chunk_size: int | None
+    precision: str
+    audit: str
+
+
+log = logging.getLogger(__name__)
+
+
+class Summed(NamedTuple):
+    """What is pulled back to one layer.
+
+    Attributes:
+        gradients: [B, K, D], float32 or wider.
+        energy: [B, T] in the caller's columns: sum_k w_k |J_pos^T u_k|^2 of each position's own J.
+    """
+
+    gradients: Tensor
+    energy: Tensor
+
+
+class Derived(NamedTuple):
+    """One more cotangent a prompt, a combination of those that are pulled: only its energy has to be computed.
+
+    Attributes:
+        combination: [B, K].
+        weight: [B], of its energy.
+    """
+
+    combination: Tensor
+    weight: Tensor
+
+
+class LinearMap(ABC):
+    """J of one batch for some hooked layers, in one form.
+
+    Attributes:
+        layout: the batch, with its targets and its biased positions.
+        layers: the names of the hooked layers.
+        rows: [M, X], h at the targets, or the logits there.
+        dtype: of what is pulled and pushed.
+        head: what reads the rows.
+        residual_norm: for each layer, [B], the mean norm of its output over the prompt's tokens.
+        widths: D of each layer.
+    """
+
+    rows: Tensor
+    dtype: torch.dtype
+    head: Head
+    residual_norm: dict[str, Tensor]
+    widths: dict[str, int]
+    _at_once = False  # whether all of the model's weights are needed at a time
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        attention: str | None,
+        layout: Layout,
+        layers: Sequence[str],
+        options: KernelOptions,
+        *,
+        once: bool = False,
+    ) -> None:
+        """Prepare a map; `open` runs the model.
+
+        Args:
+            model: a causal LM.
+            parts: of it.
+            attention: the attention implementation that it runs under; None: its own.
+            layout: the batch.
+            layers: the names of the hooked layers.
+            options: how it is computed, its precision resolved.
+            once: whether there will be one pull and nothing else, so that memory can be given up on the way.
+        """
+        self.layout, self.layers = layout, list(layers)
+        self._model, self._parts, self._attention = model, parts, attention
+        self._chunk_size, self._precision, self._once = options.chunk_size, options.precision, once
+        self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # takes ways that were not taken
+        self._inside = 0  # the thread for which the model is prepared
+
+    def open(self) -> None:
+        """Run the model."""
+        with self.prepared():
+            forget_lengths(self._model)
+            self._open()
+
+    def pull(
+        self,
+        cotangents_MKX: Tensor,
+        layers: Collection[str] | None = None,
+        weights_BK: Tensor | None = None,
+        derived: Derived | None = None,
+    ) -> dict[str, Summed]:
+        """J^T u for each field u of cotangents at the targets, at several layers in one pass.
+
+        Args:
+            cotangents_MKX: [M, K, X].
+            layers: which; None: all.
+            weights_BK: of the energy; None: ones.
+            derived: one more cotangent, of which the energy is wanted as well.
+        """
+        unit_KMX, norm_KB = self._unit_fields(cotangents_MKX.transpose(0, 1))
+        weights_BK = torch.ones_like(norm_KB.T) if weights_BK is None else weights_BK
+        pending: dict[str, Tensor] = {}
+        found: dict[str, Summed] = {}
+        mask_N = self.layout.bias_mask()
+
+        def finish(layer: str) -> None:
+            cotangents, layout = pending.pop(layer), self.layout
+            summed = sum_positions(cotangents, layout, norm_KB, weights_BK, mask_N)
+            energy_N = summed.energy
+            if derived is not None:
+                energy_N = energy_N + energy_of_one(cotangents, layout, norm_KB, *derived, mask_N)
+            energy_BT = layout.to_caller(energy_N.to(layout.device))
+            found[layer] = Summed(summed.gradients.to(layout.device), energy_BT)
+
+        wanted = set(self.layers if layers is None else layers)
+        called_often = {layer for layer in wanted if self._parts.call_order.count(layer) > 1}
+        with self.prepared(), closing(self._pull(unit_KMX)) as arrivals:
+            for layer, arrived in arrivals:
+                if layer in wanted:
+                    pending[layer] = arrived + pending[layer] if layer in pending else arrived
+                    if layer not in called_often:
+                        finish(layer)
+                if set(found) == wanted:
+                    break  # further down there is nothing that is asked for
+        for layer in list(pending):
+            finish(layer)
+        return found
+
+    def push(self, tangents_BKD: Tensor, layer: str) -> Tensor:
+        """J v for each direction v of the bias, [B, K, D] -> [M, K, X], in float32 or wider."""
+        length_BK = torch.linalg.vector_norm(tangents_BKD, dim=-1)
+        unit_BKD = tangents_BKD / length_BK.clamp(min=torch.finfo(length_BK.dtype).tiny)[..., None]
+        with self.prepared():
+            moved_KMX = self._push(layer, self.layout.at_bias(unit_BKD.to(self.dtype)))
+        wide = torch.promote_types(moved_KMX.dtype, torch.float32)
+        prompt_M = self.layout.prompt_of_target(length_BK.device)
+        length_MK = length_BK if prompt_M is None else length_BK[prompt_M]
+        scaled: Tensor = moved_KMX.transpose(0, 1).to(length_MK.device, wide) * length_MK[..., None].to(wide)
+        return scaled
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model as it must be while its parts are run; one context around several products saves time."""
+        if self._inside == threading.get_ident():
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(undisturbed(self._model, self._precision))
+            if self._at_once:
+                stack.enter_context(weights_ready(self._model))
+            stack.enter_context(attention_set_to(self._model, self._attention))
+            stack.enter_context(prompts_packed(self.layout))
+            stack.enter_context(modernised(self._old_functions()))
+            self._inside = threading.get_ident()
+            stack.callback(setattr, self, "_inside", 0)
+            yield
+
+    def _unit_fields(self, cotangents_KMX: Tensor) -> tuple[Tensor, Tensor]:
+        """Fields scaled to unit norm, and their norms [K, B]: low precision keeps its digits, linearity undoes it."""
+        norm_KM = torch.linalg.vector_norm(cotangents_KMX, dim=-1)
+        prompt_M = self.layout.prompt_of_target(norm_KM.device)
+        norm_KB = norm_KM
+        if prompt_M is not None:  # all targets of a prompt are scaled alike
+            squared_KB = norm_KM.new_zeros(len(norm_KM), len(self.layout.lengths))
+            norm_KB = squared_KB.index_add_(1, prompt_M, norm_KM.square()).sqrt()
+            norm_KM = norm_KB[:, prompt_M]
+        return cotangents_KMX / norm_KM.clamp(min=torch.finfo(norm_KM.dtype).tiny)[..., None], norm_KB
+
+    def _describe(self, outputs: dict[str, Tensor]) -> None:
+        self.residual_norm = {layer: residual_norm(hidden, self.layout) for layer, hidden in outputs.items()}
+        self.widths = {layer: hidden.shape[-1] for layer, hidden in outputs.items()}
+
+    def _old_functions(self) -> Sequence[OldFunction]:
+        return self._parts.old_functions
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Run the model; set rows, dtype and head, and describe the layers' outputs."""
+
+    @abstractmethod
+    def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
+        """What arrives at each layer, [b, T, K, D]; at a block that is called several times, once for each call."""
+
+    @abstractmethod
+    def _push(self, layer: str, tangents: Tensor) -> Tensor:
+        """Tangents of the bias at every position, [b, T, K, D], to those of h, [K, M, X]."""
+
+
+def sum_positions(
+    cotangents: Tensor, layout: Layout, norm_KB: Tensor, probs_BK: Tensor, mask_N: Tensor | None
+) -> Summed:
+    """Sum over each prompt's biased positions, in float32, and undo the scaling of the cotangents.
+
+    Args:
+        cotangents: [b, T, K, D] in the model's dtype, zero at padding.
+        layout: of the batch.
+        norm_KB: [K, B], what the cotangents had been divided by.
+        probs_BK: [B, K], the weights of the energy.
+        mask_N: [N], where the bias is added; None for everywhere.
+    """
+    device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
+    norm_BK, weight_BK = norm_KB.T.to(device, wide), probs_BK.to(device, wide)
+    cotangents_NKD = cotangents.flatten(0, 1)
+    if mask_N is not None:
+        cotangents_NKD = cotangents_NKD * mask_N.to(device, cotangents.dtype)[:, None, None]
+    gradients_BKD = layout.sum_prompts(cotangents_NKD, wide) * norm_BK[:, :, None]
+    squared_NK = torch.linalg.vector_norm(cotangents_NKD, dim=-1, dtype=wide) ** 2
+    weight_BK = weight_BK * norm_BK**2
+    energy_N = squared_NK.new_zeros(len(squared_NK))
+    for b, (first, stop) in enumerate(layout.ranges()):
+        energy_N[first:stop] = squared_NK[first:stop] @ weight_BK[b]
+    return Summed(gradients_BKD, energy_N)
+
+
+def energy_of_one(
+    cotangents: Tensor,
+    layout: Layout,
+    norm_KB: Tensor,
+    combination_BK: Tensor,
+    weight_B: Tensor,
+    mask_N: Tensor | None,
+) -> Tensor:
+    """The energy of each row, [N], of one more cotangent a prompt, which is a combination of those that were pulled.
+
+    Args:
+        cotangents: [b, T, K, D], as for `sum_positions`.
+        layout: of the batch.
+        norm_KB: [K, B].
+        combination_BK: [B, K].
+        weight_B: [B], its weight.
+        mask_N: [N], where the bias is added; None for everywhere.
+    """
+    device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
+    cotangents_NKD = cotangents.flatten(0, 1)
+    factor_BK = (combination_BK.to(norm_KB.device) * norm_KB.T).to(device, wide)
+    energy_N = cotangents_NKD.new_zeros(len(cotangents_NKD), dtype=wide)
+    for b, (first, stop) in enumerate(layout.ranges()):
+        row_nD = torch.einsum("nkd,k->nd", cotangents_NKD[first:stop].to(wide), factor_BK[b])
+        energy_N[first:stop] = row_nD.square().sum(1) * weight_B[b].to(device, wide)
+    return energy_N if mask_N is None else energy_N * mask_N.to(device, wide)
+
+
+def residual_norm(hidden: Tensor, layout: Layout) -> Tensor:
+    """The mean norm of a residual stream, [b, T, D], over each prompt's tokens, [B]."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
+    length_N = length_N.view(len(length_N), -1).mean(1)  # of several streams their mean
+    return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)

@@ -1,0 +1,279 @@
+"""The scores of a batch's outcomes: the K likeliest tokens, and "any other token" where that is asked for.
+
+The scores of outcomes that cover everything obey sum p g = 0. Where "any other token" is an outcome, one of them
+follows from the others, and nothing more is pulled back than without it. The likeliest is taken for that, so that what
+rounding has left in the others is divided by the largest probability.
+
+The form of a name, opened on a batch: the linear map of prompts together, one at a time, or as the caller has them.
+
+packed      layerwise, on prompts laid end to end
+layerwise   one block at a time
+whole       everything above the hooked modules in one piece
+loop        K backward passes of plain autograd
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisher_vmap.kernels.hf_attention import UnsupportedAttention
+from fisher_vmap.linearize.blockwise import Blockwise
+from fisher_vmap.linearize.linear_map import Derived, KernelOptions, LinearMap
+from fisher_vmap.linearize.model_info import Choice, ModelInfo
+from fisher_vmap.linearize.output import Asked, Probes, Reading, distribution
+from fisher_vmap.linearize.whole import Loop, Whole
+from fisher_vmap.model.layout import Layout, as_given, batches_apart, join_prompts, pack_rows, select
+from fisher_vmap.model.wrappers import has_hooks
+
+log = logging.getLogger(__name__)
+
+
+def attention_of(choice: Choice, known: ModelInfo) -> str | None:
+    """The attention implementation that a form runs under; None: the model's own."""
+    return None if choice.attention == "own" else known.under(choice.attention).attention
+
+
+def groups_of(choice: Choice, model: nn.Module, layout: Layout) -> list[tuple[list[int], Layout]]:
+    """The prompts that are computed together by a form, and how they are laid out."""
+    every = list(range(len(layout.lengths)))
+    if choice.prompts == "given":
+        return [(every, as_given(layout))]
+    groups = [[b] for b in every] if choice.prompts == "alone" else batches_apart(model, layout.lengths)
+    return [(group, select(layout, group)) for group in groups]
+
+
+@contextmanager
+def opened(
+    choice: Choice,
+    model: nn.Module,
+    known: ModelInfo,
+    layout: Layout,
+    layers: Sequence[str],
+    options: KernelOptions,
+    *,
+    once: bool = False,
+) -> Iterator[LinearMap]:
+    """The linear map in a form; within the context the model is prepared for its products.
+
+    A batch that cannot be packed (a prompt longer than an attention window) is padded instead, to the same result.
+
+    Args:
+        choice: the form.
+        model: a causal LM.
+        known: what the probe found.
+        layout: the batch, padded, or one of `groups_of`.
+        layers: the names of the hooked layers.
+        options: how it is computed; its positions are the layout's.
+        once: whether there will be one pull and nothing else.
+    """
+    parts, attention = known.under(choice.attention).parts, attention_of(choice, known)
+    # A hook on a block, or inside, is not in its rule.
+    rules = {block: rule for block, rule in parts.rules.items() if not has_hooks(block)}
+    parts = parts if len(rules) == len(parts.rules) else replace(parts, rules=rules)
+
+    def made(kind: type[LinearMap], stands: Layout) -> LinearMap:
+        net = kind(model, parts, attention, stands, layers, options, once=once)
+        net.note = partial(known.note, log)
+        return net
+
+    with ExitStack() as stack:
+        if choice.form == "packed":
+            net = made(Blockwise, pack_rows(layout))
+            try:
+                with ExitStack() as tried:
+                    tried.enter_context(net.prepared())
+                    net.open()
+                    stack.push(tried.pop_all())
+            except UnsupportedAttention as reason:
+                known.note(log, "padded", f"a batch is padded, not packed: {reason}")
+            else:
+                yield net
+                return
+        kinds: dict[str, type[LinearMap]] = {"whole": Whole, "loop": Loop}
+        net = made(kinds.get(choice.form, Blockwise), layout)
+        stack.enter_context(net.prepared())
+        net.open()
+        yield net
+
+
+class Scores(NamedTuple):
+    """Scores g_t = d log p_t / d theta of the K likeliest next tokens, theta a bias on the residual stream.
+
+    float32, or float64 where the model is float64. log p is in nats, scores in nats per unit of residual stream.
+
+    Attributes:
+        log_probs: [B, K], highest first.
+        token_ids: [B, K] int64.
+        gradients: for each hooked layer, [B, K, D].
+        position_energy: for each hooked layer, [B, T] in the caller's columns: sum_t p_t |g_t at this position|^2.
+        residual_norm: for each hooked layer, [B]: the mean norm of its output over the prompt's tokens.
+        remainder: for each hooked layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole
+            vocabulary less that of the K tokens; S is what was asked for.
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
+    gradients: dict[str, Tensor]
+    position_energy: dict[str, Tensor]
+    residual_norm: dict[str, Tensor]
+    remainder: dict[str, Tensor]
+
+    def factor(self, layer: str | None = None) -> Tensor:
+        """A = diag(sqrt p) G, [B, K, D]: the Fisher matrix of each prompt is A^T A.
+
+        Args:
+            layer: the name of a hooked layer; may be left out where there is only one.
+
+        Raises:
+            ValueError: the layer was not hooked, or none was named and there are several.
+        """
+        if layer is None and len(self.gradients) == 1:
+            layer = next(iter(self.gradients))
+        if layer not in self.gradients:
+            raise ValueError(f"layer {layer!r} has no scores here; expected one of {list(self.gradients)}")
+        return torch.exp(self.log_probs / 2)[:, :, None] * self.gradients[layer]
+
+
+REST = -1  # the token id of "any other token"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a batch.
+
+    Attributes:
+        top_k: the number of likeliest tokens.
+        token_ids: [B, K], the tokens, where the caller has chosen them.
+        include_rest: whether "any other token" is an outcome as well.
+        probes: random vectors of what the outcomes leave out; None: none.
+    """
+
+    top_k: int
+    token_ids: Tensor | None = None
+    include_rest: bool = False
+    probes: Probes | None = None
+
+    def of_prompts(self, prompts: Sequence[int]) -> "Wanted":
+        """The same of some prompts of the batch."""
+        token_ids = None if self.token_ids is None else self.token_ids[list(prompts)]
+        probes = self.probes and self.probes._replace(seeds=[self.probes.seeds[b] for b in prompts])
+        return replace(self, token_ids=token_ids, probes=probes)
+
+
+class Outcomes(NamedTuple):
+    """O outcomes of each prompt, and the cotangents, C of them, from which their scores follow.
+
+    Attributes:
+        log_probs: [B, O].
+        token_ids: [B, O], the last of them `REST` where that is included.
+        cotangents: [C, B, X]: of the outcomes but the one that is derived, then of the random vectors.
+        derived: [B], the outcome that is not pulled back; None: all are.
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
+    cotangents: Tensor
+    derived: Tensor | None
+
+    @property
+    def pulled(self) -> Tensor:
+        """[B, n] int64, the outcomes that are pulled back."""
+        B, O = self.log_probs.shape
+        every_BO = torch.arange(O, device=self.log_probs.device).expand(B, O)
+        if self.derived is None:
+            return every_BO
+        return every_BO[every_BO != self.derived[:, None]].view(B, O - 1)
+
+    def weights(self) -> Tensor:
+        """[B, C]: the probability of each outcome that is pulled back; 0 for random vectors."""
+        p_Bn = self.log_probs.exp().gather(1, self.pulled)
+        return torch.nn.functional.pad(p_Bn, (0, len(self.cotangents) - p_Bn.shape[1]))
+
+    def derivation(self) -> Derived | None:
+        """How the derived score is made of the others, and its probability; None if there is none."""
+        if self.derived is None:
+            return None
+        p_B = self.log_probs.gather(1, self.derived[:, None])[:, 0].exp()
+        return Derived(-self.weights() / p_B[:, None], p_B)
+
+    def scores(self, pulled_BCD: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of the outcomes, [B, O, D], and the random vectors, [B, S, D]."""
+        at_Bn = self.pulled
+        n = at_Bn.shape[1]
+        gradients, random = pulled_BCD[:, :n], pulled_BCD[:, n:]
+        derivation = self.derivation()
+        if derivation is None or self.derived is None:
+            return gradients, random
+        B, O = self.log_probs.shape
+        scores_BOD = gradients.new_empty(B, O, gradients.shape[2])
+        scores_BOD.scatter_(1, at_Bn.to(gradients.device)[:, :, None].expand_as(gradients), gradients)
+        combination_BC = derivation.combination.to(gradients)
+        scores_BOD[torch.arange(B, device="cpu"), self.derived.cpu()] = torch.einsum(
+            "bc,bcd->bd", combination_BC, pulled_BCD
+        )
+        return scores_BOD, random
+
+
+def outcomes_of(reading: Reading, include_rest: bool) -> Outcomes:
+    """The outcomes that have been read."""
+    log_probs, token_ids, cotangents_KBX, derived = reading.log_probs, reading.token_ids, reading.cotangents, None
+    if include_rest:
+        log_probs = torch.cat([log_probs, reading.log_rest[:, None]], 1)
+        token_ids = torch.cat([token_ids, torch.full_like(token_ids[:, :1], REST)], 1)
+        derived = log_probs.argmax(1)
+        every_OBX = torch.cat([cotangents_KBX, reading.rest])
+        pulled = Outcomes(log_probs, token_ids, every_OBX, derived).pulled
+        cotangents_KBX = every_OBX.gather(0, pulled.T[:, :, None].expand(-1, -1, every_OBX.shape[2]))
+    if len(reading.random):
+        cotangents_KBX = torch.cat([cotangents_KBX, reading.random])
+    return Outcomes(log_probs, token_ids, cotangents_KBX, derived)
+
+
+def scores_of(net: LinearMap, wanted: Wanted) -> Scores:
+    """The scores by one pull of an open map."""
+    asked = Asked(wanted.top_k, wanted.token_ids, wanted.include_rest, wanted.probes, of_rest=True)
+    outcomes = outcomes_of(distribution(net.head, net.rows, asked).reading, wanted.include_rest)
+    found = net.pull(outcomes.cotangents.transpose(0, 1), None, outcomes.weights(), outcomes.derivation())
+    device = net.layout.device
+    scores = {layer: outcomes.scores(found[layer].gradients) for layer in net.layers}
+    return Scores(
+        outcomes.log_probs.to(device),
+        outcomes.token_ids.to(device),
+        {layer: gradients for layer, (gradients, _) in scores.items()},
+        {layer: found[layer].energy for layer in net.layers},
+        net.residual_norm,
+        {layer: random for layer, (_, random) in scores.items()},
+    )
+
+
+def run_choice(
+    choice: Choice,
+    model: nn.Module,
+    known: ModelInfo,
+    layout: Layout,
+    layers: Sequence[str],
+    wanted: Wanted,
+    options: KernelOptions,
+) -> Scores:
+    """The scores of a batch by a form.
+
+    Args:
+        choice: the form.
+        model: a causal LM.
+        known: what the probe found.
+        layout: the batch, padded.
+        layers: names of hooked modules.
+        wanted: what is asked of the batch.
+        options: how it is computed.
+    """
+    parts, groups = [], groups_of(choice, model, layout)
+    for group, together in groups:
+        with opened(choice, model, known, together, layers, options, once=True) as net:
+            parts.append(scores_of(net, wanted.of_prompts(group)))
+    return join_prompts(parts, [group for group, _ in groups])
