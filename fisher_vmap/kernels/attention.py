@@ -1,17 +1,17 @@
-"""Attention whose backward serves many cotangents at once.
+"""Attention whose backward handles many cotangents at once.
 
 Fused attention kernels have no batching rule for their backward, so `vmap` would loop over the cotangents. Here the
-forward is fused and the backward has a `vmap` rule of its own. For one head, with P = softmax(scale q k^T + mask),
+forward is fused and the backward has its own `vmap` rule. For one head, with P = softmax(scale q k^T + mask),
 
     dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(P * dP))        dQ = scale dS k        dK = scale dS^T q
 
-and q, k, v and P are the same for all K cotangents. With K next to the innermost dimension each line is one matrix
+and q, k, v and P are the same for all K cotangents. With K next to the innermost dimension each product is one matrix
 product: K joins the rows of dP and dQ, the columns of dV, and the rows of dK. Query heads that share a key-value head
-join the contraction, so keys and values are never repeated. Queries go in blocks: memory is linear in T.
+join the contraction, so keys and values are never repeated. Queries are taken in blocks: memory is linear in T.
 
     Letters: B prompts, G key-value heads, M query heads for each, T queries, S keys, E head width, K cotangents.
 
-The forward derivative, for tangents dq, dk, dv, is as good for many of them:
+The forward derivative, for tangents dq, dk, dv, handles many in the same way:
 
     dS = scale (dq k^T + q dk^T)        dP = P * (dS - rowsum(P * dS))        dO = dP v + P dv
 """
@@ -26,21 +26,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, Scratch, cotangent_dim, softmax_pullback
 from fisher_vmap.model.layout import Group
 
-# Elements of dP in one block of queries: small enough for a CPU's cache, large enough to keep a GPU busy.
+# Elements of dP in one block of queries: few enough for a CPU's cache, enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What an attention does beside the tensors.
+    """The settings of an attention.
 
-    A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+    A dataclass and not a tuple, because functorch would take a tuple's fields as inputs.
 
     Attributes:
-        scale: of the scores.
-        causal: whether, without a mask, position t sees keys up to t + S - T only.
-        groups: where prompts are packed end to end, the prompts in groups; none sees another's positions.
-        one_query: with groups: there is one query a prompt, [1, H, B, E], which sees all keys of its prompt.
+        scale: the factor of the scores.
+        causal: whether, without a mask, query t sees keys up to t + S - T only.
+        groups: if prompts are packed end to end, the prompts in groups; no prompt sees another's positions.
+        one_query: with groups: whether there is one query for each prompt, [1, H, B, E], which sees all of its keys.
     """
 
     scale: float
@@ -49,16 +49,16 @@ class AttentionKind:
     one_query: bool = False
 
     def alone(self) -> "AttentionKind":
-        """The same within one prompt."""
+        """The same kind within one prompt."""
         return AttentionKind(self.scale, self.causal)
 
 
 def probabilities(
     q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, ahead: int
 ) -> Tensor:
-    """P of a block of queries, [B, H, t, S], in the dtype of q; the scores and the softmax in float32.
+    """P of a block of queries, [B, H, t, S], in the dtype of q; scores and softmax are computed in float32.
 
-    Without a mask query t of a causal attention sees the keys up to t + `ahead`.
+    Without a mask, query t of a causal attention sees the keys up to t + `ahead`.
     """
     B, H, _, E = q.shape
     G, S = k_BGSE.shape[1], k_BGSE.shape[2]
@@ -78,34 +78,34 @@ def probabilities(
 
 
 def keys_seen(keys: int, all_keys: int) -> int:
-    """How many keys to take for a block of queries that sees so many.
+    """How many keys to take for a block of queries that sees this many.
 
-    A few more are taken, so that blocks share their sizes: for every new size of a product the CPU's library makes a
-    program, which it keeps, and a long prompt's would take more memory than its tensors.
+    The number is rounded up, so that blocks share sizes: for every new size of a product the CPU's library compiles and
+    keeps a program, and those of a long prompt would take more memory than its tensors.
     """
     step = max(32, all_keys // 16)
     return min(all_keys, -(-keys // step) * step)
 
 
 def query_blocks(T: int, elements_a_query: int, device: torch.device) -> list[tuple[int, int]]:
-    """Blocks of queries for which dP stays below the device's limit."""
+    """Blocks of queries whose dP stays below the device's limit."""
     limit = BLOCK_ELEMENTS.get(device.type, 2**24)
     size = max(16, limit // max(1, elements_a_query))
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 class AttentionPushforward(Pushforward):
-    """Tangents of queries, keys and values to that of the output; each may be batched or not."""
+    """From tangents of queries, keys and values to those of the output; each of the three may be batched or not."""
 
     @staticmethod
     def forward(dq: Tensor, dk: Tensor, dv: Tensor, *shared: Any) -> Tensor:
-        """One tangent of each."""
+        """For one tangent of each."""
         dq, dk, dv = (t[:, :, :, None] for t in (dq, dk, dv))
         return pushforward_attention(dq, dk, dv, *shared).squeeze(3)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """K of each."""
+        """For K tangents of each."""
         if any(dim is not None for dim in in_dims[3:]):
             raise NotImplementedError("only the tangents can be batched: everything else is shared by all of them")
         tangents = [
@@ -116,29 +116,12 @@ class AttentionPushforward(Pushforward):
 
 
 def pushforward_attention(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    kind: AttentionKind,
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
 ) -> Tensor:
-    """K tangents of an attention's queries, keys and values to those of its output.
-
-    Args:
-        dq: [B, H, T, K, E], the tangents.
-        dk: [B, G, S, K, E].
-        dv: [B, G, S, K, Ev].
-        q: [B, H, T, E].
-        k: [B, G, S, E].
-        v: [B, G, S, Ev].
-        mask: as for `attention`.
-        kind: as for `attention`.
+    """From K tangents of queries, keys and values, dq [B, H, T, K, E], dk [B, G, S, K, E] and dv [B, G, S, K, Ev].
 
     Returns:
-        [B, H, T, K, Ev], in the dtype of q.
+        [B, H, T, K, Ev], those of the output of `attention`, in the dtype of q.
     """
     if kind.groups is not None:
         return _push_groups(dq, dk, dv, q, k, v, kind, kind.groups)
@@ -168,19 +151,12 @@ def pushforward_attention(
 
 
 def _push_groups(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: AttentionKind,
-    groups: tuple[Group, ...],
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, groups: tuple[Group, ...]
 ) -> Tensor:
     out = q.new_empty(*q.shape[:3], dq.shape[3], v.shape[3])
     alone = kind.alone()
     for group in groups:
-        # What stands at padding is a copy of a prompt's last row: no real query sees it, and what it gives is left out.
+        # Padding repeats the prompt's last row: no real query sees it, and its output is dropped.
         take = group.take_queries if kind.one_query else group.take
         dk_group, dv_group, k_group, v_group = (group.take(x) for x in (dk, dv, k, v))
         mask = group.real[:, None, None] if kind.one_query else None
@@ -226,10 +202,10 @@ class _Attention(Derived):
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
-    """The output alone, by the fused kernels."""
+    """The output, by the fused kernels."""
     if kind.groups is None:
         causal, grouped = kind.causal and mask is None, k.shape[1] != q.shape[1]
-        if causal and q.shape[2] != k.shape[2]:  # the fused kernels' own causality is aligned at the other end
+        if causal and q.shape[2] != k.shape[2]:  # the fused kernels align the causal mask at the first key instead
             mask, causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), False
             mask = mask.tril(k.shape[2] - q.shape[2])
         return scaled_dot_product_attention(
@@ -264,15 +240,7 @@ class _AttentionPullback(Pullback):
 def pullback_attention(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """K cotangents of an attention's output to those of its queries, keys and values.
-
-    Args:
-        grad_out: [B, H, T, K, Ev], the cotangents.
-        q: [B, H, T, E].
-        k: [B, G, S, E].
-        v: [B, G, S, Ev].
-        mask: as for `attention`.
-        kind: as for `attention`.
+    """From K cotangents of the output of `attention`, [B, H, T, K, Ev], to those of its queries, keys and values.
 
     Returns:
         dq [B, H, T, K, E], dk [B, G, S, K, E], dv [B, G, S, K, Ev], in the dtype of q.
@@ -284,7 +252,7 @@ def pullback_attention(
     M, scratch = H // G, Scratch()
     blocks = query_blocks(T, B * H * K * S, q.device)
     total: tuple[Tensor, Tensor, Tensor] | None = None
-    # From the last queries on, which see all keys: what passes through only gets smaller, and fits where it was.
+    # Start with the last queries, which see all keys: later blocks need no more memory, and reuse the same.
     for start, stop in reversed(blocks):
         keys = keys_seen(stop + S - T, S) if kind.causal and mask is None else S
         n = stop - start
@@ -298,7 +266,7 @@ def pullback_attention(
         dq = _product(dP, k_GSE, kind.scale, scratch, "dq").view(B, H, n, K, E)
         dk = _product(dS_GtKS.mT, q_GtE, kind.scale, scratch, "dk").view(B, G, K, keys, E)
         dv = _product(P_BHtS.reshape(B * G, M * n, keys).mT, dO_GtKE, 1.0, scratch, "dv").view(B, G, keys, K, Ev)
-        if len(blocks) == 1:  # nobody asks for that memory again
+        if len(blocks) == 1:  # this memory is not reused
             return dq, dk.transpose(2, 3), dv
         if total is None:
             total = dq.new_empty(B, H, T, K, E), dk.clone(), dv.clone()
@@ -311,7 +279,7 @@ def pullback_attention(
 
 
 def _product(a: Tensor, b: Tensor, scale: float, scratch: Scratch, name: str) -> Tensor:
-    """Return scale a @ b over [G, m, n] and [G, n, l], in scratch memory, without a pass of its own for the scale."""
+    """Return scale a @ b over [G, m, n] and [G, n, l], in scratch memory, without a separate pass for the scale."""
     out = scratch(name, (len(a), a.shape[1], b.shape[2]), a)
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 

@@ -1,14 +1,10 @@
-"""What is not a matrix product in the hand-written pullbacks: norms and softmax, in place, in memory used again.
+"""What the rules share: base classes with a rule for `vmap`, norm and softmax pullbacks, memory that is reused.
 
-Memory that is used again and again: a pullback's passing results stay in the processor's cache.
+A function with rules is a `Derived`: its `backward` applies a `Pullback` to the cotangent, its `jvp` a `Pushforward` to
+the tangent. Both are functions linear in that vector, and only they receive K vectors at once.
 
-Fresh memory for every product of every block would be written out to main memory and fetched back; on two cores that
-took more time than the elementwise work that it was for.
-
-What our hand-written derivatives share: functions of their own, linear in what moves, with a rule for `vmap`.
-
-A module with rules is a `Derived`: its `backward` applies a `Pullback` to the cotangent, its `jvp` a `Pushforward` to
-the tangent. Only those two ever see K vectors at once.
+`Scratch` reuses memory, so that a pullback's intermediate results stay in the processor's cache. New memory for every
+product of every block would go to main memory and back; on two cores that took longer than the elementwise work on it.
 """
 
 import math
@@ -18,21 +14,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-# Elements of a passing result, for all cotangents together, that go through a chain of products before the next do.
-# On a CPU the chain then stays in its caches; fewer rows than LEAST_ROWS would slow the products down. On a GPU larger
-# is better, and nothing is taken apart.
+# Most elements of an intermediate result, over all cotangents, that pass through a chain of products at a time. A CPU
+# then keeps the chain in its caches; fewer rows than LEAST_ROWS would slow the products down. A GPU takes all at once.
 ELEMENTS_IN_CACHE = {"cpu": 2**23}
 LEAST_ROWS = 1024
 
 
 class Scratch:
-    """Named stretches of memory. A name's tensor holds until that name is asked for again."""
+    """Memory by name. The tensor of a name is valid until that name is requested again."""
 
     def __init__(self) -> None:
         self._stretches: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory of that shape, with the dtype and the device of another tensor, and with anything in it."""
+        """Uninitialised memory of that shape, with the dtype and the device of another tensor."""
         key, size = (name, like.dtype, like.device), math.prod(shape)
         if key not in self._stretches or self._stretches[key].numel() < size:
             self._stretches[key] = torch.empty(size, dtype=like.dtype, device=like.device)
@@ -40,13 +35,10 @@ class Scratch:
 
 
 def stretches(ends: Sequence[int], cotangents: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Neighbouring ranges [start, stop) of positions, each about as much as stays in cache.
+    """Consecutive ranges [start, stop) of positions, each of about the size of the cache.
 
-    Args:
-        ends: where a range may end, in increasing order; the last is the number of positions.
-        cotangents: K, rows for each position.
-        width: of a row, where the chain is widest.
-        device: where they are.
+    `ends` are where a range may end, in increasing order up to the number of positions. Each position has K rows, one
+    for each of the cotangents; `width` is the largest row width in the chain.
     """
     elements = ELEMENTS_IN_CACHE.get(device.type)
     most = None if elements is None else max(LEAST_ROWS, elements // width)
@@ -58,24 +50,23 @@ def stretches(ends: Sequence[int], cotangents: int, width: int, device: torch.de
 
 
 class Derived(torch.autograd.Function):
-    """A forward with a hand-written pullback and pushforward."""
+    """A forward with rules for its pullback and pushforward."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
-        """Raise. torch wants this rule to be there under `vmap`, and calls it if the inputs themselves are batched."""
+        """Raise. Under `vmap` torch requires this rule to exist, and calls it if the inputs are batched."""
         raise NotImplementedError("only the cotangents can be batched: everything else is shared by all of them")
 
 
 class Pullback(torch.autograd.Function):
-    """The backward of a module as a function: first the cotangent, then what all K of them share.
+    """The backward of a `Derived` as a function: the first argument is the cotangent, the others are shared by all K.
 
-    A subclass has `forward`, for one cotangent, and `vmap`, for K. It has no backward itself: second derivatives are
-    not implemented.
+    A subclass has `forward`, for one cotangent, and `vmap`, for K. Second derivatives are not implemented.
     """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept."""
+        """Save nothing."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -84,14 +75,14 @@ class Pullback(torch.autograd.Function):
 
 
 class Pushforward(Pullback):
-    """The forward derivative of a module as a function: first the tangent, then what all K of them share."""
+    """The forward derivative of a `Derived` as a function: first the tangent, then the arguments that all K share."""
 
 
 def cotangent_dim(in_dims: tuple[int | None, ...]) -> int:
     """The batched dimension of the cotangent of a `Pullback`, or of the tangent of a `Pushforward`.
 
     Raises:
-        NotImplementedError: something else is batched.
+        NotImplementedError: another argument is batched.
     """
     first, *others = in_dims
     if first is None or any(dim is not None for dim in others):
@@ -104,15 +95,8 @@ def norm_pullback(
 ) -> Tensor:
     """The pullback of a norm, g * scale - back sum(g * along) - r sum(g * mean), in scratch memory of that name.
 
-    Args:
-        g: [..., D], the cotangents.
-        scale: with as many dimensions as g, and broadcasts to it, as the next two do.
-        along: see scale.
-        back: see scale.
-        mean: the same, for norms that take the mean off; else None.
-        r: [..., 1], broadcasts to g.
-        scratch: for the result and for what passes through.
-        name: of the result's memory, which holds until that name is asked for again.
+    `g` are the cotangents, [..., D]; the other tensors broadcast to it. `mean` is None for norms that do not subtract
+    the mean.
     """
     product = torch.mul(g, along, out=scratch("product", g.shape, g))
     dx = torch.mul(g, scale, out=scratch(name, g.shape, g))
@@ -123,6 +107,6 @@ def norm_pullback(
 
 
 def softmax_pullback(dP: Tensor, P: Tensor) -> Tensor:
-    """The pullback of a softmax, P * (dP - sum(P * dP)) over the last dimension, in place of dP; P broadcasts to it."""
+    """The pullback of a softmax over the last dimension, P * (dP - sum(P * dP)), written to dP; P broadcasts to it."""
     delta = dP.mul_(P).sum(-1, keepdim=True)
     return dP.addcmul_(P, delta, value=-1)

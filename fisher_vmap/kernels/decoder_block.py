@@ -1,19 +1,13 @@
-"""Blocks that run, and are pulled back, by a `BlockRule`: which of them may, and what is kept of their forwards.
-
-A block follows a rule only if, on the run's own tokens, it returns to the bit what the rule does. What its forward had
-computed then serves the pullback as it is, while there is room to keep it.
-
-Which modules have a forward whose derivatives we have written ourselves.
-
-A module is taken for a norm or a gated MLP only if its output on random input is what the formula says.
-
-The pullback of a whole decoder block by hand: two residual steps, from what the block's forward has computed anyway.
+"""`BlockRule`: the pullback of a whole decoder block, two residual steps, from results of the block's forward.
 
     y = x + post(attention(pre(x)))        z = y + post(mlp(pre(y)))
 
-with a rotary attention and a gated MLP, and with norms before them, after them, or both, all of the kinds that have a
-pullback of their own. Nothing needs autograd then: the cotangents stand in one piece of memory, [N, K, D], each step
-adds its share to them in place, and everything in between passes through memory that stays in cache.
+with a rotary attention and a gated MLP, and norms before them, after them, or both, all of kinds that have a pullback
+in this folder. Autograd is not needed: the cotangents are one tensor, [N, K, D], each step adds its part in place, and
+intermediate results pass through memory that stays in cache.
+
+A block is run by a rule only if it returned the same as the rule, to the bit, on tokens of the run. Then results of its
+forward are kept for the pullback while there is room.
 """
 
 import inspect
@@ -55,23 +49,28 @@ from fisher_vmap.model.wrappers import has_hooks
 
 Forward = Callable[..., Any]
 
+# The places of a block's norms, by their number, in the order in which the block holds them.
+PLACES = {
+    2: (("pre_attention", "pre_mlp"), ("post_attention", "post_mlp")),
+    4: (("pre_attention", "post_attention", "pre_mlp", "post_mlp"),),
+}
+# How many bytes of forward results are kept for the pullback; blocks for which there is no room run again.
+KEPT_BYTES = {"cpu": 3 * 2**25}
+KEPT_SHARE_OF_GPU = 1 / 8  # of its free memory
+# If all blocks' results are more than this many times that, nothing is kept: it would save little time for much memory,
+# which is scarce with long prompts.
+WORTH_KEEPING = 2
+
 
 def fused_forward(module: nn.Module) -> Forward | None:
-    """The module's forward with a fused pullback, or None where there is no rule for it."""
-    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, say, that it may be given as well
+    """The forward with a fused pullback of a norm or gated MLP; None for other modules."""
+    if len(inspect.signature(module.forward).parameters) != 1:  # a second input, such as a gate
         return None
     if is_gated_mlp(module):
         return fused_gated_mlp(module)
     if (kind := norm_kind(module)) is not None:
         return fused_norm(module, kind)
     return None
-
-
-# The places of a block's norms, in the order in which the block holds them.
-PLACES = {
-    2: (("pre_attention", "pre_mlp"), ("post_attention", "post_mlp")),
-    4: (("pre_attention", "post_attention", "pre_mlp", "post_mlp"),),
-}
 
 
 class NormRule(NamedTuple):
@@ -81,22 +80,22 @@ class NormRule(NamedTuple):
     kind: NormKind
 
     def rows(self, x: Tensor) -> NormRows:
-        """What its pullback at x needs, for each position with a dimension for the cotangents: [N, 1, D]."""
+        """The rows for the pullback at x, [N, 1, D]; the 1 broadcasts to the cotangents."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return norm_rows(x, weight.detach(), self.kind, x.dtype).each(lambda row: row[:, None])
 
 
 class Kept(NamedTuple):
-    """What the forward of a block has computed beyond its input x, and its pullback needs.
+    """The results of a block's forward that its pullback needs in addition to its input x.
 
     Attributes:
-        attended: [N, D], what a norm after the attention was given; None where there is none.
-        heads: of the attention.
-        y: [N, D].
-        a: [N, M], what the gate of the MLP returned, and b, what its up-projection did.
-        b: see a.
-        moved: [N, D], what a norm after the MLP was given; None where there is none.
-        z: [1, N, D], what the block returned.
+        attended: [N, D], the input of the norm after the attention; None if there is none.
+        heads: the attention's heads.
+        y: [N, D], the residual stream after the attention.
+        a: [N, M], the output of the MLP's gate.
+        b: [N, M], the output of its up-projection.
+        moved: [N, D], the input of the norm after the MLP; None if there is none.
+        z: [1, N, D], the block's output.
     """
 
     attended: Tensor | None
@@ -108,7 +107,7 @@ class Kept(NamedTuple):
     z: Tensor
 
     def bytes(self) -> int:
-        """How much memory that is, without what would be there anyway: the stream and the rotary embedding."""
+        """The memory of these results, without what exists anyway: the output and the rotary embedding."""
         heads, own = self.heads, (self.attended, self.y, self.a, self.b, self.moved)
         return sum(t.numel() * t.element_size() for t in (*own, heads.q, heads.k, heads.v) if t is not None)
 
@@ -118,9 +117,9 @@ class BlockRule:
     """The parts of a block, and its pullback by them.
 
     Attributes:
-        norms: by their places; a block has those of one entry of `PLACES`.
+        norms: the norms by place; the places are one entry of `PLACES`.
         attention: the attention module.
-        projections: of the attention module.
+        projections: the projections of the attention module.
         mlp: the gated MLP.
     """
 
@@ -131,13 +130,13 @@ class BlockRule:
 
     @property
     def scale(self) -> float:
-        """What the scores of attention are multiplied with, as it is now."""
+        """The factor of the attention scores, as it is now."""
         scale = attention_scale(self.attention)
         assert scale is not None
         return scale
 
     def forward(self, call: RotaryCall) -> tuple[Tensor, Kept]:
-        """The block's output, [1, N, D], and what the pullback needs."""
+        """The block's output, [1, N, D], and the results that the pullback needs."""
         step, heads = attend(call._replace(x=self._norm("pre_attention", call.x)), self.projections, self.scale)
         attended = step[0] if "post_attention" in self.norms else None
         y = call.x + self._norm("post_attention", step)
@@ -189,13 +188,8 @@ def _pull_residual(
 ) -> None:
     """Pull cotangents through x + post(f(pre(x))), in place.
 
-    Args:
-        G_NKD: the cotangents.
-        pull: the pullback of f for positions [start, stop).
-        norms: what the pullbacks of pre and post need; None where there is no such norm.
-        ends: where a stretch of positions may end that f pulls back by itself.
-        width: of a row, where f is widest.
-        scratch: for what passes through.
+    `pull` is the pullback of f for positions [start, stop), `norms` are the rows of pre and post, and `ends` and
+    `width` are as for `stretches`.
     """
     pre, post = norms
     for a, z in stretches(ends, G_NKD.shape[1], width, G_NKD.device):
@@ -209,7 +203,7 @@ def _pull_residual(
 
 
 def rules_for(block: nn.Module) -> Iterator[BlockRule]:
-    """The rules that a block may follow, by its parts; to be proven on what it returns."""
+    """The rules that a block may follow, by its parts; to be proven by its output."""
     children = list(block.children())
     attentions = [(module, parts) for module in children if (parts := parts_of(module)) is not None]
     mlps = [module for module in children if is_gated_mlp(module)]
@@ -230,27 +224,20 @@ def why_no_rule(block: nn.Module) -> str:
     if has_hooks(block):
         return "it has a hook"
     if any("forward" in vars(m) for m in block.modules()):
-        return "a forward in it has been exchanged"
+        return "a forward in it has been replaced"
     children = list(block.children())
     if not any(parts_of(module) is not None for module in children):
         return "its attention is not of the plain rotary kind"
     if not any(is_gated_mlp(module) for module in children):
         return "its MLP is not a gated one"
-    return "its parts are others than norms, rotary attention and gated MLP"
+    return "it has parts other than norms, rotary attention and gated MLP"
 
-
-# Of what forwards compute, how much is kept for the pullback; the blocks that find no room run again.
-KEPT_BYTES = {"cpu": 3 * 2**25}
-KEPT_SHARE_OF_GPU = 1 / 8  # of the memory that is free
-# Where all that the blocks compute is more than so many times as much, nothing is kept: the time saved would be small
-# beside the memory, which is what long prompts are short of.
-WORTH_KEEPING = 2
 
 Rules = dict[nn.Module, BlockRule]
 
 
 def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable[[], object]) -> Rules:
-    """For each block the rule that gives what the block gives, on what it sees while `run` runs the model."""
+    """For each block the rule that returns the same as the block, on its inputs while `run` runs the model."""
     right: Rules = {}
 
     def compare(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -262,11 +249,11 @@ def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable
             try:
                 with weights_ready(block):
                     found, _ = rule.forward(inner)
-            except (RuntimeError, TypeError, ValueError) as error:  # the parts do not fit together like this
+            except (RuntimeError, TypeError, ValueError) as error:  # the parts do not fit this rule
                 if is_out_of_memory(error):
                     raise
                 continue
-            # To the bit: next to a large residual stream a wrong step would look small.
+            # To the bit: a wrong step could be small relative to the residual stream.
             if torch.equal(found, expected):
                 right[block] = rule
                 return
@@ -279,12 +266,10 @@ def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable
 
 @contextmanager
 def run_by_rules(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
-    """Within the context blocks run by their rules; the last of the calls gets what its block computed, while room is.
+    """Within the context blocks run by their rules, and results are kept in `calls` while there is room.
 
-    Args:
-        rules: of the blocks.
-        calls: the list that a recording fills; it has an entry for a call before the block runs.
-        most: of how many calls at the beginning of the list anything is kept; the last block is pulled back otherwise.
+    `calls` is the list of a recording, which has an entry for a call before the block runs. Results are kept for the
+    first `most` calls only; the last block is pulled back in another way.
     """
     room = dict(KEPT_BYTES)
     if torch.cuda.is_available():
@@ -321,18 +306,13 @@ def run_by_rules(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[No
 def pullback_by_rule(
     rule: BlockRule, call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None, scratch: Scratch
 ) -> bool:
-    """Pull cotangents through one call of a block in place, [1, N, K, D]; False where the rule does not hold for it.
+    """Pull cotangents through one call of a block in place, [1, N, K, D]; False if the rule does not apply to the call.
 
-    Args:
-        rule: of the block.
-        call: the call; what had not been kept of it is computed again.
-        expected: [1, N, D], what the call returned.
-        cotangents: of its output, changed into those of its input.
-        chunk_size: how many cotangents at a time; None: all at once.
-        scratch: for what passes through.
+    `expected` is the recorded output, [1, N, D]. If no results are kept, the block's forward runs again. `chunk_size`
+    is how many cotangents to take at a time; None: all at once.
 
     Raises:
-        StructureChanged: what the block computed, or computes again, is not what went on from it.
+        StructureChanged: the rule's output differs from `expected`.
     """
     packed, kept = packed_now(), call.kept[0] if call.kept else None
     if packed is None:

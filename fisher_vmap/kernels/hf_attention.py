@@ -1,8 +1,8 @@
-"""The bridge to transformers: its models call our attention, for the time of one computation only."""
+"""Makes transformers' models call our attention during a computation, and tells it which prompts are packed."""
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +18,17 @@ NAME = "fisher_vmap"
 
 @dataclass(frozen=True)
 class Packed:
-    """The prompts that are packed: their rows [start, stop), and their groups for attention."""
+    """The packed prompts: their rows [start, stop), and their groups for attention."""
 
     ranges: tuple[tuple[int, int], ...]
     groups: tuple[Group, ...]
 
     def groups_on(self, device: torch.device) -> tuple[Group, ...]:
-        """The groups with their rows where the queries are: blocks may stand on several devices."""
+        """The groups with their rows on the device of the queries, since blocks may be on several devices."""
         return tuple(group.on(device) for group in self.groups)
 
 
-_EXCHANGING: list[int] = []  # the threads that have exchanged a model's attention, once for each time
+_EXCHANGING: list[int] = []  # the threads inside `attention_set_to`, once for each time they entered it
 _PACKED: ContextVar[Packed | None] = ContextVar("packed prompts", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
 _KEYS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("keys and values of all positions", default=None)
@@ -36,7 +36,7 @@ _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than 
 
 
 class UnsupportedAttention(Exception):
-    """The model asks of attention what ours does not do (sinks, soft-caps, learned position biases)."""
+    """The model needs a feature that our attention does not have (sinks, soft-caps, learned position biases)."""
 
 
 def _attention_forward(
@@ -50,15 +50,15 @@ def _attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers' attention modules call: [B, H, T, E] each, out comes [B, T, H, E].
+    """The function that transformers' attention modules call, from [B, H, T, E] each to [B, T, H, E].
 
     Raises:
-        RuntimeError: called by a thread that has not exchanged the attention: it runs a model that another computes on.
+        RuntimeError: the calling thread has not set the attention: it runs a model that another thread computes on.
     """
     if _EXCHANGING and threading.get_ident() not in _EXCHANGING:
         raise RuntimeError(
-            "fisher_vmap computes on this model in another thread, and has exchanged its attention meanwhile; run the "
-            "model when that call has returned, or give one of the two a copy of the model"
+            "fisher_vmap is computing on this model in another thread, with its attention replaced; run the model when "
+            "that call has returned, or use a copy of the model in one of the two threads"
         )
     for name in ("softcap", "s_aux", "sinks", "position_bias", "indices", "sparse_indices", "block_indices"):
         if kwargs.get(name) is not None:
@@ -81,7 +81,7 @@ def _attention_forward(
 
 
 def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
-    """The function that transformers' models build masks with: none where causality is all there is to it."""
+    """The function that transformers' models build masks with; None if the mask is only causal."""
     packed = _PACKED.get()
     if packed is None:
         from transformers.masking_utils import sdpa_mask
@@ -96,62 +96,53 @@ def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool 
 
 
 @contextmanager
-def prompts_packed(layout: Layout) -> Iterator[None]:
-    """Within the context our attention keeps the layout's prompts apart, if they are packed end to end."""
-    ranges = tuple(layout.ranges())
-    token = _PACKED.set(Packed(ranges, group_prompts(ranges, layout.device)) if layout.packed else None)
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _PACKED.reset(token)
+        variable.reset(token)
+
+
+def prompts_packed(layout: Layout) -> AbstractContextManager[None]:
+    """Within the context our attention keeps the layout's prompts apart, if they are packed end to end."""
+    ranges = tuple(layout.ranges())
+    return _set(_PACKED, Packed(ranges, group_prompts(ranges, layout.device)) if layout.packed else None)
 
 
 class KeysCaptured(Exception):
-    """Leaves a block where it calls attention, with the keys and values, [1, G, N, E] each."""
+    """Ends a block's forward at its attention call, with the keys and values, [1, G, N, E] each."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys, values
 
 
-@contextmanager
-def capturing_keys() -> Iterator[None]:
+def capturing_keys() -> AbstractContextManager[None]:
     """Within the context our attention raises `KeysCaptured` instead of computing."""
-    token = _CAPTURING.set(True)
-    try:
-        yield
-    finally:
-        _CAPTURING.reset(token)
+    return _set(_CAPTURING, True)
 
 
-@contextmanager
-def against_keys(keys: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Within the context queries are one a prompt, its last, and attend to these keys and values of all positions."""
-    token = _KEYS.set(keys)
-    try:
-        yield
-    finally:
-        _KEYS.reset(token)
+def against_keys(keys: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
+    """Within the context each prompt has one query, its last, against these keys and values of all positions."""
+    return _set(_KEYS, keys)
 
 
 def packed_now() -> Packed | None:
-    """The packed prompts of a call of attention, where that is causal attention among all of their positions."""
+    """The packed prompts, if attention calls are now causal attention among all of their positions; else None."""
     return None if _CAPTURING.get() or _KEYS.get() is not None else _PACKED.get()
 
 
 @contextmanager
 def noting_odd_masks() -> Iterator[list[str]]:
-    """Gives a list that fills, within the context, with masks that are more than causal or windowed."""
+    """Yield a list that collects, within the context, the masks that are more than causal or windowed."""
     notes: list[str] = []
-    token = _ODD_MASKS.set(notes)
-    try:
+    with _set(_ODD_MASKS, notes):
         yield notes
-    finally:
-        _ODD_MASKS.reset(token)
 
 
 def register() -> None:
-    """Make our attention known to transformers under the name `fisher_vmap`; twice is as good as once."""
+    """Register our attention with transformers under the name `fisher_vmap`; may be called repeatedly."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention_forward)
@@ -159,13 +150,13 @@ def register() -> None:
 
 
 def supports_ours(model: torch.nn.Module) -> bool:
-    """Whether the model's attention modules take any registered function, by their own declaration."""
+    """Whether the model declares that its attention modules can call any registered function."""
     return bool(getattr(type(model), "_supports_attention_backend", False))
 
 
 @contextmanager
 def attention_set_to(model: torch.nn.Module, implementation: str | None) -> Iterator[None]:
-    """Within the context the model's attention is `implementation`, whatever it was before; None leaves it alone."""
+    """Within the context the model's attention is `implementation`; None leaves it as it is."""
     if implementation is None:
         yield
         return

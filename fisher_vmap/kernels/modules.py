@@ -1,28 +1,25 @@
-"""The derivatives of the gated MLP, and how one is told.
+"""Rules for norms and gated MLPs, and tests that recognise these modules by their output on random rows.
 
-With everything that does not depend on the cotangent g or the tangent t computed once, each is three matrix products
-with two products of elements between them:
+Everything that does not depend on the cotangent g or the tangent t is computed once. The forward is the module's own,
+to the bit.
+
+Norms: the pullback is one dot product and a fused multiply-add,
+
+    y = w * n,  n = (x - m) r      dx = g * (w r)  -  (n r) mean(g * w * n)  -  r mean(g * w), the last if m != 0
+
+and the pushforward has the same form with other factors:
+
+    dy = t * (w r)  -  (w n r) mean(t * n)  -  (w r) mean(t), the last if m != 0
+
+This saves time because elementwise operations are limited by memory, with K times the data of one backward pass:
+autograd's backward of a norm makes about ten passes over [K, N, D], most of them in float32.
+
+Gated MLPs: each derivative is three matrix products with two elementwise products between them.
 
     y = (act(a) * b) W_d^T,  a = x W_a^T,  b = x W_b^T
 
     dx = (h * b act'(a)) W_a  +  (h * act(a)) W_b,   h = g W_d
     dy = ((t W_a^T) * b act'(a)  +  (t W_b^T) * act(a)) W_d^T
-
-The forward is the module's own, to the bit.
-
-The derivatives of the common norms, and how a norm of one of these kinds is told.
-
-What is not a matrix product is bound by memory, and it is K times as much as in one backward pass: autograd's backward
-of a norm makes about ten passes over [K, N, D], most of them in float32. With everything that does not depend on the
-cotangent g computed once, the pullback is a dot product and a fused multiply-add away from its result:
-
-    y = w * n,  n = (x - m) r      dx = g * (w r)  -  (n r) mean(g * w * n)  -  r mean(g * w), the last if m != 0
-
-and the pushforward of a tangent t is the same from the other side:
-
-    dy = t * (w r)  -  (w n r) mean(t * n)  -  (w r) mean(t), the last if m != 0
-
-The forward is the module's own, to the bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +36,9 @@ from fisher_vmap.kernels.quantized import has_matrix, runs_as_made
 
 @dataclass(frozen=True)
 class NormKind:
-    """What is added to a norm's weight (0 or 1), its epsilon, and whether the mean is taken off.
+    """The offset added to a norm's weight (0 or 1), its epsilon, and whether it subtracts the mean.
 
-    A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+    A dataclass and not a tuple, because functorch would take a tuple's fields as inputs.
     """
 
     offset: float
@@ -50,7 +47,7 @@ class NormKind:
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
-    """What kind of norm a module is, by its output on random rows; None if it is not one of ours."""
+    """The kind of norm that a module is, by its output on random rows; None if it is not one of these."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
     if weight is None or weight.dim() != 1 or next(module.children(), None) is not None or "forward" in vars(module):
@@ -78,16 +75,16 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 
 
 def fused_norm(module: nn.Module, kind: NormKind) -> Callable[[Tensor], Tensor]:
-    """The forward of a norm of that kind with the derivatives of this file."""
+    """The forward of a norm of that kind, with the rules of this file."""
     own = module.forward
     weight: Tensor = module.weight  # type: ignore[assignment]
     return lambda x: _Norm.apply(x, weight.detach(), kind, own)  # type: ignore[no-any-return]
 
 
 class NormRows(NamedTuple):
-    """What the pullback of a norm shares among the cotangents, for each position: dx = g * scale - back sum(g * along).
+    """The factors of a norm's pullback at each position: dx = g * scale - back sum(g * along) - r sum(g * mean).
 
-    `mean` and `r` stand for the share of a mean that the norm takes off, - r sum(g * mean); `mean` is None without one.
+    The last term is that of a mean that the norm subtracts; without one `mean` is None.
     """
 
     scale: Tensor
@@ -97,15 +94,15 @@ class NormRows(NamedTuple):
     r: Tensor
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "NormRows":
-        """Every tensor changed in the same way."""
+        """The same change applied to every tensor."""
         return NormRows(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
     def at(self, start: int, stop: int) -> "NormRows":
-        """A range of positions, which are the first dimension."""
+        """A range of positions, the first dimension."""
         return self.each(lambda x: x[start:stop])
 
     def pull(self, g: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """The pullback of g, in memory of that name; a dimension of every row broadcasts against the cotangents."""
+        """The pullback of g, in memory of that name; the rows broadcast to g."""
         return norm_pullback(g, *self, scratch, name)
 
     def add_pull(self, total: Tensor, g: Tensor, scratch: Scratch) -> None:
@@ -114,7 +111,7 @@ class NormRows(NamedTuple):
 
 
 def norm_rows(x: Tensor, weight: Tensor, kind: NormKind, dtype: torch.dtype) -> NormRows:
-    """What a norm's pullback at x, [..., D], shares among the cotangents, in their dtype; of the shape of x."""
+    """The factors of a norm's pullback at x, [..., D], in the dtype of the cotangents; of the shape of x."""
     weight, n, r = _normalised(x, weight, kind)
     mean = (weight / n.shape[-1]).expand_as(n) if kind.centred else None
     return NormRows(weight * r, weight * n / n.shape[-1], n * r, mean, r).each(lambda row: row.to(dtype))
@@ -178,7 +175,7 @@ def _pull_norm(g: Tensor, *rows: Tensor | None) -> Tensor:
 class MlpParts:
     """The parts of a gated MLP, down(act(gate(x)) * up(x)).
 
-    A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+    A dataclass and not a tuple, because functorch would take a tuple's fields as inputs.
     """
 
     gate: nn.Linear
@@ -188,7 +185,7 @@ class MlpParts:
 
     @classmethod
     def of(cls, module: Any) -> "MlpParts":
-        """By their names, as they are now."""
+        """The present parts of a module, by their names."""
         return cls(module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -196,12 +193,12 @@ class MlpParts:
         return tuple(part.weight.detach() for part in (self.gate, self.up, self.down))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The module's output at x, and what its derivatives need: a and b."""
+        """The module's output at x, and a and b, which its derivatives need."""
         a, b = self.gate(x), self.up(x)
         return self.down(self.act(a) * b), a, b
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """What the derivatives of act(a) * b multiply with: b act'(a) on the side of a, act(a) on the side of b."""
+        """The derivatives of act(a) * b: b act'(a) with respect to a, act(a) with respect to b."""
         act_a, pull = vjp(self.act, a)  # type: ignore[misc]
         (slope,) = pull(torch.ones_like(a))
         return slope * b, act_a
@@ -226,7 +223,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 def fused_gated_mlp(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The forward of a gated MLP with the derivatives of this file."""
+    """The forward of a gated MLP, with the rules of this file."""
     parts = MlpParts.of(module)
     return lambda x: _GatedMlp.apply(x, parts)[0]  # type: ignore[no-any-return]
 
@@ -267,14 +264,9 @@ class _GatedMlpPullback(Pullback):
 
 
 def pull_mlp(g: Tensor, to_gate: Tensor, to_up: Tensor, weights: Sequence[Tensor], scratch: Scratch) -> Tensor:
-    """The pullback of g through a gated MLP; the result stays in scratch memory until it is used again.
+    """The pullback of g, [..., D], through a gated MLP, in scratch memory.
 
-    Args:
-        g: [..., D].
-        to_gate: b act'(a), and to_up: act(a); with as many dimensions as g, and they broadcast to [..., M].
-        to_up: see to_gate.
-        weights: of gate, up and down.
-        scratch: for the result and for what passes through.
+    `to_gate` is b act'(a) and `to_up` is act(a), which broadcast to [..., M]; `weights` are those of gate, up and down.
     """
     w_gate, w_up, w_down = weights
     rows = g.flatten(0, -2)

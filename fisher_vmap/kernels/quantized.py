@@ -1,15 +1,12 @@
-"""Linear layers whose weights are quantised, differentiated without unpacking the model.
+"""Linear layers with quantised weights, differentiated without unpacking the model.
 
-Of the many formats of quantised weights few can be differentiated with respect to their input, and hardly one under
-`torch.func`. But a layer with quantised weights is a matrix still, y = W x + b, and W is what the layer itself makes of
-the identity: W^T = layer(1) - b. So its forward stays its own, to the bit, and its pullback is g W, with W unpacked for
-as long as that product takes. That a layer is such a matrix is tested before it is relied on: one that rounds its
-inputs as well is none, and has no gradient but the one that its own backward may define.
+Few formats of quantised weights can be differentiated with respect to their input, and hardly any under `torch.func`.
+But a layer with quantised weights is still an affine map, y = W x + b, and applying the layer to the identity gives W:
+W^T = layer(1) - b. So the forward is the layer's own, to the bit, and the pullback is g W, with W unpacked only for
+that product. Some formats have a quicker way to W, which is used if it gives the same matrix.
 
-The matrix of a linear layer in any format of weights, and the layer's forward with that matrix's pullback.
-
-W is what a layer makes of the identity: W^T = layer(1) - b. Some formats offer a quicker way; it is taken where it
-gives the same.
+Each layer is tested first. A layer that also rounds its inputs is not linear, and has no gradient except one that its
+own backward defines.
 """
 
 import logging
@@ -24,35 +21,37 @@ from torch import Tensor, nn
 
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, cotangent_dim
 from fisher_vmap.model.cache import Remembered
-from fisher_vmap.model.offload import FLOATS, input_device, model_dtype, put_aside
+from fisher_vmap.model.offload import FLOATS, input_device, is_offloaded, model_dtype
 from fisher_vmap.model.recording import forwards_set
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Tensor]
+Found = TypeVar("Found")
 
-IDENTITY_ROWS = 2048  # of the identity, put through a layer at a time
-# Largest relative distance between a layer's output and that of its matrix: about twice what bfloat16 makes of it, in
-# which some kernels compute whatever their inputs are. One that rounds its inputs to 8 bits is off by more than 1%.
+IDENTITY_ROWS = 2048  # rows of the identity that go through a layer at a time
+# Largest relative distance between the outputs of a layer and of its matrix: about twice the rounding of bfloat16, in
+# which some kernels compute for any input. A layer that rounds its inputs to 8 bits is off by more than 1%.
 TOLERANCE = 6e-3
 FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, AttributeError, KeyError)
 
+_FOUND: dict[tuple[Any, ...], Any] = {}  # results of tests, by kind of layer
+_FORWARDS: Remembered[dict[nn.Module, Forward]] = Remembered()  # by layer
+
+
+class CannotDifferentiate(ValueError):
+    """A layer has no gradient with respect to its input; the message is for the user."""
+
 
 class Kind(NamedTuple):
-    """How layers of one kind are unpacked; `reason` is empty, or says why they cannot be differentiated."""
+    """Which of its `unpackings` a kind of layer uses; `reason` says why it cannot be differentiated, or is empty."""
 
     unpacking: int
     reason: str
 
 
 def matrix_of(layer: nn.Module, forward: Forward, dtype: torch.dtype) -> Tensor:
-    """W, [out, in]: what a linear layer, without its bias, makes of the identity.
-
-    Args:
-        layer: with `in_features`.
-        forward: its own forward.
-        dtype: of the inputs that it takes.
-    """
+    """W, [out, in], of a linear layer without its bias: its own forward applied to the identity in `dtype`."""
     features = int(layer.in_features)  # type: ignore[arg-type]
     columns = []
     for start in range(0, features, IDENTITY_ROWS):
@@ -64,7 +63,7 @@ def matrix_of(layer: nn.Module, forward: Forward, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def without_bias(layer: nn.Module) -> Iterator[Tensor | None]:
-    """Gives a layer's bias, which it has not within the context: beside a large one a matrix would lose its digits."""
+    """Temporarily remove the layer's bias and yield it: added to a large bias, a matrix would lose digits."""
     owners: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
     for owner in owners:
         if isinstance(bias := owner.get("bias"), Tensor):
@@ -78,7 +77,7 @@ def without_bias(layer: nn.Module) -> Iterator[Tensor | None]:
 
 
 def unpackings(layer: nn.Module, own: Forward, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
-    """Ways to a layer's matrix, the quickest first; only the last is sure to be right."""
+    """Functions that return a layer's matrix, the quickest first; only the last is always right."""
     weight: Any = getattr(layer, "weight", None)
 
     def by_tensor() -> Tensor:
@@ -94,7 +93,7 @@ def unpackings(layer: nn.Module, own: Forward, dtype: torch.dtype) -> list[Calla
             return matrix_of(layer, own, dtype)
 
     ways: list[Callable[[], Tensor]] = [by_identity]
-    if getattr(weight, "quant_state", None) is not None and weight.device.type != "cpu":  # there it repacks itself
+    if getattr(weight, "quant_state", None) is not None and weight.device.type != "cpu":  # repacked on a CPU
         ways.insert(0, by_bitsandbytes)
     elif isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
         ways.insert(0, by_tensor)
@@ -102,11 +101,11 @@ def unpackings(layer: nn.Module, own: Forward, dtype: torch.dtype) -> list[Calla
 
 
 def examine(layer: nn.Module, own: Forward, dtype: torch.dtype) -> Kind:
-    """Compare a layer with its matrix, and its backward with that of the matrix where it is not the same."""
+    """Compare a layer with its matrix, and if they differ, the layer's backward with that of the matrix."""
     generator = torch.Generator().manual_seed(0)
     features = int(layer.in_features)  # type: ignore[arg-type]
     x = torch.randn(8, features, generator=generator, device="cpu")
-    # An outlier in each row: a format of 8 bits that has to reach it leaves little for the rest.
+    # An outlier in each row: an 8-bit format whose range includes it has little precision left for the rest.
     outliers = x * torch.where(
         torch.arange(features, device="cpu") == torch.arange(8, device="cpu")[:, None] * 5 % features, 100, 1
     )
@@ -123,15 +122,15 @@ def examine(layer: nn.Module, own: Forward, dtype: torch.dtype) -> Kind:
                 return Kind(number, "")
     except FAILURES as error:
         return Kind(0, does_not_run(error))
-    reason = f"is no matrix (it is {gap:.1%} off: it rounds its inputs as well), so that it has no gradient"
+    reason = f"is not linear (it is {gap:.1%} off: it rounds its inputs as well), so it has no gradient"
     if not has_own_pullback(layer, own, dtype):
         return Kind(0, reason)
-    log.info("%s rounds its inputs: its gradient is that of its own backward, straight through", type(layer).__name__)
+    log.info("%s rounds its inputs: its gradient is that of its own straight-through backward", type(layer).__name__)
     return Kind(len(ways) - 1, "")
 
 
 def has_own_pullback(layer: nn.Module, own: Forward, dtype: torch.dtype) -> bool:
-    """Whether a layer's own backward is the pullback of its matrix; some formats have none, or none that is right."""
+    """Whether a layer's own backward is the pullback of its matrix; some formats have none, or a wrong one."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, int(layer.in_features), generator=generator, device="cpu").to(device_of(layer), dtype)  # type: ignore[arg-type]
     try:
@@ -152,18 +151,18 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def does_not_run(error: Exception) -> str:
-    """A failure of a layer's own forward, in words."""
+    """The error of a layer's own forward, in words."""
     return f"does not run here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer is: its first tensor that is loaded."""
+    """The device of a layer's first loaded tensor."""
     tensors = [t for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 def with_pullback(own: Forward, matrix: Callable[[], Tensor]) -> Forward:
-    """A layer's own forward, to the bit, with the pullback of the matrix that a function gives."""
+    """A layer's own forward, to the bit, with the pullback of the matrix that a function returns."""
     return lambda x: _Quantized.apply(x, own, matrix)  # type: ignore[no-any-return]
 
 
@@ -189,7 +188,7 @@ class _Quantized(Derived):
 
 
 class _QuantizedPullback(Pullback):
-    """G W; with the transpose of W, the pushforward."""
+    """The product g W; with the transpose of W, the pushforward."""
 
     @staticmethod
     def forward(g: Tensor, matrix: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -204,7 +203,7 @@ class _QuantizedPullback(Pullback):
 
 
 class _QuantizedPush(_QuantizedPullback, Pushforward):
-    """T W^T."""
+    """The product t W^T."""
 
 
 def _product(g: Tensor, matrix: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -212,23 +211,12 @@ def _product(g: Tensor, matrix: Callable[[], Tensor], dtype: torch.dtype, device
         return (g @ matrix().to(g)).to(device, dtype)
 
 
-Found = TypeVar("Found")
-
-
-class CannotDifferentiate(ValueError):
-    """A layer has no gradient with respect to its input; the message is for the user."""
-
-
-_FOUND: dict[tuple[Any, ...], Any] = {}
-_FORWARDS: Remembered[dict[nn.Module, Forward]] = Remembered()  # by layer
-
-
 @contextmanager
 def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
-    """Within the context every linear layer with quantised weights can be differentiated by its input, under vmap too.
+    """Within the context linear layers with quantised weights can be differentiated by their input, also under vmap.
 
     Raises:
-        CannotDifferentiate: the model has quantised weights for which that cannot be done.
+        CannotDifferentiate: this is impossible for some of the model's quantised weights.
     """
     if model not in _FORWARDS:
         _settle(model)
@@ -243,39 +231,39 @@ def quantized_pullbacks(model: nn.Module) -> Iterator[None]:
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model, by name, whose weights are not ordinary tensors of floats."""
+    """The linear layers of a model, by name, whose weights are not plain tensors of floats."""
     return {name: module for name, module in model.named_modules() if _is_quantized(module) and _is_linear(module)}
 
 
 def has_matrix(module: nn.Module | None) -> bool:
-    """Whether a module is an ordinary linear layer whose `weight` is its matrix; torchao exchanges the tensor alone."""
+    """Whether a module is a plain linear layer whose `weight` is its matrix; torchao replaces only the tensor."""
     return type(module) is nn.Linear and "weight" in module._parameters and _is_float(module.weight)
 
 
 def runs_as_made(module: nn.Module | None) -> bool:
-    """Whether nothing has been put between a module's caller and its class: no hook, no other forward, all weights."""
+    """Whether a module runs its class's forward on loaded weights: no hook, no replaced forward, not offloaded."""
     if module is None:
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and "forward" not in vars(module) and not put_aside(module)
+    return not hooked and "forward" not in vars(module) and not is_offloaded(module)
 
 
 def _patched_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers of ordinary weights whose forward somebody has exchanged for one that loses the gradient, or bends it."""
-    patched = {n: m for n, m in model.named_modules() if "forward" in vars(m) and _is_linear(m) and not put_aside(m)}
+    """Linear layers with plain weights whose replaced forward has no gradient or a wrong one."""
+    patched = {n: m for n, m in model.named_modules() if "forward" in vars(m) and _is_linear(m) and not is_offloaded(m)}
     dtype = model_dtype(model)
     return {name: m for name, m in patched.items() if not _is_quantized(m) and not _kind(m, dtype, has_own_pullback)}
 
 
 def _settle(model: nn.Module) -> None:
-    """Run a model once: some formats are unpacked, or packed in another way, at the first call."""
+    """Run a model once, because some formats are unpacked or repacked at the first call."""
     if hasattr(model, "config") and quantized_linears(model):
-        with torch.no_grad(), suppress(*FAILURES):  # where a layer does not run is found out layer by layer
+        with torch.no_grad(), suppress(*FAILURES):  # later each layer is tested by itself
             model(input_ids=torch.tensor([[0, 0]], device=input_device(model)), use_cache=False)
 
 
 def check_others(model: nn.Module) -> None:
-    """Raise CannotDifferentiate for quantised weights that are in neither a linear layer nor an embedding."""
+    """Raise CannotDifferentiate if quantised weights are in a module other than a linear layer or an embedding."""
     for name, module in model.named_modules():
         if type(module._parameters).__module__.partition(".")[0] == "compressed_tensors":
             raise CannotDifferentiate(
@@ -287,15 +275,15 @@ def check_others(model: nn.Module) -> None:
         for own, parameter in module._parameters.items():
             odd = parameter is not None and parameter.dim() >= 2 and not _is_float(parameter)
             if odd and not _is_linear(module):
-                reason = "is neither a linear layer nor an embedding, so that its quantised weights cannot be unpacked"
+                reason = "is neither a linear layer nor an embedding, so its quantised weights cannot be unpacked"
                 raise CannotDifferentiate(_refusal(f"{name}.{own}", module, reason))
 
 
 def unpack(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Replace every linear layer with quantised weights by an ordinary one of the same matrix; returns their names.
+    """Replace every linear layer with quantised weights by a plain one with the same matrix; returns their names.
 
     Raises:
-        CannotDifferentiate: quantised weights that are in no linear layer, or in one that does not run here.
+        CannotDifferentiate: quantised weights are outside of linear layers, or a layer does not run here.
     """
     layers = quantized_linears(model)
     check_others(model)
@@ -315,28 +303,24 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module says of itself that it is one linear layer."""
+    """Whether a module looks like a single linear layer: it has in and out features and no children."""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module itself has a tensor that is not of floats, but for masks and numbers."""
+    """Whether a module itself has a tensor other than of floats; masks and scalars do not count."""
     tensors = chain(module._parameters.values(), module._buffers.values())
     return any(t is not None and t.dtype != torch.bool and t.dim() > 0 and not _is_float(t) for t in tensors)
 
 
 def _is_float(tensor: Tensor) -> bool:
-    """Whether a tensor holds the numbers that it stands for: not packed, nor of a class that says how to unpack it."""
+    """Whether a tensor holds plain numbers: it has a float format, and its class does not override `dequantize`."""
     return tensor.dtype in FLOATS and type(tensor).dequantize is Tensor.dequantize
 
 
 def _differentiable(name: str, layer: nn.Module, dtype: torch.dtype) -> Forward:
-    """The layer's forward with the pullback of its matrix.
-
-    Raises:
-        CannotDifferentiate: it is no matrix.
-    """
+    """The layer's forward with the pullback of its matrix."""
     kind = _kind(layer, dtype, examine)
     if kind.reason:
         raise CannotDifferentiate(_refusal(name, layer, kind.reason))
@@ -345,7 +329,7 @@ def _differentiable(name: str, layer: nn.Module, dtype: torch.dtype) -> Forward:
 
 
 def _kind(layer: nn.Module, dtype: torch.dtype, test: Callable[[nn.Module, Forward, torch.dtype], Found]) -> Found:
-    """What a test finds of a layer; the same for all of one make, format and size."""
+    """The result of a test of a layer, run once for all layers of the same class, format and size."""
     own: Forward = layer.forward
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     made = (type(layer), type(own), getattr(own, "__qualname__", ""), dtype, device_of(layer))

@@ -1,12 +1,9 @@
-"""Which attention modules get the derivatives of `rotary_attention`, for packed prompts.
-
-A module is taken for a rotary attention only if, on the run's own tokens, it returns what the formula does.
-
-The derivatives of a rotary attention module: projections, rotary embedding and attention, all cotangents at once.
+"""Rules for rotary attention modules (projections, rotary embedding, attention) on packed prompts.
 
 With cotangents as [N, K, D], positions first, the projections are plain matrix products, each prompt is a contiguous
-range of rows, and between them lies one permuted copy: autograd's way, transposed and gathered for each of q, k and v,
-makes a dozen. The forward is the module's own, to the bit.
+range of rows, and only one permuted copy lies between; autograd transposes and gathers each of q, k and v, in a dozen
+copies. The forward is the module's own, to the bit. A module gets these rules only if it returns the same as the
+formula on tokens of the run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +20,14 @@ from fisher_vmap.kernels.quantized import has_matrix, runs_as_made
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import hooks
 
+Forwards = dict[nn.Module, Callable[..., Any]]
+
 
 @dataclass(frozen=True)
 class AttentionParts:
     """The projections of an attention module: q [H E, D], k and v [G E, D], o [D, H E], and the width E of a head.
 
-    A dataclass and not a tuple: functorch takes tuples apart and would treat its fields as inputs.
+    A dataclass and not a tuple, because functorch would take a tuple's fields as inputs.
     """
 
     q: nn.Linear
@@ -38,18 +37,14 @@ class AttentionParts:
     head: int
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Those of q, k, v and o."""
+        """The weights of q, k, v and o."""
         return tuple(part.weight.detach() for part in (self.q, self.k, self.v, self.o))
 
 
 class RotaryCall(NamedTuple):
-    """What a rotary attention, or the block around it, is called with on packed prompts.
+    """The arguments of a rotary attention, or of the block around it, on packed prompts.
 
-    Attributes:
-        x: [1, N, D].
-        cos: [1, N, E], and sin likewise: the rotary embedding.
-        sin: see cos.
-        packed: the prompts.
+    x is [1, N, D]; cos and sin, the rotary embedding, are [1, N, E].
     """
 
     x: Tensor
@@ -59,14 +54,9 @@ class RotaryCall(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What the derivatives need of a forward: the rotary embedding, and queries, keys and values after it.
+    """The results of a forward that the derivatives need: the rotary embedding, and the rotated queries and keys.
 
-    Attributes:
-        cos: [1, N, E], and sin likewise.
-        sin: see cos.
-        q: [1, H, N, E].
-        k: [1, G, N, E], and v likewise.
-        v: see k.
+    cos and sin are [1, N, E], q is [1, H, N, E], k and the values v are [1, G, N, E].
     """
 
     cos: Tensor
@@ -77,7 +67,7 @@ class Heads(NamedTuple):
 
 
 def attend(call: RotaryCall, parts: AttentionParts, scale: float) -> tuple[Tensor, Heads]:
-    """The module's output, [1, N, D], and its heads; `scale` is that of the scores."""
+    """The module's output, [1, N, D], and its heads; `scale` is the factor of the scores."""
     x, cos, sin, packed = call
     q, k, v = (project(x).view(*x.shape[:2], -1, parts.head) for project in (parts.q, parts.k, parts.v))
     cos_, sin_, half = cos[:, :, None], sin[:, :, None], parts.head // 2
@@ -89,7 +79,7 @@ def attend(call: RotaryCall, parts: AttentionParts, scale: float) -> tuple[Tenso
 
 
 def _rotate(x: Tensor, cos: Tensor, other_sin: Tensor, half: int) -> Tensor:
-    """X * cos + rotate_half(x) * sin, to the bit; each half of `other_sin` is the other half of sin."""
+    """The value of x * cos + rotate_half(x) * sin, to the bit; `other_sin` is sin with its halves swapped."""
     out, crossed = x * cos, x * other_sin
     out[..., :half] -= crossed[..., half:]
     out[..., half:] += crossed[..., :half]
@@ -97,7 +87,7 @@ def _rotate(x: Tensor, cos: Tensor, other_sin: Tensor, half: int) -> Tensor:
 
 
 def rotary_attention(call: RotaryCall, parts: AttentionParts, scale: float) -> Tensor:
-    """The same output with the derivatives of this file."""
+    """The output of `attend`, with the rules of this file."""
     return _RotaryAttention.apply(*call, parts, scale)[0]  # type: ignore[no-any-return]
 
 
@@ -158,15 +148,10 @@ def pullback_prompts(
     ranges: Sequence[tuple[int, int]],
     scratch: Scratch,
 ) -> Tensor:
-    """The same for some neighbouring prompts, in scratch memory.
+    """The same for consecutive prompts with n positions together, in scratch memory.
 
-    Args:
-        g_nKD: the cotangents at their n positions.
-        heads: of all positions.
-        weights: of queries, keys and values, [(H + 2 G) E, D], and of the output, [D, H E].
-        scale: of the scores.
-        ranges: [start, stop) of each prompt among all positions.
-        scratch: for what passes through; the result stays in it until it is used again.
+    `heads` are those of all positions, `weights` those of queries, keys and values, [(H + 2 G) E, D], and of the
+    output, [D, H E]; `ranges` are [start, stop) of each prompt among all positions.
     """
     w_qkv, w_o = weights
     q, k, v = heads.q, heads.k, heads.v
@@ -212,11 +197,11 @@ def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float
     rows = t_NKD.reshape(N * K, D)
     tq, tk, tv = ((rows @ w.T).view(N, K, x.shape[1], -1) for w, x in ((w_q, q), (w_k, k), (w_v, v)))
     out = t_NKD.new_empty(N, K, q.shape[1], v.shape[3])
-    alone = AttentionKind(scale, causal=True)
+    alone, half = AttentionKind(scale, causal=True), q.shape[3] // 2
     for a, z in packed.ranges:
         c, s = cos[0, a:z, None], sin[0, a:z, None]
         dq, dk = (t[a:z].permute(2, 0, 1, 3) for t in (tq, tk))
-        dq, dk = (t * c + _rotate_half(t) * s for t in (dq, dk))
+        dq, dk = (t * c + torch.cat((-t[..., half:], t[..., :half]), -1) * s for t in (dq, dk))
         dv = tv[a:z].permute(2, 0, 1, 3)
         tangents = (dq[None], dk[None], dv[None])
         moved = pushforward_attention(*tangents, q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
@@ -224,16 +209,8 @@ def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float
     return (out.view(N * K, -1) @ w_o.T).view(N, K, D)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), -1)
-
-
-Forwards = dict[nn.Module, Callable[..., Any]]
-
-
 def parts_of(module: nn.Module) -> AttentionParts | None:
-    """The parts of a module that may be a rotary attention; None where they are not all there, or there are more."""
+    """The parts of a module that may be a rotary attention; None if it lacks one or has others."""
     q, k, v, o = (getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     head = getattr(module, "head_dim", None)
     if not all(has_matrix(part) and runs_as_made(part) for part in (q, k, v, o)) or not isinstance(head, int):
@@ -247,18 +224,16 @@ def parts_of(module: nn.Module) -> AttentionParts | None:
 
 
 def attention_scale(module: nn.Module) -> float | None:
-    """What a module multiplies the scores of its attention with, by its own word; None where it has none."""
+    """The factor of the attention scores, from the module's attribute `scaling`; None if it has none."""
     scale = getattr(module, "scaling", None)
     return scale if isinstance(scale, float) else None
 
 
 def rotary_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], head: int) -> RotaryCall | None:
-    """The call of an attention module or of a block, taken apart; None where it is given anything more that matters.
+    """The arguments of an attention module or of a block; None if prompts are not packed or it has others that matter.
 
-    Args:
-        args: the residual stream, unless that is `hidden_states` among the keyword arguments.
-        kwargs: `position_embeddings`, the pair of cos and sin; no mask, no cache.
-        head: the width E of a head.
+    Expected are the residual stream, as first argument or `hidden_states`, and `position_embeddings`, the pair of cos
+    and sin; neither mask nor cache. `head` is the width E of a head.
     """
     packed, rotary = packed_now(), kwargs.get("position_embeddings")
     x = args[0] if args else kwargs.get("hidden_states")
@@ -287,7 +262,7 @@ def fused_attention_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def proven_attentions(forwards: Forwards, run: Callable[[], object]) -> Forwards:
-    """Those of the forwards that give what their modules do, to rounding, on what these see while the model runs."""
+    """The forwards that agree with their modules, up to rounding, on the modules' inputs while `run` runs the model."""
     right: Forwards = {}
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -1,8 +1,8 @@
-"""The audit: what was computed, compared with the model itself while it is being used.
+"""The audit: results compared with the model itself while it is in use.
 
-A proof is made once, on some prompts, and trusted afterwards. What it did not reach, and what has changed since, shows
-here. Of a batch one prompt goes through the model as it is, by itself, and the log-probabilities are compared; now and
-then, and whenever a batch reaches further than the proof, a token's scores are compared with plain autograd.
+A form is proven once, on a few prompts, and trusted afterwards. The audit finds what the proof did not cover and what
+has changed since. It runs one prompt of a batch alone through the unchanged model and compares the log-probabilities.
+From time to time, and whenever a batch is larger than any proven one, it compares a token's scores with plain autograd.
 """
 
 import logging
@@ -35,14 +35,14 @@ from fisher_vmap.model.wrappers import is_hooked
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.01  # of a batch's work that its audit may take; where it would take more, only some batches are audited
-SCORE_SHARE = 0.02  # of a shard's work that the audit of a score may take
-ALONE = 3  # times as long as its share of a batch takes one prompt by itself
-MOST_APART = 64  # at least one of so many batches, or shards, is audited
+SHARE = 0.01  # largest share of a batch's work for its audit; if it would take more, only some batches are audited
+SCORE_SHARE = 0.02  # largest share of a shard's work for the audit of a score
+ALONE = 3  # a prompt run alone takes this many times its share of a batch
+MOST_APART = 64  # at least one batch, or shard, in this many is audited
 
 
 class Plan(NamedTuple):
-    """What of a batch is audited: the prompts whose log-probabilities are compared, and those whose scores are."""
+    """The prompts of a batch whose log-probabilities are compared, and those whose scores are."""
 
     log_probs: tuple[int, ...] = ()
     scores: tuple[int, ...] = ()
@@ -50,14 +50,14 @@ class Plan(NamedTuple):
 
 @dataclass
 class Found:
-    """What was computed for a batch at layers of one form.
+    """The results for a batch at layers that share a form.
 
     Attributes:
         log_probs: [B, K].
-        token_ids: [B, K] int64; negative ones are no tokens.
+        token_ids: [B, K] int64; negative entries are not single tokens.
         gradients: for each layer, [B, K, D].
         norms: for each layer, [B], the mean norm of its output.
-        likeliest: whether the tokens are to be the K likeliest.
+        likeliest: whether the tokens should be the K likeliest.
     """
 
     log_probs: Tensor
@@ -70,15 +70,9 @@ class Found:
 def plan_audit(
     model: nn.Module, known: ModelInfo, layout: Layout, forms: Mapping[str, Choice], vectors: int, audit: str
 ) -> Plan:
-    """What of a batch is audited: it depends on the batch, and on how many came before in the shard, or at all.
+    """What to audit in a batch: depends on the batch and on the number of batches before it in the shard or process.
 
-    Args:
-        model: a causal LM.
-        known: what the probe found.
-        layout: the batch.
-        forms: what each layer is computed by.
-        vectors: K, how many are pulled back.
-        audit: "auto", "always" or "off".
+    `vectors` is K, the number of vectors pulled back; `audit` is "auto", "always" or "off".
     """
     B, rows, lengths = len(layout.lengths), sum(layout.lengths), layout.lengths
     packed = any(choice.form == "packed" for choice in forms.values())
@@ -87,7 +81,7 @@ def plan_audit(
     further = max(lengths) > proven_length or (packed and rows > proven_rows)
     longer, more = max(lengths) > 2 * proven_length, packed and rows > 2 * proven_rows
     ends = {max(range(B), key=lambda b: lengths[b])} if longer or not more else set()
-    furthest = tuple(sorted(ends | ({B - 1} if more or hooked else set())))  # the longest prompt, or the last row
+    furthest = tuple(sorted(ends | ({B - 1} if more or hooked else set())))  # the longest prompt, the last row, or both
     beyond = longer or more or (hooked and further)
     if audit == "off":
         return Plan((), furthest if beyond else ())
@@ -96,7 +90,7 @@ def plan_audit(
     calls = known.calls + 1
     doubling = known.due is None and calls & (calls - 1) == 0
     scored = doubling or (calls == known.due and not known.scored) or audit == "always"
-    # What a hook does may depend on all of the batch, and change unseen; what is padded, on how far.
+    # A hook may depend on the whole batch and may change unnoticed; padded results may depend on the padding's width.
     if (hooked and (beyond or scored)) or (beyond and not packed):
         return Plan(tuple(range(B)), furthest)
     if beyond or (scored and further and known.due is None):
@@ -109,14 +103,14 @@ def plan_audit(
 
 
 def _work(model: nn.Module, known: ModelInfo, layers: Sequence[str], vectors: int) -> tuple[int, int, int]:
-    """The work of a token in a forward, in plain autograd and in a batch, in passes of a row through a block."""
+    """Work per token of a forward, of plain autograd and of the batch, in passes of one row through one block."""
     order, blocks = list(known.parts.call_order), len(decoder_blocks(model))
     above = max(len(order) - 1 - order.index(layer) if layer in order else blocks for layer in layers)
     return blocks, blocks + above, blocks + above * (1 + vectors)
 
 
 def _apart(share: float, most: float) -> int:
-    """One of how many is audited, a power of two, so that a share of the work becomes small enough."""
+    """Audit one in this many, a power of two, so that the audit's share of the work is at most `most`."""
     return int(min(MOST_APART, 2 ** max(0, math.ceil(math.log2(share / most)))))
 
 
@@ -128,17 +122,11 @@ def due_batch(
     number: int,
     batches: Sequence[Sequence[int]],
 ) -> int:
-    """The batch of a run's shard, from 1, of which a score is audited if none was before; 0: none.
+    """The batch of a shard, counted from 1, whose scores are audited unless an earlier batch's were; 0 means none.
 
-    That is the last, of the shortest prompts; the longest are compared when they reach beyond the proof.
-
-    Args:
-        model: a causal LM.
-        known: what the probe found.
-        layers: the hooked ones.
-        vectors: K, how many are pulled back.
-        number: of the shard.
-        batches: the lengths of the prompts of each batch, the longest first.
+    It is the last batch, which has the shortest prompts. The longest are audited when they are longer than any proven.
+    `vectors` is K, `number` is the shard's, which decides whether it is audited, and `batches` are the prompt lengths
+    of each batch, longest first.
     """
     _, score, work = _work(model, known, layers, vectors)
     tokens, last = sum(map(sum, batches)), batches[-1]
@@ -147,7 +135,7 @@ def due_batch(
 
 
 def remember_reach(known: ModelInfo, kernel: str, forms: Mapping[str, Choice], layout: Layout, plan: Plan) -> None:
-    """Note that a batch has been computed, and that its forms are proven as far as the scores of it that agreed."""
+    """Count a computed batch, and extend the proven length and rows of its forms to the scores that agreed."""
     known.calls += 1
     known.audits += bool(plan.scores or plan.log_probs)
     known.scored = known.scored or bool(plan.scores)
@@ -160,9 +148,9 @@ def remember_reach(known: ModelInfo, kernel: str, forms: Mapping[str, Choice], l
 
 
 class ShardForms:
-    """The forms of one shard of a run, which begins with those of the run's opening whatever the others found.
+    """The forms of one shard of a run. Every shard starts from the forms chosen when the run was opened.
 
-    So a shard's results are the same whichever process computes it, and after whichever others.
+    So a shard's results depend neither on the process that computes it nor on the shards before it.
     """
 
     def __init__(self, known: ModelInfo) -> None:
@@ -171,15 +159,15 @@ class ShardForms:
         self._changes = known.changes
 
     def begin(self) -> None:
-        """Before the first batch, be it for the first time or again."""
+        """Call before the first batch, also when the shard is computed again."""
         self._known.calls, self._known.scored, self._changes = 0, False, self._known.changes
 
     def changed(self) -> bool:
-        """Whether a form was given up since the beginning: then what was computed before is in doubt."""
+        """Whether a form was given up since `begin`, which puts the earlier batches in doubt."""
         return self._known.changes != self._changes
 
     def given_up(self) -> dict[str, tuple[str, str]]:
-        """For each layer whose form is another than at the opening: the form, and why."""
+        """For each layer whose form has changed since the run was opened: the new form, and why."""
         forms = self._known.forms.items()
         return {
             layer: (choice.form, choice.why)
@@ -190,12 +178,7 @@ class ShardForms:
 
 @contextmanager
 def one_shard(known: ModelInfo, due: int) -> Iterator[ShardForms]:
-    """Within the context the batches are those of one shard of a run.
-
-    Args:
-        known: what the probe found.
-        due: the number of the batch whose scores are audited, from 1.
-    """
+    """Compute the batches of one shard within the context; `due` is the number, from 1, of the batch to audit."""
     before = known.parts, known.why_no_head, known.forms, known.due
     known.forms, known.due = dict(known.forms), due
     try:
@@ -205,15 +188,7 @@ def one_shard(known: ModelInfo, due: int) -> Iterator[ShardForms]:
 
 
 def why_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Found, plan: Plan) -> dict[str, str]:
-    """For each layer whose numbers are not the model's, how; the model must be as it is, with nothing of ours in it.
-
-    Args:
-        model: a causal LM.
-        known: what the probe found, and what noise was measured.
-        layout: the batch.
-        found: what was computed.
-        plan: what is audited.
-    """
+    """For each layer whose results disagree with the model, how. The model must be in the context `as_it_is`."""
     layers = list(found.gradients)
     for b in plan.log_probs:
         reference = reference_of(model, layout, b)
@@ -234,19 +209,19 @@ def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Fou
     gather = known.parts.gather and not is_hooked(model)
 
     def plainly() -> Plain:
-        # Some quantised layers have no backward, and autograd does not say so: theirs is of their matrix.
+        # Some quantised layers have no backward, and autograd does not report it: use that of their matrix.
         with quantized_pullbacks(model):
             return plain_autograd(model, reference, layers, token_1, gather)
 
     reason = ""
     try:
         plain = plainly()
-    except Exception as error:  # a hook of the user may raise anything; plain autograd may want more memory than ours
+    except Exception as error:  # a user's hook may raise anything; plain autograd may need more memory than the kernel
         reason = "out of memory" if is_out_of_memory(error) else first_line(error)
-    if reason:  # outside of the handler, whose traceback holds on to the tensors in the way
-        level = logging.DEBUG if ("audit", reason) in known.told else logging.WARNING
+    if reason:  # outside of the handler, whose traceback keeps the tensors of the failed pass alive
+        level = logging.DEBUG if ("audit", reason) in known.logged else logging.WARNING
         log.log(level, "scores of prompts of %d tokens could not be audited: %s", layout.lengths[b], reason)
-        known.told.add(("audit", reason))
+        known.logged.add(("audit", reason))
         plain = Plain(plain_log_probs(model, reference), {}, {})
     if (wrong := _log_probs_wrong(model, known, reference, plain.log_probs, found, b)) is not None:
         return dict.fromkeys(layers, wrong)
@@ -260,7 +235,7 @@ def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Fou
             continue
         if can_be_widened(model) and measured is None and (again := in_wide(model, plainly)) is not None:
             measured = again, noise_between([plain], [again], token_1[None])[0]
-        if measured is not None:  # the noise of this very prompt
+        if measured is not None:  # the noise of this prompt itself
             distance = distance_at(layer, got, norm, measured[0])
             allowed = measured_budget(known.arithmetic, measured[1][layer], 0.0).scores
         if not distance <= allowed:
@@ -272,7 +247,7 @@ def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Fou
 
 
 def _weightiest(found: Found, b: int) -> int:
-    """The place of the token that most of F is made of: a score that is near zero is nothing but rounding."""
+    """The index of the token that contributes most to F: a score near zero would be mostly rounding."""
     first = next(iter(found.gradients.values()))
     weight_K = found.log_probs[b].double().exp() * first[b].double().square().sum(1).to(found.log_probs.device)
     weight_K = torch.where(found.token_ids[b] >= 0, weight_K.nan_to_num(), -1.0)
@@ -289,7 +264,7 @@ def _log_probs_wrong(
     allowed = budget_of(model, layer, known).log_probs
     if distance > allowed and can_be_widened(model):
         wide = in_wide(model, lambda: plain_log_probs(model, reference))
-        if wide is not None:  # the noise of this very prompt
+        if wide is not None:  # the noise of this prompt itself
             tokens = found.token_ids[b][found.token_ids[b] >= 0]
             noise = deviations(log_probs_V[tokens], wide, tokens)
             distance = _log_probs_distance(found, b, wide)
@@ -303,7 +278,7 @@ def _log_probs_wrong(
 
 
 def _log_probs_distance(found: Found, b: int, log_probs_V: Tensor) -> float:
-    """The largest distance of the log-probabilities, or of a token that is likelier than those that were taken."""
+    """The largest distance of a log-probability, or by which a token left out is likelier than one that was taken."""
     tokens, log_probs_V = found.token_ids[b], log_probs_V.to(found.token_ids.device)
     real = tokens >= 0
     distance = deviations(found.log_probs[b][real], log_probs_V, tokens[real])

@@ -1,20 +1,16 @@
-"""The parts of a model, as the probe found them: what the forms of the kernel are given to work with.
-
-The upper network, linearised, one decoder block at a time: `torch.func.vmap` over `torch.func.vjp` and `jvp`.
+"""J^T u and J v through one decoder block at a time: `torch.func.vmap` over `torch.func.vjp` and `jvp`.
 
 The cotangents of the last block's output are pulled back through one block after the other, from the top down. What
-arrives at a block's output is the gradient with respect to a bias added there, position by position; every hooked
-block on the way down has its answer for free. Memory holds the graph of one block at a time.
+arrives at a block's output is the gradient with respect to a bias added there, position by position; the hooked
+blocks on the way down cost nothing more. Memory holds the graph of one block at a time.
 
-The last block, seen from the last position alone.
+The last block at the last positions. Above the last block's attention only each prompt's last position matters: its
+MLP, its output projection, its residual. So the block is replayed like a step of decoding: on the last rows only, their
+queries against the keys and values of all positions. To get these, the block runs on all rows up to its attention call.
 
-Above the last block's attention only each prompt's last position matters: its MLP, its output projection, its residual.
-So the block is replayed like a step of decoding: on the last rows only, with queries of theirs, against the keys and
-values of all positions. These are had by running the block on all rows up to where it calls attention, and no further.
-
-Nothing here is taken on trust. Where the forward has gone through the whole block, the replayed rows must equal what it
-had at the last positions, in every batch. Where it has not, since nobody needs the other positions, the block has
-returned just that before, on prompts of the run, and what counts as having a row for each position is the same.
+This is checked in every batch. If the forward ran the whole block, the replayed rows must equal its output at the last
+positions. If the forward stopped before the block, the replay was proven before, on prompts of the run, and the same
+arguments must have a row for each position as in that proof.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -30,15 +26,15 @@ from fisher_vmap.kernels.hf_attention import KeysCaptured, against_keys, capturi
 from fisher_vmap.linearize.model_info import Places
 from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.offload import weights_ready
-from fisher_vmap.model.recording import BlockCall, Recording, check_primal, with_hidden
+from fisher_vmap.model.recording import BlockCall, Recording, check_primal, map_tensors, with_hidden
 
-# Rows of all cotangents together that are pulled through a block at a time: enough for full speed on a CPU, and a long
-# prompt's memory stays near that of its forward. A GPU's batches are sized to its memory beforehand.
+# Most rows, over all cotangents, that are pulled through a block at a time: enough for full speed on a CPU, and a long
+# prompt needs little more memory than its forward. A GPU's batches are sized to its memory beforehand.
 ROWS_AT_A_TIME = {"cpu": 8192}
 
 
 def cotangents_at_a_time(cotangents: int, rows: int, device: torch.device) -> int | None:
-    """How many of K cotangents of N rows to pull back together, in chunks of about one size; None: all of them."""
+    """How many of K cotangents of N rows to pull back together, in chunks of similar size; None: all of them."""
     most = ROWS_AT_A_TIME.get(device.type)
     if most is None or cotangents * rows <= most:
         return None
@@ -56,18 +52,18 @@ class Arrived(NamedTuple):
 def pullback_blocks(
     recording: Recording, cotangents: Tensor, layers: Collection[str], chunk_size: int | None, rules: Rules
 ) -> Iterator[Arrived]:
-    """Pull cotangents of the top back to the output of every hooked block; the recording is used up on the way.
+    """Pull cotangents of the top back to the output of every hooked block; consumes the recording.
 
     Args:
         recording: the calls above the lowest hooked block, and the top, [B, T, D].
-        cotangents: [B, T, K, D], cotangents of the top. K stands inside: a position's cotangents lie side by side,
-            so that a prompt's are one range of memory and what they share is broadcast from cache. They are used up.
+        cotangents: [B, T, K, D], cotangents of the top, overwritten. K is third, so that a prompt's cotangents are one
+            range of memory and what a position's cotangents share is broadcast from cache.
         layers: the names of the hooked blocks.
         chunk_size: how many cotangents to pull at a time; None: all at once.
-        rules: blocks that are pulled back by hand.
+        rules: the blocks that are pulled back by a rule.
 
     Yields:
-        What arrives at the output of each hooked block, from the top down, once for each of its calls.
+        The cotangents at the output of each hooked block, from the top down, once for each of its calls.
 
     Raises:
         StructureChanged: a replayed block did not return what the next one had received.
@@ -78,7 +74,7 @@ def pullback_blocks(
         rule = rules.get(call.block)
         if call.name in layers:
             yield Arrived(call.name, cotangents)
-            cotangents = cotangents.clone() if rule is not None else cotangents  # what went out stays as it is
+            cotangents = cotangents.clone() if rule is not None else cotangents  # a rule overwrites its cotangents
         cotangents = cotangents.to(call.hidden.device).contiguous()
         by_rule = False
         if rule is not None:
@@ -104,17 +100,10 @@ def pullback_block(call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_
 def pushforward_blocks(
     recording: Recording, layer: str, tangents: Tensor, chunk_size: int | None, stop: int | None = None
 ) -> Tensor:
-    """Push tangents of a bias at a hooked block up to the top; the recording stays as it is.
+    """Push tangents of a bias at a hooked block, [B, T, K, D], up to the output of the last call; keeps the recording.
 
-    Args:
-        recording: the calls above the lowest hooked block.
-        layer: the name of the hooked block; where it is called several times, the bias is added at each call.
-        tangents: [B, T, K, D], the bias's tangent at every position.
-        chunk_size: how many tangents to push at a time; None: all at once.
-        stop: the number of calls to go through; None: all of them.
-
-    Returns:
-        [B, T, K, D], the tangents of what the last of these calls returned.
+    If the block is called several times, the bias is added at each call. `stop` is how many calls to pass through;
+    None: all of them.
 
     Raises:
         StructureChanged: a replayed block did not return what the next one had received.
@@ -160,29 +149,24 @@ def push_function(
 
 
 class NotPositionwise(Exception):
-    """The block is given something whose positions cannot be told."""
+    """The block cannot be run at some positions only, such as when it is unclear which argument has positions."""
 
 
 class LastBlock(NamedTuple):
-    """The last block at the last rows: its call, its output there, [B, D], and the pullback of cotangents of that."""
+    """The last block at the last rows: its call, its output there, [B, D], and its pullback."""
 
     call: BlockCall
     rows: Tensor
     pull: Callable[[Tensor, int | None], Tensor]
-    """[K, B, D] and how many cotangents at a time, to the cotangents of the block's input, [1, N, K, D]."""
+    """From cotangents [K, B, D], and how many to take at a time, to cotangents of the block's input, [1, N, K, D]."""
 
 
 def open_last(call: BlockCall, layout: Layout, top: Tensor | None = None) -> LastBlock:
-    """Run the last block at the last rows.
-
-    Args:
-        call: the last call of the forward, on packed prompts; it need not have been made.
-        layout: of the batch, packed.
-        top: [1, N, D], what the call returned; None: it has not been made.
+    """Run the last block, recorded on packed prompts, at the last rows; `top` is its output, [1, N, D], if it has run.
 
     Raises:
-        NotPositionwise: the block cannot be cut like this; run it whole.
-        StructureChanged: it was cut and returned something else than before.
+        NotPositionwise: the block cannot be run at some positions only; run it whole.
+        StructureChanged: the output at the last rows differs from `top`.
     """
     with weights_ready(call.block):
         primal, pullback = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
@@ -198,27 +182,11 @@ def open_last(call: BlockCall, layout: Layout, top: Tensor | None = None) -> Las
     return LastBlock(call, primal[0], pull)
 
 
-def proven_places(call: BlockCall, layout: Layout, top: Tensor) -> Places:
-    """Where a last call's arguments have rows, if cut there it returns what it had.
-
-    Args:
-        call: the last call, on packed prompts.
-        layout: of the batch, packed.
-        top: [1, N, D], what the call returned.
-
-    Raises:
-        NotPositionwise: it cannot be cut.
-        StructureChanged: cut, it returns something else.
-    """
-    open_last(call, layout, top)
-    return places_of(call, layout)
-
-
 def places_of(call: BlockCall, layout: Layout) -> Places:
-    """Where the arguments of a call have a row for each position.
+    """Which arguments of a call have a row for each position.
 
     Raises:
-        NotPositionwise: it cannot be told.
+        NotPositionwise: this is unclear for an argument.
     """
     count, found = layout.input_ids.numel(), set()
 
@@ -271,30 +239,22 @@ def _keys(call: BlockCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def at_rows(inputs: Any, rows: Tensor, count: int) -> Any:
-    """The same inputs with every tensor that has a row for each of `count` positions reduced to some of them.
-
-    Positions are the second dimension, after a batch of one, or the only one.
+    """The same inputs, with `rows` taken of every tensor that has a row for each of `count` positions.
 
     Raises:
-        NotPositionwise: a tensor has that size somewhere else.
+        NotPositionwise: a tensor has that size in another dimension.
     """
-    if isinstance(inputs, Tensor):
-        if not _has_rows(inputs, count):
-            return inputs
-        return inputs[rows.to(inputs.device)] if inputs.dim() == 1 else inputs[:, rows.to(inputs.device)]
-    if isinstance(inputs, dict):
-        return {name: at_rows(value, rows, count) for name, value in inputs.items()}
-    if type(inputs) in (tuple, list):
-        return type(inputs)(at_rows(value, rows, count) for value in inputs)
-    return inputs
+
+    def at(tensor: Tensor) -> Tensor:
+        if not _has_rows(tensor, count):
+            return tensor
+        return tensor[rows.to(tensor.device)] if tensor.dim() == 1 else tensor[:, rows.to(tensor.device)]
+
+    return map_tensors(inputs, at)
 
 
 def _has_rows(tensor: Tensor, count: int) -> bool:
-    """Whether a tensor has a row for each of `count` positions, after a batch of one or as its only dimension.
-
-    Raises:
-        NotPositionwise: it has that size somewhere else.
-    """
+    """Whether a tensor has a row for each of `count` positions, after a batch of one or as its only dimension."""
     if (tensor.dim() == 1 and len(tensor) == count) or (tensor.dim() >= 2 and tensor.shape[:2] == (1, count)):
         return True
     if count in tensor.shape:

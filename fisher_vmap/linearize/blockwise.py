@@ -1,8 +1,7 @@
-"""The linear map one decoder block at a time, from a recorded forward.
+"""`Blockwise`: the linear map one decoder block at a time, from a recorded forward.
 
-`block` goes through one block after the other. Here that is done with the derivatives written by hand in place, and
-with a shortcut for packed prompts: of their last block only the last rows are run and pulled back. Where that block
-turns out not to allow it, it is passed through whole.
+It drives the products of `block`, uses the rules of `kernels` for blocks and modules that have one, and takes a
+shortcut for packed prompts: the last block is run and pulled back at the last rows only, if it allows that.
 """
 
 from collections.abc import Generator
@@ -17,7 +16,6 @@ from fisher_vmap.linearize.block import (
     cotangents_at_a_time,
     open_last,
     places_of,
-    proven_places,
     pullback_blocks,
     pushforward_blocks,
     pushforward_last,
@@ -25,14 +23,14 @@ from fisher_vmap.linearize.block import (
 from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.model_info import Parts, Places
 from fisher_vmap.model.layout import Layout
-from fisher_vmap.model.offload import model_dtype, put_aside
+from fisher_vmap.model.offload import is_offloaded, model_dtype
 from fisher_vmap.model.recording import Recording, StructureChanged, forwards_set, record
 from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.model.widening import forward_in_float32
 
 
 class Blockwise(LinearMap):
-    """One block at a time; packed if the layout is."""
+    """The linear map one block at a time, for padded or packed prompts."""
 
     def _open(self) -> None:
         parts, layout = self._parts, self.layout
@@ -48,10 +46,10 @@ class Blockwise(LinearMap):
         self._describe({layer: outputs[layer] for layer in self.layers})
 
     def _record(self) -> Recording:
-        """Record the forward; where only the last rows of the last block are needed, that is opened and taken off."""
+        """Record the forward. If only the last rows of the last block are needed, open that block apart from it."""
         model, parts, layout = self._model, self._parts, self.layout
         first = min(parts.call_order.index(layer) for layer in self.layers) + 1
-        needless = self._precision != "mixed" and parts.call_order[-1] not in self.layers and not put_aside(model)
+        needless = self._precision != "mixed" and parts.call_order[-1] not in self.layers and not is_offloaded(model)
         if needless and not self._cannot_be_cut and parts.top_places is not None:
             recording = record_forward(model, parts, layout, first, self._precision, stop_before_last=True)
             call = recording.calls[-1]
@@ -67,7 +65,7 @@ class Blockwise(LinearMap):
         return record_forward(model, parts, layout, first, self._precision)
 
     def _last_block(self, recording: Recording) -> LastBlock | None:
-        """The last block at the last rows; None where it cannot be cut there."""
+        """The last block at the last rows; None if it has to be run at all positions."""
         if self._last is None and not self._cannot_be_cut and recording.calls:
             try:
                 self._last = open_last(recording.calls[-1], self.layout, recording.top)
@@ -106,12 +104,10 @@ class Blockwise(LinearMap):
                 return layout.fields_of(pushforward_blocks(recording, layer, tangents, chunk_size))
             moved = pushforward_blocks(recording, layer, tangents, chunk_size, stop=stop)
             rows_KMD = pushforward_last(last, layout, moved, chunk_size)
-            # Where the hooked block is called again at the top, the bias is added there as well.
-            called_again = last.call.name == layer
+            called_again = last.call.name == layer  # then the bias is added at the top as well
             return rows_KMD + layout.fields_of(tangents).to(rows_KMD.device) if called_again else rows_KMD
 
     def _at_a_time(self, vectors: int) -> int | None:
-        """How many vectors to take at a time."""
         N = self.layout.input_ids.numel()
         return self._chunk_size or cotangents_at_a_time(vectors, N, self._recording.top.device)
 
@@ -119,11 +115,7 @@ class Blockwise(LinearMap):
 def record_forward(
     model: nn.Module, parts: Parts, layout: Layout, first: int, precision: str, stop_before_last: bool = False
 ) -> Recording:
-    """Record the calls from number `first` on; with mixed precision the forward is in float32, but not the replays.
-
-    Raises:
-        ValueError: the model does not run with widened weights.
-    """
+    """Record the calls from number `first` on; with precision "mixed" the forward alone is in float32."""
     if precision != "mixed":
         return record(
             model,
@@ -134,8 +126,8 @@ def record_forward(
             around=lambda calls: run_by_rules(parts.rules, calls, most=len(parts.call_order) - first - 1),
             stop_before_last=stop_before_last,
         )
-    if put_aside(model):
-        raise ValueError("precision mixed needs all weights in memory, and some are put aside; use precision model")
+    if is_offloaded(model):
+        raise ValueError("precision mixed needs all weights in memory, and some are offloaded; use precision model")
     dtype = model_dtype(model)
     try:
         with forward_in_float32(model):
@@ -150,6 +142,7 @@ def record_forward(
 
 
 def prove_top(model: nn.Module, parts: Parts, layout: Layout) -> Places:
-    """Prove on packed prompts that the last block's forward may be cut at the last rows; errors as `proven_places`."""
+    """Prove on packed prompts that the last block may be run at the last rows alone; raises as `open_last`."""
     recording = record_forward(model, parts, layout, len(parts.call_order) - 1, "model")
-    return proven_places(recording.calls[-1], layout, recording.top)
+    open_last(recording.calls[-1], layout, recording.top)
+    return places_of(recording.calls[-1], layout)

@@ -1,12 +1,11 @@
-"""A form of the kernel compared with plain autograd on an excerpt of a batch, before its results count.
+"""A form of the kernel compared with plain autograd on an excerpt of a batch, before it is used.
 
-In a narrow format twice: in float32 from the same weights, which shows whether it computes the right thing, and as it
-will be run, which may be as far from float32 as plain autograd itself is there.
+How far may it be from plain autograd? As far as rounding explains. In float32 and float64 that is a small constant. In
+a narrower format (bfloat16, float16) it is measured: the distance of plain autograd from its own result in float32,
+from the same weights and on the same prompts. Another order of the same operations is about as far from float32.
 
-How far numbers may be from plain autograd's: what rounding accounts for, measured where it can be.
-
-In float32 and float64 it is a small number. In a narrower format plain autograd itself is so far from what it gives in
-float32, from the same weights, on the same prompts; numbers of another order of operations are about as far.
+A form in a narrow format is compared twice: in float32 from the same weights, which shows whether it computes the right
+thing, and in its own format, where it may be a few times as far from float32 as plain autograd is.
 """
 
 import logging
@@ -32,54 +31,59 @@ from fisher_vmap.linearize.plain import (
 from fisher_vmap.linearize.probe import excerpt
 from fisher_vmap.linearize.scores import Scores, Wanted, attention_of, run_choice
 from fisher_vmap.model.layout import Layout, pack_rows
-from fisher_vmap.model.offload import model_dtype, put_aside
+from fisher_vmap.model.offload import is_offloaded, model_dtype
 from fisher_vmap.model.recording import StructureChanged, run_blocks
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.widening import NARROW, in_float32
 from fisher_vmap.model.wrappers import is_hooked
 
-# Largest relative distance of scores. Many models compute parts in float32 in any dtype. Of a narrow format only where
-# it cannot be measured: kernels for quantised weights round another way for a few rows than for many.
+log = logging.getLogger(__name__)
+
+# Largest relative distance of scores. The float32 value is loose because many models compute parts in float32 in any
+# dtype. Those of the narrow formats serve only where noise cannot be measured: kernels for quantised weights round
+# differently for few rows than for many.
 SCORES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
-# Of log-probabilities, in standard deviations over the vocabulary.
+# Largest distance of log-probabilities, in standard deviations over the vocabulary.
 LOG_PROBS = {torch.float64: 1e-5, torch.float32: 3e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
-FACTOR = 3  # times the distance of plain autograd from float32
-FLOOR = 4  # roundings of the format
+FACTOR = 3  # a form may be this many times as far from float32 as plain autograd is
+FLOOR = 4  # but is always allowed this many roundings (eps) of the format
 TINY = torch.finfo(torch.float32).tiny
+CHECK_TOKENS = 64  # tokens of each prompt that is compared with plain autograd
+CHECK_TOP = 2  # how many of the likeliest tokens are compared
 
 
 class Budget(NamedTuple):
-    """The largest distances that rounding accounts for: of scores, relative; of log-probabilities, in deviations."""
+    """The largest distances that rounding explains: of scores, relative; of log-probabilities, in deviations."""
 
     scores: float
     log_probs: float
 
 
 def arithmetic(model: nn.Module, autocast: Collection[torch.dtype]) -> torch.dtype:
-    """The narrowest format that a model computes in, whose forward casts to these formats by itself."""
+    """The narrowest format that a model computes in; `autocast` holds the formats its own forward casts to."""
     formats = {torch.bfloat16 if quantized_linears(model) else model_dtype(model), *autocast}
     return max(formats, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def budget_of(model: nn.Module, layer: str, known: ModelInfo) -> Budget:
-    """What is allowed at a layer, by the arithmetic and the noise that the proof has found."""
+    """The budget at a layer, from the arithmetic and the noise found by the proof."""
     dtype = known.arithmetic
     if dtype in NARROW and layer in known.noise:
         return measured_budget(dtype, known.noise[layer], known.log_probs_noise)
     if dtype in NARROW and not quantized_linears(model) and model_dtype(model) not in NARROW:
-        return measured_budget(dtype, 0.0, 0.0)  # under autocast of its own, whose noise cannot be measured
+        return measured_budget(dtype, 0.0, 0.0)  # the model's own autocast, whose noise cannot be measured
     return Budget(SCORES[dtype], LOG_PROBS[dtype])
 
 
 def measured_budget(dtype: torch.dtype, scores: float, log_probs: float) -> Budget:
-    """What is allowed where plain autograd in `dtype` is so far from float32."""
+    """The budget where plain autograd in `dtype` is this far from float32."""
     least = FLOOR * torch.finfo(dtype).eps
     return Budget(max(least, FACTOR * scores), max(least, FACTOR * log_probs))
 
 
 def can_be_widened(model: nn.Module) -> bool:
-    """Whether the noise can be measured: the model computes in a narrow format, and could in float32."""
-    return model_dtype(model) in NARROW and not put_aside(model) and not quantized_linears(model)
+    """Whether the noise can be measured: the model computes in a narrow format and can compute in float32."""
+    return model_dtype(model) in NARROW and not is_offloaded(model) and not quantized_linears(model)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -89,7 +93,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def distance_at(layer: str, scores_KD: Tensor, norm: Tensor, plain: Plain) -> float:
-    """How far scores, and the mean norm of the layer's output, are from plain autograd's: the larger distance."""
+    """The larger of two distances from plain autograd: of the scores, and of the mean norm of the layer's output."""
     expected = plain.norms[layer]
     return max(relative(scores_KD, plain.scores[layer]), abs(float(norm) - expected) / max(abs(expected), TINY))
 
@@ -105,11 +109,11 @@ def deviations(found_K: Tensor, log_probs_V: Tensor, token_ids_K: Tensor) -> flo
 
 
 def in_wide(model: nn.Module, compute: Callable[[], Any]) -> Any:
-    """What a function gives while the model computes in float32; None where the model does not run so."""
+    """The result of a function while the model computes in float32; None if the model does not run in it."""
     try:
         with in_float32(model, keep=False):
             return compute()
-    except (RuntimeError, TypeError, ValueError) as error:  # a hook with weights of its own, say
+    except (RuntimeError, TypeError, ValueError) as error:  # for example a hook with weights of its own
         if is_out_of_memory(error) or is_our_fault(error):
             raise
         return None
@@ -118,7 +122,7 @@ def in_wide(model: nn.Module, compute: Callable[[], Any]) -> Any:
 def noise_between(
     narrow: Sequence[Plain], wide: Sequence[Plain], token_ids_BK: Tensor
 ) -> tuple[dict[str, float], float]:
-    """How far plain autograd is from float32: of the scores at each layer, and of the log-probabilities."""
+    """The distance of plain autograd from float32: of the scores at each layer, and of the log-probabilities."""
     scores: dict[str, float] = {}
     log_probs = 0.0
     for one, other, token_ids_K in zip(narrow, wide, token_ids_BK, strict=True):
@@ -128,24 +132,18 @@ def noise_between(
     return scores, log_probs
 
 
-log = logging.getLogger(__name__)
-
-CHECK_TOKENS = 64  # of each prompt that is compared with plain autograd
-CHECK_TOP = 2  # of the likeliest tokens
-
-
 @dataclass
 class Expected:
-    """What plain autograd gives for two prompts of an excerpt.
+    """The results of plain autograd for two prompts of an excerpt.
 
     Attributes:
         few: the excerpt.
-        prompts: which of its prompts.
-        token_ids: [B, 2] int64, the likeliest tokens; of prompts that are not compared, the first one's.
-        plain: for each of the prompts.
-        wide: the same in float32 from the same weights; None where the format is not narrow, or that cannot be had.
-        finite: whether all of it are numbers.
-        arithmetic: the narrowest format that it was computed in.
+        prompts: which of its prompts are compared.
+        token_ids: [B, 2] int64, the likeliest tokens; prompts that are not compared have those of the first one.
+        plain: the results, one for each compared prompt.
+        wide: the same in float32 from the same weights; None if the format is not narrow or this does not run.
+        finite: whether all results are finite.
+        arithmetic: the narrowest format used.
     """
 
     few: Layout
@@ -161,7 +159,7 @@ def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expecte
     """Plain autograd on an excerpt's longest and shortest prompt.
 
     Raises:
-        ValueError: the model cannot be differentiated, or a hook of the user does not work for these prompts.
+        ValueError: the model cannot be differentiated, or a user's hook does not work for these prompts.
     """
     order = sorted(range(len(few.lengths)), key=lambda b: few.lengths[b])
     prompts = sorted({order[0], order[-1]})
@@ -177,31 +175,26 @@ def expected_on(model: nn.Module, few: Layout, layers: Sequence[str]) -> Expecte
 
     try:
         plain = compute()
-    except Exception as error:  # a hook of the user may raise anything
+    except Exception as error:  # a user's hook may raise anything
         if is_out_of_memory(error) or is_our_fault(error):
             raise
-        raise not_differentiable(model, layers, error) from error
+        raise ValueError(
+            f"{type(model).__name__} cannot be differentiated with respect to the output of {', '.join(layers)}, not "
+            f"even by plain autograd ({first_line(error)}); hook another module, or give another model"
+        ) from error
     finite = finite and all(bool(x.isfinite().all()) for one in plain for x in one.scores.values())
     if not finite:
-        log.warning("the scores of a prompt are not finite under plain autograd: it could not be compared")
+        log.warning("the scores of a prompt are not finite under plain autograd: they could not be compared")
     wide = in_wide(model, compute) if can_be_widened(model) else None
     if wide is None and can_be_widened(model):
-        log.warning("plain autograd does not run in float32 here: what rounding accounts for cannot be measured")
+        log.warning("plain autograd does not run in float32 here: the effect of rounding cannot be measured")
     return Expected(few, prompts, token_ids, plain, wide, finite, arithmetic(model, autocast))
-
-
-def not_differentiable(model: nn.Module, layers: Sequence[str], error: Exception) -> ValueError:
-    """The error of a model that plain autograd cannot differentiate."""
-    return ValueError(
-        f"{type(model).__name__} cannot be differentiated with respect to the output of {', '.join(layers)}, not even "
-        f"by plain autograd ({first_line(error)}); hook another module, or give another model"
-    )
 
 
 def why_wrong(
     model: nn.Module, known: ModelInfo, expected: Expected, layers: Sequence[str], choice: Choice
 ) -> str | None:
-    """How a form fails on the excerpt; None where it agrees. What was measured of the noise is kept."""
+    """How a form fails on the excerpt; None if it agrees. Stores the measured noise in `known`."""
 
     def run() -> Scores:
         wanted, options = Wanted(0, expected.token_ids), KernelOptions(precision="model")
@@ -210,7 +203,7 @@ def why_wrong(
     try:
         found = run()
         wide = in_wide(model, run) if expected.wide is not None else None
-    except Exception as error:  # a hook of the user may raise anything
+    except Exception as error:  # a user's hook may raise anything
         if is_out_of_memory(error) or is_our_fault(error):
             raise
         return first_line(error)
@@ -257,10 +250,10 @@ def _distances(
 
 
 def excerpt_for(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> Layout:
-    """Two short prompts of a batch; of a hooked model all of it as it is, for hooks may be made for its shape.
+    """Two short prompts of a batch, or the whole batch if the model has user's hooks, which may expect its shape.
 
     Raises:
-        StructureChanged: the form packs prompts, and none of these can be packed, however short.
+        StructureChanged: the form packs prompts, and these cannot be packed at any length.
     """
     if choice.form == "packed":
         with attention_set_to(model, attention_of(choice, known)):
@@ -269,10 +262,10 @@ def excerpt_for(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choi
 
 
 def packable(model: nn.Module, parts: Parts, layout: Layout) -> Layout:
-    """An excerpt of the batch that can be packed: what were padded instead (a window is short) would prove nothing.
+    """An excerpt of the batch that fits the attention window: one that had to be padded would not test packing.
 
     Raises:
-        StructureChanged: none can, however short.
+        StructureChanged: the prompts cannot be packed at any length.
     """
     tokens = 2 * CHECK_TOKENS if is_hooked(model) else CHECK_TOKENS
     while tokens >= 2:

@@ -1,17 +1,12 @@
-"""What lies between a model's last block and its logits, found by watching one forward pass.
+"""Finds the head between a model's last block and its logits by watching one forward pass.
 
-The head is taken apart only where the values prove it: the modules chain from the last block's output to the
-unembedding's input, or the model's own code between them, run again on single tokens, gives what it gave; and planted
-logits of every size come out of the model as a known function of themselves.
+The head is a function of single rows (a final norm), the unembedding, and a function of each logit. It is taken apart
+only where values prove it:
 
-What a model does to its logits after the unembedding: a scale, a soft-cap, told by planting logits of every size.
-
-Planted, because a soft-cap is the identity, to rounding, for the small logits that a short prompt may have.
-
-What a model does between its last block and its unembedding, as a function of single rows in float32 or wider.
-
-Mostly that is a chain of modules: a final norm. Where the model has code of its own between them, it is the model's own
-forward from the last block on, run again on the rows.
+* The modules after the last block form a chain from its output to the unembedding's input (`Chain`). Or, where the
+  model has code of its own in between, its forward run again on single tokens returns the same rows (`Replay`).
+* Planted logits of every size leave the model as a known function of themselves: a scale, a soft-cap (`find_phi`). They
+  are planted because a soft-cap equals the identity, to rounding, on the small logits that a short prompt may have.
 """
 
 import weakref
@@ -28,7 +23,7 @@ from fisher_vmap.kernels.quantized import has_matrix
 from fisher_vmap.linearize.whole import rows_from_logits
 from fisher_vmap.model.head import Phi, UnembeddingHead
 from fisher_vmap.model.layout import Layout, lay_out
-from fisher_vmap.model.offload import can_be_fetched, placed, put_aside, weights_at_hand
+from fisher_vmap.model.offload import can_be_fetched, is_offloaded, placed, weights_on_device
 from fisher_vmap.model.recording import (
     StructureChanged,
     forward_inputs,
@@ -41,9 +36,9 @@ from fisher_vmap.model.validation import is_out_of_memory
 
 
 def find_phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | None:
-    """The function from the unembedding's output to the model's logits; None where it is none that its config names.
+    """The function from the unembedding's output to the logits, proven on planted logits from 1e-3 to 1e3.
 
-    Proven on planted logits from 1e-3 to 1e3, on a forward of [B, T] tokens.
+    None if no scale and soft-cap named in the model's configuration fits.
     """
     planted: list[Tensor] = []
 
@@ -62,33 +57,29 @@ def find_phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi
 
 
 def _candidates(model: nn.Module) -> list[Phi]:
-    """Every scale and every soft-cap that the model's configuration has a number for, the plainest first."""
+    """Every scale and soft-cap that the model's configuration has a number for, the simplest first."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = _positive_numbers(vars(config) if hasattr(config, "__dict__") else {})
-    caps: list[float | None] = [None, *sorted({v for name, v in numbers.items() if "cap" in name})]
-    told = {v for name, v in numbers.items() if "logit" in name or "lm_head" in name}
-    scales = [1.0, *sorted({*told, *(1 / v for v in told)} - {1.0})]
-    return [Phi(scale, cap) for scale in scales for cap in caps]
-
-
-def _positive_numbers(config: Mapping[str, Any]) -> dict[str, float]:
-    return {
+    numbers = {
         name: float(value)
-        for name, value in config.items()
+        for name, value in (vars(config) if hasattr(config, "__dict__") else {}).items()
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0
     }
+    caps: list[float | None] = [None, *sorted({v for name, v in numbers.items() if "cap" in name})]
+    named = {v for name, v in numbers.items() if "logit" in name or "lm_head" in name}
+    scales = [1.0, *sorted({*named, *(1 / v for v in named)} - {1.0})]
+    return [Phi(scale, cap) for scale in scales for cap in caps]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Modules as a function of float32 (or float64) rows, their few parameters upcast at each call."""
+    """Modules in a row as a function of float32 (or float64) rows; their few parameters are upcast at each call."""
 
     chain: tuple[nn.Module, ...]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Rows [N, D] -> [N, D']; the modules' weights must be at hand."""
-        rows = rows[:, None]  # as [B, 1, D], which is what a model gives them
+        """Rows [N, D] -> [N, D']; the modules' weights must be on the device."""
+        rows = rows[:, None]  # as [B, 1, D], the shape that the model gives them
         for module in self.chain:
             wide = {name: p.detach().to(rows.dtype) for name, p in module.named_parameters()}
             rows = rows.to(next((p.device for p in wide.values()), rows.device))
@@ -98,7 +89,7 @@ class Chain:
 
 
 class _Entered(Exception):
-    """Leaves the model's forward where it unembeds."""
+    """Ends the model's forward at the unembedding."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
@@ -107,11 +98,11 @@ class _Entered(Exception):
 
 @dataclass(frozen=True)
 class Replay:
-    """What the model does between its last block and its unembedding, as a function of float32 (or float64) rows.
+    """The model's code between last block and unembedding as a function of float32 (or float64) rows.
 
-    It is the model's own forward on prompts of one token, a row a prompt, whose last block returns the row instead of
-    what it computed. The few parameters above the blocks are upcast at each call. The model is held weakly: what is
-    remembered of it must not keep it alive.
+    It runs the model's own forward on prompts of one token, one for each row, and replaces the output of the last block
+    by the rows. The few parameters above the blocks are upcast at each call. The model is held by a weak reference,
+    because what is remembered of a model must not keep it alive.
     """
 
     model: "weakref.ref[nn.Module]"
@@ -121,7 +112,7 @@ class Replay:
 
     @property
     def runs(self) -> tuple[nn.Module, ...]:
-        """The modules that are run."""
+        """The modules that are run: the whole model."""
         model = self.model()
         return () if model is None else (model,)
 
@@ -147,7 +138,7 @@ class Replay:
         def leave(_module: nn.Module, args: tuple[Any, ...]) -> None:
             raise _Entered(args[0])
 
-        # Written out, not laid out: in torch 2.9 numbers cannot be read off tensors inside a transform.
+        # Not made by `lay_out`: in torch 2.9 numbers cannot be read from tensors inside a transform.
         B, ids_B1 = len(rows), torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
         one_each = Layout(ids_B1, None, (1,) * B, tuple(range(B)), (0,) * B, 1)
         handles = [block.register_forward_hook(put) for block in self.blocks.values()]
@@ -160,15 +151,16 @@ class Replay:
 
 
 class Watched(NamedTuple):
-    """What one forward pass showed.
+    """The findings of one watched forward pass.
 
     Attributes:
         call_order: the names of the blocks in the order of their calls.
         head: the head taken apart, or None.
-        why_not: where there is none, the reason in words.
+        why_not: why there is no head; empty if there is one.
         vocabulary: V, the number of logits.
         above: the ids of the modules that returned after the last block.
         gather: whether unembedding the last rows alone gives the model's own logits there.
+        finite: whether the values were finite; if not, they prove nothing.
     """
 
     call_order: list[str]
@@ -177,8 +169,7 @@ class Watched(NamedTuple):
     vocabulary: int
     above: frozenset[int]
     gather: bool
-    finite: bool = True
-    """Whether what was seen were numbers; from others nothing can be told."""
+    finite: bool
 
 
 class _Event(NamedTuple):
@@ -188,7 +179,7 @@ class _Event(NamedTuple):
 
 
 def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) -> Watched:
-    """Run the model once on [B, T] tokens and read off the order of its blocks and the make of its head."""
+    """Run the model once on [B, T] tokens; find the order of its blocks and its head."""
     call_order: list[str] = []
     events: list[_Event] = []
     top: list[Tensor] = []
@@ -224,15 +215,10 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
 def _take_apart(
     model: nn.Module, top: Tensor, events: list[_Event], logits: Tensor, input_ids: Tensor, replay: Replay
 ) -> tuple[UnembeddingHead | None, str]:
-    """The head, or None and the reason in words.
+    """The head, or None and the reason.
 
-    Args:
-        model: the causal LM.
-        top: [B, T, D], what the last block returned.
-        events: the calls of modules after that, as they returned.
-        logits: [B, T, V], what the model returned.
-        input_ids: [B, T], what it was given.
-        replay: what may be between, where it is no chain of modules.
+    `top` [B, T, D] is the last block's output, `events` are the module calls after it, `logits` [B, T, V] the model's
+    output, and `replay` stands in for the final norm where the modules form no chain.
     """
     unembedding = output_embedding(model)
     if top.dim() != 3:
@@ -249,14 +235,14 @@ def _take_apart(
         return None, f"the output embedding was called {len(calls)} times after the last block"
     _, entered, left = calls[0]
     chain = _chain(top, entered, events, unembedding)
-    if chain is None and put_aside(model):
+    if chain is None and is_offloaded(model):
         return None, "no chain of modules leads from the last block to the output embedding"
     norm: Callable[[Tensor], Tensor] = replay if chain is None else Chain(tuple(chain))
     expected = entered[:, -1].double()
     if bool((expected.norm(dim=-1) == 0).any()):
-        return None, "nothing reached the output embedding for some prompt, so that no head could be told"
+        return None, "the input of the output embedding is zero for some prompt, so the head cannot be identified"
     try:
-        with torch.no_grad(), weights_at_hand(*(chain or ())):
+        with torch.no_grad(), weights_on_device(*(chain or ())):
             alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
     except (RuntimeError, TypeError, ValueError, IndexError, StructureChanged) as reason:
         if is_out_of_memory(reason):
@@ -264,7 +250,7 @@ def _take_apart(
         return None, "what follows the last block cannot be run on one position alone"
     budget = 16 * torch.finfo(top.dtype).eps * expected.norm()
     expected, budget = expected.to(alone.device), budget.to(alone.device)
-    # NaN is not above the budget: it decides nothing.
+    # A NaN is not above the budget, so it rejects nothing.
     if alone.shape != expected.shape or bool((alone - expected).norm() > budget):
         return None, "what follows the last block needs more than one position of it"
     if left.shape != logits.shape:
@@ -276,10 +262,10 @@ def _take_apart(
 
 
 def _chain(top: Tensor, entered: Tensor, events: list[_Event], unembedding: nn.Module) -> list[nn.Module] | None:
-    """The modules that lead from the last block's output to the unembedding's input; None if there is code between."""
+    """The modules that lead from the last block's output to the unembedding's input; None if other code intervenes."""
     chain, at = [], top
     while not _same(at, entered):
-        # The outermost module that takes what we hold; what encloses the unembedding does not count.
+        # Take the outermost module with this input; modules that contain the unembedding do not count.
         steps = [e for e in events if _same(e.entered, at) and unembedding not in e.module.modules()]
         steps = [e for e in steps if not _same(e.left, at)]
         if not steps:
@@ -296,7 +282,7 @@ def _make_of(module: nn.Module | None) -> str:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, by their values; NaN is the same as NaN."""
+    """Whether two tensors have the same dtype, shape and values; NaN equals NaN."""
     if a is b or a.shape != b.shape or a.dtype != b.dtype:
         return a is b
     b = b.to(a.device)

@@ -1,17 +1,13 @@
-"""The linear map J = dh / dtheta of one batch, for as many products by J and J^T as are wanted.
+"""`LinearMap`: J = dh / dtheta of one batch, for any number of products by J and J^T.
 
 theta is a bias at a hooked layer, h the last block's output at the targets of each prompt: its last token, unless the
 layout says otherwise. `pull` is J^T times cotangents, `push` is J times directions. `blockwise` and `whole` are the two
-ways to compute them. Nothing here knows of tokens to choose, of estimators, or of prompts as text.
+ways to compute them. The bias is one vector for all positions, so its gradient is a sum over positions. Choosing
+tokens, estimators and text are left to other modules.
 
-The bias is one vector, so its gradient is a sum over positions.
-
-The model as it must be while it is computed with, and afterwards as it was.
-
-`as_it_is` changes nothing of what the model computes: plain autograd, the reference, runs in it. `differentiable` makes
-every layer one that `torch.func` can transform. `undisturbed` is both.
-
-How the linear map is computed: the arguments that all public functions share.
+`KernelOptions` holds the arguments that all public functions share. The model is computed in contexts that restore it
+afterwards: `as_it_is` changes nothing that the model computes, and plain autograd, the reference, runs in it;
+`differentiable` makes every layer one that `torch.func` can transform; `undisturbed` is both.
 """
 
 import logging
@@ -37,16 +33,17 @@ from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.widening import in_float32
 
+log = logging.getLogger(__name__)
+
+KERNELS = ("auto", "layerwise", "whole", "loop")
+AUDITS = ("auto", "always", "off")
+
 
 @contextmanager
 def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
-    """Evaluation mode and the chosen dtypes, and nothing else of ours; afterwards every module is as it was.
+    """The model in evaluation mode and the chosen precision, otherwise unchanged; every module is restored afterwards.
 
-    Threads that compute on one model wait for each other here.
-
-    Args:
-        model: a causal LM.
-        precision: as `choose_precision` gave it; with "float32" the model's weights are float32 inside.
+    Threads that compute on the same model wait for each other here. `precision` is as `choose_precision` returns it.
     """
     with one_at_a_time(model):
         training = [module for module in model.modules() if module.training]
@@ -62,20 +59,16 @@ def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
-    """As `as_it_is`, with every layer differentiable by `torch.func`, and weights where they are needed."""
+    """`as_it_is` and `differentiable` together."""
     with as_it_is(model, precision), differentiable(model):
         yield
 
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Within the context every layer can be differentiated by `torch.func`, and weights are where they are needed."""
+    """Within the context `torch.func` can transform every layer, and inputs and weights are moved by this package."""
     with placed(model), quantized_pullbacks(model), experts_apart(model):
         yield
-
-
-KERNELS = ("auto", "layerwise", "whole", "loop")
-AUDITS = ("auto", "always", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +78,14 @@ class KernelOptions:
     Attributes:
         positions: where the bias is added: "all", "last" (the last real token) or a mask [B, T].
         kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
-        chunk_size: how many vectors to pull or push at a time; None: as many as the device does well with.
-        precision: what the model is computed in, from the same weights: "model", their own format; "float32"; "mixed",
-            the forward alone in float32; or "auto", float32 where this processor is faster in it, else "model".
-        audit: how often what is computed is compared with the model as it is and plain autograd: "auto", as often as
-            costs next to nothing; "always", in every call; or "off", only where a call reaches further than the proof.
+        chunk_size: how many vectors to pull or push at a time; None: as many as suit the device.
+        precision: the format to compute in, from the same weights: "model", their own; "float32"; "mixed", only the
+            forward in float32; or "auto", float32 if this processor is faster in it, else "model".
+        audit: how often results are compared with the unchanged model and plain autograd: "auto", rarely enough to cost
+            next to nothing; "always", in every call; "off", only when a batch is larger than any proven one.
 
     Raises:
-        ValueError: one of them is none of these.
+        ValueError: a value is not one of these.
     """
 
     positions: str | Tensor = "all"
@@ -102,7 +95,7 @@ class KernelOptions:
     audit: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
+        """Check the values that need no model."""
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel is {self.kernel!r}; expected 'auto', 'layerwise', 'whole' or 'loop'")
         if self.audit not in AUDITS:
@@ -111,12 +104,12 @@ class KernelOptions:
             check_whole("chunk_size", self.chunk_size, 1)
 
     def on(self, model: nn.Module) -> "KernelOptions":
-        """The same with the precision that "auto" comes to for a model on this processor."""
+        """The same options with precision "auto" resolved for this model and processor."""
         return replace(self, precision=choose_precision(model, self.precision).name)
 
 
 class Options(TypedDict, total=False):
-    """The same as keyword arguments."""
+    """`KernelOptions` as keyword arguments."""
 
     positions: str | Tensor
     kernel: str
@@ -125,15 +118,12 @@ class Options(TypedDict, total=False):
     audit: str
 
 
-log = logging.getLogger(__name__)
-
-
 class Summed(NamedTuple):
-    """What is pulled back to one layer.
+    """The result of a pull at one layer.
 
     Attributes:
         gradients: [B, K, D], float32 or wider.
-        energy: [B, T] in the caller's columns: sum_k w_k |J_pos^T u_k|^2 of each position's own J.
+        energy: [B, T] in the caller's columns: sum_k w_k |J_pos^T u_k|^2, with J_pos the map of that position alone.
     """
 
     gradients: Tensor
@@ -141,11 +131,11 @@ class Summed(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """One more cotangent a prompt, a combination of those that are pulled: only its energy has to be computed.
+    """One more cotangent for each prompt, a combination of the pulled ones, so that only its energy is computed.
 
     Attributes:
-        combination: [B, K].
-        weight: [B], of its energy.
+        combination: [B, K], its coefficients.
+        weight: [B], the weight of its energy.
     """
 
     combination: Tensor
@@ -159,8 +149,8 @@ class LinearMap(ABC):
         layout: the batch, with its targets and its biased positions.
         layers: the names of the hooked layers.
         rows: [M, X], h at the targets, or the logits there.
-        dtype: of what is pulled and pushed.
-        head: what reads the rows.
+        dtype: the format of the vectors that are pulled and pushed.
+        head: the function of the rows.
         residual_norm: for each layer, [B], the mean norm of its output over the prompt's tokens.
         widths: D of each layer.
     """
@@ -170,7 +160,7 @@ class LinearMap(ABC):
     head: Head
     residual_norm: dict[str, Tensor]
     widths: dict[str, int]
-    _at_once = False  # whether all of the model's weights are needed at a time
+    _at_once = False  # whether all weights of the model are needed at the same time
 
     def __init__(
         self,
@@ -185,20 +175,14 @@ class LinearMap(ABC):
     ) -> None:
         """Prepare a map; `open` runs the model.
 
-        Args:
-            model: a causal LM.
-            parts: of it.
-            attention: the attention implementation that it runs under; None: its own.
-            layout: the batch.
-            layers: the names of the hooked layers.
-            options: how it is computed, its precision resolved.
-            once: whether there will be one pull and nothing else, so that memory can be given up on the way.
+        `attention` is the implementation that the model runs under, None for its own. The precision of `options` must
+        be resolved. `once` announces a single pull and no push, so that memory can be freed on the way.
         """
         self.layout, self.layers = layout, list(layers)
         self._model, self._parts, self._attention = model, parts, attention
         self._chunk_size, self._precision, self._once = options.chunk_size, options.precision, once
-        self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # takes ways that were not taken
-        self._inside = 0  # the thread for which the model is prepared
+        self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # reports a slower path taken
+        self._inside = 0  # the id of the thread for which the model is prepared; 0: none
 
     def open(self) -> None:
         """Run the model."""
@@ -213,13 +197,13 @@ class LinearMap(ABC):
         weights_BK: Tensor | None = None,
         derived: Derived | None = None,
     ) -> dict[str, Summed]:
-        """J^T u for each field u of cotangents at the targets, at several layers in one pass.
+        """J^T u for each of K cotangents u, at several layers in one pass.
 
         Args:
-            cotangents_MKX: [M, K, X].
-            layers: which; None: all.
-            weights_BK: of the energy; None: ones.
-            derived: one more cotangent, of which the energy is wanted as well.
+            cotangents_MKX: [M, K, X], the cotangents at the targets.
+            layers: which layers; None: all.
+            weights_BK: [B, K], the weights of the energy; None: ones.
+            derived: one more cotangent, whose energy is added.
         """
         unit_KMX, norm_KB = self._unit_fields(cotangents_MKX.transpose(0, 1))
         weights_BK = torch.ones_like(norm_KB.T) if weights_BK is None else weights_BK
@@ -245,13 +229,13 @@ class LinearMap(ABC):
                     if layer not in called_often:
                         finish(layer)
                 if set(found) == wanted:
-                    break  # further down there is nothing that is asked for
+                    break  # no layer further down is asked for
         for layer in list(pending):
             finish(layer)
         return found
 
     def push(self, tangents_BKD: Tensor, layer: str) -> Tensor:
-        """J v for each direction v of the bias, [B, K, D] -> [M, K, X], in float32 or wider."""
+        """J v for each direction v of the bias, [B, K, D] -> [M, K, X], float32 or wider."""
         length_BK = torch.linalg.vector_norm(tangents_BKD, dim=-1)
         unit_BKD = tangents_BKD / length_BK.clamp(min=torch.finfo(length_BK.dtype).tiny)[..., None]
         with self.prepared():
@@ -264,7 +248,7 @@ class LinearMap(ABC):
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """The model as it must be while its parts are run; one context around several products saves time."""
+        """The model prepared to run its parts; entering once around several products saves time."""
         if self._inside == threading.get_ident():
             yield
             return
@@ -282,11 +266,11 @@ class LinearMap(ABC):
             yield
 
     def _unit_fields(self, cotangents_KMX: Tensor) -> tuple[Tensor, Tensor]:
-        """Fields scaled to unit norm, and their norms [K, B]: low precision keeps its digits, linearity undoes it."""
+        """Cotangents scaled to unit norm, so that low precision keeps its digits, and the norms [K, B] to undo it."""
         norm_KM = torch.linalg.vector_norm(cotangents_KMX, dim=-1)
         prompt_M = self.layout.prompt_of_target(norm_KM.device)
         norm_KB = norm_KM
-        if prompt_M is not None:  # all targets of a prompt are scaled alike
+        if prompt_M is not None:  # all targets of a prompt share a scale
             squared_KB = norm_KM.new_zeros(len(norm_KM), len(self.layout.lengths))
             norm_KB = squared_KB.index_add_(1, prompt_M, norm_KM.square()).sqrt()
             norm_KM = norm_KB[:, prompt_M]
@@ -305,11 +289,11 @@ class LinearMap(ABC):
 
     @abstractmethod
     def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
-        """What arrives at each layer, [b, T, K, D]; at a block that is called several times, once for each call."""
+        """Yield the cotangents at each layer, [b, T, K, D], once for each call of the layer."""
 
     @abstractmethod
     def _push(self, layer: str, tangents: Tensor) -> Tensor:
-        """Tangents of the bias at every position, [b, T, K, D], to those of h, [K, M, X]."""
+        """From tangents of the bias at every position, [b, T, K, D], to those of h, [K, M, X]."""
 
 
 def sum_positions(
@@ -317,12 +301,8 @@ def sum_positions(
 ) -> Summed:
     """Sum over each prompt's biased positions, in float32, and undo the scaling of the cotangents.
 
-    Args:
-        cotangents: [b, T, K, D] in the model's dtype, zero at padding.
-        layout: of the batch.
-        norm_KB: [K, B], what the cotangents had been divided by.
-        probs_BK: [B, K], the weights of the energy.
-        mask_N: [N], where the bias is added; None for everywhere.
+    `cotangents` is [b, T, K, D] in the model's dtype, zero at padding; `norm_KB` are the norms by which they were
+    divided, `probs_BK` the weights of the energy, `mask_N` the positions of the bias, or None for all.
     """
     device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
     norm_BK, weight_BK = norm_KB.T.to(device, wide), probs_BK.to(device, wide)
@@ -339,23 +319,9 @@ def sum_positions(
 
 
 def energy_of_one(
-    cotangents: Tensor,
-    layout: Layout,
-    norm_KB: Tensor,
-    combination_BK: Tensor,
-    weight_B: Tensor,
-    mask_N: Tensor | None,
+    cotangents: Tensor, layout: Layout, norm_KB: Tensor, combination_BK: Tensor, weight_B: Tensor, mask_N: Tensor | None
 ) -> Tensor:
-    """The energy of each row, [N], of one more cotangent a prompt, which is a combination of those that were pulled.
-
-    Args:
-        cotangents: [b, T, K, D], as for `sum_positions`.
-        layout: of the batch.
-        norm_KB: [K, B].
-        combination_BK: [B, K].
-        weight_B: [B], its weight.
-        mask_N: [N], where the bias is added; None for everywhere.
-    """
+    """The energy of each row, [N], of one `Derived` cotangent for each prompt; other arguments as `sum_positions`."""
     device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
     cotangents_NKD = cotangents.flatten(0, 1)
     factor_BK = (combination_BK.to(norm_KB.device) * norm_KB.T).to(device, wide)
@@ -367,8 +333,8 @@ def energy_of_one(
 
 
 def residual_norm(hidden: Tensor, layout: Layout) -> Tensor:
-    """The mean norm of a residual stream, [b, T, D], over each prompt's tokens, [B]."""
+    """The mean norm of a residual stream, [b, T, D] or [b, T, S, D], over each prompt's tokens, [B]."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
-    length_N = length_N.view(len(length_N), -1).mean(1)  # of several streams their mean
+    length_N = length_N.view(len(length_N), -1).mean(1)  # the mean over S streams
     return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)

@@ -1,6 +1,6 @@
-"""What is known of a model: its parts, how it may be computed, and how far that is proven.
+"""`ModelInfo`: what is known of a model, such as its parts, the form chosen for each layer, and the proven sizes.
 
-`probe` finds it out once; it lives as long as the model.
+`probe` finds it out once; it is kept as long as the model lives.
 """
 
 import logging
@@ -17,7 +17,7 @@ from fisher_vmap.model.patches import OldFunction
 from fisher_vmap.model.wrappers import has_hooks
 
 Places = frozenset[tuple[Any, ...]]
-"""Where among a call's arguments tensors have a row for each position: keys and indices from the outside in."""
+"""Paths (keys and indices, outermost first) to the arguments of a call that have a row for each position."""
 
 Reach = list[set[int]]
 """For each block call, and last for the logits: the block calls whose output it can reach directly."""
@@ -25,23 +25,23 @@ Reach = list[set[int]]
 
 @dataclass(frozen=True)
 class Parts:
-    """What there is in a model, and what may be done with it.
+    """The parts of a model, and how each may be computed.
 
     Attributes:
         blocks: the decoder blocks by name.
         call_order: the names of the blocks in the order of their calls.
-        head: the head taken apart; None where only the model itself can make its logits.
+        head: the head taken apart; None if only the model itself can compute its logits.
         vocabulary: V, the number of logits.
-        why_not_packed: why prompts cannot be packed end to end; empty where nothing is known to speak against it.
-        gather: whether what follows the output embedding looks at each position alone.
-        above: the ids of the modules that return after the last block has: the final norm, the model itself.
-        fused: modules inside the blocks that have a fused pullback, with the forward that has it.
-        rules: blocks that are pulled back as a whole by hand, where prompts are packed.
-        old_functions: the model's autograd functions that torch.func cannot transform as they are.
-        top_places: where the last block's arguments have a row for each position; None: it is not known to be right
-            if its forward is cut at the last rows.
-        no_rule: for each block that is not pulled back by hand, why, where prompts can be packed.
-        not_cut: why the last block's forward is not cut; empty where that has not been looked at.
+        why_not_packed: why prompts cannot be packed end to end; empty if no reason is known.
+        gather: whether everything after the output embedding treats positions independently.
+        above: the ids of the modules that return after the last block: the final norm, the model itself.
+        fused: modules inside the blocks that have a fused pullback, each with the forward that provides it.
+        rules: the blocks that have a rule for their whole pullback on packed prompts.
+        old_functions: the model's autograd functions that `torch.func` cannot transform unchanged.
+        top_places: the last block's arguments that have a row for each position; None: running its forward at the
+            last rows alone is not proven.
+        no_rule: for each block without a rule, why, if prompts can be packed.
+        not_cut: why the last block's forward is not run at the last rows alone; empty if not tried.
     """
 
     blocks: Mapping[str, nn.Module]
@@ -60,15 +60,15 @@ class Parts:
 
 
 class Choice(NamedTuple):
-    """How the scores at a layer are computed, and how far that is proven.
+    """How the scores at a layer are computed, and the sizes for which that is proven.
 
     Attributes:
         form: "packed", "layerwise", "whole" or "loop".
         attention: "ours", "plain" (transformers' eager, or the model's own), or "own".
-        prompts: "together", "alone" (one at a time) or "given" (as the caller's tensor has them).
-        why: this one.
-        length: of the longest prompt that it was proven on.
-        rows: of the largest packed batch that it was proven on.
+        prompts: "together", "alone" (one at a time) or "given" (laid out as in the caller's tensor).
+        why: the reason for this choice.
+        length: tokens of the longest prompt that it was proven on.
+        rows: tokens of the largest packed batch that it was proven on.
     """
 
     form: str
@@ -80,7 +80,7 @@ class Choice(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What is run."""
+        """The computation alone, without reason and proven sizes."""
         return self.form, self.attention, self.prompts
 
 
@@ -90,23 +90,24 @@ class ModelInfo:
 
     Attributes:
         parts: its blocks, their order and its head.
-        reach: the structural proof.
+        reach: which block outputs reach which: the proof of structure.
         attention: the attention implementation that the forms run under.
-        why_no_head: why the head could not be taken apart; empty where it could.
-        made_of: the signature of the model that was looked at.
-        finite: whether what was seen were numbers; else it holds for one batch alone.
-        forms: the form chosen for each (layer, kernel asked for), and why.
-        adjoint: the (layer, form) whose forward derivatives have been found adjoint to the backward ones.
-        plain: what is known of the model under an attention other than ours; None: not looked at, or this is it.
+        why_no_head: why the head could not be taken apart; empty if it could.
+        made_of: the signature of the model when it was probed.
+        finite: whether all values seen were finite; if not, the findings hold for one batch only.
+        forms: the form chosen for each (layer, kernel asked for).
+        adjoint: each (layer, form) whose forward derivatives were found adjoint to its backward ones.
+        plain: the same under an attention other than ours; None: not probed, or this is it.
         arithmetic: the narrowest format that it was found to compute in.
-        noise: for each layer, the relative distance that rounding accounts for, where it was measured.
-        log_probs_noise: the same of log-probabilities, in standard deviations over the vocabulary.
+        noise: for each layer where it was measured, the relative distance of scores that rounding explains.
+        log_probs_noise: the same for log-probabilities, in standard deviations over the vocabulary.
         calls: how many batches have been computed.
-        audits: how many of them were compared with the model as it is, or with plain autograd, and agreed.
-        due: the batch of a run's shard whose scores are audited, or 0; None: of a process, those numbered 1, 2, 4, ...
-        scored: whether a score of the shard, or of the process, has been audited.
-        changes: how often a form was given up after it had been chosen.
-        told: the changes that have been told.
+        audits: how many of them were compared with the unchanged model or with plain autograd, and agreed.
+        due: in a run, the batch of the shard whose scores are audited, or 0; None: outside runs, where batches 1, 2, 4,
+            8, ... of the process are audited.
+        scored: whether scores of the shard, or of the process, have been audited.
+        changes: how often a chosen form was given up.
+        logged: the messages that have been logged.
     """
 
     parts: Parts
@@ -126,19 +127,19 @@ class ModelInfo:
     due: int | None = None
     scored: bool = False
     changes: int = 0
-    told: set[tuple[str, str]] = field(default_factory=set)
+    logged: set[tuple[str, str]] = field(default_factory=set)
 
     def under(self, attention: str) -> "ModelInfo":
-        """What is known under "ours", or "plain": the model's own attention, or transformers' eager in its place."""
+        """What is known under "ours", or under "plain": the model's own attention, or transformers' eager."""
         return self if attention == "ours" or self.plain is None else self.plain
 
     def note(self, log: logging.Logger, what: str, line: str) -> None:
-        """Log a way that was not taken, once for each kind."""
-        log.log(logging.DEBUG if (what, "") in self.told else logging.INFO, line)
-        self.told.add((what, ""))
+        """Log why a slower path is taken, at level INFO once for each kind, then DEBUG."""
+        log.log(logging.DEBUG if (what, "") in self.logged else logging.INFO, line)
+        self.logged.add((what, ""))
 
     def ran(self, layer: str, kernel: str) -> dict[str, str] | None:
-        """How a layer is computed, in words; None where it has not been."""
+        """How a layer is computed, in words; None if it has not been computed."""
         if (layer, kernel) not in self.forms:
             return None
         choice = self.forms[layer, kernel]
@@ -160,17 +161,17 @@ class ModelInfo:
 
 
 def _rules(parts: Parts, layer: str) -> str:
-    """Which blocks above a layer are pulled back by hand, and why others are not; the last block never is."""
+    """Which blocks above a layer are pulled back by a rule, and why others are not; the last block never is."""
     above = list(dict.fromkeys(parts.call_order[parts.call_order.index(layer) + 1 : -1]))
     left = {name: parts.no_rule.get(name, "not proven") for name in above if parts.blocks[name] not in parts.rules}
     left |= {name: "it has a hook" for name in above if has_hooks(parts.blocks[name])}
-    text = f"{len(above) - len(left)} of {len(above)} blocks by hand"
+    text = f"{len(above) - len(left)} of {len(above)} blocks by rule"
     reasons = [f"{name}: {why}" for name, why in left.items()]
     return "; not ".join([text, *reasons[:3]]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 
 def _last_block(parts: Parts, layer: str) -> str:
-    """What is run and pulled back of the last block."""
+    """At which positions the last block is run and pulled back, in words."""
     if layer == parts.call_order[-1]:
         return "not needed"
     if parts.top_places is not None:

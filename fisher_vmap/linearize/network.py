@@ -1,8 +1,8 @@
 """`LinearizedNetwork`: the linear map of a batch for users, and for estimators that need both of its products.
 
 J = dh / dtheta for each prompt: theta a bias at a hooked layer, h the last token's residual stream after the last
-block, before the final norm. Where a model's head cannot be told from the rest of it, h is its logits. Layers of one
-form share a `LinearMap`.
+block, before the final norm. If a model's head cannot be taken apart, h is its logits. Layers that share a form share a
+`LinearMap`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import check_tensor, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
 
-AUDITED = 2  # of the likeliest tokens that are read off for the audit
-PROOF_TOKENS = 64  # of each of the two prompts that J and J^T are compared on
+AUDITED = 2  # how many of the likeliest tokens are read for the audit
+PROOF_TOKENS = 64  # tokens of each of the two prompts on which J and J^T are compared
 
 
 class OneAtATime(ValueError):
@@ -33,7 +33,7 @@ class OneAtATime(ValueError):
 
 
 class LinearizedNetwork:
-    """J = dh / dtheta of one batch of prompts, for each hooked layer: `FisherModel.linearize` makes it.
+    """J = dh / dtheta of one batch of prompts, for each hooked layer; made by `FisherModel.linearize`.
 
     theta is the bias at the hooked layer, h the last token's residual stream after the last block, before the final
     norm.
@@ -50,7 +50,7 @@ class LinearizedNetwork:
 
     @property
     def output(self) -> Tensor:
-        """The h of each prompt at bias zero, [B, D]; [B, V] where h is the logits."""
+        """The h of each prompt at bias zero, [B, D]; [B, V] if h is the logits."""
         return next(iter(self._maps.values())).rows
 
     @autocast_off()
@@ -61,14 +61,14 @@ class LinearizedNetwork:
 
         Args:
             cotangents: [B, K, D], any K.
-            layer: which hooked layer's J; may be left out where there is one.
-            token_ids: [B, K] int64, in place of cotangents: the gradients of the log p of these tokens.
+            layer: which hooked layer's J; may be left out if there is only one.
+            token_ids: [B, K] int64, instead of cotangents: give the gradients of the log p of these tokens.
 
         Returns:
             [B, K, D], the gradients of u . h, or of log p, with respect to the bias; float32 or wider.
 
         Raises:
-            ValueError: shapes that do not fit, a layer that is not hooked, or not exactly one of the two is given.
+            ValueError: wrong shapes, a layer that is not hooked, or not exactly one of cotangents and token_ids.
         """
         name = self._layer(layer)
         if (cotangents is None) == (token_ids is None):
@@ -80,18 +80,18 @@ class LinearizedNetwork:
 
     @autocast_off()
     def pushforward(self, tangents: Tensor, layer: str | None = None, *, token_ids: Tensor | None = None) -> Tensor:
-        """J v for each direction v of the bias; or what v does to the log-probabilities of tokens.
+        """J v for each direction v of the bias; or the derivatives of the log-probabilities of tokens along v.
 
         Args:
             tangents: [B, K, D], any K.
-            layer: at which hooked layer the bias is; may be left out where there is one.
-            token_ids: [B, n] int64: give the derivatives of the log p of these tokens in place of those of h.
+            layer: the hooked layer of the bias; may be left out if there is only one.
+            token_ids: [B, n] int64: give the derivatives of the log p of these tokens instead of those of h.
 
         Returns:
             [B, K, D], the derivatives of h along v; or [B, K, n], those of log p. float32 or wider.
 
         Raises:
-            ValueError: shapes that do not fit, or a layer that is not hooked.
+            ValueError: wrong shapes, or a layer that is not hooked.
         """
         name = self._layer(layer)
         self._check(tangents, self._maps[name].widths[name])
@@ -102,7 +102,7 @@ class LinearizedNetwork:
 
     @autocast_off()
     def metric(self, layer: str | None = None) -> Distribution:
-        """The output metric C at h, with which F = J^T C J is the Fisher matrix of the whole vocabulary."""
+        """The output metric C at h; F = J^T C J is the Fisher matrix of the whole vocabulary."""
         net = self._maps[self._layer(layer)]
         if id(net) not in self._metrics:
             with torch.no_grad():
@@ -110,7 +110,7 @@ class LinearizedNetwork:
         return self._metrics[id(net)]
 
     def maps(self) -> list[LinearMap]:
-        """The maps behind the layers: those of one form share a forward pass and their pullbacks."""
+        """The linear maps, one for all layers that share a form, a forward pass and its pullbacks."""
         return list({id(net): net for net in self._maps.values()}.values())
 
     def _token_rows(self, layer: str, token_ids: Tensor | None) -> Tensor:
@@ -142,32 +142,21 @@ class LinearizedNetwork:
 
 
 def linearize(
-    model: nn.Module,
-    known: ModelInfo,
-    layout: Layout,
-    layers: Sequence[str],
-    options: KernelOptions,
-    vectors: int = 16,
+    model: nn.Module, known: ModelInfo, layout: Layout, layers: Sequence[str], options: KernelOptions, vectors: int = 16
 ) -> LinearizedNetwork:
-    """Open the linear map of a batch, in the form that each layer is trusted with; the model must be `as_it_is`.
+    """Open the linear map of a padded batch, each layer in its proven form; the model must be in `as_it_is`.
 
-    Args:
-        model: the causal LM.
-        known: what the probe found.
-        layout: the batch, padded.
-        layers: the names of the hooked layers.
-        options: how it is computed.
-        vectors: about how many will be pulled and pushed.
+    `vectors` is about how many vectors will be pulled and pushed.
 
     Raises:
-        OneAtATime: the prompts can be computed one at a time alone.
+        OneAtATime: the prompts can only be computed one at a time.
         ValueError: no form of the model has both products, or they are not adjoint to each other.
     """
     options = options.on(model)
     if len(batches_apart(model, layout.lengths)) > 1:
         raise ValueError(
-            "this model's rotary embedding depends on the longest prompt of a batch, and these prompts would differ: "
-            "linearise those that are longer than the model was first trained on one at a time"
+            "this model's rotary embedding depends on the longest prompt of a batch, which would change these prompts' "
+            "results; linearise prompts longer than the model's original training length one at a time"
         )
     while True:
         with differentiable(model):
@@ -187,7 +176,7 @@ def linearize(
 
 
 def _found(net: LinearMap, scores: bool) -> Found:
-    """The likeliest tokens of each prompt, and their scores where these are wanted, for the audit."""
+    """The likeliest tokens of each prompt, and if asked for their scores, for the audit."""
     with net.prepared():
         reading = distribution(net.head, net.rows, Asked(AUDITED)).reading
         summed = net.pull(reading.cotangents.transpose(0, 1)) if scores else {}
@@ -229,7 +218,7 @@ def _prove(
     forms: Mapping[str, Choice],
     options: KernelOptions,
 ) -> None:
-    """U . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
+    """Check u . (J v) = (J^T u) . v on an excerpt of the batch, once for each layer and form."""
     new = [layer for layer in layers if (layer, forms[layer].key) not in known.adjoint]
     if not new:
         return

@@ -6,9 +6,10 @@ With h the head's input, h' = norm(h), logits z = phi(W h' + b) and p = softmax(
 
 and the second term is the same for every t: the work of size V is one product for all K tokens, not K of them.
 
-The metric C says how far a small move of h moves the distribution: C = L^T (diag p - p p^T) L = sum_v p_v a_v a_v^T,
-with L the logits' Jacobian, so that KL(p || p') = 1/2 dh^T C dh to second order, and the Fisher matrix of the whole
-vocabulary is F = J^T C J. Products by it need the unembedding alone, in chunks of the vocabulary; C is never formed.
+The metric C measures how far a small change of h moves the distribution: C = L^T (diag p - p p^T) L =
+sum_v p_v a_v a_v^T, with L the logits' Jacobian, so that KL(p || p') = 1/2 dh^T C dh to second order, and the Fisher
+matrix of the whole vocabulary is F = J^T C J. Products by C need only the unembedding, in chunks of the vocabulary; C
+is never formed.
 """
 
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ from torch.func import jvp, vjp, vmap
 from fisher_vmap.decomposition import float64_device
 from fisher_vmap.model.head import Head, Rest, UnembeddingHead, check_top_k, likeliest
 
-START_TOKENS = 8  # likeliest tokens that the search for leading eigenvectors starts from, for each one wanted
+START_TOKENS = 8  # the search for leading eigenvectors starts from this many likeliest tokens for each vector
 
 
 class Probes(NamedTuple):
-    """Random signs over the vocabulary: E[x x^T] = 1, so that the rows C^(1/2) x have E |J^T C^(1/2) x|^2 = tr F.
+    """Random signs x over the vocabulary: E[x x^T] = 1, so that the rows C^(1/2) x have E |J^T C^(1/2) x|^2 = tr F.
 
     Attributes:
-        vectors: how many for each prompt.
-        seeds: one for each prompt, so that a prompt's signs do not depend on its neighbours.
+        vectors: S, the number for each prompt.
+        seeds: one for each prompt, so that a prompt's signs do not depend on the rest of its batch.
     """
 
     vectors: int
@@ -46,14 +47,14 @@ class Probes(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is read off a distribution.
+    """What to read from a distribution.
 
     Attributes:
-        top_k: the number of likeliest tokens; None: none are read.
-        token_ids: [B, K], the tokens, where the caller has chosen them.
+        top_k: the number of likeliest tokens; None: none.
+        token_ids: [B, K], tokens chosen by the caller; None: the likeliest.
         rest: whether "all other tokens" is read as one outcome.
         probes: random vectors whose second moment is C; None: none.
-        of_rest: whether the random vectors are of the other tokens alone; with `rest`, about what these have in common.
+        of_rest: whether the random vectors cover the other tokens only; with `rest`, centred on their mean.
     """
 
     top_k: int | None = None
@@ -64,14 +65,14 @@ class Asked(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What is read off at the targets; float32, or float64 of a float64 model.
+    """What was read at the targets; float32, or float64 for a float64 model.
 
     Attributes:
         log_probs: [B, K], in nats, highest first unless the caller chose the tokens.
         token_ids: [B, K] int64.
         cotangents: [K, B, X]: a_t, the gradient of each log p with respect to the head's input, of width X.
         log_rest: [B], the log-probability of all other tokens together, from their own logits; -inf if there are none.
-        rest: [1, B, X], the gradient of `log_rest`, or [0, B, X] where it was not asked for.
+        rest: [1, B, X], the gradient of `log_rest`, or [0, B, X] if not asked for.
         random: [S, B, X], the random vectors.
     """
 
@@ -90,10 +91,9 @@ class Distribution(Protocol):
     """[B, V]."""
 
     log_probs: Tensor
-    """[B, V], from the logits: finite where `probs` underflows."""
+    """[B, V], computed from the logits, so that they are finite where `probs` underflows."""
 
     reading: Reading
-    """What was asked for."""
 
     def product(self, x_BmX: Tensor) -> Tensor:
         """C x for m vectors of each prompt, [B, m, X]."""
@@ -106,17 +106,17 @@ def distribution(head: Head, rows_BX: Tensor, asked: Asked | None = None) -> Dis
     """The distribution that a head makes of its rows, [B, X], from one pass over the unembedding.
 
     Raises:
-        ValueError: top_k above V, or the rest is asked for where there is none.
+        ValueError: top_k is above V, or the rest is asked for and no token is left for it.
     """
     rows_BX = rows_BX.to(torch.promote_types(rows_BX.dtype, torch.float32))
     if isinstance(head, UnembeddingHead):
-        with head.at_hand():
+        with head.on_device():
             return _Unembedded(head, rows_BX, asked or Asked())
     return _Logits(rows_BX, asked or Asked())
 
 
 class _Unembedded:
-    """Of a head of the common kind."""
+    """The distribution of an `UnembeddingHead`."""
 
     def __init__(self, head: UnembeddingHead, rows_BD: Tensor, asked: Asked) -> None:
         self._head, self._rows_BD = head, rows_BD
@@ -180,7 +180,7 @@ class _Unembedded:
         def push(x_BX: Tensor) -> Tensor:
             return jvp(self._head.norm, (self._rows_BD,), (x_BX,))[1]  # type: ignore[no-any-return]
 
-        with self._head.at_hand():
+        with self._head.on_device():
             moved_BmD = vmap(push, in_dims=1, out_dims=1)(x_BmX.to(self._rows_BD))
         return moved_BmD.to(self._mean_BD)  # type: ignore[no-any-return]
 
@@ -190,7 +190,7 @@ class _Unembedded:
 
 
 class _Logits:
-    """Of logits that the model itself has made: a_v is one-hot less p, and C = diag p - p p^T, [V, V]."""
+    """The distribution of logits computed by the model itself: a_v = e_v - p, and C = diag p - p p^T, [V, V]."""
 
     def __init__(self, rows_BV: Tensor, asked: Asked) -> None:
         _check(asked, rows_BV.shape[1])
@@ -200,7 +200,7 @@ class _Logits:
         rest_1BV = random_SBV = rows_BV.new_zeros(0, *rows_BV.shape)
         share_BV = None
         if asked.rest:
-            # From the logits: their probabilities may all be too small for a number.
+            # From the logits, because these probabilities may all underflow.
             share_BV = self.log_probs.scatter(1, token_ids, -torch.inf).softmax(1)
             rest_1BV = (share_BV - self.probs)[None]
         if asked.probes is not None:
@@ -214,20 +214,20 @@ class _Logits:
         self.reading = Reading(log_probs_BK, token_ids, cotangents_KBV, log_rest_B, rest_1BV, random_SBV)
 
     def product(self, x_BmX: Tensor) -> Tensor:
-        """P * (x - p . x)"""
+        """C x = p * (x - p . x)"""
         p_B1V = self.probs[:, None]
         x_BmX = x_BmX.to(self.probs)
         return p_B1V * (x_BmX - (p_B1V * x_BmX).sum(2, keepdim=True))
 
     def rows(self, token_ids_BK: Tensor) -> Tensor:
-        """One-hot less p."""
+        """a_v = e_v - p"""
         rows_BKV = -self.probs[:, None].repeat(1, token_ids_BK.shape[1], 1)
         at_BK1 = token_ids_BK.to(self.probs.device)[:, :, None]
         return rows_BKV.scatter_add_(2, at_BK1, torch.ones_like(rows_BKV[:, :, :1]))
 
 
 def _check(asked: Asked, vocabulary: int) -> None:
-    """Raise ValueError for more tokens than there are, or a rest of nothing."""
+    """Raise ValueError if more tokens are asked for than there are, or a rest without tokens."""
     if asked.token_ids is None and asked.top_k is not None:
         check_top_k(asked.top_k, vocabulary)
     K = asked.top_k or 0 if asked.token_ids is None else asked.token_ids.shape[1]
@@ -236,9 +236,9 @@ def _check(asked: Asked, vocabulary: int) -> None:
 
 
 def _tokens(z_BV: Tensor, log_probs_BV: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p of the tokens asked for, their ids, and log p of all others together: of their own logits.
+    """Log p of the tokens asked for, their ids, and log p of all others together.
 
-    Not 1 - sum p, which cancels where the tokens hold almost all.
+    The last comes from the others' own logits: 1 - sum p cancels where the tokens hold almost all probability.
     """
     if asked.token_ids is not None:
         token_ids = asked.token_ids.to(z_BV.device)
@@ -249,30 +249,24 @@ def _tokens(z_BV: Tensor, log_probs_BV: Tensor, asked: Asked) -> tuple[Tensor, T
 
 
 def leading_vectors(c: Distribution, count: int, iterations: int) -> Tensor:
-    """About the leading eigenvectors of C, [B, count, X] orthonormal, by subspace iteration.
+    """Approximate leading eigenvectors of C, [B, count, X] orthonormal, by subspace iteration.
 
-    It starts from those of the part of C that the likeliest tokens make up, which a small Gram matrix gives: there
-    every iteration counts for several of one that starts at random.
-
-    Args:
-        c: the metric.
-        count: how many vectors; at most X.
-        iterations: products by C.
+    It starts from the leading eigenvectors of the likeliest tokens' part of C, which a small Gram matrix gives. From
+    there one iteration, a product by C, is worth several from a random start. `count` is at most X.
     """
     probs_BV = c.probs
-    # A row of the logits is as wide as the vocabulary: there the tokens themselves must do.
-    tokens = count if isinstance(c, _Logits) else START_TOKENS * count
+    tokens = count if isinstance(c, _Logits) else START_TOKENS * count  # logits rows are V wide: take no more tokens
     n = min(probs_BV.shape[1], tokens)
     token_ids_Bn = likeliest(probs_BV, n)
     a_BnX = c.rows(token_ids_Bn) * probs_BV.gather(1, token_ids_Bn).sqrt()[:, :, None]
-    if n < count:  # fewer tokens than vectors: the rest are arbitrary
+    if n < count:  # fewer tokens than vectors: the others are arbitrary
         generator = torch.Generator().manual_seed(0)
         more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(a_BnX)
         a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
     wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
-    rows_are_fewer = wide.shape[1] <= wide.shape[2]  # of the two Gram matrices the smaller one
+    rows_are_fewer = wide.shape[1] <= wide.shape[2]  # take the smaller of the two Gram matrices
     gram_Bnn = wide @ wide.mT if rows_are_fewer else wide.mT @ wide
-    _, X_Bnn = torch.linalg.eigh(torch.where(gram_Bnn.isfinite(), gram_Bnn, 0))  # a prompt's NaN stays its own
+    _, X_Bnn = torch.linalg.eigh(torch.where(gram_Bnn.isfinite(), gram_Bnn, 0))  # one prompt's NaN must not fail all
     leading_Bmn = X_Bnn[:, :, -count:].mT
     u_BmX = orthonormal(leading_Bmn @ wide if rows_are_fewer else leading_Bmn).to(a_BnX)
     for _ in range(iterations):
@@ -281,7 +275,7 @@ def leading_vectors(c: Distribution, count: int, iterations: int) -> Tensor:
 
 
 def orthonormal(rows_BmX: Tensor) -> Tensor:
-    """An orthonormal basis that holds the rows of each prompt, as rows, [B, m, X] float64: by a QR."""
+    """An orthonormal basis of the span of each prompt's rows, as rows, [B, m, X] float64, by QR."""
     wide = rows_BmX.to(float64_device(rows_BmX.device), torch.float64)
     length = torch.linalg.vector_norm(wide, dim=2, keepdim=True)
     wide = wide / torch.where(length > 0, length, 1)

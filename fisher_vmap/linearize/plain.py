@@ -1,7 +1,7 @@
-"""The reference that everything is compared with: the model itself, one prompt at a time, and plain autograd.
+"""The reference for all comparisons: the model itself, one prompt at a time, and plain autograd.
 
-The model is run as it is: its own attention, hooks and tail, on the prompt alone, unpadded. Where a hook of the user
-fits the caller's batch alone, that batch is run as it was given.
+The model runs unchanged, with its own attention, hooks and head, on the unpadded prompt alone. If a user's hook works
+for the caller's batch only, that batch is run as it was given.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,20 +16,20 @@ from fisher_vmap.linearize.linear_map import residual_norm
 from fisher_vmap.linearize.whole import rows_from_logits
 from fisher_vmap.model.layers import Place, decoder_blocks, hooked
 from fisher_vmap.model.layout import Layout, alone, as_given, forget_lengths
-from fisher_vmap.model.offload import put_aside, saved_aside
+from fisher_vmap.model.offload import is_offloaded, small_graph
 from fisher_vmap.model.recording import forwards_set, hooks, inputs_of, output_of, with_output
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import hook_behind, is_hooked
 
-GRAPH_ROWS = 8192  # rows of all blocks together whose graph is kept; of longer prompts it is made again, block by block
+GRAPH_ROWS = 8192  # most rows, over all blocks, whose graph is kept; beyond that blocks are run again in the backward
 
 
 class Reference(NamedTuple):
-    """One prompt in what the model is run on.
+    """One prompt, and the batch in which the model runs it.
 
     Attributes:
         layout: the prompt by itself, or the caller's batch.
-        b: the prompt's place in it.
+        b: the prompt's index in it.
     """
 
     layout: Layout
@@ -42,12 +42,12 @@ class Reference(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """What plain autograd gives for one prompt.
+    """The result of plain autograd for one prompt.
 
     Attributes:
         log_probs: log p of every token, [V].
-        scores: of some tokens, for each layer [K, D].
-        norms: for each layer the mean norm of its output over the prompt's tokens.
+        scores: for each layer, the scores of K tokens, [K, D].
+        norms: for each layer, the mean norm of its output over the prompt's tokens.
     """
 
     log_probs: Tensor
@@ -56,7 +56,7 @@ class Plain(NamedTuple):
 
 
 def reference_of(model: nn.Module, layout: Layout, b: int) -> Reference:
-    """The prompt by itself, or in the caller's batch where a hook of the user allows nothing else.
+    """The prompt by itself, or in the caller's batch if the user's hooks allow nothing else.
 
     Raises:
         ValueError: the model runs on neither; the message names the hook.
@@ -80,13 +80,13 @@ def reference_of(model: nn.Module, layout: Layout, b: int) -> Reference:
 
 
 def _why_not(model: nn.Module, reference: Reference) -> Exception | None:
-    """The error of a forward on these prompts, if it is one, or gives no row a token."""
+    """The error of a forward on these prompts, or of logits that do not have a row for each token; None if it works."""
     forget_lengths(model)
     ids = reference.layout.input_ids
     try:
         with torch.no_grad():
             logits: Tensor = model(**inputs_of(model, reference.layout)).logits
-    except Exception as error:  # a hook of the user may raise anything
+    except Exception as error:  # a user's hook may raise anything
         if is_out_of_memory(error) or is_our_fault(error):
             raise
         return error
@@ -96,7 +96,7 @@ def _why_not(model: nn.Module, reference: Reference) -> Exception | None:
 
 
 def plain_log_probs(model: nn.Module, reference: Reference) -> Tensor:
-    """Log p of every token after the prompt, [V], in float32 or wider, from one forward of the model as it is."""
+    """Log p of every next token, [V], in float32 or wider, from one forward of the unchanged model."""
     forget_lengths(model)
     with torch.no_grad():
         row_V = rows_from_logits(model, reference.layout, gather=False)()[reference.b]
@@ -105,7 +105,7 @@ def plain_log_probs(model: nn.Module, reference: Reference) -> Tensor:
 
 @contextmanager
 def noting_autocast() -> Iterator[set[torch.dtype]]:
-    """Gives a set that fills, within the context, with the formats that modules are called under autocast to."""
+    """Yield a set that collects the formats of every autocast that is active when a module is called."""
     found: set[torch.dtype] = set()
 
     def look(_module: nn.Module, args: Any) -> None:
@@ -117,23 +117,14 @@ def noting_autocast() -> Iterator[set[torch.dtype]]:
 
 
 def plain_autograd(
-    model: nn.Module,
-    reference: Reference,
-    layers: Sequence[str],
-    token_ids: Tensor,
-    gather: bool = False,
+    model: nn.Module, reference: Reference, layers: Sequence[str], token_ids: Tensor, gather: bool = False
 ) -> Plain:
-    """Scores of tokens [K] by the plainest means: the model's own attention, logits and backward.
+    """Scores of tokens [K] by the model's own attention, logits and backward.
 
-    Args:
-        model: a causal LM.
-        reference: the prompt.
-        layers: names of hooked modules.
-        token_ids: [K].
-        gather: whether the last rows alone are unembedded, which is right where what follows looks at one position.
+    With `gather` only the last rows are unembedded, which is right if everything after treats positions independently.
 
     Raises:
-        RuntimeError: or another error of torch, or of the model: it cannot be differentiated.
+        RuntimeError: or any other error of torch or the model; it cannot be differentiated.
     """
     layout, b = reference
     run = rows_from_logits(model, layout, gather=gather)
@@ -157,7 +148,7 @@ def plain_autograd(
     first = min(blocks.index(layer) if layer in blocks else 0 for layer in layers)
     graph_rows = layout.input_ids.numel() * (len(blocks) - first)
     graph = _graph_made_again(model) if graph_rows > GRAPH_ROWS else nullcontext()
-    with torch.enable_grad(), saved_aside(model), hooks(*handles), graph:
+    with torch.enable_grad(), small_graph(model), hooks(*handles), graph:
         log_p_V = _log_softmax(run()[b])
         if missing := [layer for layer in layers if layer not in biases]:
             raise RuntimeError(f"{missing[0]} is never called in the forward pass")
@@ -172,7 +163,7 @@ def _log_softmax(row_V: Tensor) -> Tensor:
 
 
 def _spread(bias_11D: Tensor, layout: Layout, b: int) -> Tensor:
-    """The bias where it is added: everywhere, [1, 1, D], or at some rows of one prompt of the layout, [B, T, D]."""
+    """The bias at the positions where it is added: all, [1, 1, D], or some rows of one prompt, [B, T, D]."""
     if isinstance(layout.positions, str) and layout.positions == "all" and len(layout.lengths) == 1:
         return bias_11D
     where_N = torch.zeros(layout.input_ids.numel(), dtype=torch.bool, device=layout.device)
@@ -185,8 +176,8 @@ def _spread(bias_11D: Tensor, layout: Layout, b: int) -> Tensor:
 
 @contextmanager
 def _graph_made_again(model: nn.Module) -> Iterator[None]:
-    """Within the context a block's graph is not kept: its backward runs the block again."""
-    if put_aside(model):
+    """Within the context a block's graph is not kept; its backward runs the block again."""
+    if is_offloaded(model):
         yield
         return
 
@@ -198,5 +189,5 @@ def _graph_made_again(model: nn.Module) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,10 +1,10 @@
-"""What is known of a model: its blocks, its head, what reaches what. Found out once, remembered as long as it lives.
+"""Finds out what is known of a model (its blocks, its head, their dependencies) once, and keeps it with the model.
 
-Is the chain of blocks whole? An exact answer, by which tensors can be reached and not by how large they are.
-
-The layerwise form holds where a block's output depends on the bias only through its own input. In one forward with
-gradients every block's output is cut off and replaced by a leaf of its own. A later output that can reach any leaf but
-the one just below it has another way to the bias: keys and values shared between blocks, a residual that skips a block.
+Is the chain of blocks whole? The layerwise form is right if a block's output depends on the bias only through the
+block's own input. To test that, one forward with gradients detaches every block's output and replaces it by a leaf. If
+a later output can reach a leaf other than the one just below it, there is another path to the bias: keys and values
+shared between blocks, or a residual that skips a block. The answer is exact, because it depends on which tensors can be
+reached and not on the size of a gradient.
 """
 
 import logging
@@ -34,23 +34,31 @@ from fisher_vmap.linearize.whole import hooked_outputs, rows_from_logits
 from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.layers import decoder_blocks, hooked, layers_of
 from fisher_vmap.model.layout import Layout, lay_out, pack_rows
-from fisher_vmap.model.offload import input_device, model_dtype, saved_aside, weights_ready
+from fisher_vmap.model.offload import input_device, model_dtype, small_graph, weights_ready
 from fisher_vmap.model.patches import old_functions
 from fisher_vmap.model.recording import StructureChanged, forward_inputs, hooks, output_of, run_blocks, with_output
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import hook_behind, hooks_off, is_hooked, is_step
 
+log = logging.getLogger(__name__)
+
+STANDARD = ("eager", "sdpa", "flash", "flex", "paged")  # prefixes of the names of transformers' own attention
+HOOKED_LOGITS = 2**26  # a hooked model is watched on its whole batch up to this many logits
+# Configuration entries that are set by this package or for a single call.
+NOT_THE_MODEL = ("_attn_implementation", "_attn_implementation_internal", "use_cache")
+MOST_KEPT = 4  # sets of hooks for which findings are kept
+
+Hooks = tuple[tuple[int, ...], ...]  # for each module, the handles of the hooks that may change what is known
+
+# By model, the dtype that it is computed in, and its hooks.
+_PROBES: Remembered[dict[tuple[torch.dtype, Hooks], ModelInfo]] = Remembered()
+
 
 def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) -> Reach:
     """For each block call, and last for the logits: the numbers of the block calls whose output it can reach directly.
 
-    Args:
-        model: the causal LM.
-        blocks: its decoder blocks by name.
-        input_ids: [B, T] int64; a few short prompts, since structure does not depend on them.
-
-    Returns:
-        One set for each call in the order of the forward, and one for the logits. In a plain chain, entry i is {i - 1}.
+    Structure does not depend on the tokens, [B, T], so a few short prompts will do. In a plain chain, entry i is
+    {i - 1}.
     """
     leaves: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -61,51 +69,33 @@ def block_reach(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Te
             raise StructureChanged("a block returned no tensor")
         outputs.append(hidden)
         leaves.append(hidden.detach().clone().requires_grad_())
-        return with_output(output, leaves[-1].clone())  # a copy: what comes next may write into it
+        return with_output(output, leaves[-1].clone())  # a copy, because the next module may write into it
 
     with (
         torch.enable_grad(),
-        saved_aside(model),
+        small_graph(model),
         hooks(*(block.register_forward_hook(cut) for block in blocks.values())),
     ):
         outputs.append(model(**forward_inputs(model, input_ids)).logits)
-        return [_reached(output, leaves) for output in outputs]
-
-
-def _reached(output: Tensor, leaves: Sequence[Tensor]) -> set[int]:
-    if not output.requires_grad:
-        return set()
-    grads = torch.autograd.grad(output.float().sum(), leaves, retain_graph=True, allow_unused=True)
-    return {i for i, grad in enumerate(grads) if grad is not None}
+        reach: Reach = []
+        for output in outputs:
+            if not output.requires_grad:
+                reach.append(set())
+                continue
+            grads = torch.autograd.grad(output.float().sum(), leaves, retain_graph=True, allow_unused=True)
+            reach.append({i for i, grad in enumerate(grads) if grad is not None})
+    return reach
 
 
 def chain_is_whole(reach: Reach, hooked_call: int) -> bool:
-    """Whether a bias at the output of that block call travels up from block to block and no other way."""
+    """Whether a bias at the output of that block call reaches the logits only from block to block."""
     return all({j for j in reach[i] if j >= hooked_call} == {i - 1} for i in range(hooked_call + 1, len(reach)))
 
 
-log = logging.getLogger(__name__)
-
-STANDARD = ("eager", "sdpa", "flash", "flex", "paged")  # beginnings of the names of transformers' own attention
-HOOKED_LOGITS = 2**26  # most logits of a hooked model's batch that it is watched on
-
-# Of a configuration: what the package itself sets for a call, and what a call is given.
-NOT_THE_MODEL = ("_attn_implementation", "_attn_implementation_internal", "use_cache")
-
-
-MOST_KEPT = 4  # sets of hooks for which a model is remembered
-
-Hooks = tuple[tuple[int, ...], ...]  # the hooks that may change what is known, by their handles
-
-# By model, the dtype that it is computed in, and its hooks.
-_PROBES: Remembered[dict[tuple[torch.dtype, Hooks], ModelInfo]] = Remembered()
-
-
 def probe(model: nn.Module, layout: Layout) -> ModelInfo:
-    """What is known of the model; found out at the first call, and again when the model has been rebuilt since.
+    """What is known of the model; found at the first call, and again after the model has been changed.
 
-    With other hooks than before, what a hook can change is looked at again. The rest is kept, and so is what was known
-    without these hooks.
+    With other hooks than before, only what a hook can change is found again. Findings are kept for each set of hooks.
     """
     probes, dtype = _PROBES.setdefault(model, {}), model_dtype(model)
     made_of, key = signature(model), (dtype, hooks_of(model))
@@ -123,26 +113,26 @@ def probe(model: nn.Module, layout: Layout) -> ModelInfo:
 
 
 def known_of(model: nn.Module) -> ModelInfo | None:
-    """What has been found out of a model in the precision that it is computed in now; None: nothing yet."""
+    """What is known of a model in the precision that it is computed in now; None: nothing yet."""
     probes = _PROBES.get(model) or {}
     return probes.get((model_dtype(model), hooks_of(model))) if len(probes) != 1 else next(iter(probes.values()))
 
 
 def signature(model: nn.Module) -> int:
-    """Changes when a module or a parameter is exchanged, patched or moved; values may change freely."""
+    """A hash that changes when a module or parameter is replaced, patched or moved, but not with parameter values."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     parts: list[object] = [getattr(config, "_attn_implementation", None), *_plain_values(text)]
     for module in model.modules():
         parts += [id(module), type(module), id(vars(module).get("forward"))]
-        # A module's own numbers, such as an epsilon; whole ones may be counts of its calls.
+        # A module's own floats, such as an epsilon; its integers may count calls.
         parts += [(name, value) for name, value in vars(module).items() if type(value) is float]
-    parts += [(p.is_meta or id(p), p.dtype, p.device) for p in model.parameters()]  # put aside: another each time
+    parts += [(p.is_meta or id(p), p.dtype, p.device) for p in model.parameters()]  # offloaded: a new object each time
     return hash(tuple(parts))
 
 
 def hooks_of(model: nn.Module) -> Hooks:
-    """The hooks that may change what is known of a model: all but steps that `steer` adds to a block or inside one."""
+    """The hooks that may change what is known of a model: all except those of `steer` at or inside a block."""
     blocks = decoder_blocks(model).values()
     inside = {id(module) for block in blocks for module in block.modules()}
     found = []
@@ -153,24 +143,23 @@ def hooks_of(model: nn.Module) -> Hooks:
 
 
 def _plain_values(config: object) -> list[object]:
-    """What a configuration says of the model's function in plain values: a soft-cap, a scale, a window."""
+    """The plain values of a configuration that affect the model's function: a soft-cap, a scale, a window."""
     plain = (bool, int, float, str, type(None))
     values = vars(config).items() if hasattr(config, "__dict__") else ()
     return [(name, value) for name, value in values if type(value) in plain and name not in NOT_THE_MODEL]
 
 
 def looked_at(model: nn.Module, layout: Layout) -> Tensor:
-    """The tokens, [B, T], that a model is watched on: a few, or the batch where hooks may be made for its shape."""
+    """The tokens, [B, T], on which to watch a model: a few, or the whole batch if user's hooks may expect its shape."""
     if is_hooked(model) and layout.input_ids.numel() * layers_of(model).vocabulary <= HOOKED_LOGITS:
         return layout.input_ids
     return excerpt(layout, tokens=8).input_ids
 
 
 def look_under_plain(model: nn.Module, known: ModelInfo, layout: Layout) -> ModelInfo | None:
-    """What is known of the model under another attention than ours; None where it has been looked at under that alone.
+    """What is known of the model under an attention other than ours; None if `known` is that already.
 
-    That is transformers' eager attention, which `torch.func` can transform; the model's own where that is of the
-    user's making.
+    It is transformers' eager attention, which `torch.func` can transform, or the model's own if a user made it.
     """
     if known.attention != hf_attention.NAME:
         return None
@@ -187,11 +176,11 @@ def _plain_attention(model: nn.Module) -> str | None:
 
 
 def _look(model: nn.Module, input_ids: Tensor, made_of: int, before: ModelInfo | None) -> ModelInfo:
-    why = "the model has no attention that ours could stand in for"
+    why = "the model has no attention that ours can replace"
     if supports_ours(model):
         try:
             return _look_under(hf_attention.NAME, model, input_ids, made_of, "", before)
-        except Exception as reason:  # a hook of the user may raise anything
+        except Exception as reason:  # a user's hook may raise anything
             if is_out_of_memory(reason) or is_our_fault(reason):
                 raise
             log.info("attention: eager, because %s", reason)
@@ -202,7 +191,7 @@ def _look(model: nn.Module, input_ids: Tensor, made_of: int, before: ModelInfo |
         if is_out_of_memory(reason) or is_our_fault(reason) or not is_hooked(model):
             raise
         behind = hook_behind(model, reason) or "a hook"
-        why = f"{behind} cannot be run on other prompts than its own ({type(reason).__name__})"
+        why = f"{behind} does not run on prompts other than its own ({type(reason).__name__})"
         with hooks_off(model):
             found = _look_under(_plain_attention(model), model, input_ids, made_of, why)
         found.parts, found.why_no_head = replace(found.parts, head=None, gather=False), why
@@ -217,7 +206,7 @@ def _look_under(
     why_not_ours: str,
     before: ModelInfo | None = None,
 ) -> ModelInfo:
-    """What is known under an attention; `before` is what was known without hooks."""
+    """What is found under an attention; `before` is what is known of the model without hooks."""
     blocks = decoder_blocks(model)
     with attention_set_to(model, attention), noting_odd_masks() as odd:
         watched = watch(model, blocks, input_ids)
@@ -268,10 +257,9 @@ def _fused(blocks: Mapping[str, nn.Module]) -> list[tuple[nn.Module, Forward]]:
 def _proven_packed(
     model: nn.Module, parts: Parts, input_ids: Tensor
 ) -> tuple[list[tuple[nn.Module, Forward]], Rules, dict[str, str]]:
-    """The attention modules, and the whole blocks, that have a pullback by hand, proven on these tokens end to end.
+    """The forwards of fused attention modules, the rules of blocks, and why the other blocks have none.
 
-    Returns:
-        The attention modules' forwards, the blocks' rules, and for each other block why it has none.
+    All are proven on these tokens, packed.
     """
     inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
     forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
@@ -287,12 +275,12 @@ def _proven_packed(
                 return run_blocks(model, parts.blocks, parts.call_order, packed)
 
             attentions, rules = list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
-    except Exception as reason:  # then nothing will be packed either; a hook of the user may raise anything
+    except Exception as reason:  # a user's hook may raise anything; prompts will not be packed either
         if is_out_of_memory(reason) or is_our_fault(reason):
             raise
-        log.info("no attention is pulled back by hand: %s", reason)
+        log.info("no attention and no block is pulled back by a rule: %s", reason)
         return [], {}, dict.fromkeys(parts.blocks, f"it does not run on packed prompts ({type(reason).__name__})")
-    unlike = "it returns something else than a norm, rotary attention and gated MLP do"
+    unlike = "its output is not that of norm, rotary attention and gated MLP"
     no_rule = {
         name: unlike if candidates[block] else why_no_rule(block)
         for name, block in parts.blocks.items()
@@ -302,7 +290,7 @@ def _proven_packed(
 
 
 def layer_widths(model: nn.Module, layers: Sequence[str], precision: str = "model") -> dict[str, int]:
-    """D of each hooked module, by running the model on two tokens.
+    """D of each hooked module, from a run on two tokens.
 
     Raises:
         ValueError: a module's output is not [B, T, D], or it is not called.
@@ -314,7 +302,7 @@ def layer_widths(model: nn.Module, layers: Sequence[str], precision: str = "mode
 
 
 def excerpt(layout: Layout, tokens: int) -> Layout:
-    """Two short prompts of unequal length out of a batch: its shortest and its longest, cut to a few tokens."""
+    """The shortest and the longest prompt of a batch, cut to at most `tokens` tokens and to unequal lengths."""
     order = sorted(layout.ranges(), key=lambda r: r[0] - r[1])
     longest, shortest = (layout.input_ids.flatten()[a : min(z, a + tokens)] for a, z in (order[0], order[-1]))
     if len(shortest) == len(longest) and len(shortest) > 1:

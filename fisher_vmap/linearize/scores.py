@@ -1,10 +1,10 @@
-"""The scores of a batch's outcomes: the K likeliest tokens, and "any other token" where that is asked for.
+"""The scores of a batch's outcomes: the K likeliest tokens and, if asked for, "any other token".
 
-The scores of outcomes that cover everything obey sum p g = 0. Where "any other token" is an outcome, one of them
-follows from the others, and nothing more is pulled back than without it. The likeliest is taken for that, so that what
-rounding has left in the others is divided by the largest probability.
+Outcomes that cover the whole vocabulary obey sum p g = 0. So with "any other token" as an outcome, one score follows
+from the others and no more vectors are pulled back than without it. That one is the likeliest outcome, because the
+rounding errors of the others are divided by its probability.
 
-The form of a name, opened on a batch: the linear map of prompts together, one at a time, or as the caller has them.
+`opened` opens the linear map of a batch in one of four forms:
 
 packed      layerwise, on prompts laid end to end
 layerwise   one block at a time
@@ -33,6 +33,8 @@ from fisher_vmap.model.wrappers import has_hooks
 
 log = logging.getLogger(__name__)
 
+REST = -1  # the token id of "any other token"
+
 
 def attention_of(choice: Choice, known: ModelInfo) -> str | None:
     """The attention implementation that a form runs under; None: the model's own."""
@@ -40,7 +42,7 @@ def attention_of(choice: Choice, known: ModelInfo) -> str | None:
 
 
 def groups_of(choice: Choice, model: nn.Module, layout: Layout) -> list[tuple[list[int], Layout]]:
-    """The prompts that are computed together by a form, and how they are laid out."""
+    """The groups of prompts that a form computes together, and the layout of each."""
     every = list(range(len(layout.lengths)))
     if choice.prompts == "given":
         return [(every, as_given(layout))]
@@ -59,26 +61,18 @@ def opened(
     *,
     once: bool = False,
 ) -> Iterator[LinearMap]:
-    """The linear map in a form; within the context the model is prepared for its products.
+    """The linear map of a padded layout in a form; within the context the model is prepared for its products.
 
-    A batch that cannot be packed (a prompt longer than an attention window) is padded instead, to the same result.
-
-    Args:
-        choice: the form.
-        model: a causal LM.
-        known: what the probe found.
-        layout: the batch, padded, or one of `groups_of`.
-        layers: the names of the hooked layers.
-        options: how it is computed; its positions are the layout's.
-        once: whether there will be one pull and nothing else.
+    A batch that cannot be packed (a prompt is longer than an attention window) is padded, with the same result. `once`
+    announces a single pull and no push.
     """
     parts, attention = known.under(choice.attention).parts, attention_of(choice, known)
-    # A hook on a block, or inside, is not in its rule.
+    # The rule of a block does not include hooks on the block or inside it.
     rules = {block: rule for block, rule in parts.rules.items() if not has_hooks(block)}
     parts = parts if len(rules) == len(parts.rules) else replace(parts, rules=rules)
 
-    def made(kind: type[LinearMap], stands: Layout) -> LinearMap:
-        net = kind(model, parts, attention, stands, layers, options, once=once)
+    def made(kind: type[LinearMap], laid_out: Layout) -> LinearMap:
+        net = kind(model, parts, attention, laid_out, layers, options, once=once)
         net.note = partial(known.note, log)
         return net
 
@@ -113,8 +107,8 @@ class Scores(NamedTuple):
         gradients: for each hooked layer, [B, K, D].
         position_energy: for each hooked layer, [B, T] in the caller's columns: sum_t p_t |g_t at this position|^2.
         residual_norm: for each hooked layer, [B]: the mean norm of its output over the prompt's tokens.
-        remainder: for each hooked layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole
-            vocabulary less that of the K tokens; S is what was asked for.
+        remainder: for each hooked layer, [B, S, D]: S random vectors r, as many as were asked for, with E[r r^T] = the
+            Fisher matrix of the whole vocabulary minus that of the K tokens.
     """
 
     log_probs: Tensor
@@ -128,10 +122,10 @@ class Scores(NamedTuple):
         """A = diag(sqrt p) G, [B, K, D]: the Fisher matrix of each prompt is A^T A.
 
         Args:
-            layer: the name of a hooked layer; may be left out where there is only one.
+            layer: the name of a hooked layer; may be left out if there is only one.
 
         Raises:
-            ValueError: the layer was not hooked, or none was named and there are several.
+            ValueError: the layer was not hooked, or it was left out and there are several.
         """
         if layer is None and len(self.gradients) == 1:
             layer = next(iter(self.gradients))
@@ -140,18 +134,15 @@ class Scores(NamedTuple):
         return torch.exp(self.log_probs / 2)[:, :, None] * self.gradients[layer]
 
 
-REST = -1  # the token id of "any other token"
-
-
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a batch.
+    """The outcomes asked for.
 
     Attributes:
         top_k: the number of likeliest tokens.
-        token_ids: [B, K], the tokens, where the caller has chosen them.
+        token_ids: [B, K], tokens chosen by the caller; None: the likeliest.
         include_rest: whether "any other token" is an outcome as well.
-        probes: random vectors of what the outcomes leave out; None: none.
+        probes: random vectors for the part of the Fisher matrix that the outcomes leave out; None: none.
     """
 
     top_k: int
@@ -160,20 +151,20 @@ class Wanted:
     probes: Probes | None = None
 
     def of_prompts(self, prompts: Sequence[int]) -> "Wanted":
-        """The same of some prompts of the batch."""
+        """The same for some prompts of the batch."""
         token_ids = None if self.token_ids is None else self.token_ids[list(prompts)]
         probes = self.probes and self.probes._replace(seeds=[self.probes.seeds[b] for b in prompts])
         return replace(self, token_ids=token_ids, probes=probes)
 
 
 class Outcomes(NamedTuple):
-    """O outcomes of each prompt, and the cotangents, C of them, from which their scores follow.
+    """O outcomes of each prompt, and the C cotangents from which their scores follow.
 
     Attributes:
         log_probs: [B, O].
-        token_ids: [B, O], the last of them `REST` where that is included.
-        cotangents: [C, B, X]: of the outcomes but the one that is derived, then of the random vectors.
-        derived: [B], the outcome that is not pulled back; None: all are.
+        token_ids: [B, O]; the last one is `REST` if included.
+        cotangents: [C, B, X]: those of all outcomes except the derived one, then the random vectors.
+        derived: [B], the index of the outcome that is not pulled back; None: all are pulled back.
     """
 
     log_probs: Tensor
@@ -196,7 +187,7 @@ class Outcomes(NamedTuple):
         return torch.nn.functional.pad(p_Bn, (0, len(self.cotangents) - p_Bn.shape[1]))
 
     def derivation(self) -> Derived | None:
-        """How the derived score is made of the others, and its probability; None if there is none."""
+        """The derived score as a combination of the others, and its probability; None if there is none."""
         if self.derived is None:
             return None
         p_B = self.log_probs.gather(1, self.derived[:, None])[:, 0].exp()
@@ -221,7 +212,7 @@ class Outcomes(NamedTuple):
 
 
 def outcomes_of(reading: Reading, include_rest: bool) -> Outcomes:
-    """The outcomes that have been read."""
+    """The outcomes of a reading."""
     log_probs, token_ids, cotangents_KBX, derived = reading.log_probs, reading.token_ids, reading.cotangents, None
     if include_rest:
         log_probs = torch.cat([log_probs, reading.log_rest[:, None]], 1)
@@ -236,7 +227,7 @@ def outcomes_of(reading: Reading, include_rest: bool) -> Outcomes:
 
 
 def scores_of(net: LinearMap, wanted: Wanted) -> Scores:
-    """The scores by one pull of an open map."""
+    """The scores from one pull of an open linear map."""
     asked = Asked(wanted.top_k, wanted.token_ids, wanted.include_rest, wanted.probes, of_rest=True)
     outcomes = outcomes_of(distribution(net.head, net.rows, asked).reading, wanted.include_rest)
     found = net.pull(outcomes.cotangents.transpose(0, 1), None, outcomes.weights(), outcomes.derivation())
@@ -261,17 +252,7 @@ def run_choice(
     wanted: Wanted,
     options: KernelOptions,
 ) -> Scores:
-    """The scores of a batch by a form.
-
-    Args:
-        choice: the form.
-        model: a causal LM.
-        known: what the probe found.
-        layout: the batch, padded.
-        layers: names of hooked modules.
-        wanted: what is asked of the batch.
-        options: how it is computed.
-    """
+    """The scores of a padded batch in one form."""
     parts, groups = [], groups_of(choice, model, layout)
     for group, together in groups:
         with opened(choice, model, known, together, layers, options, once=True) as net:

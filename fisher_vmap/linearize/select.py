@@ -1,4 +1,4 @@
-"""Which form of the kernel a layer gets: what the structure allows, once it has agreed with plain autograd."""
+"""Selects the form of the kernel for each layer: the fastest the structure allows that agrees with plain autograd."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from fisher_vmap.linearize.probe import chain_is_whole, look_under_plain
 from fisher_vmap.linearize.scores import attention_of
 from fisher_vmap.model.layers import Place, layers_of
 from fisher_vmap.model.layout import Layout, pack_rows
-from fisher_vmap.model.offload import put_aside
+from fisher_vmap.model.offload import is_offloaded
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class NoFormAgrees(ValueError):
-    """No form of the kernel that there is agrees with the model itself."""
+    """No form of the kernel agrees with the model itself."""
 
 
 def choose_forms(
     model: nn.Module, known: ModelInfo, layout: Layout, layers: Sequence[str], kernel: str
 ) -> dict[str, Choice]:
-    """The form for each layer, proven on this batch where it has not been before.
+    """The form for each layer, proven on this batch unless it was proven before.
 
     Raises:
         ValueError: the kernel asked for by name cannot be trusted with one of the layers, or no form agrees with
@@ -46,23 +46,18 @@ def choose_forms(
 def give_up(
     model: nn.Module, known: ModelInfo, layout: Layout, kernel: str, wrong: Mapping[str, str]
 ) -> dict[str, Choice]:
-    """The next form down for layers whose form turned out wrong, proven on this batch.
+    """The next form for each layer whose form turned out wrong, proven on this batch.
 
-    Args:
-        model: the causal LM.
-        known: what the probe found.
-        layout: the batch.
-        kernel: as it was asked for.
-        wrong: for each of the layers, how its form is wrong.
+    `wrong` tells for each of the layers how its form is wrong.
 
     Raises:
         NoFormAgrees: there is none.
     """
     for layer, reason in wrong.items():
         form = known.forms[layer, kernel].form if (layer, kernel) in known.forms else "present"
-        log.log(logging.DEBUG if (layer, form) in known.told else logging.WARNING,
+        log.log(logging.DEBUG if (layer, form) in known.logged else logging.WARNING,
                 "the %s kernel at %s is given up from here on: %s", form, layer, reason)  # fmt: skip
-        known.told.add((layer, form))
+        known.logged.add((layer, form))
     found = _first_that_agree(model, known, layout, kernel, wrong)
     known.changes += 1
     return found
@@ -71,7 +66,7 @@ def give_up(
 def _first_that_agree(
     model: nn.Module, known: ModelInfo, layout: Layout, kernel: str, wrong: Mapping[str, str]
 ) -> dict[str, Choice]:
-    """For each layer the first form that agrees with plain autograd; after the one that is wrong, where it says so."""
+    """For each layer the first form that agrees with plain autograd; with a reason in `wrong`, after its last form."""
     left = {layer: _left(model, known, layout, layer, kernel, bool(reason)) for layer, reason in wrong.items()}
     found: dict[str, Choice] = {}
     reasons, excerpts = dict(wrong), dict[tuple[int, ...], Expected]()
@@ -87,7 +82,7 @@ def _first_that_agree(
                 length, rows = (max(few.lengths), sum(few.lengths)) if few is not None else (0, 0)
                 found[layer] = candidate._replace(why=why, length=length, rows=rows)
                 log.debug("kernel at %s: %s, since %s", layer, candidate.form, why)
-                if finite:  # what held for these prompts alone is not kept
+                if finite:  # values that are not finite prove nothing beyond these prompts
                     known.forms[layer, kernel] = found[layer]
             else:
                 reasons[layer] = f"{choice.form} disagreed with plain autograd: {why_not}"
@@ -102,13 +97,13 @@ def _first_that_agree(
 def _left(
     model: nn.Module, known: ModelInfo, layout: Layout, layer: str, kernel: str, given_up: bool
 ) -> Iterator[Choice]:
-    """The forms that a layer may have, from the first on, or after the one that it had."""
+    """The forms that a layer may still have: all, or those after the one that was given up."""
     if given_up and (layer, kernel) in known.forms:
         gone = known.forms[layer, kernel].key
         after = dropwhile(lambda choice: choice.key != gone, _candidates(model, known, layout, layer, kernel))
         if next(after, None) is not None:
             return after
-    # Where the one that it had is no longer among them, the structure is seen another way now.
+    # If its old form is no longer a candidate, the structure was found to be different: try all of them again.
     return _candidates(model, known, layout, layer, kernel)
 
 
@@ -132,10 +127,10 @@ def _compare(
     choice: Choice,
     excerpts: dict[tuple[int, ...], Expected],
 ) -> tuple[str | None, Layout | None, bool]:
-    """How a form fails, if it does, on which excerpt, and whether there were numbers to compare."""
+    """How a form fails (None if it agrees), on which excerpt, and whether the expected values were finite."""
     try:
         few = excerpt_for(model, known, layout, choice)
-    except Exception as error:  # a hook of the user may raise anything
+    except Exception as error:  # a user's hook may raise anything
         if is_out_of_memory(error) or is_our_fault(error):
             raise
         return first_line(error), None, True
@@ -149,9 +144,9 @@ def _compare(
 
 
 def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> None:
-    """Find out whether forwards may be cut at the last rows of the last block, on an excerpt of the batch."""
+    """Find out, on an excerpt of the batch, whether the last block's forward may run at the last rows alone."""
     try:
-        if put_aside(model):
+        if is_offloaded(model):
             raise NotPositionwise("weights are offloaded")
         with attention_set_to(model, attention_of(choice, known)):
             few = pack_rows(packable(model, known.parts, layout))
@@ -162,7 +157,7 @@ def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choic
     except Exception as error:
         if is_out_of_memory(error) or is_our_fault(error) or not is_hooked(model):
             raise
-        why = first_line(error)  # a hook of the user may raise anything
+        why = first_line(error)  # a user's hook may raise anything
     else:
         return
     log.info("the last block's forward runs at all positions: %s", why)
@@ -170,11 +165,7 @@ def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choic
 
 
 def _candidates(model: nn.Module, known: ModelInfo, layout: Layout, layer: str, kernel: str) -> Iterator[Choice]:
-    """The forms that a layer may have, the fastest first; those after the first are looked for when they are needed.
-
-    Raises:
-        ValueError: kernel layerwise was asked for and the structure does not allow it.
-    """
+    """The forms that a layer may have, the fastest first; evaluated lazily."""
     places = layers_of(model).places
     form, why = _by_structure(known, places, layer, kernel)
     attention = "ours"
@@ -201,11 +192,11 @@ def _candidates(model: nn.Module, known: ModelInfo, layout: Layout, layer: str, 
     if kernel in ("auto", "loop"):
         yield Choice("loop", "own", "alone", by_itself)
     if layout.given is not None and kernel != "layerwise":
-        stands = "the prompts as the caller's batch has them, for which a hook is made"
+        why = "the prompts as laid out in the caller's batch, since a hook works for no other"
         if kernel != "loop":
-            yield Choice("whole", attention, "given", stands)
+            yield Choice("whole", attention, "given", why)
         if kernel != "whole":
-            yield Choice("loop", "own", "given", stands)
+            yield Choice("loop", "own", "given", why)
 
 
 def _by_structure(known: ModelInfo, places: Mapping[str, Place], layer: str, kernel: str) -> tuple[str, str]:
@@ -214,7 +205,7 @@ def _by_structure(known: ModelInfo, places: Mapping[str, Place], layer: str, ker
     if layer not in known.parts.call_order:
         why_not = "the hooked module is not a decoder block"
     elif not places[layer].plain:
-        why_not = "what the hooked block returns is not [B, T, D]"
+        why_not = "the hooked block's output is not [B, T, D]"
     elif known.parts.head is None:
         why_not = known.why_no_head
     elif not chain_is_whole(known.reach, known.parts.call_order.index(layer)):
@@ -226,5 +217,5 @@ def _by_structure(known: ModelInfo, places: Mapping[str, Place], layer: str, ker
     if why_not:
         return "whole", why_not
     if not known.parts.why_not_packed:
-        return "packed", "the chain of blocks is whole, and positions meet in our attention alone"
+        return "packed", "the chain of blocks is whole, and positions interact only in our attention"
     return "layerwise", f"the chain of blocks is whole; not packed: {known.parts.why_not_packed}"

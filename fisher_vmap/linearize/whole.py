@@ -1,7 +1,7 @@
 """The linear map in one piece: the head's input as a function of a bias at every position of the hooked modules.
 
-It works for any hooked module of any model. `vmap` over `vjp` and `jvp` gives its products. The loop, one backward pass
-of plain autograd a cotangent, is the last resort for what `torch.func` cannot transform.
+It works for any hooked module of any model. `Whole` takes its products by `vmap` over `vjp` and `jvp`. `Loop` runs one
+backward pass of plain autograd for each cotangent, the last resort for models that `torch.func` cannot transform.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -50,10 +50,10 @@ class Whole(LinearMap):
         self._describe(self._outputs)
 
     def _run_and_head(self, modules: Mapping[str, Hooked]) -> tuple[Callable[[], Tensor], Head]:
-        """The network and the head that reads its rows: up to the blocks' end, or to the logits if need be."""
+        """The network up to the end of the blocks, or to the logits if necessary, and the head of its rows."""
         model, parts, layout = self._model, self._parts, self.layout
         if parts.head is None or any(id(hook.module) in parts.above for hook in modules.values()):
-            unembedding = output_embedding(model)  # where that is hooked, it must see all positions
+            unembedding = output_embedding(model)  # if it is hooked, it must see all positions
             gather = parts.gather and all(hook.module is not unembedding for hook in modules.values())
             return rows_from_logits(model, layout, gather=gather), LogitsHead()
         return lambda: layout.targets_of(run_blocks(model, parts.blocks, parts.call_order, layout)), parts.head
@@ -84,7 +84,7 @@ class Whole(LinearMap):
 
 
 class Loop(Whole):
-    """The same by plain autograd and the model's own forward: K backward passes through one graph, and no push."""
+    """The same by plain autograd and the model's own forward: K backward passes through one graph; no push."""
 
     def _run_and_head(self, modules: Mapping[str, Hooked]) -> tuple[Callable[[], Tensor], Head]:
         return rows_from_logits(self._model, self.layout, gather=False), LogitsHead()
@@ -111,10 +111,10 @@ class Loop(Whole):
 
 
 def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Callable[[], Tensor]:
-    """A function that runs the whole model and returns the last rows' logits, [B, V]: the input of a `LogitsHead`.
+    """A function that runs the whole model and returns the logits at the targets, [M, V]: the input of a `LogitsHead`.
 
-    With `gather` only those rows are unembedded: the hidden states are gathered before they enter the output embedding.
-    That is right where what follows looks at each position alone.
+    With `gather` the targets are selected before the output embedding, so that only they are unembedded. That is right
+    if everything after the output embedding treats positions independently.
     """
     unembedding = output_embedding(model) if gather else None
     B, T = layout.input_ids.shape
@@ -142,7 +142,7 @@ def with_biases(run: Callable[[], Tensor], modules: Mapping[str, Hooked]) -> Cal
         def add(name: str) -> Callable[..., Any]:
             def after(_module: nn.Module, _args: Any, output: Any) -> Any:
                 hidden = output_of(output)
-                assert hidden is not None  # hooked_outputs has looked
+                assert hidden is not None  # checked by hooked_outputs
                 used.add(name)
                 bias = modules[name].place.spread(biases[name]).to(hidden.dtype)
                 return with_output(output, hidden + bias)
@@ -177,7 +177,7 @@ def hooked_outputs(run: Callable[[], Tensor], modules: Mapping[str, Hooked], lay
                     f"{name} ({type(module).__name__}) returns {shape} for {B} prompts of {T} tokens; "
                     "expected a tensor [B, T, D]: hook a decoder block or a module inside one"
                 )
-            outputs[name] = place.gathered(hidden).clone()  # what comes next may write into it
+            outputs[name] = place.gathered(hidden).clone()  # a copy, because the next module may write into it
 
         return after
 

@@ -15,7 +15,7 @@ import transformers
 from fisher_vmap.data.datasets import spelt_as_path
 from fisher_vmap.errors import UserError
 from fisher_vmap.kernels.quantized import quantized_linears
-from fisher_vmap.model.offload import put_aside
+from fisher_vmap.model.offload import is_offloaded
 from fisher_vmap.model.wrappers import why_not_in_modules
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
         import peft
     except ImportError as error:
         raise UserError(f"the adapter in {adapter} needs the package peft: pip install 'fisher_vmap[peft]'") from error
-    if put_aside(model):
+    if is_offloaded(model):
         raise UserError(
             f"{type(model).__name__} does not fit in memory, so that the adapter in {adapter} cannot be merged into "
             "it; merge the two first, and give the merged model"

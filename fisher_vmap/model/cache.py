@@ -1,8 +1,8 @@
-"""What is remembered of a model: it is kept in the model itself, so that it lives and dies with it.
+"""`Remembered`: values remembered for a model, stored in the model itself so that they are freed with it.
 
-A mapping from models to values beside the models, weak keys or not, holds its values. Values of this package hold
-modules of their model, and a module's hooks may hold the model: such a mapping would keep its own key alive for good.
-What the model itself holds is a circle at worst, which Python's collector frees.
+A separate mapping from models to values would hold its values, even with weak keys. Values of this package hold modules
+of their model, and a module's hooks may hold the model, so the mapping would keep its own keys alive forever. A value
+stored in the model can at worst form a reference cycle, which Python's garbage collector frees.
 """
 
 import threading
@@ -13,44 +13,41 @@ from torch import nn
 
 Value = TypeVar("Value")
 
-NAME = "_fisher_vmap"  # of the attribute
+NAME = "_fisher_vmap"  # the model's attribute
 _MAKING = threading.Lock()
 
 
 class _Kept:
-    """All that is remembered of one model. A copy of the model begins with nothing: a copy of this is an empty dict."""
+    """All that is remembered for one model. A copy of it is an empty dict: a copied model starts with nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.of = weakref.ref(model)
         self.values: dict[Any, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, copy and deepcopy: what they make of it needs nothing of this package, and is not used again."""
+        """For pickle, copy and deepcopy: an empty dict, which can be loaded without this package."""
         return dict, ()
 
 
 class Remembered(Generic[Value]):
-    """One thing that is remembered of models: a mapping from each model to its value, which holds on to no model.
+    """A mapping from models to values that keeps no model alive.
 
-    A model's state_dict, its copies and what is saved of it are without it.
+    The values are not part of a model's state_dict, its copies or what is saved of it.
     """
 
     def get(self, model: nn.Module) -> Value | None:
-        """The value of a model; None: there is none."""
+        """The value of a model, or None."""
         kept = _kept_of(model)
         return None if kept is None else kept.values.get(self)
 
     def setdefault(self, model: nn.Module, value: Value) -> Value:
-        """The value of a model; where there is none, this one from now on. Threads all get the same."""
+        """The value of a model; if there is none, store this one. All threads get the same value."""
         with _MAKING:
-            kept = _kept_of(model)
-            if kept is None:
-                kept = vars(model)[NAME] = _Kept(model)
-            found: Value = kept.values.setdefault(self, value)
+            found: Value = _made(model).values.setdefault(self, value)
         return found
 
     def pop(self, model: nn.Module, default: Value | None = None) -> Value | None:
-        """Forget the value of a model, and return it; the default where there is none."""
+        """Remove the value of a model and return it, or the default if there is none."""
         kept = _kept_of(model)
         return default if kept is None else kept.values.pop(self, default)
 
@@ -66,12 +63,16 @@ class Remembered(Generic[Value]):
 
     def __setitem__(self, model: nn.Module, value: Value) -> None:
         with _MAKING:
-            if (kept := _kept_of(model)) is None:
-                kept = vars(model)[NAME] = _Kept(model)
-            kept.values[self] = value
+            _made(model).values[self] = value
 
 
 def _kept_of(model: nn.Module) -> _Kept | None:
-    """What is kept in a model; None where that is another model's: a shallow copy has all attributes of the first."""
+    """The values stored in a model; None if they are another model's, as in a shallow copy, which has them too."""
     kept = vars(model).get(NAME)
     return kept if isinstance(kept, _Kept) and kept.of() is model else None
+
+
+def _made(model: nn.Module) -> _Kept:
+    if (kept := _kept_of(model)) is None:
+        kept = vars(model)[NAME] = _Kept(model)
+    return kept

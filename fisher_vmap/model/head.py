@@ -1,6 +1,6 @@
 """The head, from the last block's output to the logits, in float32: final norm, unembedding, function of each logit.
 
-Its unembedding is the one tensor of the size of the vocabulary: what is summed over all tokens is summed in one pass.
+The unembedding is the only tensor of the vocabulary's size, so all sums over the vocabulary share one pass over it.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.model.offload import weights_at_hand
+from fisher_vmap.model.offload import weights_on_device
 from fisher_vmap.model.widening import widened
 
-VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of the unembedding, upcast at a time: on a CPU in its cache
+VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # unembedding elements upcast at a time: fit a CPU's cache
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
 
 
 class Rest(NamedTuple):
-    """What is summed beside the mean over all tokens: the same over all but some of them.
+    """A request for sums over all tokens except some.
 
     Attributes:
         without: the tokens left out: this many of the likeliest, or their ids, [B, K].
-        signs: [B, S, V] int8, of S random sums; None: none.
+        signs: [B, S, V] int8, the signs of S random sums; None: none.
     """
 
     without: int | Tensor
@@ -31,7 +31,7 @@ class Rest(NamedTuple):
 
 
 class RestSums(NamedTuple):
-    """Sums over the tokens that are not left out, q = p / sum p among them.
+    """Sums over the tokens that are not left out; q = p / (sum of p over them).
 
     Attributes:
         mean: [B, D'], sum_v q_v phi'_v W_v.
@@ -45,14 +45,14 @@ class RestSums(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What one pass over the unembedding W gives; p = softmax(z), and phi' is the slope of what is done to the logits.
+    """The results of one pass over the unembedding W; p = softmax(z), and phi' is the derivative of `Phi`.
 
     Attributes:
         z: [B, V], the logits.
         log_normaliser: [B, 1], log sum exp z.
         mean: [B, D'], sum_v p_v phi'_v W_v.
-        slope: [B, V], phi'; None where it is 1.
-        rest: the sums over the rest, where they are asked for.
+        slope: [B, V], phi'; None if it is 1 everywhere.
+        rest: the sums over the rest, if asked for.
     """
 
     z: Tensor
@@ -70,7 +70,7 @@ class Phi:
     cap: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Z, of the shape of x."""
+        """The logits z for the unembedding's output x, of the same shape."""
         x = x * self.scale if self.scale != 1.0 else x
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
@@ -78,19 +78,19 @@ class Phi:
         """dz/dx, of the shape of x; None when it is 1 everywhere."""
         if self.cap is None:
             return None if self.scale == 1.0 else torch.full_like(x, self.scale)
-        # Not 1 - (z / cap)^2, which cancels where the cap bites.
+        # Not scale (1 - (z / cap)^2), which cancels near the cap.
         return self.scale / torch.cosh(self.scale * x / self.cap) ** 2
 
 
 @dataclass(frozen=True)
 class UnembeddingHead:
-    """A head of the common kind: final norm, unembedding, and a function of each logit.
+    """The usual head: final norm, unembedding, and a function of each logit.
 
     Attributes:
         norm: the modules between the last block and the unembedding as a function [N, D] -> [N, D'], on float32 rows.
         unembedding: the module with W, [V, D'], of any dtype, and a bias [V] or None. W is upcast a chunk of the
             vocabulary at a time.
-        phi: what the model does to its logits afterwards.
+        phi: the function that the model applies to each logit afterwards.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -99,31 +99,32 @@ class UnembeddingHead:
 
     @property
     def weight(self) -> Tensor:
-        """W, [V, D'], as it is now; fetched, where it is put aside, unless it is at hand."""
-        with weights_at_hand(self.unembedding):
+        """W, [V, D'], as it is now; fetched if it is offloaded and not on the device."""
+        with weights_on_device(self.unembedding):
             return self.unembedding.weight.detach()
 
     @property
     def bias(self) -> Tensor | None:
         """[V], as it is now."""
-        with weights_at_hand(self.unembedding):
+        with weights_on_device(self.unembedding):
             bias: Tensor | None = self.unembedding.bias
             return None if bias is None else bias.detach()
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
-        """Within the context no weight of the head is put aside, and none of what the norm runs is too narrow."""
+    def on_device(self) -> Iterator[None]:
+        """Within the context the head's weights are on the device, and the weights that the norm runs are widened."""
         chain = getattr(self.norm, "chain", ())
-        with weights_at_hand(self.unembedding, *chain), widened(*chain, *getattr(self.norm, "runs", ())):
+        with weights_on_device(self.unembedding, *chain), widened(*chain, *getattr(self.norm, "runs", ())):
             yield
 
     def sums(self, normed_BD: Tensor, rest: Rest | None = None) -> Sums:
-        """Everything of size V, in one pass over the unembedding.
+        """All sums over the vocabulary, in one pass over the unembedding.
 
-        Each chunk of W is upcast once and serves every product. Sums are kept relative to the largest logit so far, as
-        in an online softmax.
+        Each chunk of W is upcast once for all products. Sums are relative to the largest logit so far, as in an online
+        softmax.
         """
-        x_BD, B = _at_least_rows(normed_BD), len(normed_BD)
+        B = len(normed_BD)
+        x_BD = torch.cat([normed_BD, normed_BD[:1].expand(max(0, MIN_ROWS - B), -1)])
         V, width = self.weight.shape
         z_BV = x_BD.new_empty(len(x_BD), V)
         slope_BV = None if self.phi == Phi() else torch.empty_like(z_BV)
@@ -145,7 +146,7 @@ class UnembeddingHead:
         return Sums(z_BV, log_normaliser_B1, mean_BD, slope_BV, found)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The unembedding in rows of the vocabulary, each chunk upcast: (where, [v, D'])."""
+        """Chunks of the unembedding's rows, upcast: (slice of the vocabulary, [v, D'])."""
         weight = self.weight
         V, D = weight.shape
         size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(weight.device.type, 2**22) // D)
@@ -155,16 +156,16 @@ class UnembeddingHead:
 
 @dataclass(frozen=True)
 class LogitsHead:
-    """A head that is not of the common kind: its input is the logits that the model itself made, [B, V]."""
+    """The head of models without an `UnembeddingHead`: its input is the logits, [B, V], from the model itself."""
 
 
 Head = UnembeddingHead | LogitsHead
 
 
 class _OnlineSums:
-    """sum_v e^(z_v) r_v and sum_v x_v e^(z_v / 2) r_v over rows r_v that come in pieces, x random signs.
+    """sum_v e^(z_v) r_v and sum_v x_v e^(z_v / 2) r_v over rows r_v that arrive in pieces; x are random signs.
 
-    They are relative to the largest logit so far, and wider than the rows: float64 where there is one.
+    The sums are relative to the largest logit so far, and in float64 if the device has it.
     """
 
     def __init__(self, x_BD: Tensor, width: int, signs: int = 0) -> None:
@@ -174,14 +175,8 @@ class _OnlineSums:
         self.mass_Bm1 = x_BD.new_zeros(B, 1 + signs, 1, dtype=wide)
         self.sum_BmD = x_BD.new_zeros(B, 1 + signs, width, dtype=wide)
 
-    def add(
-        self,
-        z_Bv: Tensor,
-        slope_Bv: Tensor | None,
-        rows: Tensor,
-        signs_BSv: Tensor | None = None,
-    ) -> None:
-        """Take one piece, its rows [v, D'], or each prompt's own, [B, v, D']."""
+    def add(self, z_Bv: Tensor, slope_Bv: Tensor | None, rows: Tensor, signs_BSv: Tensor | None = None) -> None:
+        """Add one piece, with rows [v, D'], or [B, v, D'] if each prompt has its own."""
         top_B1 = torch.maximum(self.top_B1, z_Bv.amax(1, keepdim=True))
         at_B1 = torch.where(top_B1.isneginf(), 0, top_B1)
         shrink_Bm1 = (self.top_B1 - at_B1).exp_()[:, :, None].to(self.mass_Bm1.dtype)
@@ -196,7 +191,7 @@ class _OnlineSums:
         self.top_B1 = top_B1
 
     def log_mass(self) -> Tensor:
-        """Log sum_v e^(z_v), [B, 1]."""
+        """The log of sum_v e^(z_v), [B, 1]."""
         return self.top_B1 + self.mass_Bm1[:, 0].log().to(self._kind)
 
     def mean(self) -> Tensor:
@@ -205,10 +200,10 @@ class _OnlineSums:
 
 
 class _RestPass:
-    """The sums over all tokens but some, in the pass that finds out which.
+    """The sums over all tokens except some, in the same pass that finds out which.
 
-    What is left out is never added, since what the others have would cancel where those hold almost everything. The
-    likeliest tokens are known at the end only: of each chunk its own likeliest wait until then.
+    Tokens that are left out are never added, because subtracting them later would cancel where they hold almost all
+    probability. The likeliest tokens are known only at the end, so the likeliest of each chunk wait until then.
     """
 
     def __init__(self, rest: Rest, normed_BD: Tensor, width: int) -> None:
@@ -217,7 +212,7 @@ class _RestPass:
         self._sums = _OnlineSums(normed_BD, width, 0 if rest.signs is None else rest.signs.shape[1])
 
     def add(self, where: slice, z_Bv: Tensor, slope_Bv: Tensor | None, weight_vD: Tensor) -> None:
-        """Take one chunk of the vocabulary."""
+        """Add one chunk of the vocabulary."""
         if not isinstance(self._without, int):
             at_BK = self._without.to(z_Bv.device) - where.start
             inside_BK = (at_BK >= 0) & (at_BK < z_Bv.shape[1])
@@ -231,7 +226,7 @@ class _RestPass:
         self._sums.add(z_Bv, slope_Bv, weight_vD, signs_BSv)
 
     def finished(self, z_BV: Tensor, slope_BV: Tensor | None, weight: Tensor, log_normaliser_B1: Tensor) -> RestSums:
-        """The sums, with those tokens that waited and stay."""
+        """The sums, after adding the waiting tokens that are not left out."""
         left_BK = likeliest(z_BV, self._without) if self._waiting and isinstance(self._without, int) else None
         for ids_Bk in self._waiting:
             assert left_BK is not None
@@ -250,10 +245,10 @@ class _RestPass:
 
 
 def likeliest(z_BV: Tensor, top_k: int) -> Tensor:
-    """The ids of the top_k largest entries of each row, [B, K], largest first; equal ones in the order of their ids."""
+    """The ids of the top_k largest entries of each row, [B, K], largest first; equal entries ordered by id."""
     values_BK, ids_BK = z_BV.topk(top_k)
     smallest_B1 = values_BK[:, -1:]
-    crowded_B = (z_BV >= smallest_B1).sum(1) > top_k  # a tie across the edge: topk may have kept any of them
+    crowded_B = (z_BV >= smallest_B1).sum(1) > top_k  # a tie for the last place, which topk breaks arbitrarily
     for b in crowded_B.nonzero().flatten().tolist():
         ids_BK[b] = torch.cat([(z_BV[b] > smallest_B1[b]).nonzero(), (z_BV[b] == smallest_B1[b]).nonzero()])[:top_k, 0]
     ids_BK = ids_BK.sort(1).values
@@ -265,8 +260,3 @@ def check_top_k(top_k: int, vocabulary: int) -> None:
     """Raise ValueError unless 1 <= top_k <= V."""
     if not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k is {top_k}; expected 1 to {vocabulary}, the size of this model's vocabulary")
-
-
-def _at_least_rows(x_BX: Tensor) -> Tensor:
-    missing = MIN_ROWS - len(x_BX)
-    return x_BX if missing <= 0 else torch.cat([x_BX, x_BX[:1].expand(missing, -1)])

@@ -1,15 +1,13 @@
-"""Which modules of a model are its decoder blocks, and which others can be hooked: found by watching one forward pass.
+"""Finds a model's decoder blocks, and the other modules that can be hooked, by watching one forward pass.
 
-A model may hold several lists of modules: towers for images and sound, experts, two stacks side by side. Its decoder
-blocks are the largest list of those whose entries are called on a prompt of plain tokens and return a row for each of
-them. A list inside such an entry (experts, say) is not looked at.
+A model may hold several lists of modules: towers for images and sound, experts, parallel stacks. Its decoder blocks are
+the largest list whose entries are called on a prompt of plain tokens and return a row for each of them. Lists inside
+such an entry (experts, for example) do not count.
 
-Where the output of a module has its prompts and its positions, and how a bias is added to it.
+The output of a module is nearly always [B, T, D]. Some models carry several residual streams, [S, B, T, D] or
+[B, T, S, D]: the bias, one vector of width D for each prompt and position, is then added to each of the S (`Place`).
 
-Nearly always it is [B, T, D]. Some models carry several residual streams side by side, [S, B, T, D] or [B, T, S, D]:
-the bias, one vector of width D for each prompt and position, is then added to each of the S.
-
-Does a model look back only? All of the package rests on it: what stands to the right of a token must not matter.
+The whole package relies on causality: the results at a token must not depend on tokens to its right (`sees_ahead`).
 """
 
 import difflib
@@ -22,15 +20,17 @@ from torch import Tensor, nn
 
 from fisher_vmap.errors import listed
 from fisher_vmap.model.cache import Remembered
-from fisher_vmap.model.offload import input_device, saved_aside
+from fisher_vmap.model.offload import input_device, small_graph
 from fisher_vmap.model.patches import autocast_off, own_forwards
 from fisher_vmap.model.recording import forward_inputs, hooks, output_of
 from fisher_vmap.model.validation import PositionTables, is_out_of_memory, listed_layers
 from fisher_vmap.model.wrappers import hooks_off
 
+PROMPTS, TOKENS = 5, 7  # of the watched forward pass: sizes that no other dimension of an output should have
+
 
 class Place(NamedTuple):
-    """The dimensions of B and of T in a tensor of so many dimensions whose last is D."""
+    """Which dimensions of a tensor are B and T; its last dimension is D."""
 
     prompts: int
     positions: int
@@ -69,28 +69,19 @@ class Hooked(NamedTuple):
 
 
 def place_of(shape: torch.Size, B: int, T: int) -> Place | None:
-    """Where an output of this shape has B prompts and T positions; None where it does not, or where it is not clear.
-
-    Args:
-        shape: of a module's output.
-        B: the number of prompts, and T of tokens, sizes that no other dimension has by chance.
-        T: see B.
-    """
+    """Where an output of this shape has B prompts and T positions; None if there are none or this is ambiguous."""
     dims = range(len(shape) - 1)
     found = [Place(b, t, len(shape)) for b in dims for t in dims if b != t and shape[b] == B and shape[t] == T]
-    if len(found) != 1 or shape[-1] == T:  # attention weights, [B, H, T, T], have no width of their own
+    if len(found) != 1 or shape[-1] == T:  # attention weights, [B, H, T, T], have no width D
         return None
     return found[0]
-
-
-TOKENS = 5
 
 
 def sees_ahead(model: Any) -> bool:
     """Whether the first token's logits depend on later tokens.
 
-    Told by the gradient with respect to the embedded tokens, which is zero to the bit where there is no path: what an
-    encoder sees of later tokens may be little. A model without a gradient there is told by the logits themselves.
+    Decided by the gradient with respect to the embedded tokens, which is exactly zero if there is no path, however weak
+    a path may be. For a model without a gradient there, decided by changing the later tokens.
     """
     embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     ids = torch.arange(1, TOKENS + 1, device=input_device(model))[None]
@@ -101,15 +92,15 @@ def sees_ahead(model: Any) -> bool:
         if embedded or not isinstance(output, Tensor) or place_of(output.shape, 1, TOKENS) is None:
             return output
         embedded.append(output.detach().requires_grad_())
-        return embedded[0].clone()  # a copy: what comes next may write into it
+        return embedded[0].clone()  # a copy, because the next module may write into it
 
     if isinstance(embedding, nn.Module):
-        with torch.enable_grad(), saved_aside(model), hooks(embedding.register_forward_hook(cut)):
+        with torch.enable_grad(), small_graph(model), hooks(embedding.register_forward_hook(cut)):
             gradient = _gradient(model, ids, embedded)
         if gradient is not None:
             place = place_of(gradient.shape, 1, TOKENS)
             assert place is not None
-            return bool((place.gathered(gradient)[0, 1:].abs() > 0).any())  # false for NaN: a prompt's own matter
+            return bool((place.gathered(gradient)[0, 1:].abs() > 0).any())  # false for NaN, which proves no path
     with torch.no_grad():
         changed = torch.cat([ids[:, :1], ids[:, 1:].flip(1)], 1)
         one, other = (model(**forward_inputs(model, x)).logits[0, 0] for x in (ids, changed))
@@ -118,7 +109,7 @@ def sees_ahead(model: Any) -> bool:
 
 
 def _gradient(model: Any, ids: Tensor, embedded: list[Tensor]) -> Tensor | None:
-    """That of the first token's logits with respect to the embedded tokens; None where there is none to be had."""
+    """The gradient of the first token's logits with respect to the embedded tokens; None if it cannot be computed."""
     try:
         first = model(**forward_inputs(model, ids)).logits[0, 0]
         if not embedded or not first.requires_grad:
@@ -127,23 +118,20 @@ def _gradient(model: Any, ids: Tensor, embedded: list[Tensor]) -> Tensor | None:
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
-        return None  # a model that cannot be differentiated is told so later, by its layer
-
-
-PROMPTS, TOKENS = 5, 7  # of the forward pass that is watched: sizes that no other dimension of an output should have
+        return None  # a model that cannot be differentiated is reported later, for its hooked layer
 
 
 class Layers(NamedTuple):
-    """What can be hooked in a model.
+    """The modules of a model that can be hooked.
 
     Attributes:
-        blocks: its decoder blocks by name, in their order, those alone that are called.
-        names: the names of all entries of their list, called or not: a layer's number counts these.
+        blocks: the decoder blocks that are called, by name, in their order.
+        names: the names of all entries of their list, called or not; layer numbers count these.
         places: for each module that can be hooked, where its output has prompts and positions.
         others: for each other module that is called, what it returns, in words.
-        positions: the most tokens that its table of positions has room for; None: it has none, such as a rotary one.
+        positions: how many tokens its table of positions has rows for; None: it has no table (rotary, for example).
         vocabulary: V, the number of logits.
-        made_of: what the model was made of when it was looked at.
+        made_of: a hash of the model's modules when it was watched.
     """
 
     blocks: dict[str, nn.Module]
@@ -159,10 +147,10 @@ _LAYERS: Remembered[Layers] = Remembered()
 
 
 def layers_of(model: nn.Module) -> Layers:
-    """What can be hooked in the model; looked at once, and again when its modules have changed.
+    """The modules that can be hooked; found once, and again after the model's modules have changed.
 
     Raises:
-        ValueError: the model takes no plain tokens, gives no logits, or has no list of decoder blocks.
+        ValueError: the model does not run on plain tokens, returns no logits, or has no list of decoder blocks.
     """
     with own_forwards(model):
         made_of = hash(tuple((name, id(module)) for name, module in model.named_modules()))
@@ -197,8 +185,8 @@ def _look(model: nn.Module, made_of: int) -> Layers:
             module.training = True
     if ahead:
         raise ValueError(
-            f"{type(model).__name__} sees later tokens from earlier ones; expected a causal LM, whose attention looks "
-            "back only"
+            f"{type(model).__name__} sees later tokens from earlier ones; expected a causal LM, whose attention only "
+            "looks back"
         )
     stack = _stack(model, places)
     if stack is None:
@@ -210,15 +198,15 @@ def _look(model: nn.Module, made_of: int) -> Layers:
     names = [f"{stack}.{i}" for i in range(len(modules[stack]))]  # type: ignore[arg-type]
     blocks: dict[str, nn.Module] = {}
     for name in names:
-        if name in places and modules[name] not in blocks.values():  # one module may stand in several places
+        if name in places and modules[name] not in blocks.values():  # one module may have several names
             blocks[name] = modules[name]
     return Layers(blocks, names, places, others, positions, vocabulary, made_of)
 
 
 def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str], int | None, int]:
-    """The places of all modules that return one row a token, what the others return, the room for positions, and V.
+    """`places`, `others`, `positions` and `vocabulary` of `Layers`, from one forward pass.
 
-    In one forward pass. The tokens are nothing but zeros: what is looked at is shapes.
+    Only shapes matter, so all tokens are 0.
     """
     ids = torch.zeros(PROMPTS, TOKENS, dtype=torch.int64, device=input_device(model))
     found: dict[int, Place] = {}
@@ -257,10 +245,10 @@ def _watch(model: nn.Module) -> tuple[dict[str, Place], dict[str, str], int | No
 
 
 def _stack(model: nn.Module, places: dict[str, Place]) -> str | None:
-    """The name of the list of decoder blocks; where there is no list, of a sequence of modules of one kind."""
+    """The name of the list of decoder blocks, or else of an `nn.Sequential` of modules of one class."""
     for container in (nn.ModuleList, nn.Sequential):
         sizes: dict[str, int] = {}
-        for name, module in model.named_modules():  # outer ones come first
+        for name, module in model.named_modules():  # outer modules come first
             if not isinstance(module, container) or any(_inside_an_entry(name, other, places) for other in sizes):
                 continue
             called = [entry for i, entry in enumerate(module) if f"{name}.{i}" in places]
@@ -279,11 +267,12 @@ def _inside_an_entry(name: str, stack: str, places: dict[str, Place]) -> bool:
 
 
 def resolve_layers(model: nn.Module, wanted: str | int | Sequence[str | int]) -> list[str]:
-    """Names of modules for what the user wrote: a name, a number (negative from the top), a list of these, or "all".
+    """Names of modules from the user's names and numbers (negative counts from the top), a list of these, or "all".
 
     Raises:
         ValueError: a name or number that the model does not have (the message names the nearest and what can be
-            hooked), one that is never called or returns no row a token, one given twice, or neither name nor number.
+            hooked), one that is never called or does not return a row for each token, one given twice, or an entry
+            that is neither a name nor a number.
     """
     entries = listed_layers(wanted)
     found = layers_of(model)
@@ -323,9 +312,9 @@ def resolve_layers(model: nn.Module, wanted: str | int | Sequence[str | int]) ->
 
 
 def _hookable(found: Layers) -> str:
-    """What can be hooked, in words: a block's parts once, with N for the number of the block."""
+    """What can be hooked, in words: the parts of a block once, with N for the number of the block."""
     stack = found.names[0].rpartition(".")[0]
     inside = re.compile(re.escape(stack) + r"\.\d+")
     shown = list(dict.fromkeys(inside.sub(f"{stack}.N", name) for name in found.places))
-    shown.sort(key=lambda name: name.count("."))  # outer ones first, those of one depth in the model's order
+    shown.sort(key=lambda name: name.count("."))  # outer modules first; the sort is stable
     return f"what can be hooked: {listed(shown, 20)} (N from 0 to {len(found.names) - 1})"

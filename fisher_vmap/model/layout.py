@@ -1,18 +1,16 @@
-"""Rotary embeddings whose frequencies depend on the longest prompt of the batch: such prompts are computed alone.
+"""`Layout`: a batch of prompts of unequal length as the model sees it. `Group`: packed prompts that attend together.
 
-"dynamic" and "longrope" scaling switch frequencies where a sequence is longer than the model was first trained on, for
-the whole batch. A prompt's scores must not depend on its neighbours, so one that is longer goes by itself.
+padded    [B, T], no attention mask: each prompt on the left, padding on the right. In a causal model nothing to the
+          right of a token affects it, so this is right for every model, recurrent ones included.
+packed    [1, N], no attention mask: all prompts end to end, without padding. Each has its own position ids, and the
+          attention knows where each begins. Right if positions interact in attention only, which the probe proves.
+given     [B, T] with the attention mask, as in the caller's tensor: for models with hooks that depend on it.
 
-How a batch of prompts of unequal length is laid out for the model, without an attention mask.
+To the rest of the package all three are rows of tokens, of which prompt b owns a contiguous range.
 
-padded    [B, T]: each prompt on the left, padding on the right. What stands to the right of a token
-          is inert in a causal model, so this holds for every model, recurrent ones included.
-packed    [1, N]: all prompts end to end, without padding; each has its own position ids, and the attention is told
-          where each begins. It holds where positions meet in attention alone; the probe proves it before it is used.
-
-given     [B, T] with its attention mask, as the caller's tensor has it: for models with hooks that depend on that.
-
-All are one thing to the rest of the package: rows of tokens, of which prompt b owns a contiguous range.
+The frequencies of some rotary embeddings depend on the longest prompt of the batch: "dynamic" and "longrope" scaling
+switch them for the whole batch if a sequence is longer than in the model's original training. A prompt's scores must
+not depend on the rest of its batch, so such a prompt is computed alone (`batches_apart`).
 """
 
 from collections.abc import Sequence
@@ -24,9 +22,16 @@ from torch import Tensor, nn
 
 from fisher_vmap.model.validation import check_tensor
 
+PADDING = 1.25  # a group's padded rows may be this many times its real rows
+# Prompts of this many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
+ALONE_FROM = {"cpu": 24}
+SCALED_BY_LENGTH = {"dynamic", "longrope"}
+
+Record = TypeVar("Record", bound=NamedTuple)
+
 
 class Given(NamedTuple):
-    """What the caller gave: [B, T] each."""
+    """The caller's tensors, [B, T] each."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -36,17 +41,17 @@ class Layout(NamedTuple):
     """Prompts as the model sees them. Rows are counted through all of `input_ids`, flattened.
 
     Attributes:
-        input_ids: [b, T] int64 with b = B, or b = 1 where packed. Padding repeats a prompt's own last token.
-        position_ids: [1, T] where prompts are packed, else None: the model's own are right.
+        input_ids: [b, T] int64 with b = B, or b = 1 if packed. Padding repeats a prompt's own last token.
+        position_ids: [1, N] if packed, else None: the model's own are right.
         lengths: the number of real tokens of each prompt.
         first_row: the row of each prompt's first token.
-        start: the column of the caller's tensor in which each prompt began.
+        start: the column in which each prompt begins in the caller's tensor.
         width: the number of columns of the caller's tensor.
-        given: the caller's own tensors; None where these prompts are not all of theirs.
-        attention_mask: [B, T] where the model is to be told one: of prompts that stand as they were given.
+        given: the caller's tensors; None if these are only some of the caller's prompts.
+        attention_mask: [B, T], the mask to give to the model, for prompts laid out as given; else None.
         positions: where the bias is added: "all", "last" (each prompt's last token), or a mask [B, width] in the
             caller's columns.
-        targets: for each prompt the positions whose next-token distribution is read; None: its last token alone.
+        targets: for each prompt the positions whose next-token distribution is read; None: its last token only.
     """
 
     input_ids: Tensor
@@ -62,12 +67,12 @@ class Layout(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether the prompts stand end to end in one row."""
+        """Whether the prompts are end to end in one row."""
         return self.position_ids is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens are."""
+        """The device of the tokens."""
         return self.input_ids.device
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -86,7 +91,7 @@ class Layout(NamedTuple):
         return torch.tensor(rows, device=device)
 
     def prompt_of_target(self, device: torch.device) -> Tensor | None:
-        """[M] int64, the prompt of each target; None where target b is prompt b's."""
+        """[M] int64, the prompt of each target; None if target b belongs to prompt b."""
         if self.targets is None:
             return None
         counts = torch.tensor([len(places) for places in self.targets], device=device)
@@ -97,18 +102,18 @@ class Layout(NamedTuple):
         return x_bTD.flatten(0, 1)[self.target_rows(x_bTD.device)]
 
     def fields_of(self, x_bTKD: Tensor) -> Tensor:
-        """[K, M, D]: the rows of the targets, of [b, T, K, D]."""
+        """[K, M, D]: the rows of the targets in [b, T, K, D]."""
         return self.targets_of(x_bTKD).transpose(0, 1)
 
     def at_targets(self, rows_KMD: Tensor) -> Tensor:
-        """[b, T, K, D], zero but for the rows given, [K, M, D], at the targets."""
+        """[b, T, K, D]: the given rows at the targets, zero elsewhere."""
         K, _, D = rows_KMD.shape
         out_NKD = rows_KMD.new_zeros(self.input_ids.numel(), K, D)
         out_NKD[self.target_rows(rows_KMD.device)] = rows_KMD.transpose(0, 1)
         return out_NKD.view(*self.input_ids.shape, K, D)
 
     def bias_mask(self) -> Tensor | None:
-        """[N] of 0 and 1, the rows where the bias is added; None for every one."""
+        """[N] of 0 and 1, the rows where the bias is added; None: all of them."""
         if isinstance(self.positions, Tensor):
             return self.from_caller((self.positions.to(self.device) != 0).float())
         if self.positions == "all":
@@ -118,7 +123,7 @@ class Layout(NamedTuple):
         return mask_N
 
     def at_bias(self, rows_BKD: Tensor) -> Tensor:
-        """[b, T, K, D]: each prompt's rows at all positions where the bias is added; zero elsewhere."""
+        """[b, T, K, D]: each prompt's rows at every position where the bias is added, zero elsewhere."""
         out_NKD = rows_BKD.new_zeros(self.input_ids.numel(), *rows_BKD.shape[1:])
         for b, (first, stop) in enumerate(self.ranges()):
             out_NKD[first:stop] = rows_BKD[b]
@@ -131,7 +136,7 @@ class Layout(NamedTuple):
         return torch.stack([x_NKD[start:stop].sum(0, dtype=dtype) for start, stop in self.ranges()])
 
     def to_caller(self, x_N: Tensor) -> Tensor:
-        """[B, width]: a number for each row, moved to where the caller's tensor had its token; zero at padding."""
+        """[B, width]: one number per row, moved to its token's place in the caller's tensor; zero at padding."""
         out_BW = x_N.new_zeros(len(self.lengths), self.width)
         for b, (first, stop) in enumerate(self.ranges()):
             out_BW[b, self.start[b] : self.start[b] + stop - first] = x_N[first:stop]
@@ -209,7 +214,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None, positions: str | T
 
 
 def _check_positions(positions: str | Tensor, layout: Layout) -> None:
-    """Raise ValueError unless a bias can be added there."""
+    """Raise ValueError unless `positions` is valid for the layout."""
     if isinstance(positions, Tensor):
         expected = (len(layout.lengths), layout.width)
         if positions.shape != expected:
@@ -236,7 +241,7 @@ def alone(layout: Layout, b: int) -> Layout:
 
 
 def as_given(layout: Layout) -> Layout:
-    """The same prompts where the caller's tensor has them, with its attention mask."""
+    """The same prompts laid out as in the caller's tensor, with its attention mask."""
     assert layout.given is not None
     ids, mask = layout.given
     first_rows = tuple(b * layout.width + start for b, start in enumerate(layout.start))
@@ -251,24 +256,18 @@ def pack_rows(layout: Layout) -> Layout:
     return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)
 
 
-PADDING = 1.25  # a group's padded rows may be this many times its real ones
-# Prompts of so many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
-ALONE_FROM = {"cpu": 24}
-
-
 @dataclass(frozen=True)
 class Group:
     """Packed prompts that attend together, padded to the longest.
 
-    Only in attention does a packed batch know padding: a few products on a padded group take the place of many small
-    ones, a prompt each.
+    A packed batch is padded in attention only: a few products on padded groups replace many small ones, one a prompt.
 
     Attributes:
         rows: [b, T] int64, the row of each token; padding repeats the prompt's last row.
-        real: [b, T] bool.
+        real: [b, T] bool, False at padding.
         own: [n] int64, the rows of the real tokens, in the order of `real`.
         prompts: [b] int64, the number of each prompt in the batch.
-        single: [start, stop) where the group is one prompt, which needs no copy.
+        single: [start, stop) if the group is a single prompt, which needs no copy.
     """
 
     rows: Tensor
@@ -305,7 +304,7 @@ class Group:
             out[0, :, self.own] = x.transpose(0, 1)[:, self.real]
 
     def take_queries(self, x: Tensor) -> Tensor:
-        """[b, H, 1, ...] of the group, from [1, H, B, ...], a row a prompt."""
+        """[b, H, 1, ...] of the group, from [1, H, B, ...] with one row for each prompt."""
         return x[0, :, self.prompts].transpose(0, 1)[:, :, None]
 
     def put_queries(self, out: Tensor, x: Tensor) -> None:
@@ -314,7 +313,7 @@ class Group:
 
 
 def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
-    """Groups of the prompts [start, stop): similar lengths together, each prompt in one group."""
+    """Divide prompts, as rows [start, stop), into groups of similar length."""
     lengths = [stop - start for start, stop in ranges]
     groups: list[list[int]] = []
     alone_from = ALONE_FROM.get(device.type)
@@ -338,19 +337,15 @@ def _group(prompts: list[int], ranges: Sequence[tuple[int, int]], device: torch.
     return Group(rows, real, rows[real], torch.tensor(prompts, device=device), single)
 
 
-Record = TypeVar("Record", bound=NamedTuple)
-SCALED_BY_LENGTH = {"dynamic", "longrope"}
-
-
 def batches_apart(model: nn.Module, lengths: tuple[int, ...]) -> list[list[int]]:
-    """The prompts of a batch in groups that may share a forward pass; for most models one group."""
+    """The prompts of a batch in groups that may share a forward pass; for most models a single group."""
     limit = min((_limit(module) for module in _length_dependent(model)), default=max(lengths))
     together = [b for b, length in enumerate(lengths) if length <= limit]
     return ([together] if together else []) + [[b] for b, length in enumerate(lengths) if length > limit]
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Give the embeddings the frequencies of training again: they keep those of the longest sequence that they saw."""
+    """Reset rotary embeddings to the frequencies of training; they keep those of the longest sequence seen."""
     for module in _length_dependent(model):
         for name in [n for n in (*vars(module), *module._buffers) if n.endswith("original_inv_freq")]:
             kind = name.removesuffix("original_inv_freq")
@@ -361,7 +356,7 @@ def forget_lengths(model: nn.Module) -> None:
 
 
 def join_prompts(parts: list[Record], groups: list[list[int]]) -> Record:
-    """The record of a batch, tensors with a row a prompt, from those of its groups, in the batch's order."""
+    """The record of a batch from those of its groups: its tensors, one row per prompt, in the order of the batch."""
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([b for group in groups for b in group], device="cpu").argsort()
@@ -385,7 +380,7 @@ def _length_dependent(model: nn.Module) -> list[Any]:
 
 
 def _limit(module: Any) -> int:
-    """The longest sequence that has the frequencies of training."""
+    """The longest sequence that uses the frequencies of training."""
     parameters = getattr(module.config, "rope_parameters", None) or {}
     sets = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
     given = [p["original_max_position_embeddings"] for p in sets if p.get("original_max_position_embeddings")]

@@ -1,23 +1,15 @@
-"""Forwards that others have wrapped: torch.autocast, accelerate's mixed precision, torch.compile.
+"""Contexts that undo, during a call, what would break or slow down the derivatives of a model.
 
-A wrapper that autocasts would cast inside a call of this package, whose pullbacks count on the dtype; what is compiled
-can be transformed by `torch.func` no more. So for the time of a call the module's own forward stands in its place. Only
-wrappers are taken off that are known by the code that made them. Any other function is part of the model, the user's
-that autocasts as well; what is compiled further inside runs as it is written.
-
-What surrounds a call: autocast off, since the pullbacks count on the dtype, and one call at a time on a model.
-
-Autograd functions of the old form, which take `ctx` in their forward, in the form that torch.func can transform.
-
-`torch.func` needs forward and setup_context apart. The old forward is run for its output, and once more for what it
-leaves in its `ctx`; the old backward is as it was. For the time of one computation the new form stands in for the old.
-
-Mixture-of-experts layers, one expert at a time: the grouped product that takes all at once has no batching rule.
-
-Under `vmap` torch would run it once for each cotangent, and say so in a warning. An expert's own products have rules,
-and serve all cotangents of the tokens that were sent to it.
-
-torch.compile told to run everything as it is written: `torch.func` cannot transform what is compiled.
+* `one_at_a_time`: one call at a time on a model, since its parts are replaced during a call.
+* `autocast_off`: the pullbacks rely on the dtype.
+* `own_forwards`, `nothing_compiled`: wrappers by torch.autocast, accelerate's mixed precision and torch.compile are
+  taken off, because a wrapper that autocasts would change the dtype inside a call, and `torch.func` cannot transform
+  compiled code. Only wrappers recognised by the code that made them are taken off. Any other function is part of the
+  model, even a user's that autocasts. Functions compiled further inside run uncompiled.
+* `modernised`: old autograd functions take `ctx` in their forward; `torch.func` needs forward and setup_context apart.
+  The new form runs the old forward for its output, and once more for what it stores in `ctx`, and the old backward.
+* `experts_apart`: experts of a mixture run one at a time. The grouped product of all experts has no batching rule, so
+  `vmap` would run it once for each cotangent (with a warning). One expert's products serve all cotangents at once.
 """
 
 import sys
@@ -33,21 +25,37 @@ from torch.autograd import Function
 
 from fisher_vmap.model.cache import Remembered
 
+OldFunction = type[Function]
+
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+ONE_EXPERT = "eager"  # transformers' name of the implementation that runs one expert after another
+
+# What marks a wrapper: the module that its code is in, and the code's name; None: all of that module's.
+WRAPPERS = {
+    ("torch.amp.autocast_mode", "decorate_autocast"),
+    ("torch._dynamo.eval_frame", None),
+    ("torch._dynamo.external_utils", None),
+    ("accelerate.utils.operations", "forward"),
+}
+UNDER_ACCELERATE = "_old_forward"  # the attribute in which accelerate's device hooks keep the forward that they call
+OUTER_FIRST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+INNER_FIRST = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 _LOCKS: Remembered["threading.RLock"] = Remembered()
+# By module and attribute: the forward found there, and what it wraps. Kept, as a new method object would look changed.
+_OWN: Remembered[dict[tuple[nn.Module, str], tuple[Any, Any]]] = Remembered()
 
 
 @contextmanager
 def one_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Within the context no other thread computes on the model with this package: its parts are exchanged meanwhile."""
+    """Within the context no other thread computes on the model with this package."""
     with _LOCKS.setdefault(model, threading.RLock()):
         yield
 
 
 @contextmanager
 def autocast_off() -> Iterator[None]:
-    """Within the context, or the function that it decorates, no operation is cast to another dtype."""
+    """Within the context, or the decorated function, no operation is autocast to another dtype."""
     with ExitStack() as stack:
         for device in DEVICES:
             if torch.is_autocast_enabled(device):
@@ -55,11 +63,8 @@ def autocast_off() -> Iterator[None]:
         yield
 
 
-OldFunction = type[Function]
-
-
 class _Context:
-    """What an old forward and its backward see as `ctx`."""
+    """The `ctx` of an old forward and its backward."""
 
     def __init__(self, saved: Sequence[Tensor | None] = (), **attributes: Any) -> None:
         self.saved_tensors = tuple(saved)
@@ -69,24 +74,21 @@ class _Context:
         self.saved_tensors = tensors
 
     def attributes(self) -> dict[str, Any]:
-        """What the forward has put there by name."""
+        """The attributes set by the forward."""
         return {name: value for name, value in vars(self).items() if name != "saved_tensors"}
 
 
 def old_functions(model: nn.Module) -> list[OldFunction]:
-    """The autograd functions of the old form in the files that the model's modules are written in."""
+    """The old autograd functions in the Python modules that define the model's classes."""
     files = {type(module).__module__ for module in model.modules()}
     found = (value for file in sorted(files) if file in sys.modules for value in vars(sys.modules[file]).values())
-    return [value for value in found if isinstance(value, type) and issubclass(value, Function) and _is_old(value)]
-
-
-def _is_old(function: OldFunction) -> bool:
-    ours = function is not Function and not function.__module__.startswith("torch.")
-    return ours and function.setup_context is Function.setup_context
+    functions = (value for value in found if isinstance(value, type) and issubclass(value, Function))
+    own = (f for f in functions if f is not Function and not f.__module__.startswith("torch."))
+    return [f for f in own if f.setup_context is Function.setup_context]
 
 
 def modern(old: OldFunction) -> OldFunction:
-    """The same function in the form that torch.func can transform."""
+    """The same function in the form that `torch.func` can transform."""
 
     class Modern(Function):
         @staticmethod
@@ -110,7 +112,7 @@ def modern(old: OldFunction) -> OldFunction:
 
 @contextmanager
 def modernised(functions: Iterable[OldFunction]) -> Iterator[None]:
-    """Within the context the functions given are called in their new form."""
+    """Within the context these functions are called in their new form."""
     swapped = []
     try:
         for function in functions:
@@ -122,20 +124,17 @@ def modernised(functions: Iterable[OldFunction]) -> Iterator[None]:
             del function.apply
 
 
-ONE_AT_A_TIME = "eager"
-
-
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Within the context the model's experts run one after another, whatever the model was told before."""
-    # The attribute behind the property, which would change nested configurations as well.
+    """Within the context the model's experts run one after another, regardless of its configuration."""
+    # The attribute behind the property: setting the property would change nested configurations as well.
     name = "_experts_implementation_internal"
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if getattr(config, name, None) is not None}
     before = [(config, getattr(config, name)) for config in configs.values()]
     try:
         for config, _ in before:
-            setattr(config, name, ONE_AT_A_TIME)
+            setattr(config, name, ONE_EXPERT)
         yield
     finally:
         for config, value in before:
@@ -143,7 +142,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
 
 
 class _Calls:
-    """How many calls of this package are running, in all threads, and what the last of them has to undo."""
+    """How many calls of this package are running, in all threads, and the stance that the last of them resets."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -156,11 +155,11 @@ _CALLS = _Calls()
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Within the context functions that are compiled run as they are written, in every thread; afterwards as before.
+    """Within the context compiled functions run uncompiled, in every thread.
 
-    The setting is one of the process: threads that were to set it back one by one would leave it on.
+    The setting belongs to the process, so only the last thread to leave resets it; otherwise it could stay on.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled: it takes a second to load
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; importing it takes a second
         yield
         return
     with _CALLS.lock:
@@ -177,27 +176,11 @@ def nothing_compiled() -> Iterator[None]:
                 _CALLS.stance = None
 
 
-# What marks a wrapper: the module that its code is in, and the code's name; None: all of that module's.
-WRAPPERS = {
-    ("torch.amp.autocast_mode", "decorate_autocast"),
-    ("torch._dynamo.eval_frame", None),
-    ("torch._dynamo.external_utils", None),
-    ("accelerate.utils.operations", "forward"),
-}
-UNDER_ACCELERATE = "_old_forward"  # where accelerate's device hooks keep the forward that they call
-OUTER_FIRST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-INNER_FIRST = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-
-# By module and attribute: the forward that was found there, and what it wraps. A method made anew would look changed.
-_OWN: Remembered[dict[tuple[nn.Module, str], tuple[Any, Any]]] = Remembered()
-
-
 @contextmanager
 def own_forwards(model: nn.Module) -> Iterator[None]:
-    """Within the context no module of the model autocasts or is compiled; afterwards each is as it was.
+    """Within the context no module of the model autocasts or is compiled; each is restored afterwards.
 
-    A module that `torch.compile` has put into the place of another is away with its name: the other stands there, with
-    the hooks of both.
+    A module that `torch.compile` has put in place of another is replaced by the original, with the hooks of both.
     """
     with nothing_compiled(), ExitStack() as stack:
         for parent in list(model.modules()):
@@ -226,7 +209,7 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 
 
 def innermost(module: nn.Module, forward: Any) -> Any:
-    """What the known wrappers of a module's forward wrap; the same object where there is no such wrapper."""
+    """The function inside the known wrappers of a module's forward; the same object if there is no such wrapper."""
     function, bound, wrapped = forward, False, False
     while True:
         if isinstance(function, MethodType) and function.__self__ is module:
@@ -240,14 +223,14 @@ def innermost(module: nn.Module, forward: Any) -> Any:
 
 
 def is_of_class(module: nn.Module, forward: Any) -> bool:
-    """Whether a forward is the module's own method, as its class has it."""
+    """Whether a forward is the method of the module's class, bound to the module."""
     return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def _is_wrapper(function: Any) -> bool:
     if not hasattr(function, "__wrapped__"):
         return False
-    if isinstance(function, FunctionType):  # not by its attributes, which functools.wraps copies
+    if isinstance(function, FunctionType):  # look at its code, since functools.wraps copies the attributes
         where = function.__globals__.get("__name__")
         return not WRAPPERS.isdisjoint({(where, function.__code__.co_name), (where, None)})
     kind = type(function)
@@ -259,7 +242,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _uncompiled(compiled: nn.Module, stack: ExitStack) -> nn.Module:
-    """The module that was compiled, until the stack is left with the hooks of both."""
+    """The original of a compiled module, with the hooks of both until the stack is closed."""
     inner = compiled._orig_mod
     assert isinstance(inner, nn.Module)
     if _is_compiled(inner):

@@ -1,7 +1,7 @@
-"""What a model is computed in: its own number format or float32, whichever is faster on this processor.
+"""Chooses the format to compute in: the model's own or float32, whichever is faster on this processor.
 
-Many processors have no arithmetic for bfloat16 or float16: there a matrix product in them is 3 to 100 times slower than
-in float32, and less exact. Which kind a processor is of is measured, on products of the job's own widths.
+Many processors have no arithmetic for bfloat16 or float16: matrix products in these formats are then 3 to 100 times
+slower than in float32, and less exact. Whether that is so is measured, on products of the model's own widths.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.model.cache import Remembered
-from fisher_vmap.model.offload import input_device, model_dtype, put_aside
+from fisher_vmap.model.offload import input_device, is_offloaded, model_dtype
 from fisher_vmap.model.patches import autocast_off, one_at_a_time, own_forwards
 from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.model.widening import NARROW, in_float32, narrow_tensors
@@ -24,10 +24,10 @@ from fisher_vmap.model.wrappers import hooks_off
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "model", "mixed", "float32")
-GAIN = 1.2  # so many times as fast must float32 be to be chosen
-WIDTHS = (256, 1024)  # least and most of a measured product: no call's overhead, and no second on the slowest processor
-ROWS = (64, 1024)
-ENOUGH_S = 0.01  # a product that takes so long has shown its rate
+GAIN = 1.2  # float32 is chosen if it is at least this many times as fast
+WIDTHS = (256, 1024)  # least and most features of a measured product: above call overhead, below a second anywhere
+ROWS = (64, 1024)  # least and most rows of a measured product
+ENOUGH_S = 0.01  # a product that takes this long is accurate enough
 
 
 class Rates(NamedTuple):
@@ -38,18 +38,18 @@ class Rates(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """How many times as fast float32 is, one product of each kind taken together."""
+        """How many times as fast float32 is, for one product of each kind together."""
         narrow, wide = (sum(1 / rate for rate in rates) for rates in self)
         return narrow / wide
 
 
 class Precision(NamedTuple):
-    """What a model is computed in, and why.
+    """The chosen precision.
 
     Attributes:
         name: "model", "mixed" or "float32".
-        why: in words.
-        rates: what was measured; None: nothing was.
+        why: the reason, in words.
+        rates: the measured rates; None: nothing was measured.
     """
 
     name: str
@@ -57,29 +57,25 @@ class Precision(NamedTuple):
     rates: Rates | None = None
 
     def stored(self) -> dict[str, Any]:
-        """For index.json and metadata.yaml."""
-        told = {"chosen": self.name, "why": self.why}
+        """The entry in index.json and metadata.yaml."""
+        entry = {"chosen": self.name, "why": self.why}
         if self.rates is None:
-            return told
-        return told | {"gflops": {kind: [round(r, 1) for r in rates] for kind, rates in self.rates._asdict().items()}}
+            return entry
+        return entry | {"gflops": {kind: [round(r, 1) for r in rates] for kind, rates in self.rates._asdict().items()}}
 
 
-# By model: for a dtype and what was asked for. The choice is told once for each.
+# By model, its dtype and the precision asked for. Each choice is logged once.
 _CHOSEN: Remembered[dict[tuple[torch.dtype, str], Precision]] = Remembered()
 
 
 def check_precision(precision: str) -> None:
-    """Raise ValueError unless a precision has this name."""
+    """Raise ValueError unless there is a precision of this name."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected 'auto', 'model', 'mixed' or 'float32'")
 
 
 def choose_precision(model: nn.Module, precision: str) -> Precision:
-    """What a model is computed in, for the precision asked for; the same for as long as the process and model live.
-
-    Args:
-        model: a causal LM.
-        precision: "auto", "model", "mixed" or "float32".
+    """The precision to compute a model in, for the one asked for; chosen once in a process and for a model.
 
     Raises:
         ValueError: no such precision, or the weights cannot be widened.
@@ -103,8 +99,8 @@ def _choose(model: nn.Module, precision: str) -> Precision:
             raise ValueError("precision float32 was asked for, and the weights are float64; use precision model")
         return Precision("model" if precision == "auto" else precision, f"the weights are {name}")
     if precision == "float32":
-        if put_aside(model):
-            raise ValueError("precision float32 needs all weights in memory, and some are put aside; use dtype float32")
+        if is_offloaded(model):
+            raise ValueError("precision float32 needs all weights in memory, and some are offloaded; use dtype float32")
         if (packed := _quantised(model)) is not None:
             raise ValueError(
                 f"precision float32 was asked for, and {packed} is quantised; use precision model, or load the model "
@@ -125,13 +121,11 @@ def _choose(model: nn.Module, precision: str) -> Precision:
 def faster_precision(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Precision:
     """Which of "model" and "float32" is faster for weights of a narrow format on a device.
 
-    Args:
-        model: whose layers' widths the products have; it may be without its weights.
-        device: where it will run.
-        dtype: of its weights.
+    The model gives the widths of the products; its weights need not be loaded.
     """
     name = str(dtype).removeprefix("torch.")
-    if _has_arithmetic(device, dtype):
+    on_gpu = device.type == "cuda"  # a GPU reports its formats; a CPU is measured
+    if on_gpu and (dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)):
         return Precision("model", f"{device.type} has arithmetic for {name}")
     rates = product_rates(device, dtype, *product_widths(model))
     why = f"products in float32 run at {_shown(rates.float32)} GFLOP/s here, in {name} at {_shown(rates.narrow)}"
@@ -142,43 +136,36 @@ def _shown(rates: tuple[float, float]) -> str:
     return " and ".join(f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in rates)
 
 
-def _has_arithmetic(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU is known to compute in the format; of a CPU it is measured."""
-    if device.type != "cuda":
-        return False
-    return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def _why_not_widened(model: nn.Module) -> str | None:
-    """Why a model's forward cannot be in float32; None where it can."""
-    if put_aside(model):
-        return "some weights are put aside"
+    """Why a model's forward cannot run in float32; None if it can."""
+    if is_offloaded(model):
+        return "some weights are offloaded"
     if (packed := _quantised(model)) is not None:
         return f"{packed} is quantised"
     error = _error_of_a_run(model, in_float32(model))
-    if error is not None and _error_of_a_run(model, nullcontext()) is not None:  # a hook made for other prompts
+    if error is not None and _error_of_a_run(model, nullcontext()) is not None:  # a user's hook needs other prompts
         with hooks_off(model):
             error = _error_of_a_run(model, in_float32(model))
     if error is None:
         return None
     if is_out_of_memory(error):
-        return "there is no memory for it"
+        return "there is not enough memory for it"
     return f"this model does not run in float32 ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
 
 
 def _error_of_a_run(model: nn.Module, around: AbstractContextManager[Any]) -> Exception | None:
-    """The error of a forward on two tokens, if it is one: a hook may have weights of its own, or read position 5."""
+    """The error of a forward on two tokens, if any: a hook may have weights of its own, or read position 5."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
     try:
         with torch.no_grad(), around:
             model(input_ids=ids, use_cache=False)
-    except Exception as error:  # a hook of the user may raise anything
+    except Exception as error:  # a user's hook may raise anything
         return error
     return None
 
 
 def _quantised(model: nn.Module) -> str | None:
-    """The name of the first matrix that holds no plain numbers; None where all do."""
+    """The name of the first quantised matrix, or None."""
     plain = {id(tensor) for tensor in narrow_tensors(model)}
     wide = (torch.float32, torch.float64)
     odd = (n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in plain and p.dtype not in wide)
@@ -186,7 +173,7 @@ def _quantised(model: nn.Module) -> str | None:
 
 
 def product_widths(model: nn.Module) -> tuple[int, int]:
-    """In and out features of the linear layer that is most frequent: an MLP's, or a projection of attention."""
+    """In and out features of the most frequent linear layer, limited to `WIDTHS`."""
     shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
     least, most = WIDTHS
     inner, outer = max(shapes, key=shapes.count, default=WIDTHS)
@@ -197,7 +184,7 @@ def product_widths(model: nn.Module) -> tuple[int, int]:
 def product_rates(device: torch.device, dtype: torch.dtype, inner: int, outer: int) -> Rates:
     """The rates of products [rows, inner] x [inner, outer], and of their pullbacks [rows, outer] x [outer, inner].
 
-    Measured once a process and device, in about a tenth of a second; on the slowest processors in half of one.
+    Measured once in a process for each device, in about 0.1 s, or 0.5 s on the slowest processors.
     """
     with torch.no_grad():
         return Rates(_rates(device, dtype, inner, outer), _rates(device, torch.float32, inner, outer))
@@ -206,7 +193,7 @@ def product_rates(device: torch.device, dtype: torch.dtype, inner: int, outer: i
 def _rates(device: torch.device, dtype: torch.dtype, inner: int, outer: int) -> tuple[float, float]:
     weight = torch.ones(outer, inner, device=device, dtype=dtype)
     few = torch.ones(8, inner, device=device, dtype=dtype)
-    torch.nn.functional.linear(few, weight[:8])  # the library's start is not timed
+    torch.nn.functional.linear(few, weight[:8])  # warm-up: loads the library
 
     def rate(product: Callable[[Tensor], Tensor], width: int) -> float:
         rows, best = ROWS[0], 0.0

@@ -1,9 +1,8 @@
-"""One forward without gradients that remembers every call of a decoder block, and stops where the blocks end.
-
-What the package needs to know of a model's modules, by structure and not by name.
+"""Records every call of a decoder block in one forward without gradients, which stops after the last block.
 
 A block takes the residual stream as its first positional argument or as `hidden_states` (or as the first argument that
-can be one), and returns it as a tensor or as the first entry of a tuple.
+can be one), and returns it as a tensor or as the first entry of a tuple. So it is found by structure, not by the name
+of a class.
 """
 
 import inspect
@@ -19,7 +18,7 @@ from fisher_vmap.model.layout import Layout
 
 
 def output_embedding(model: Any) -> nn.Module | None:
-    """The module that makes the logits, by the model's own word; None where it has none."""
+    """The module that makes the logits, by the model's `get_output_embeddings`, or None."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return module if isinstance(module, nn.Module) else None
 
@@ -39,7 +38,7 @@ def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> 
 
 
 def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Where the residual stream is: the first argument, or `hidden_states`, or the first that can be one at all."""
+    """Where the residual stream is: the first argument, `hidden_states`, or the first argument that can be one."""
     if args and _may_be_hidden(args[0]):
         return 0
     if _may_be_hidden(kwargs.get("hidden_states")):
@@ -62,15 +61,26 @@ def with_output(output: Any, x: Tensor) -> Any:
     """The same output with another residual stream."""
     if isinstance(output, Tensor):
         return x
-    if hasattr(output, "_fields"):  # a named tuple takes its entries one by one
+    if hasattr(output, "_fields"):  # a named tuple takes its entries as arguments
         return type(output)(x, *output[1:])
     return type(output)([x, *output[1:]])
+
+
+def map_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested inputs (dicts, tuples, lists) with every tensor changed."""
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, dict):
+        return {name: map_tensors(value, change) for name, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(map_tensors(value, change) for value in inputs)
+    return inputs
 
 
 def forward_inputs(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> dict[str, Any]:
-    """What a forward of the model is called with: tokens, no cache, and position ids where they are not its own.
+    """The arguments of a forward of the model: tokens, no cache, and if given position ids and attention mask.
 
     With an attention mask a prompt's positions count from its first real token, as in `generate`.
     """
@@ -86,19 +96,19 @@ def forward_inputs(
 
 
 class StructureChanged(Exception):
-    """The model did not do what the probe had seen it do; another form of the kernel must take over."""
+    """The model behaved differently from when it was probed; another form of the kernel must be used."""
 
 
 class BlockCall(NamedTuple):
-    """One call of a decoder block: all that is needed to replay it.
+    """One call of a decoder block: everything needed to replay it.
 
     Attributes:
         name: the block's name; a block may be called more than once.
         block: the module.
-        hidden: [B, T, D], the residual stream that went in.
-        args: the positional arguments, the residual stream among them where it came so.
+        hidden: [B, T, D], the input residual stream.
+        args: the positional arguments.
         kwargs: the keyword arguments.
-        kept: what the block's forward has left for the pullback, if it has.
+        kept: results of the block's forward kept for its pullback; empty if none.
     """
 
     name: str
@@ -109,7 +119,7 @@ class BlockCall(NamedTuple):
     kept: list[Any]
 
     def replay(self, hidden: Tensor) -> Tensor:
-        """The block's output residual stream for another input, everything else as recorded."""
+        """The block's output residual stream for another input residual stream, with all else as recorded."""
         args, kwargs = with_hidden(self.args, self.kwargs, hidden)
         output = output_of(self.block(*args, **kwargs))
         if output is None:
@@ -123,10 +133,10 @@ class Recording:
 
     Attributes:
         below: the name of the block called just before the first of them: the lowest hooked one.
-        bottom: [B, T, D], what that block returned.
-        calls: in the order of the forward.
-        top: [B, T, D], what the last call of the forward returned.
-        dtype: that of the replays; the forward's, and the top's, may be wider.
+        bottom: [B, T, D], the output of that block.
+        calls: the recorded calls, in the order of the forward.
+        top: [B, T, D], the output of the last call.
+        dtype: the format of the replays; that of the forward and of `top` may be wider.
     """
 
     below: str
@@ -136,7 +146,7 @@ class Recording:
     dtype: torch.dtype
 
     def copy(self) -> "Recording":
-        """Another list of the same calls, to be used up."""
+        """The same with its own list of calls, which may be consumed."""
         return replace(self, calls=list(self.calls))
 
     def below_has(self, name: str, count: int) -> bool:
@@ -144,18 +154,18 @@ class Recording:
         return name == self.below or any(call.name == name for call in self.calls[:count])
 
     def cut(self, hidden: Tensor) -> None:
-        """Take the last call off, whose input was `hidden`: it is dealt with."""
+        """Remove the last call, whose input was `hidden`."""
         self.calls.pop()
         self.top = hidden
 
 
 class _BlocksEnded(Exception):
-    """Leaves the model's forward once its last block has returned: norm and logits of all positions are not wanted."""
+    """Ends the model's forward after its last block, because norm and logits of all positions are not needed."""
 
 
 @contextmanager
 def hooks(*handles: Any) -> Iterator[None]:
-    """Remove the hooks on the way out, whatever happened."""
+    """Remove the hooks at the end of the context."""
     try:
         yield
     finally:
@@ -165,7 +175,7 @@ def hooks(*handles: Any) -> Iterator[None]:
 
 @contextmanager
 def forwards_set(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within the context the modules run the forwards given; afterwards those that they had, be it their class's."""
+    """Within the context the modules run these forwards; afterwards their former ones."""
     before: list[tuple[nn.Module, Any]] = []
     try:
         for module, forward in forwards:
@@ -181,7 +191,7 @@ def forwards_set(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> It
 
 
 def inputs_of(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    """What a forward of the model is called with: tokens, no cache, and the positions or the mask of the layout."""
+    """The arguments of a forward of the model: tokens, no cache, and the positions or the mask of the layout."""
     return forward_inputs(model, layout.input_ids, layout.position_ids, layout.attention_mask)
 
 
@@ -192,9 +202,9 @@ def run_blocks(
     layout: Layout,
     stop_before_last: bool = False,
 ) -> Tensor:
-    """Run the model up to the end of its last block call; returns that call's output residual stream, [B, T, D].
+    """Run the model to the end of its last block call, and return that call's output residual stream, [B, T, D].
 
-    With `stop_before_last` it runs up to that call's beginning and returns its input.
+    With `stop_before_last`, run to the beginning of that call and return its input.
     """
     ended: list[Tensor] = []
     seen = 0
@@ -243,17 +253,17 @@ def record(
     around: Callable[[list[BlockCall]], AbstractContextManager[None]] = lambda calls: nullcontext(),
     stop_before_last: bool = False,
 ) -> Recording:
-    """Run the blocks and remember the calls from number `first` on.
+    """Run the blocks and record the calls from number `first` on.
 
     Args:
         model: the causal LM.
         blocks: its decoder blocks by name.
         call_order: the names of the blocks in the order of their calls, as the probe saw them.
-        first: the first call to remember.
+        first: the number of the first call to record.
         layout: the batch.
-        narrow_to: the format in which calls are remembered, of a forward in float32; None: its own.
-        around: a context for the forward, given the list that its calls go to.
-        stop_before_last: remember the last call without making it; its input stands for the top.
+        narrow_to: the format in which the calls of a forward in float32 are recorded; None: the forward's own.
+        around: makes a context for the forward from the list that receives its calls.
+        stop_before_last: record the last call without running it; its input is stored as `top`.
 
     Raises:
         StructureChanged: the calls were not those of `call_order`.
@@ -262,8 +272,12 @@ def record(
     narrowed: dict[int, tuple[Tensor, Tensor]] = {}
     seen = 0
 
-    def kept(inputs: Any) -> Any:
-        return inputs if narrow_to is None else narrow(inputs, narrow_to, narrowed)
+    def narrow(tensor: Tensor) -> Tensor:
+        if narrow_to is None or tensor.dtype != torch.float32:
+            return tensor
+        if id(tensor) not in narrowed:  # many calls share a tensor, such as the rotary embedding
+            narrowed[id(tensor)] = tensor, tensor.to(narrow_to)
+        return narrowed[id(tensor)][1]
 
     def remember(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,10 +286,11 @@ def record(
                 hidden = hidden_of(args, kwargs)
                 if hidden is None:
                     raise StructureChanged(f"{name} was called without a residual stream")
-                # A copy: a block may write into its input, and the replay must see what the forward saw.
-                args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0, 0))  # replays bring their own
+                # A copy, because a block may write into its input, and the replay needs the original.
+                args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0, 0))  # replays insert their own
                 copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
-                calls.append(BlockCall(name, module, copy, kept(args), kept(kwargs), []))
+                args, kwargs = map_tensors((args, kwargs), narrow)
+                calls.append(BlockCall(name, module, copy, args, kwargs, []))
             seen += 1
 
         return before
@@ -296,28 +311,13 @@ def record(
     return Recording(call_order[first - 1], bottom[0], calls, top, bottom[0].dtype)
 
 
-def narrow(inputs: Any, dtype: torch.dtype, done: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """The same inputs with float32 tensors in another format; `done` holds those that come again, by their id."""
-    if isinstance(inputs, Tensor):
-        if inputs.dtype != torch.float32:
-            return inputs
-        if id(inputs) not in done:
-            done[id(inputs)] = inputs, inputs.to(dtype)
-        return done[id(inputs)][1]
-    if isinstance(inputs, dict):
-        return {name: narrow(value, dtype, done) for name, value in inputs.items()}
-    if type(inputs) in (tuple, list):
-        return type(inputs)(narrow(value, dtype, done) for value in inputs)
-    return inputs
-
-
 def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:
-    """Raise StructureChanged unless a replayed block returned what the recorded forward had passed on.
+    """Raise StructureChanged unless a replayed block returned what the recorded forward passed on.
 
-    The same operations on the same values agree to the bit on a CPU; kernels that add in a free order may differ by
-    rounding. Values that are not finite say nothing and pass: the scores will carry them.
+    On a CPU the same operations on the same values agree to the bit; kernels that add in no fixed order may differ by
+    rounding. Values that are not finite prove nothing and pass; the scores will contain them.
     """
     gap = (primal - expected.to(primal.device)).float().norm()
     size = expected.float().norm().to(gap.device)
     if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
-        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from what went on")
+        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from the recorded value")

@@ -1,9 +1,4 @@
-"""How many positions a model has: where they are embedded one by one, in a table, there are no others.
-
-Telling that memory ran out from everything else that can go wrong.
-
-What a caller may give in place of a tensor, a whole number or layers: said in one line before anything is run.
-"""
+"""Checks of arguments, with one-line errors; kinds of errors; the number of positions of a model."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -16,14 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 _FAULTS = (AssertionError, AttributeError, NameError, TypeError)
 
-# How out of memory is spelt where it comes as a RuntimeError: torch on the CPU, cuBLAS, Apple's GPUs.
+# Words of a RuntimeError that means out of memory: torch on the CPU, cuBLAS, Apple's GPUs.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_our_fault(error: BaseException) -> bool:
-    """Whether an error is a programming error of this package, not something that a model or a user's hook did.
+    """Whether an error is a programming error in this package, not an error of a model or a user's hook.
 
-    Such an error must not be taken for a reason to choose a slower form.
+    Such an error must not lead to a slower form.
     """
     trace, last = error.__traceback__, ""
     while trace is not None:
@@ -32,20 +27,14 @@ def is_our_fault(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
+    """Whether an error means that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def check_tensor(name: str, value: Any, expected: str) -> None:
-    """Raise ValueError unless a value is a tensor.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-        expected: its shape and dtype, in words.
-    """
+    """Raise ValueError unless an argument is a tensor; `expected` is its shape and dtype in words."""
     if isinstance(value, Tensor):
         return
     if isinstance(value, str):
@@ -62,7 +51,7 @@ def check_tensor(name: str, value: Any, expected: str) -> None:
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> None:
-    """Raise ValueError unless a value is a whole number, of any library, and not below `least`, where there is one."""
+    """Raise ValueError unless a value is a whole number, of any library, and at least `least`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -73,10 +62,10 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
 
 
 def listed_layers(layers: Any) -> list[str | int]:
-    """The names and numbers of layers that a user wrote: one of them, or several in any container.
+    """The user's layers, one or several in any container, as a list of names and numbers.
 
     Raises:
-        ValueError: something else is among them.
+        ValueError: an entry is neither a name nor a number.
     """
     if isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0:
         layers = [layers]
@@ -85,7 +74,7 @@ def listed_layers(layers: Any) -> list[str | int]:
 
 def _number(layer: Any) -> int:
     try:
-        if type(layer).__name__ in ("bool", "bool_"):  # a truth value is no number, Python's and numpy's
+        if type(layer).__name__ in ("bool", "bool_"):  # Python's and numpy's truth values do not count as numbers
             raise TypeError
         return operator.index(layer)
     except TypeError:
@@ -95,25 +84,25 @@ def _number(layer: Any) -> int:
 
 
 class PositionTables(TorchFunctionMode):
-    """Notes the tables of positions that a forward pass looks rows up in, while the context lasts.
+    """Within the context, find the tables of positions in which a forward pass looks up rows.
 
-    The tokens must be all alike: consecutive rows that are looked up are then no tokens but positions. A rotary
-    embedding looks nothing up.
+    All tokens must be the same, so that a lookup of consecutive rows is one of positions, not of tokens. Rotary
+    embeddings have no table.
     """
 
     def __init__(self, tokens: int) -> None:
-        """Watch for prompts of so many tokens."""
+        """Prepare for prompts of this many tokens."""
         super().__init__()
         self._tokens = tokens
         self._rooms: list[int] = []
 
     @property
     def room(self) -> int | None:
-        """The most tokens that all tables that were seen have rows for; None: there was no table."""
+        """The most tokens for which all tables have rows; None: there was no table."""
         return min(self._rooms, default=None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what an embedding is asked for."""
+        """Record the tables of embedding calls."""
         if func is embedding and len(args) >= 2:
             rows, table = args[:2]
             for_each_token = isinstance(rows, Tensor) and rows.dim() > 0 and rows.shape[-1] == self._tokens > 1
@@ -123,9 +112,9 @@ class PositionTables(TorchFunctionMode):
 
 
 def most_positions(model: Any) -> int | None:
-    """The number of positions that a model was made for, by its config, or None where it has no such number.
+    """The number of positions that a model was made for, by its config, or None.
 
-    Where positions are embedded one by one there are no others; elsewhere what stands further on is noise.
+    A table of positions has no rows beyond it; with other embeddings, results beyond it are meaningless.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,8 +1,8 @@
-"""A model whose weights are of a narrow format, computed in float32 from the weights as they are: which is exact.
+"""Computes a model with weights in a narrow format (bfloat16, float16) in float32; widening weights is exact.
 
-The weights are widened once, into copies that stand in for them while a context lasts; or, where memory has no room
-for a second set of weights, each part of the model is widened when it is called and narrowed when it returns. Either
-way the model is afterwards what it was.
+Either the weights are widened once, into copies that replace them within a context. Or, if memory has no room for a
+second set of weights, each part of the model is widened when it is called and narrowed when it returns. Both restore
+the model afterwards.
 """
 
 import os
@@ -20,16 +20,16 @@ from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.recording import hooks
 
 NARROW = (torch.bfloat16, torch.float16)
-# Where a container's limit stands, and what is used of it.
+# Files with a container's memory limit, and with the memory it uses.
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-ROOM = 0.75  # of the memory that is free, how much a second set of weights may take
+ROOM = 0.75  # the share of the free memory that a second set of weights may take
 
 
 class _Copy(NamedTuple):
-    """A weight in float32, and what tells that the weight is still the one that was copied."""
+    """A weight in float32, with what identifies the weight and its values when copied."""
 
     of: "weakref.ref[Tensor]"
     state: tuple[int, int, int]
@@ -40,7 +40,7 @@ _COPIES: Remembered[dict[int, _Copy]] = Remembered()  # by the id of the weight
 
 
 class _Parts:
-    """The weights of a model that is widened part by part: which of them are wide now, and for how many users."""
+    """The weights of a model that is widened part by part: which are wide now, and how many parts use each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -70,9 +70,10 @@ class _Parts:
         self._wide.clear()
 
     def pack(self, tensor: Tensor) -> Any:
-        """What autograd keeps of a tensor: of a weight that is wide for the moment, the narrow one.
+        """What autograd saves for a tensor: for a widened weight, the narrow one.
 
-        Detached: an operation that kept its own output as it is would hold on to itself, and to the whole graph.
+        Other tensors are detached, because an operation that saves its own output would keep itself, and so the whole
+        graph, alive.
         """
         for weight, data, _ in self._wide.values():
             if weight.data_ptr() == tensor.data_ptr() and tensor.numel():
@@ -91,13 +92,13 @@ _PARTS: ContextVar[_Parts | None] = ContextVar("parts", default=None)
 
 
 def narrow_tensors(model: nn.Module, recurse: bool = True) -> list[Tensor]:
-    """The ordinary parameters and buffers of a model that are in a narrow format, each once; not those put aside."""
+    """The parameters and buffers of a model in a narrow format, each once; neither offloaded nor quantised ones."""
     found = {id(t): t for t in (*model.parameters(recurse), *model.buffers(recurse))}
     return [t for t in found.values() if t.dtype in NARROW and not t.is_meta and _is_plain(t)]
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Not of a class that says how to unpack its numbers: those are quantised."""
+    """Whether a tensor is not quantised: quantised classes override `dequantize`."""
     return type(tensor).dequantize is Tensor.dequantize
 
 
@@ -105,9 +106,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def in_float32(model: nn.Module, *, keep: bool = True) -> Iterator[None]:
     """Within the context the model computes in float32, in its forward and in every derivative.
 
-    Args:
-        model: any.
-        keep: whether copies of the weights may be made that stay; else each part is widened when it is called.
+    With `keep`, float32 copies of the weights may be made and kept; else each part is widened when it is called.
     """
     if widened_by_parts(model) or not (tensors := narrow_tensors(model)):
         yield
@@ -132,16 +131,16 @@ def in_float32(model: nn.Module, *, keep: bool = True) -> Iterator[None]:
 
 @contextmanager
 def forward_in_float32(model: nn.Module) -> Iterator[None]:
-    """Within the context a forward of the model runs in float32, one part at a time; what is replayed does not."""
+    """Within the context a forward of the model runs in float32, one part at a time; replays of blocks do not."""
     with _forwards_widened(model, _Parts(model)):
         yield
 
 
 def widen_for_good(model: nn.Module) -> bool:
-    """Turn the weights into float32, of a model that nobody else has; False where memory has no room for them."""
+    """Convert the weights to float32, in a model that no other code uses; False if memory has no room for them."""
     tensors = narrow_tensors(model)
     copies = _copies(model, tensors) if model in _COPIES else []
-    if not copies and not has_room(tensors, 2):  # the narrow ones go one by one
+    if not copies and not has_room(tensors, 2):  # 2 bytes more each: the narrow weights are freed one by one
         return False
     for i, tensor in enumerate(tensors):
         tensor.data = copies[i] if copies else tensor.data.float()
@@ -151,7 +150,7 @@ def widen_for_good(model: nn.Module) -> bool:
 
 @contextmanager
 def widened(*modules: nn.Module) -> Iterator[None]:
-    """Within the context the weights of these modules are wide, where their model is widened part by part."""
+    """Within the context the weights of these modules are wide, if their model is widened part by part."""
     parts = _PARTS.get()
     if parts is None:
         yield
@@ -171,13 +170,13 @@ def widened_by_parts(model: nn.Module) -> bool:
 
 
 def saved_narrow() -> AbstractContextManager[Any]:
-    """For plain autograd: its graph keeps the narrow weights, and widens them for its backward pass."""
+    """A context in which autograd's graph saves narrow weights, and widens them for its backward pass."""
     parts = _PARTS.get()
     return nullcontext() if parts is None else torch.autograd.graph.saved_tensors_hooks(parts.pack, parts.unpack)
 
 
 def has_room(tensors: Sequence[Tensor], bytes_each: int = 4) -> bool:
-    """Whether the memory that is free has room for float32 copies of these, or for so many bytes for each number."""
+    """Whether the free memory has room for float32 copies of these tensors, or for this many bytes per element."""
     wanted: dict[torch.device, int] = {}
     for tensor in tensors:
         wanted[tensor.device] = wanted.get(tensor.device, 0) + bytes_each * tensor.numel()
@@ -185,7 +184,7 @@ def has_room(tensors: Sequence[Tensor], bytes_each: int = 4) -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The memory that is free on a device; None where nothing tells."""
+    """The free memory of a device, in bytes; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -201,14 +200,14 @@ def free_bytes(device: torch.device) -> int | None:
     for limit, used in CGROUP_FILES:
         try:
             most, now = (int(Path(name).read_text()) for name in (limit, used))
-        except (OSError, ValueError):  # there is no such limit, or it says "max"
+        except (OSError, ValueError):  # no such limit, or it is "max"
             continue
         free = min(free, most - now)
     return max(0, free)
 
 
 def _copies(model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Float32 copies of the weights; of one that has changed since, however that was done, a new one."""
+    """Float32 copies of the weights: kept copies, or new ones of weights that have changed since."""
     before = _COPIES.get(model) or {}
     now: dict[int, _Copy] = {}
     for tensor in tensors:
@@ -221,9 +220,9 @@ def _copies(model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _state(tensor: Tensor) -> tuple[int, int, int]:
-    """Changes with the tensor's values: its version, its memory, and the sum of its bits, since `.data` has no version.
+    """Changes with the tensor's values: its version, its address, and the sum of its bits.
 
-    The sum costs a tenth of what the copy does.
+    The sum is there because `.data` can be changed without a new version. It costs a tenth of the copy.
     """
     bits = tensor.detach().reshape(-1).view(torch.int16)
     whole = len(bits) // 4 * 4 if bits.storage_offset() % 4 == 0 else 0
@@ -235,11 +234,11 @@ def _state(tensor: Tensor) -> tuple[int, int, int]:
 
 @contextmanager
 def _forwards_widened(model: nn.Module, parts: _Parts) -> Iterator[None]:
-    """Within the context a part of the model is wide from when it is called until it returns.
+    """Within the context a part of the model is wide from its call until it returns.
 
-    A part is an entry of a list of modules, such as a decoder block, or a module outside of them by itself. Embeddings
-    are looked up as they are, and what they return is widened, which is the same. The hooks are torch's global ones:
-    on the modules themselves they would look like the user's.
+    A part is an entry of a list of modules, such as a decoder block, or a single module outside of such lists.
+    Embeddings stay narrow and their output is widened, which is the same. The hooks are torch's global ones, because
+    hooks on the modules themselves would look like the user's.
     """
     recurse, inside = _parts_of(model), dict[int, list[list[Tensor]]]()
 
@@ -266,14 +265,14 @@ def _forwards_widened(model: nn.Module, parts: _Parts) -> Iterator[None]:
         with hooks(*handles):
             yield
     finally:
-        parts.narrow_all()  # of those that an error or the end of the blocks has kept from returning
+        parts.narrow_all()  # the parts that did not return, because of an error or because the forward was stopped
 
 
 def _parts_of(model: nn.Module) -> dict[int, bool]:
-    """The ids of the modules that are widened when they are called: with all that is in them, or by themselves."""
+    """The ids of the modules to widen when called, and whether with all modules inside them."""
     found: dict[int, bool] = {}
     inside: set[int] = set()
-    for module in model.modules():  # outer ones come first
+    for module in model.modules():  # outer modules come first
         if id(module) in inside:
             continue
         if isinstance(module, nn.ModuleList | nn.Sequential):

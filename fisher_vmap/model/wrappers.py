@@ -1,12 +1,11 @@
-"""The transformers model inside what others wrap around it: PEFT, nnsight, TransformerLens, torch.compile, DDP.
+"""The transformers model inside wrappers (PEFT, nnsight, TransformerLens, torch.compile, DDP), and the user's hooks.
 
-What a wrapper has done to the model stays in force: an adapter's layers, TransformerLens' own attention. Only its
-calling convention is left aside, since the kernel calls the model as transformers does.
+A wrapper's changes to the model stay in force: an adapter's layers, TransformerLens' own attention. Only its calling
+convention is bypassed, since the kernel calls the model as transformers does.
 
-The hooks that a user has registered on a model's modules: part of its function, and made for the user's own batches.
-
-A hook may read position 5, or hold an activation of the very shape of a prompt. What is asked of a model's modules, and
-not of its numbers, is asked without them.
+The hooks that a user has registered are part of the model's function, and made for the user's batches: a hook may read
+position 5, or hold an activation with the shape of a prompt. So findings about a model's structure, as opposed to its
+numbers, are made without them (`hooks_off`).
 """
 
 from collections import OrderedDict
@@ -19,13 +18,15 @@ from torch import nn
 from fisher_vmap.model.validation import listed_layers
 
 NOT_THE_USERS = {"torch", "transformers", "accelerate", "peft"}  # packages whose hooks are part of a model
-
-
 STEERING = "fisher_vmap.steering"
+# Adapters that act in the wrapper's own forward, not in the model's modules: without the wrapper they would be lost.
+ACT_IN_THE_WRAPPER = {"XLORA", "POLY", "CARTRIDGE", "SHADOW"}
+
+Layers = str | int | Sequence[str | int]
 
 
 def is_step(hook: Any) -> bool:
-    """Whether a hook is `steer`'s: it adds a step at every position, whatever the batch."""
+    """Whether a hook is from `steer`, which adds a step at every position of any batch."""
     return getattr(hook, "__module__", None) == STEERING
 
 
@@ -35,7 +36,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def users_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks and pre-hooks of one module that no library has put there, and that may depend on the batch."""
+    """The forward hooks and pre-hooks of one module that are from no library and not from `steer`."""
     every = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return [hook for hook in every if _of_package(hook) not in NOT_THE_USERS and not is_step(hook)]
 
@@ -47,7 +48,7 @@ def is_hooked(model: nn.Module) -> bool:
 
 @contextmanager
 def hooks_off(model: nn.Module) -> Iterator[None]:
-    """Within the context no hook of a user is called, nor a step of `steer`; what is registered meanwhile is."""
+    """Within the context hooks of the user and of `steer` are not called, except those registered within it."""
     hooked = [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
     before = [(module, module._forward_pre_hooks, module._forward_hooks) for module in hooked]
     try:
@@ -61,7 +62,7 @@ def hooks_off(model: nn.Module) -> Iterator[None]:
 
 
 def hook_behind(model: nn.Module, error: BaseException) -> str:
-    """The hook that an error came out of, and its module, in words; empty where it was none of a user's."""
+    """The user's hook that raised an error, and its module, in words; empty if none did."""
     hooks = {id(hook): (hook, name) for name, module in model.named_modules() for hook in users_hooks(module)}
     found, trace = "", error.__traceback__
     while trace is not None:
@@ -78,7 +79,7 @@ def _without_users(hooks: Any) -> list[tuple[int, Any]]:
 
 
 def _of_package(hook: Any) -> str:
-    hook = getattr(hook, "func", hook)  # of a functools.partial
+    hook = getattr(hook, "func", hook)  # inside a functools.partial
     module = getattr(hook, "__module__", None) or type(hook).__module__
     return str(module).partition(".")[0]
 
@@ -88,21 +89,15 @@ def _name(hook: Any) -> str:
     return getattr(hook, "__qualname__", type(hook).__qualname__).replace("<locals>.", "")
 
 
-Layers = str | int | Sequence[str | int]
-
-# Adapters that act in the wrapper's own forward, not in the modules of the model: without it they would be lost.
-ACT_IN_THE_WRAPPER = {"XLORA", "POLY", "CARTRIDGE", "SHADOW"}
-
-
 def unwrapped(model: Any) -> nn.Module:
-    """The model of transformers that computes the logits when called with `input_ids`.
+    """The transformers model that computes the logits when called with `input_ids`.
 
     Args:
         model: such a model, a PeftModel, nnsight's LanguageModel, a TransformerBridge, or one of these under
             torch.compile or DistributedDataParallel.
 
     Raises:
-        ValueError: the wrapper adds what is not in the model's modules (prompt tuning), or it is no model at all.
+        ValueError: the wrapper adds something outside of the model's modules (prompt tuning), or it is not a model.
     """
     while (inner := _inside(model)) is not None:
         model = inner
@@ -111,14 +106,14 @@ def unwrapped(model: Any) -> nn.Module:
         raise ValueError(f"the model is a {type(model).__name__}; expected a causal LM of transformers{order}")
     if _package(model) == "transformer_lens":
         raise ValueError(
-            f"the model is TransformerLens' {type(model).__name__}, which is no model of transformers; give the one it "
-            "was made from, or a TransformerBridge"
+            f"the model is TransformerLens' {type(model).__name__}, which is not a transformers model; give the model "
+            "it was made from, or a TransformerBridge"
         )
     return model
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer that a wrapper carries along, or None."""
+    """The tokenizer of a wrapper, or None."""
     while model is not None:
         if _inside(model) is not None and (tokenizer := getattr(model, "tokenizer", None)) is not None:
             return tokenizer
@@ -127,14 +122,9 @@ def tokenizer_of(model: Any) -> Any:
 
 
 def names_inside(model: Any, inner: nn.Module, layers: Layers) -> Layers:
-    """Layers as the inner model names them: a name that only the wrapper has ("blocks.15") becomes that module's own.
+    """The user's layers under the names of the inner model: a wrapper's name ("blocks.15") becomes the module's own.
 
-    Of a compiled part it is the name without torch.compile's "_orig_mod", as the part stands there when it is run.
-
-    Args:
-        model: what the user gave.
-        inner: the model in it, from `unwrapped`.
-        layers: as the user wrote them.
+    Names of compiled parts lose torch.compile's "_orig_mod". `inner` is the model inside `model`, from `unwrapped`.
     """
     if isinstance(layers, str) and layers == "all":
         return layers
@@ -158,7 +148,7 @@ def _uncompiled(name: str) -> str:
 
 
 def _inside(model: Any) -> Any:
-    """What a wrapper wraps, one layer of it; None where there is no wrapper."""
+    """The content of the outermost wrapper; None if there is no wrapper."""
     package = _package(model)
     if package == "nnsight":
         return model.__dict__.get("_module")
@@ -175,7 +165,7 @@ def _inside(model: Any) -> Any:
 
 
 def _package(model: Any) -> str:
-    """The package of a model's class, or of the first of its bases that is not the user's own."""
+    """Which known wrapper package a model's class or its bases come from, else the package of the class."""
     roots = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
     return next((root for root in roots if root in ("nnsight", "transformer_lens", "peft")), roots[0])
 
@@ -189,11 +179,7 @@ def _check_adapter(model: Any) -> None:
 
 
 def why_not_in_modules(config: Any) -> str:
-    """Why an adapter is not to be found in the modules of its model; empty where it is.
-
-    Args:
-        config: a PeftConfig.
-    """
+    """Why the adapter of a PeftConfig is not in the modules of its model; empty if it is."""
     kind = str(getattr(getattr(config, "peft_type", None), "value", getattr(config, "peft_type", None)))
     if getattr(config, "is_prompt_learning", False):
         return f"is {kind}: it adds virtual tokens to the prompt and no weights to the model"

@@ -41,7 +41,7 @@ from fisher_vmap import fisher_scores
         (CopyingHead, "not a scale or a soft-cap"),
         (MixingHead, "needs more than one position"),
         (PositionalHead, "needs more than one position"),
-        (VanishingHead, "nothing reached the output embedding"),
+        (VanishingHead, "the input of the output embedding is zero"),
         (LogitsOfTwoPositions, "not a scale or a soft-cap"),
         (SubclassHead, "LowRankHead, not a plain Linear"),
         (NoOutputEmbeddings, "NoneType, not a plain Linear"),

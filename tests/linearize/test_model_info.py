@@ -87,7 +87,7 @@ def test_forms_say_what_ran():
         "why": "",
         "attention": "fisher_vmap",
         "prompts": "together",
-        "rules": "2 of 2 blocks by hand",
+        "rules": "2 of 2 blocks by rule",
         "last_block": "at the last row, in forward and pullback",
         "audit": "1 of 1 batches compared, and they agreed",
         "precision": "model",
@@ -96,11 +96,11 @@ def test_forms_say_what_ran():
     assert ran["model.layers.1.mlp"]["form"] == "whole" and ran["model.layers.1.mlp"]["rules"].startswith("none")
     with model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: 1.1 * out):
         opened.scores(*padded(rows, "left"))
-        assert opened.forms["model.layers.0"]["rules"] == "1 of 2 blocks by hand; not model.layers.2: it has a hook"
+        assert opened.forms["model.layers.0"]["rules"] == "1 of 2 blocks by rule; not model.layers.2: it has a hook"
     other = FisherModel(fresh("gpt2"), layers=0, top_k=3)
     other.scores(*padded(rows, "left"))
     assert other.forms["transformer.h.0"]["rules"] == (
-        "0 of 2 blocks by hand; not transformer.h.1: its attention is not of the plain rotary kind"
+        "0 of 2 blocks by rule; not transformer.h.1: its attention is not of the plain rotary kind"
         "; not transformer.h.2: its attention is not of the plain rotary kind"
     )
 

@@ -25,7 +25,7 @@ def test_blocks_on_disk_are_fetched_as_they_are_needed(model, tmp_path):
 @pytest.mark.parametrize("kernel", ["auto", "whole", "loop"])
 def test_every_form_and_both_products_with_blocks_on_disk(model, kernel):
     loaded = load_model(str(model), dtype="float32", device_map=PLACES).model
-    aside = {name for name, parameter in loaded.named_parameters() if parameter.is_meta}
+    offloaded = {name for name, parameter in loaded.named_parameters() if parameter.is_meta}
     opened = FisherModel(loaded, layers=[0, 2], top_k=3, kernel=kernel)
     ids = torch.arange(9)[None]
     scores = opened.scores(ids)
@@ -33,7 +33,7 @@ def test_every_form_and_both_products_with_blocks_on_disk(model, kernel):
         plain = plain_scores(base(), ids[0], layer, token_ids=scores.token_ids[0])
         assert relative(scores.gradients[layer][0], plain.gradients) < 2e-4
     if kernel == "auto":
-        with pytest.raises(ValueError, match=r"precision mixed .* put aside"):
+        with pytest.raises(ValueError, match=r"precision mixed .* are offloaded"):
             opened.scores(ids, precision="mixed")
         with opened.linearize(ids) as net, FisherModel(base(), layers=[0, 2]).linearize(ids) as other:
             v = torch.randn(1, 2, 64)
@@ -41,7 +41,7 @@ def test_every_form_and_both_products_with_blocks_on_disk(model, kernel):
                 net.pushforward(v, opened.layers[0]), other.pushforward(v, opened.layers[0]), rtol=1e-3, atol=1e-4
             )
             assert relative(net.metric(opened.layers[0]).product(v), other.metric(opened.layers[0]).product(v)) < 1e-4
-    assert aside == {name for name, parameter in loaded.named_parameters() if parameter.is_meta}
+    assert offloaded == {name for name, parameter in loaded.named_parameters() if parameter.is_meta}
 
 
 @pytest.mark.parametrize(

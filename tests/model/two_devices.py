@@ -1,4 +1,4 @@
-"""A process in which a model stands on two devices; `test_two_devices.py` starts it. Prints one line for each case."""
+"""A process in which a model stands on two devices; `test_offload.py` starts it. Prints one line for each case."""
 
 import copy
 import sys
@@ -18,14 +18,14 @@ PLACES = {
     "upper blocks": lambda parts: {name: "away:0" if name in parts[3:] else "cpu" for name in parts},
     "every second block": lambda parts: {name: ("cpu", "away:0")[i % 2] for i, name in enumerate(parts)},
     "head apart": lambda parts: {name: "cpu" if name in parts[-2:] else "away:0" for name in parts},
-    "put aside": lambda parts: {name: "cpu" if name in (*parts[3::2], *parts[-2:]) else "away:0" for name in parts},
+    "offloaded": lambda parts: {name: "cpu" if name in (*parts[3::2], *parts[-2:]) else "away:0" for name in parts},
     "unembedding apart": lambda parts: {name: "cpu" if name == parts[-1] else "away:0" for name in parts},
 }
 
 
-def spread(model, places, put_aside=False):
+def spread(model, places, offloaded=False):
     """The hooks that accelerate's `dispatch_model` attaches where every device is an accelerator."""
-    if put_aside:  # what is on the CPU is fetched for the time of its call
+    if offloaded:  # what is on the CPU is fetched for the time of its call
         return dispatch_model(model, device_map={name: places[name] for name in places}, main_device="away:0")
     attach_align_device_hook_on_blocks(
         model, execution_device={"": places[next(iter(places))], **places}, offload=dict.fromkeys(places, False)
@@ -55,10 +55,10 @@ def parts_of(family):
 
 def check(family, places, kernel):
     plain = copy.deepcopy(tiny(family, torch.float32))
-    aside = places == "put aside"
-    model = spread(copy.deepcopy(plain), PLACES[places](parts_of(family)), aside)
+    offloaded = places == "offloaded"
+    model = spread(copy.deepcopy(plain), PLACES[places](parts_of(family)), offloaded)
     devices = {p.device.type for p in model.parameters()}
-    assert devices == ({"meta", "away"} if aside else {"cpu", "away"}), devices
+    assert devices == ({"meta", "away"} if offloaded else {"cpu", "away"}), devices
     forwards = {name: vars(module).get("forward") for name, module in model.named_modules()}
     layers = [block(family, i) for i in (0, 2, 3)]
     rows = prompts(LENGTHS, vocabulary=VOCABULARY)
