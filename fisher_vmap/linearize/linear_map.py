@@ -15,6 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
@@ -35,6 +36,8 @@ from fisher_vmap.model.widening import in_float32
 
 log = logging.getLogger(__name__)
 
+_INSIDE: ContextVar[frozenset[tuple[str, int]]] = ContextVar("inside", default=frozenset())
+
 KERNELS = ("auto", "layerwise", "whole", "loop")
 AUDITS = ("auto", "always", "off")
 
@@ -45,16 +48,21 @@ def as_it_is(model: nn.Module, precision: str = "model") -> Iterator[None]:
 
     Threads that compute on the same model wait for each other here. `precision` is as `choose_precision` returns it.
     """
-    with one_at_a_time(model):
-        training = [module for module in model.modules() if module.training]
-        try:
-            model.eval()
-            widened = in_float32(model) if precision == "float32" else nullcontext()
-            with autocast_off(), own_forwards(model), widened:
+    widened = in_float32(model) if precision == "float32" else nullcontext()
+    with _entering("as_it_is", model) as first:
+        if not first:
+            with widened:
                 yield
-        finally:
-            for module in training:
-                module.training = True
+            return
+        with one_at_a_time(model):
+            training = [module for module in model.modules() if module.training]
+            try:
+                model.eval()
+                with autocast_off(), own_forwards(model), widened:
+                    yield
+            finally:
+                for module in training:
+                    module.training = True
 
 
 @contextmanager
@@ -67,8 +75,23 @@ def undisturbed(model: nn.Module, precision: str = "model") -> Iterator[None]:
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Within the context `torch.func` can transform every layer, and inputs and weights are moved by this package."""
-    with placed(model), quantized_pullbacks(model), experts_apart(model):
-        yield
+    with _entering("differentiable", model) as first:
+        if not first:
+            yield
+            return
+        with placed(model), quantized_pullbacks(model), experts_apart(model):
+            yield
+
+
+@contextmanager
+def _entering(context: str, model: nn.Module) -> Iterator[bool]:
+    """Whether this thread enters a context for the first time: inside it, entering it again has nothing to do."""
+    key, inside = (context, id(model)), _INSIDE.get()
+    token = _INSIDE.set(inside | {key})
+    try:
+        yield key not in inside
+    finally:
+        _INSIDE.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ HOOKED_LOGITS = 2**26  # a hooked model is watched on its whole batch up to this
 NOT_THE_MODEL = ("_attn_implementation", "_attn_implementation_internal", "use_cache")
 MOST_KEPT = 4  # sets of hooks for which findings are kept
 
-Hooks = tuple[tuple[int, ...], ...]  # for each module, the handles of the hooks that may change what is known
+Hooks = tuple[int, ...]  # the handles of the hooks that may change what is known
 
 # By model, the dtype that it is computed in, and its hooks.
 _PROBES: Remembered[dict[tuple[torch.dtype, Hooks], ModelInfo]] = Remembered()
@@ -103,7 +103,7 @@ def probe(model: nn.Module, layout: Layout) -> ModelInfo:
         del probes[other]
     found = probes.pop(key, None)
     if found is None:
-        before = next((info for other, info in probes.items() if other[0] == dtype and not any(other[1])), None)
+        before = next((info for other, info in probes.items() if other[0] == dtype and not other[1]), None)
         found = _look(model, looked_at(model, layout), made_of, before)
     if found.finite:
         probes[key] = found  # the last one used comes last
@@ -133,13 +133,15 @@ def signature(model: nn.Module) -> int:
 
 def hooks_of(model: nn.Module) -> Hooks:
     """The hooks that may change what is known of a model: all except those of `steer` at or inside a block."""
-    blocks = decoder_blocks(model).values()
-    inside = {id(module) for block in blocks for module in block.modules()}
-    found = []
-    for module in model.modules():
+    hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    if not hooked:
+        return ()
+    inside = {id(module) for block in decoder_blocks(model).values() for module in block.modules()}
+    keys: list[int] = []
+    for module in hooked:
         for kind in (module._forward_hooks, module._forward_pre_hooks):
-            found.append(tuple(key for key, hook in kind.items() if not (is_step(hook) and id(module) in inside)))
-    return tuple(found)
+            keys += [key for key, hook in kind.items() if not (is_step(hook) and id(module) in inside)]
+    return tuple(keys)
 
 
 def _plain_values(config: object) -> list[object]:
