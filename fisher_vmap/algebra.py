@@ -1,16 +1,12 @@
 """Algebra of low-rank Fisher matrices, F = V^T diag(S) V, without forming them. Numpy only, in float64.
 
 A matrix is given as anything with S [R] and V [R, D] (a record of a results folder, a `Spectrum`), as a `LowRank`, or
-as a pair (S, V). Functions of many at once want S [n, R] and V [n, R, D]: a batch's `LowRank`, or
-`results.stack(where={"status": "ok"})`, which leaves out prompts without numbers: those are NaN, and all that is
-computed from them.
-Units: F is in nats^2 per squared unit of the residual stream. `eigenvectors` and `contrast` take dense means of many.
+as a pair (S, V). Functions of many matrices take S [n, R] and V [n, R, D]: a batch's `LowRank`, or
+`results.stack(where={"status": "ok"})`, which leaves out prompts without numbers. Theirs are NaN, and so is everything
+computed from them. Units: F is in nats^2 per squared unit of the residual stream.
 
-What stands for a low-rank matrix F = V^T diag(S) V, and its product with vectors. Numpy only, in float64.
-
-Directions of the dense mean matrices of groups of prompts: one group's leading ones, and what sets two groups apart.
-
-A mean of many low-rank matrices is of no low rank itself: here [D, D] is formed and decomposed.
+`eigenvectors` and `contrast` take dense means, [D, D], because a mean of many low-rank matrices has no low rank. They
+find one group's leading directions, and the directions that distinguish two groups of prompts.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +14,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [  # noqa: RUF022, the order of the reference
+    "Spectrum",
+    "Contrast",
+    "factors",
+    "matvec",
+    "quadratic",
+    "trace",
+    "inner",
+    "norm",
+    "cosine",
+    "inner_products",
+    "cosines",
+    "principal_angles",
+    "overlap",
+    "project",
+    "eigenvectors",
+    "contrast",
+]
+
 Float64 = NDArray[np.float64]
+
+_BLOCK_ROWS = 2048  # rows of V multiplied at a time: [2048, 2048] products of float64 are 32 MB
 
 
 class Spectrum(NamedTuple):
@@ -33,10 +50,10 @@ class Spectrum(NamedTuple):
 
 
 def factors(matrix: Any) -> tuple[Float64, Float64]:
-    """S [..., R] and V [..., R, D] in float64 of whatever stands for low-rank matrices.
+    """S [..., R] and V [..., R, D] in float64 of low-rank matrices in any of the accepted forms.
 
     Raises:
-        ValueError: it has neither S and V nor the fields of a `LowRank`, or their shapes do not fit.
+        ValueError: it has neither S and V nor the fields of a `LowRank`, or their shapes do not match.
     """
     if hasattr(matrix, "S") and hasattr(matrix, "V"):
         pair = (matrix.S, matrix.V)
@@ -46,7 +63,7 @@ def factors(matrix: Any) -> tuple[Float64, Float64]:
         pair = matrix
     else:
         raise ValueError(
-            f"{type(matrix).__name__} is no low-rank matrix; expected a record, a LowRank or a pair (S, V)"
+            f"{type(matrix).__name__} is not a low-rank matrix; expected a record, a LowRank or a pair (S, V)"
         )
     S, V = (np.asarray(x.cpu() if hasattr(x, "cpu") else x, np.float64) for x in pair)
     if V.ndim != S.ndim + 1 or V.shape[:-1] != S.shape:
@@ -62,7 +79,7 @@ def matvec(matrix: Any, x: ArrayLike) -> Float64:
         x: [D], or [D, n] for n vectors at once.
 
     Returns:
-        Of x's shape.
+        F x, of the shape of x.
     """
     S, V = factors(matrix)
     return np.asarray(V.T @ ((V @ vectors_of(x, V.shape[-1])).T * S).T)
@@ -72,7 +89,7 @@ def vectors_of(x: ArrayLike, width: int) -> Float64:
     """Vectors in float64, [D] or [D, n].
 
     Raises:
-        ValueError: it is of another width than the matrix.
+        ValueError: the width is not that of the matrix.
     """
     array = np.asarray(x, np.float64)
     if array.ndim not in (1, 2) or len(array) != width:
@@ -92,7 +109,7 @@ class Contrast(NamedTuple):
     outside: Float64
     """[R] v^T B v."""
     ridge: float
-    """What was added to B's diagonal, in its own units."""
+    """The value added to B's diagonal, in the units of B."""
 
 
 def eigenvectors(matrix_DD: ArrayLike, rank: int) -> Spectrum:
@@ -119,9 +136,9 @@ def contrast(inside_DD: ArrayLike, outside_DD: ArrayLike, rank: int = 5, ridge: 
     """Directions that matter for one group of prompts and not for another.
 
     With A and B the mean Fisher matrices of the two groups, the v that maximise (v^T A v) / (v^T (B + r I) v): the
-    generalised eigenvectors A v = ratio (B + r I) v. Without r a direction that B ignores would win whatever A makes of
-    it. r is stated as a fraction of B's mean eigenvalue, r = ridge tr(B) / D: a direction counts as ignored by B when
-    its v^T B v is well below r. [Fukunaga, Introduction to Statistical Pattern Recognition, 1990, ch. 10]
+    generalised eigenvectors A v = ratio (B + r I) v. Without r a direction that B ignores would win for any A. r is a
+    fraction of B's mean eigenvalue, r = ridge tr(B) / D: a direction counts as ignored by B if its v^T B v is well
+    below r. [Fukunaga, Introduction to Statistical Pattern Recognition, 1990, ch. 10]
 
     Args:
         inside_DD: A, [D, D].
@@ -130,7 +147,7 @@ def contrast(inside_DD: ArrayLike, outside_DD: ArrayLike, rank: int = 5, ridge: 
         ridge: r as a fraction of tr(B) / D, above zero.
 
     Raises:
-        ValueError: the matrices do not fit or are not finite, or ridge is not above zero.
+        ValueError: the matrices' shapes differ, they are not finite, or ridge is not above zero.
     """
     A, B = _square(inside_DD, "the group's mean"), _square(outside_DD, "the other group's mean")
     D = len(A)
@@ -164,28 +181,6 @@ def _signed(rows: Float64) -> Float64:
     return np.where(largest < 0, -1.0, 1.0) * rows
 
 
-__all__ = [  # noqa: RUF022, the order of the reference
-    "Spectrum",
-    "Contrast",
-    "factors",
-    "matvec",
-    "quadratic",
-    "trace",
-    "inner",
-    "norm",
-    "cosine",
-    "inner_products",
-    "cosines",
-    "principal_angles",
-    "overlap",
-    "project",
-    "eigenvectors",
-    "contrast",
-]
-
-_BLOCK_ROWS = 2048  # rows of V multiplied at a time: [2048, 2048] products of float64 are 32 MB
-
-
 def quadratic(matrix: Any, v: ArrayLike) -> Any:
     """v^T F v = sum_r S_r (V_r . v)^2; half of it times eps^2 is the KL divergence, in nats, of a small step eps v.
 
@@ -194,7 +189,7 @@ def quadratic(matrix: Any, v: ArrayLike) -> Any:
         v: [D], or [D, m] for m vectors at once.
 
     Returns:
-        A number (an array of one dimension less than v) for one matrix; for n, [n] or [n, m].
+        For one matrix a number, or [m]; for n matrices [n], or [n, m].
     """
     S, V = factors(matrix)
     along = V @ vectors_of(v, V.shape[-1])  # [..., R] or [..., R, m]
@@ -203,7 +198,7 @@ def quadratic(matrix: Any, v: ArrayLike) -> Any:
 
 
 def trace(matrix: Any) -> Any:
-    """The trace, sum_r S_r: a number, or [n] for many. Of the kept rank; `record.trace` is of all K tokens."""
+    """The trace, sum_r S_r, of the kept rank: a number, or [n] for many. `record.trace` covers all K tokens."""
     return factors(matrix)[0].sum(-1)
 
 
@@ -246,7 +241,7 @@ def inner_products(many: Any, others: Any = None) -> Float64:
 
 
 def cosines(many: Any, others: Any = None) -> Float64:
-    """`cosine` of all pairs: [n, m]; NaN where one of the two is zero. Arguments as `inner_products`."""
+    """`cosine` of all pairs: [n, m]; NaN if one of the two is zero. Arguments as `inner_products`."""
     lengths = norm(many), norm(many if others is None else others)
     with np.errstate(invalid="ignore", divide="ignore"):
         return inner_products(many, others) / np.outer(*lengths)
@@ -255,7 +250,7 @@ def cosines(many: Any, others: Any = None) -> Float64:
 def principal_angles(one: Any, other: Any, rank: int | None = None) -> Float64:
     """The angles, in radians, between the spans of the leading `rank` directions of two matrices, smallest first.
 
-    The cosines are the singular values of V W^T, which say nothing of small angles; those come from the sines, the
+    The cosines are the singular values of V W^T, which do not resolve small angles; those come from the sines, the
     singular values of W - (W V^T) V. [Bjorck and Golub, Math. Comp. 1973; Knyazev and Argentati, SISC 2002]
 
     Args:
@@ -273,7 +268,7 @@ def principal_angles(one: Any, other: Any, rank: int | None = None) -> Float64:
 
 
 def overlap(one: Any, other: Any, rank: int | None = None) -> float:
-    """How much of the one's leading subspace lies in the other's: |V W^T|^2 / rank, the mean of cos^2 of their angles.
+    """The share of one leading subspace that lies in the other: |V W^T|^2 / rank, the mean of cos^2 of their angles.
 
     1 for equal spans, 0 for orthogonal ones, rank / D on average for random ones. Arguments as `principal_angles`.
     """

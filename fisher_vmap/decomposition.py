@@ -1,15 +1,14 @@
-"""How much of the whole vocabulary's Fisher matrix a stored low-rank matrix holds, from a few random vectors.
+"""Singular values and vectors of F = A^T A from its factor A, [K, D], and estimates of what the low-rank matrix lacks.
 
-A remainder vector r has E[r r^T] = E, what the factor lacks of F = A^T A + E. So |r|^2 estimates tr E without bias, and
-(r . r')^2 of two independent ones estimates |E|^2 in the Frobenius norm; what is known exactly (A) adds no noise.
+`compress` never forms F. F is D x D but has rank at most K, and K is small. Its nonzero singular values are those of
+the K x K Gram matrix A A^T, so the whole batch is decomposed by one small batched SVD on the device.
 
-From the factor A, [K, D], to the singular values and vectors of F = A^T A, without ever forming F.
-
-F is D x D but has rank at most K, and K is small. Its nonzero singular values are those of the K x K Gram matrix
-A A^T, so the whole batch is decomposed by one small batched SVD on the device.
+`quality` compares the low-rank matrix with the Fisher matrix of the whole vocabulary, F = A^T A + E, from a few random
+vectors r with E[r r^T] = E: |r|^2 estimates tr E without bias, and (r . r')^2 of two independent ones estimates |E|^2
+in the Frobenius norm. A is known exactly and adds no noise.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.validation import check_tensor, check_whole
 
-TOGETHER = 2**25  # elements of all factors that are decomposed in one batch
+TOGETHER = 2**25  # most elements of the factors that are decomposed in one batch
 
 
 class LowRank(NamedTuple):
@@ -30,7 +29,7 @@ class LowRank(NamedTuple):
         singular_values: [B, R] float32, not increasing; the eigenvalues of F, nats^2 per squared unit of the stream.
         vectors: [B, R, D] float32, the singular vectors as rows. The first `rank` are orthonormal, the others zero.
             The entry of largest magnitude of each row is positive.
-        left_vectors: [B, K, R] float32, the Q of A = Q diag(sqrt S) V: how much of which token each direction carries.
+        left_vectors: [B, K, R] float32, the Q of A = Q diag(sqrt S) V: the share of each token in each direction.
         rank: [B] int64, the number of singular values above K eps S_1; the others are zero.
         trace: [B] float32, the trace of F before it was truncated to R.
     """
@@ -43,7 +42,7 @@ class LowRank(NamedTuple):
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """The device to compute float64 on: the given one, or the CPU where it has none (MPS)."""
+    """The device to compute float64 on: the given one, or the CPU if it has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -51,13 +50,13 @@ def float64_device(device: torch.device) -> torch.device:
 def compress(factor_BKD: Tensor, rank: int) -> LowRank:
     """The thin SVD A = Q Sigma V of each prompt's factor, truncated to `rank`: S = Sigma^2 belongs to F = A^T A.
 
-    A A^T = Q Sigma^2 Q^T is decomposed in float64, where squaring costs nothing that float32 could see, and
+    A A^T = Q Sigma^2 Q^T is decomposed in float64, where squaring loses no accuracy visible in float32, and
     V = Sigma^-1 Q^T A. A prompt whose factor is not finite gets NaN and rank 0.
 
     Args:
         factor_BKD: [B, K, D], any floating dtype. F = A^T A, so row t of A is sqrt(p_t) times the score of token t.
-        rank: R, how many singular values to keep. It may exceed K: the shape asked for is the shape given, and what
-            lies beyond the numerical rank is zero.
+        rank: R, how many singular values to keep. It may exceed K; values and vectors beyond the numerical rank are
+            zero.
 
     Returns:
         LowRank, on the device of the factor; float32 (float64 for a float64 factor).
@@ -87,7 +86,7 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
     inverse_sigma_BR = torch.where(kept_BR, S_BR, 1).rsqrt()
     V_BRD = _orthonormal_again(inverse_sigma_BR[:, :, None] * (Q_BKR.mT @ A_BKD))
 
-    # The SVD leaves the sign of each pair (column of Q, row of V) open: the largest entry of V decides.
+    # The SVD does not fix the sign of each pair (column of Q, row of V): make the largest entry of V positive.
     largest_BR1 = V_BRD.abs().argmax(2, keepdim=True)
     sign_BR = torch.where(V_BRD.gather(2, largest_BR1).squeeze(2) < 0, -1.0, 1.0).to(V_BRD.dtype)
     V_BRD, Q_BKR = sign_BR[:, :, None] * V_BRD, sign_BR[:, None, :] * Q_BKR
@@ -109,30 +108,18 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
 
 
 def compress_layers(factors: Mapping[str, Tensor], rank: int) -> dict[str, LowRank]:
-    """`compress` of several layers' factors, [B, K, D] each: those of one shape together, as memory allows.
-
-    Args:
-        factors: by layer.
-        rank: R.
-
-    Raises:
-        ValueError: as `compress`.
-    """
+    """`compress` of several layers' factors, [B, K, D] each: those of the same shape together, as memory allows."""
     together: dict[tuple[object, ...], list[str]] = {}
     for layer, factor in factors.items():
         together.setdefault((factor.shape, factor.dtype, factor.device), []).append(layer)
     found: dict[str, LowRank] = {}
-    for layers in (some for alike in together.values() for some in _few(alike, factors)):
-        low_rank = compress(torch.cat([factors[layer] for layer in layers]), rank)
-        pieces = (field.chunk(len(layers)) for field in low_rank)
-        found |= {layer: LowRank(*piece) for layer, piece in zip(layers, zip(*pieces, strict=True), strict=True)}
+    for alike in together.values():
+        count = max(1, TOGETHER // max(1, factors[alike[0]].numel()))
+        for layers in (alike[i : i + count] for i in range(0, len(alike), count)):
+            low_rank = compress(torch.cat([factors[layer] for layer in layers]), rank)
+            pieces = (field.chunk(len(layers)) for field in low_rank)
+            found |= {layer: LowRank(*piece) for layer, piece in zip(layers, zip(*pieces, strict=True), strict=True)}
     return {layer: found[layer] for layer in factors}
-
-
-def _few(layers: list[str], factors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Layers of one shape, as many at a time as stay below TOGETHER elements."""
-    count = max(1, TOGETHER // max(1, factors[layers[0]].numel()))
-    return (layers[i : i + count] for i in range(0, len(layers), count))
 
 
 def _gram_svd(A_BKD: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,20 +131,20 @@ def _gram_svd(A_BKD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_again(V_BRD: Tensor) -> Tensor:
-    """Two Newton-Schulz steps towards V (V V^T)^(-1/2): each squares what is missing; zero rows stay zero."""
+    """Two Newton-Schulz steps towards V (V V^T)^(-1/2): each squares the error; zero rows stay zero."""
     for _ in range(2):
         V_BRD = 1.5 * V_BRD - 0.5 * (V_BRD @ V_BRD.mT) @ V_BRD
     return V_BRD
 
 
 class Quality(NamedTuple):
-    """Estimates for each prompt, [B] float64; NaN where too few random vectors were drawn for them.
+    """Estimates for each prompt, [B] float64; NaN if there are too few random vectors for them.
 
     Attributes:
         trace_full: trace of the Fisher matrix of the whole vocabulary.
-        trace_full_error: the standard error of that; needs two vectors.
-        relative_error: |F - F_stored| / |F| in the Frobenius norm, F of the whole vocabulary and F_stored what is kept
-            of it, cut to rank R; needs two vectors.
+        trace_full_error: its standard error; needs two vectors.
+        relative_error: |F - F_stored| / |F| in the Frobenius norm, with F of the whole vocabulary and F_stored the
+            stored matrix of rank R; needs two vectors.
     """
 
     trace_full: Tensor
@@ -166,14 +153,14 @@ class Quality(NamedTuple):
 
 
 def quality(factor_BmD: Tensor, kept: LowRank, remainder_BSD: Tensor) -> Quality:
-    """Estimate what a low-rank matrix lacks of the whole Fisher matrix.
+    """Estimate how far a low-rank matrix is from the Fisher matrix of the whole vocabulary.
 
-    With T what the cut to rank R took away, |F - F_stored|^2 = |T|^2 + 2 tr(E T) + |E|^2.
+    With T = A^T A - F_stored, the part removed by the cut to rank R, |F - F_stored|^2 = |T|^2 + 2 tr(E T) + |E|^2.
 
     Args:
-        factor_BmD: A.
+        factor_BmD: [B, m, D], A.
         kept: A^T A cut to rank R.
-        remainder_BSD: S random vectors with the second moment E.
+        remainder_BSD: [B, S, D], S random vectors with the second moment E.
     """
     place = float64_device(factor_BmD.device)
     A, r = (x.to(place, torch.float64) for x in (factor_BmD, remainder_BSD))

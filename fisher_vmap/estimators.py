@@ -1,13 +1,13 @@
-"""Low-rank Fisher matrices as factors, F = A^T A: of the top-k tokens, or near the best one of the whole vocabulary.
+"""Low-rank Fisher matrices as factors, F = A^T A: of the top-k tokens, or close to the best for the whole vocabulary.
 
 `full` is a Nystrom approximation of F = J^T C J. Leading eigenvectors U of the output metric C are pulled back; the
 range of J^T U, orthonormal rows Q, is pushed forward, Z = J Q; and with M = Z C Z^T,
 
     F  ~  (J^T C Z) M^-1 (J^T C Z)^T  =  A^T A,        A = (M^-1/2 Z C) J
 
-With F = L^T L, L = C^(1/2) J, this is L^T P L for the orthogonal projection P on the range of C^(1/2) Z: whatever Z is,
-it never exceeds F, and rounding in the push costs accuracy only to second order. As many vectors as the rows of h are
-wide need no search: with Z = 1 the formula is F itself, by one pullback of C^(1/2).
+With F = L^T L, L = C^(1/2) J, this is L^T P L for the orthogonal projection P on the range of C^(1/2) Z: for any Z it
+never exceeds F, and rounding errors of the push enter only to second order. With as many vectors as h is wide, no
+search is needed: with Z = 1 the formula is F itself, by one pullback of C^(1/2).
 """
 
 from collections.abc import Sequence
@@ -39,23 +39,23 @@ from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.wrappers import names_inside, unwrapped
 
-TRACE_SAMPLES = 4  # random vectors for estimator full: they cost a twelfth of it
-START_ITERATIONS = 1  # of the subspace iteration for C's leading eigenvectors
+TRACE_SAMPLES = 4  # random vectors for estimator full, a twelfth of its cost
+START_ITERATIONS = 1  # iterations of the subspace iteration for C's leading eigenvectors
 
 
 class Estimate(NamedTuple):
-    """Fisher matrices of a batch, one factor a layer: F ~ A^T A.
+    """Fisher matrices of a batch, one factor for each layer: F ~ A^T A.
 
-    float32, or float64 where the model is float64.
+    float32, or float64 for a float64 model.
 
     Attributes:
         log_probs: [B, K], of the likeliest next tokens, highest first, in nats.
         token_ids: [B, K] int64.
         factors: for each layer, A, [B, m, D].
-        loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows. Empty where
-            A's rows are these.
+        loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows. Empty if
+            these are the rows of A.
         remainder: for each layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole vocabulary
-            less A^T A.
+            minus A^T A.
         position_energy: for each layer, [B, T] in the caller's columns: the trace of each position's own A^T A.
         residual_norm: for each layer, [B]: the mean norm of its output over the prompt's tokens.
     """
@@ -74,15 +74,15 @@ class EstimatorOptions:
     """Which matrix is estimated, and how.
 
     Attributes:
-        estimator: "topk", the matrix of the K likeliest tokens, or "full", near the best one of the rank asked for of
-            the whole vocabulary's.
-        include_rest: of topk: take "any other token" for one more outcome.
-        oversampling: of full: vectors beyond the rank.
-        passes: of full: rounds of push and pull.
-        trace_samples: random vectors that what the matrix lacks is estimated with; None: 4 for full, 0 for topk.
+        estimator: "topk", the matrix of the K likeliest tokens, or "full", close to the best approximation of the
+            whole vocabulary's matrix with the rank asked for.
+        include_rest: for topk: treat "any other token" as one more outcome.
+        oversampling: for full: vectors beyond the rank.
+        passes: for full: rounds of push and pull.
+        trace_samples: random vectors for estimating what the matrix lacks; None: 4 for full, 0 for topk.
 
     Raises:
-        ValueError: one of them is none of these, or they do not go together.
+        ValueError: a value is not one of these, or two of them exclude each other.
     """
 
     estimator: str = "topk"
@@ -92,7 +92,7 @@ class EstimatorOptions:
     trace_samples: int | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
+        """Check the values that need no model."""
         if self.estimator not in ("topk", "full"):
             raise ValueError(f"estimator is {self.estimator!r}; expected 'topk' or 'full'")
         check_whole("oversampling", self.oversampling, 0)
@@ -108,45 +108,35 @@ class EstimatorOptions:
 
 
 def check_fit(how: EstimatorOptions, kernel: str) -> None:
-    """Raise ValueError for settings that do not go together."""
+    """Raise ValueError for settings that exclude each other."""
     if how.estimator == "full" and kernel == "loop":
-        raise ValueError("estimator full needs forward derivatives, which kernel loop has not; use auto or whole")
+        raise ValueError("estimator full needs forward derivatives, which kernel loop does not have; use auto or whole")
     if how.estimator == "full" and how.include_rest:
-        raise ValueError("estimator full has every token in it: include_rest is for estimator topk; leave it false")
+        raise ValueError("estimator full includes every token: include_rest is for estimator topk; leave it false")
 
 
 def topk(scores: Scores) -> Estimate:
-    """The matrix of the outcomes that the scores are of: A = diag(sqrt p) G."""
+    """The matrix of the outcomes that have scores: A = diag(sqrt p) G."""
     factors = {layer: scores.factor(layer) for layer in scores.gradients}
     return Estimate(
-        scores.log_probs,
-        scores.token_ids,
-        factors,
-        {},
-        scores.remainder,
-        scores.position_energy,
-        scores.residual_norm,
+        scores.log_probs, scores.token_ids, factors, {}, scores.remainder, scores.position_energy, scores.residual_norm
     )
 
 
 def full(
     net: LinearizedNetwork, *, vectors: int, passes: int = 1, top_k: int = 10, probes: Probes | None = None
 ) -> Estimate:
-    """Near the best low-rank approximation of the whole vocabulary's Fisher matrix; see the module.
+    """Close to the best low-rank approximation of the whole vocabulary's Fisher matrix; see the module.
 
-    Args:
-        net: the upper network of the batch.
-        vectors: m, how many vectors go up and down: a few more than the rank wanted.
-        passes: rounds of push and pull; each further one takes the range of the last one's result.
-        top_k: K, tokens that are read off beside.
-        probes: random vectors for the remainder; None: none.
+    `vectors` is m, a few more than the rank wanted. Each of the `passes` rounds of push and pull starts from the range
+    of the previous result. `probes` are random vectors for the remainder.
     """
     found = [_full_of(one, vectors, passes, top_k, probes) for one in net.maps()]
     return join_layers(found, net.layers)
 
 
 def _full_of(net: LinearMap, vectors: int, passes: int, top_k: int, probes: Probes | None) -> Estimate:
-    """The record of the layers of one map."""
+    """The estimate for the layers of one linear map."""
     with net.prepared():
         exact = vectors >= net.rows.shape[1]
         c = distribution(net.head, net.rows, Asked(top_k, probes=None if exact else probes))
@@ -168,7 +158,7 @@ def _full_of(net: LinearMap, vectors: int, passes: int, top_k: int, probes: Prob
 
 
 def _exact_of(net: LinearMap, c: Distribution, samples: int) -> Estimate:
-    """F itself at every layer, by the pullback of C^(1/2): there is no remainder."""
+    """F itself at every layer, by the pullback of C^(1/2), with zero remainder."""
     B, X = net.rows.shape
     z_BXX, cz_BXX = _whitened(c, torch.eye(X, device=net.rows.device).expand(B, X, X))
     found = [
@@ -179,7 +169,7 @@ def _exact_of(net: LinearMap, c: Distribution, samples: int) -> Estimate:
 
 
 def _whitened(c: Distribution, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
-    """M^-1/2 Z and M^-1/2 Z C, M = Z C Z^T: of the new Z, Z C Z^T = 1 but for what is zero to rounding."""
+    """M^-1/2 Z and M^-1/2 Z C, M = Z C Z^T: the new Z has Z C Z^T = 1, except for rows that are zero to rounding."""
     cz_BmX = c.product(z_BmX)
     z_BmX = z_BmX.to(cz_BmX)
     whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
@@ -189,7 +179,7 @@ def _whitened(c: Distribution, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
 def _estimate(
     net: LinearMap, layer: str, reading: Reading, z_BmX: Tensor, last: Summed, remainder_BSD: Tensor
 ) -> Estimate:
-    """The record of one layer; A = Z C J is `last`, with Z C Z^T = 1."""
+    """The estimate for one layer; `last` is A = Z C J, with Z C Z^T = 1."""
     token_rows_BKX = reading.cotangents.transpose(0, 1) * (reading.log_probs / 2).exp()[:, :, None]
     return Estimate(
         reading.log_probs,
@@ -203,10 +193,10 @@ def _estimate(
 
 
 def _inverse_root(z_BmX: Tensor, cz_BmX: Tensor) -> Tensor:
-    """M^-1/2 of M = Z C Z^T, [B, m, m], by its eigenvectors; rows of what is zero to rounding are zero.
+    """M^-1/2 of M = Z C Z^T, [B, m, m], by its eigenvectors; rows of eigenvalues that are zero to rounding are zero.
 
-    M is symmetric but for rounding, which may be coarser than the dtype (a norm that is float32 inside): how far it is
-    from that says what is zero.
+    M is symmetric up to rounding, which may be coarser than the dtype (a norm may compute in float32). Its asymmetry
+    measures the rounding, and so which eigenvalues count as zero.
     """
     place, m = float64_device(z_BmX.device), z_BmX.shape[1]
     M_Bmm = z_BmX.to(place, torch.float64) @ cz_BmX.to(place, torch.float64).mT
@@ -232,23 +222,23 @@ def fisher_full(
     trace_samples: int = 4,
     **options: Unpack[Options],
 ) -> Estimate:
-    """Near the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a whole batch of prompts.
+    """Close to the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a batch of prompts.
 
     F = sum over all tokens of p_t g_t g_t^T = J^T C J, by two pullbacks and one pushforward of rank + oversampling
     vectors for each pass [Halko, Martinsson and Tropp, SIAM Review 2011]. With several layers the first pullback is
-    shared; each layer has a push and a pull of its own. With rank + oversampling of D or more it is F itself, for all
-    layers by one pullback of D vectors.
+    shared; each layer has its own push and second pull. If rank + oversampling is D or more, the result is F itself,
+    for all layers by one pullback of D vectors.
 
     Args:
         model: as for `fisher_scores`.
         input_ids: [B, T] int64, padded on either side.
         attention_mask: [B, T], 1 for real tokens; None: no padding.
         layers: as for `fisher_scores`.
-        rank: R, the rank that is wanted; `compress(factor, rank)` gives it.
-        oversampling: vectors beyond R; the more, the nearer to the best possible.
+        rank: R, the rank wanted; `compress(factor, rank)` cuts the result to it.
+        oversampling: vectors beyond R; more of them bring the result closer to the best possible.
         passes: rounds of push and pull.
-        top_k: K, how many of the likeliest tokens are read off beside.
-        trace_samples: S, random vectors that the remainder is estimated with; they join the first pullback.
+        top_k: K, how many of the likeliest tokens to report as well.
+        trace_samples: S, random vectors for estimating the remainder; they join the first pullback.
         options: positions, kernel ("auto", "layerwise" or "whole"), chunk_size, precision and audit, as for
             `fisher_scores`.
 

@@ -1,7 +1,7 @@
-"""`fisher_scores`: the one public function of the kernel.
+"""`fisher_scores`: the gradients of log p_t of the top-k tokens for a batch of prompts.
 
-The k backward passes of "gradient of log p_t for each of the top-k tokens" are one batched pullback: `torch.func.vmap`
-over `torch.func.vjp` with one-hot cotangents. The probe finds out which form of it a model may be trusted with.
+The k backward passes of these gradients are one batched pullback: `torch.func.vmap` over `torch.func.vjp` with one-hot
+cotangents. Which form of it is right for a model is found by the probe and proven against plain autograd.
 """
 
 import zlib
@@ -27,6 +27,8 @@ from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import check_tensor, check_whole, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked, names_inside, unwrapped
 
+Record = TypeVar("Record", bound=NamedTuple)
+
 
 def fisher_scores(
     model: nn.Module,
@@ -44,7 +46,7 @@ def fisher_scores(
 
     theta is a bias vector, zero, added to the output of a hooked module; p is the distribution of the token after the
     last token of each prompt. The Fisher matrix of a prompt is F = sum_t p_t g_t g_t^T. A prompt's scores do not depend
-    on the other prompts of its batch. The model's mode, requires_grad, hooks and attention are as before afterwards.
+    on the other prompts of its batch. The model's mode, requires_grad, hooks and attention are restored afterwards.
 
     Args:
         model: a causal LM of transformers, or a PeftModel, nnsight's LanguageModel or a TransformerBridge around one.
@@ -53,35 +55,33 @@ def fisher_scores(
         layers: names of modules whose output is a tensor [B, T, D] or a tuple that starts with one; or numbers of
             decoder blocks, negative from the top; or "all" blocks.
         top_k: K, how many of the likeliest tokens.
-        token_ids: [B, K] int64, the tokens, where the caller chooses them; `top_k` is then not read.
-        include_rest: take "any other token" for one more outcome, the last, with token id -1.
-        trace_samples: S, random vectors by which the trace of what these outcomes leave out is estimated.
+        token_ids: [B, K] int64, tokens chosen by the caller; `top_k` is then ignored.
+        include_rest: treat "any other token" as one more outcome, the last, with token id -1.
+        trace_samples: S, how many random vectors to use for estimating the trace of what these outcomes leave out.
         options: how it is computed, any of the following.
         positions: where the bias is added: "all" (the default), "last" (the last real token) or a mask [B, T].
         kernel: "auto" (the default), or a form by name: "layerwise", "whole" or "loop".
-        chunk_size: how many cotangents to pull back at a time; None (the default): as many as the device does well
-            with.
-        precision: what the model is computed in, from the same weights: "model", their own format; "float32"; "mixed",
-            the forward alone in float32; or "auto" (the default), float32 where this processor is faster in it, else
-            "model".
-        audit: how often what is computed is compared with the model as it is and plain autograd: "auto" (the default),
-            as often as costs next to nothing; "always", in every call; or "off", only where a call reaches further
-            than the proof.
+        chunk_size: how many cotangents to pull back at a time; None (the default): as many as suit the device.
+        precision: the format to compute in, from the same weights: "model", their own; "float32"; "mixed", only the
+            forward in float32; or "auto" (the default), float32 if this processor is faster in it, else "model".
+        audit: how often results are compared with the unchanged model and plain autograd: "auto" (the default), rarely
+            enough to cost next to nothing; "always", in every call; "off", only when a batch is larger than any proven
+            one.
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
-        position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one more.
+        position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one larger.
 
     Raises:
         ValueError: an argument is not as described, the kernel asked for cannot be trusted with this model, or no
-            form of it agrees with the model itself.
+            form of the kernel agrees with the model itself.
     """
     how = KernelOptions(**options)
     check_whole("trace_samples", trace_samples, 0)
     if token_ids is None:
         check_whole("top_k", top_k)
     given, model = model, unwrapped(model)
-    input_device(model)  # raises where no weights are loaded
+    input_device(model)  # raises if no weights are loaded
     how = how.on(model)
     with torch.inference_mode(False), torch.no_grad(), as_it_is(model, how.precision):
         with differentiable(model):
@@ -117,7 +117,7 @@ def _computed(
     wanted: Wanted,
     options: KernelOptions,
 ) -> tuple[list[Scores], dict[str, str]]:
-    """A record for each form; or the layers whose form broke off, and why."""
+    """The scores, one record for each form; or the layers whose form broke off, and why."""
     results: list[Scores] = []
     for key in sorted({choice.key for choice in forms.values()}):
         group = [name for name in names if forms[name].key == key]
@@ -129,16 +129,16 @@ def _computed(
         except Exception as error:
             if is_out_of_memory(error) or is_our_fault(error) or not is_hooked(model):
                 raise
-            # A hook that worked on the prompts of the proof, and does not on these as the form lays them out.
+            # A hook that worked on the prompts of the proof may fail on these prompts in this form's layout.
             return [], dict.fromkeys(group, f"it broke off: {first_line(error)}")
-        # Two forms may round ties another way: the layers of a batch speak of the same tokens.
+        # Forms may break ties differently, and all layers of a batch must have the same tokens.
         tokens = results[0].token_ids
         wanted = replace(wanted, token_ids=tokens[:, :-1] if wanted.include_rest else tokens)
     return results, {}
 
 
 def prompt_seeds(layout: Layout) -> list[int]:
-    """A number for each prompt that depends on its tokens alone."""
+    """A seed for each prompt that depends only on its tokens."""
     ids_N = layout.input_ids.flatten().cpu()
     return [zlib.crc32(ids_N[first:stop].numpy().tobytes()) for first, stop in layout.ranges()]
 
@@ -146,7 +146,7 @@ def prompt_seeds(layout: Layout) -> list[int]:
 def broken_off(
     known: ModelInfo, forms: Mapping[str, Choice], group: Sequence[str], kernel: str, reason: StructureChanged
 ) -> dict[str, str]:
-    """From now on the model's own forward to the end, whatever its blocks do: for each layer that needs it, why.
+    """Rule out the blockwise forms of this model from now on: for each layer that needs another form, the reason.
 
     Raises:
         ValueError: a form was asked for by name.
@@ -162,7 +162,7 @@ def broken_off(
 
 
 def check_inputs(model: Any, layout: Layout) -> None:
-    """Raise ValueError for tokens that the model does not have, or more of them than it has positions for."""
+    """Raise ValueError for tokens outside of the vocabulary, or for prompts longer than the table of positions."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(embedding, "num_embeddings", None)
     lowest, highest = int(layout.input_ids.min()), int(layout.input_ids.max())
@@ -189,11 +189,8 @@ def _check_chosen(token_ids: Tensor | None, layout: Layout, vocabulary: int) -> 
         raise ValueError(f"token_ids has an entry outside 0 to {vocabulary - 1}, the model's vocabulary")
 
 
-Record = TypeVar("Record", bound=NamedTuple)
-
-
 def join_layers(parts: Sequence[Record], names: Sequence[str]) -> Record:
-    """One record of several that differ in their layers alone, with the layers in this order."""
+    """Join records that differ only in their layers, in the order of `names`."""
     merged = {}
     for field, values in zip(parts[0]._fields, zip(*parts, strict=True), strict=True):
         if isinstance(values[0], dict):

@@ -1,6 +1,6 @@
 """`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices.
 
-`FisherRecord`: one prompt's Fisher matrices as `FisherModel.fisher` yields them.
+`FisherRecord` holds one prompt's Fisher matrices, as `FisherModel.fisher` yields them.
 """
 
 import sys
@@ -40,7 +40,7 @@ class FisherRecord:
     layers: dict[str, PromptRecord]
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the only layer's record; with several layers, ask `record.layers[name]`."""
+        """The attributes of the only layer's record; with several layers, use `record.layers[name]`."""
         if name.startswith("_") or len(self.layers) != 1:
             raise AttributeError(f"{name}: this record has {len(self.layers)} layers; use record.layers[layer].{name}")
         return getattr(next(iter(self.layers.values())), name)
@@ -49,7 +49,7 @@ class FisherRecord:
 def record_of(
     index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, pieces: Pieces | None, status: str = "failed"
 ) -> FisherRecord:
-    """A prompt's numbers with what the tokenizer made of it; `status` is that of numbers that have a reason."""
+    """The record of a prompt's numbers and tokens; `status` is the status of numbers with a reason."""
     row: dict[str, Any] = {
         "text": prompt.text,
         "status": "ok" if numbers.reason is None else status,
@@ -85,15 +85,7 @@ def record_of(
 
 
 def empty_record(index: int, reason: str, widths: Mapping[str, int], outcomes: int, rank: int) -> FisherRecord:
-    """A prompt that could not be computed: NaN everywhere, and the reason.
-
-    Args:
-        index: of the prompt.
-        reason: why.
-        widths: D of each layer.
-        outcomes: K.
-        rank: R.
-    """
+    """The record of a prompt that was not computed: NaN everywhere, and the reason; K is `outcomes`."""
 
     def nan(*shape: int) -> np.ndarray:
         return np.full(shape, np.nan, np.float32)
@@ -117,15 +109,15 @@ class ModelOptions(Options, total=False):
 
 
 class FisherModel:
-    """A causal LM with hooked layers: opened and checked once, then asked for the matrices of prompts or of batches.
+    """A causal LM with hooked layers, opened and checked once, for the matrices of any number of prompts or batches.
 
     Attributes:
         layers: the names of the hooked modules.
         widths: the width D of each.
-        vocabulary: how many tokens the model has.
+        vocabulary: V, the number of tokens of the model.
         pieces: tokens as text; None without a tokenizer.
-        precision: "model", "mixed" or "float32": what it is computed in.
-        precision_why: why that.
+        precision: the format to compute in: "model", "mixed" or "float32".
+        precision_why: the reason for it.
     """
 
     def __init__(
@@ -140,30 +132,30 @@ class FisherModel:
         renderer: Renderer | None = None,
         **options: Unpack[ModelOptions],
     ) -> None:
-        """Open a model: resolve its layers and check what can be checked without a prompt.
+        """Open a model: resolve its layers and check everything that needs no prompt.
 
         Args:
             model: as for `fisher_scores`, on its device or devices.
-            tokenizer: its tokenizer; only `fisher` needs one; None: that of nnsight or the TransformerBridge.
+            tokenizer: its tokenizer, needed by `fisher` only; None: that of nnsight or the TransformerBridge.
             layers: names of modules, numbers of decoder blocks (negative from the top), or "all" blocks.
             top_k: K, how many of the likeliest tokens.
-            batch_size: most prompts computed at once by `fisher`; None: as many as max_batch_tokens has
-                room for, of those that are sorted together.
+            batch_size: most prompts that `fisher` computes at once; None: as many of those sorted together as
+                `max_batch_tokens` allows.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
-            renderer: how prompts become tokens; None: with the tokenizer's chat template where it has one.
-            options: positions ("all" or "last"), kernel, chunk_size, precision (what it came to is an attribute) and
+            renderer: turns prompts into tokens; None: uses the tokenizer's chat template if it has one.
+            options: positions ("all" or "last"), kernel, chunk_size, precision (the one chosen is an attribute) and
                 audit, as for `fisher_scores`; and any of the following.
-            estimator: "topk" (the default), the matrix of the K likeliest tokens, or "full", near the best one of the
-                rank asked for of the whole vocabulary's.
-            include_rest: of topk: take "any other token" for one more outcome.
-            oversampling: of full: vectors beyond the rank (6).
-            passes: of full: rounds of push and pull (1).
-            trace_samples: random vectors that what the matrix lacks is estimated with; None (the default): 4 for full,
-                0 for topk.
+            estimator: "topk" (the default), the matrix of the K likeliest tokens, or "full", close to the best
+                approximation of the whole vocabulary's matrix with the rank asked for.
+            include_rest: for topk: treat "any other token" as one more outcome.
+            oversampling: for full: vectors beyond the rank (6).
+            passes: for full: rounds of push and pull (1).
+            trace_samples: random vectors for estimating what the matrix lacks; None (the default): 4 for full, 0 for
+                topk.
 
         Raises:
-            ValueError: a layer that the model does not have or whose output is no [B, T, D] tensor, top_k above V, or
-                settings that do not go together.
+            ValueError: a layer that the model does not have or whose output is not [B, T, D], top_k above V, or
+                settings that exclude each other.
         """
         own = {name: value for name, value in options.items() if name in Options.__annotations__}
         others = {name: value for name, value in options.items() if name not in own}
@@ -205,7 +197,7 @@ class FisherModel:
         """What ran, in words, for each layer that has been computed.
 
         "form" is the kernel's form and "why" the reason for it; "attention", "prompts" (how they are laid out), "rules"
-        (the blocks pulled back by hand, and why others are not), "last_block" (whether it is cut at the last row),
+        (the blocks pulled back by a rule, and why others are not), "last_block" (whether only its last row is run),
         "precision", and "audit" (how many batches were compared with plain autograd).
         """
         with undisturbed(self.model, self.precision):
@@ -217,14 +209,12 @@ class FisherModel:
 
     @contextmanager
     def one_shard(self, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:
-        """Within the context the batches are those of one shard of a run.
+        """Compute the batches of one shard of a run within the context.
 
-        Args:
-            number: of the shard.
-            batches: the lengths of the prompts of each of its batches, the longest first.
+        `number` is the shard's, and `batches` are the prompt lengths of each of its batches, longest first.
         """
         with torch.no_grad(), undisturbed(self.model, self.precision):
-            # Of a run whose opening met nothing but numbers that are not finite, nothing is known yet.
+            # Nothing is known yet if all values at the opening of the run were not finite.
             known = known_of(self.model) or probe(self.model, lay_out(torch.arange(4, device=self.device)[None], None))
             due = due_batch(self.model, known, self.layers, self.top_k + self.trace_samples, number, batches)
         with one_shard(known, due) as forms:
@@ -236,7 +226,7 @@ class FisherModel:
         Args:
             input_ids: [B, T] int64, padded on either side.
             attention_mask: [B, T], 1 for real tokens; None: no padding.
-            choices: arguments of `fisher_scores` that take the place of this model's.
+            choices: arguments of `fisher_scores` that replace this model's.
         """
         settings: dict[str, Any] = {
             "layers": self.layers,
@@ -279,8 +269,8 @@ class FisherModel:
         """One batch from token ids to compressed matrices.
 
         Args:
-            prompts_ids: the token ids of each prompt of the batch, unequal lengths welcome.
-            rank: R, singular values kept.
+            prompts_ids: the token ids of each prompt of the batch, of any lengths.
+            rank: R, how many singular values to keep.
 
         Returns:
             For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
@@ -293,19 +283,20 @@ class FisherModel:
         return numbers_of(self.estimate(input_ids.to(self.device), mask.to(self.device), rank), lengths, rank)
 
     def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
-        """The Fisher matrix of each prompt, in order, as it comes.
+        """Yield the Fisher matrix of each prompt, in order, as it is computed.
 
-        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as the command does.
+        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command.
 
         Args:
             prompts: an iterable of texts or lists of messages ({"role": ..., "content": ...}).
             rank: R, how many singular values to keep.
 
         Yields:
-            A record a prompt. One without text has status "skipped", one whose numbers are not finite "failed".
+            One record for each prompt. Its status is "skipped" for a prompt without text, "failed" if its numbers are
+            not finite.
 
         Raises:
-            ValueError: one prompt was given in place of several, or the model was opened without a tokenizer.
+            ValueError: one prompt was given instead of several, or the model was opened without a tokenizer.
         """
         check_prompts(prompts)
         check_whole("rank", rank, 1)
@@ -330,7 +321,7 @@ class FisherModel:
 
     @contextmanager
     def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
-        """The upper network of a batch as a linear map, with products by any vectors, while the context lasts.
+        """The linear map of a batch, for products by any vectors within the context.
 
         Args:
             input_ids: [B, T] int64, padded on either side.

@@ -1,4 +1,4 @@
-"""Steering: a vector added to the residual stream at a layer, while a context lasts."""
+"""`steer`: adds a vector to the residual stream at a layer within a context."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,27 +20,27 @@ def steer(
     """Add a step along a direction to the output of a layer, at every position of every forward pass inside the block.
 
     step = scale * residual_norm * v, with v = direction / |direction|. It is the bias theta of the Fisher matrix F, so
-    a small step moves the next-token distribution by a KL divergence of 1/2 step^T F step, in nats. `model.generate`
+    a small step changes the next-token distribution by a KL divergence of 1/2 step^T F step, in nats. `model.generate`
     works inside, with its cache: later tokens are steered too.
 
     Args:
-        model: a causal LM, in a wrapper or not; it is as it was when the block ends, whatever happened.
+        model: a causal LM, in a wrapper or not; it is restored at the end of the block, also after an error.
         layer: a module's name, or a block's number (negative from the top).
-        direction: [D], a numpy array, tensor or list; only its direction counts. Its sign is arbitrary in a Fisher
-            matrix: try both.
+        direction: [D], a numpy array, tensor or list; its length does not matter. The sign of a Fisher matrix's
+            direction is arbitrary: try both.
         scale: the step's length in units of `residual_norm`; a negative one steers the other way.
-        residual_norm: the length that counts as 1, such as `record.residual_norm`; 1.0 for a step of length `scale`.
+        residual_norm: the unit of `scale`, such as `record.residual_norm`; 1.0 for a step of length `scale`.
             None: each position's own norm, so that all are turned by the same angle.
 
     Raises:
         ValueError: no such layer, a direction that is zero or not finite, or a scale that is not finite; in the first
-            forward pass, a direction of another width than the layer's.
+            forward pass, a direction whose width is not the layer's.
     """
     inner = unwrapped(model)
     given = names_inside(model, inner, layer)
     if isinstance(given, str) and given in dict(inner.named_modules()):
         name = given
-    else:  # a number, or a name that is wrong: the model is looked at
+    else:  # a number, or a wrong name: this runs the model
         (name,) = resolve_layers(inner, given)
     unit_D = torch.as_tensor(direction, dtype=torch.float64, device="cpu").detach()
     length = float(unit_D.norm()) if unit_D.numel() else 0.0
@@ -53,9 +53,9 @@ def steer(
         raise ValueError(f"scale is {scale} and residual_norm {residual_norm}; expected finite numbers")
     step_D = factor * unit_D / length
 
-    # `model.wrappers.is_step` knows this hook by its module: it is the same at every position of every batch.
+    # `model.wrappers.is_step` recognises this hook, which is the same at every position, by its Python module.
     def add_step(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        # Checked here, since running the model beforehand would set off the user's own hooks.
+        # Checked here, since running the model beforehand would call the user's hooks.
         stream = output_of(output)
         if stream is None or stream.shape[-1] != len(unit_D):
             shape = None if stream is None else tuple(stream.shape)

@@ -149,7 +149,7 @@ def test_a_batch_of_factors_and_a_record_will_do():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: algebra.matvec(3, np.ones(D)), "int is no low-rank matrix; expected a record"),
+        (lambda: algebra.matvec(3, np.ones(D)), "int is not a low-rank matrix; expected a record"),
         (lambda: algebra.trace((np.ones(3), np.ones((4, D)))), r"S has shape \(3,\) and V \(4, 13\)"),
         (lambda: algebra.overlap(low_rank(0), low_rank(1), 5), "rank is 5; expected 1 to 4"),
         (lambda: algebra.eigenvectors(np.eye(3), 4), "rank is 4; expected 1 to 3"),

@@ -134,7 +134,7 @@ def test_a_resumed_run_gives_the_same_bits(inputs, tmp_path):
     [
         (
             {"estimator": "full", "kernel": "loop"},
-            "estimator full needs forward derivatives, which kernel loop has not",
+            "estimator full needs forward derivatives, which kernel loop does not have",
         ),
         ({"estimator": "full", "include_rest": "true"}, "include_rest is for estimator topk"),
         ({"estimator": "best"}, "estimator: 'best' was given"),
