@@ -210,5 +210,5 @@ def test_a_model_that_is_run_in_another_thread_meanwhile_says_so():
     handle = model.model.norm.register_forward_hook(beside)
     fisher_scores(model, row[None], layers=1, top_k=3)
     handle.remove()
-    assert any("fisher_vmap computes on this model in another thread" in line for line in said)
+    assert any("fisher_vmap is computing on this model in another thread" in line for line in said)
     model(row[None])  # and now it runs

@@ -177,4 +177,4 @@ def test_an_adapter_path_that_is_none(model, tmp_path, capsys):
 def test_an_adapter_on_weights_that_do_not_fit_is_refused(model, tmp_path, capsys):
     adapter(tmp_path / "adapter", model)
     run(tmp_path / "adapter", tmp_path, code=2, device="auto", device_map=json.dumps(PLACES))
-    assert "merge the two beforehand" in capsys.readouterr().err
+    assert "merge the two first" in capsys.readouterr().err
