@@ -28,7 +28,7 @@ from fisher_vmap.linearize.compare import (
 )
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.plain import Plain, Reference, first_line, plain_autograd, plain_log_probs, reference_of
-from fisher_vmap.model.layers import decoder_blocks
+from fisher_vmap.model.layers import decoder_blocks, hooked
 from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
@@ -206,7 +206,9 @@ def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Fou
     reference = reference_of(model, layout, b)
     rank = _weightiest(found, b)
     token_1 = found.token_ids[b, rank : rank + 1]
-    gather = known.parts.gather and not is_hooked(model)
+    # A hooked module after the blocks, such as the unembedding, must run at all positions, as it did in the form.
+    after_blocks = any(id(hook.module) in known.parts.above for hook in hooked(model, layers).values())
+    gather = known.parts.gather and not is_hooked(model) and not after_blocks
 
     def plainly() -> Plain:
         # Some quantised layers have no backward, and autograd does not report it: use that of their matrix.

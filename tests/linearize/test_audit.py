@@ -312,3 +312,15 @@ def test_a_score_is_audited_wherever_the_bias_is(unproven, monkeypatch, caplog, 
         fisher_scores(model, ids, mask, layers=LAYERS, top_k=4, positions=chosen, audit="always")
     assert "could not be audited" not in caplog.text
     assert "the audit found the score" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("module", ["unembedding", "final norm"])
+def test_a_module_after_the_blocks_passes_its_audit(family, module):
+    names = {"llama": ("lm_head", "model.norm"), "gpt2": ("lm_head", "transformer.ln_f")}[family]
+    model, rows, name = fresh(family), prompts(LENGTHS), names[module == "final norm"]
+    for _ in range(2):
+        found = fisher_scores(model, *padded(rows, "left"), layers=name, top_k=4, audit="always")
+        for b, row in enumerate(rows):
+            expected = plain_scores(model, row, name, token_ids=found.token_ids[b])
+            assert relative(found.gradients[name][b], expected.gradients) < 1e-6
