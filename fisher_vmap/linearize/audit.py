@@ -160,7 +160,8 @@ class ShardForms:
 
     def begin(self) -> None:
         """Call before the first batch, also when the shard is computed again."""
-        self._known.calls, self._known.scored, self._changes = 0, False, self._known.changes
+        self._known.calls, self._known.audits, self._known.scored = 0, 0, False
+        self._changes = self._known.changes
 
     def changed(self) -> bool:
         """Whether a form was given up since `begin`, which puts the earlier batches in doubt."""

@@ -29,7 +29,7 @@ from fisher_vmap.linearize.plain import (
     reference_of,
 )
 from fisher_vmap.linearize.probe import excerpt
-from fisher_vmap.linearize.scores import Scores, Wanted, attention_of, run_choice
+from fisher_vmap.linearize.scores import Scores, Wanted, run_choice
 from fisher_vmap.model.layout import Layout, pack_rows
 from fisher_vmap.model.offload import is_offloaded, model_dtype
 from fisher_vmap.model.recording import StructureChanged, run_blocks
@@ -256,7 +256,7 @@ def excerpt_for(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choi
         StructureChanged: the form packs prompts, and these cannot be packed at any length.
     """
     if choice.form == "packed":
-        with attention_set_to(model, attention_of(choice, known)):
+        with attention_set_to(model, known.attention_of(choice)):
             return packable(model, known.under(choice.attention).parts, layout)
     return layout if is_hooked(model) else excerpt(layout, CHECK_TOKENS)
 

@@ -11,7 +11,6 @@ afterwards: `as_it_is` changes nothing that the model computes, and plain autogr
 """
 
 import logging
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -84,9 +83,9 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _entering(context: str, model: nn.Module) -> Iterator[bool]:
+def _entering(context: str, owner: object) -> Iterator[bool]:
     """Whether this thread enters a context for the first time: inside it, entering it again has nothing to do."""
-    key, inside = (context, id(model)), _INSIDE.get()
+    key, inside = (context, id(owner)), _INSIDE.get()
     token = _INSIDE.set(inside | {key})
     try:
         yield key not in inside
@@ -205,7 +204,6 @@ class LinearMap(ABC):
         self._model, self._parts, self._attention = model, parts, attention
         self._chunk_size, self._precision, self._once = options.chunk_size, options.precision, once
         self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # reports a slower path taken
-        self._inside = 0  # the id of the thread for which the model is prepared; 0: none
 
     def open(self) -> None:
         """Run the model."""
@@ -272,10 +270,10 @@ class LinearMap(ABC):
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """The model prepared to run its parts; entering once around several products saves time."""
-        if self._inside == threading.get_ident():
-            yield
-            return
-        with ExitStack() as stack:
+        with _entering("prepared", self) as first, ExitStack() as stack:
+            if not first:
+                yield
+                return
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(undisturbed(self._model, self._precision))
@@ -284,8 +282,6 @@ class LinearMap(ABC):
             stack.enter_context(attention_set_to(self._model, self._attention))
             stack.enter_context(prompts_packed(self.layout))
             stack.enter_context(modernised(self._old_functions()))
-            self._inside = threading.get_ident()
-            stack.callback(setattr, self, "_inside", 0)
             yield
 
     def _unit_fields(self, cotangents_KMX: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,10 @@ class ModelInfo:
         """What is known under "ours", or under "plain": the model's own attention, or transformers' eager."""
         return self if attention == "ours" or self.plain is None else self.plain
 
+    def attention_of(self, choice: Choice) -> str | None:
+        """The attention implementation that a form runs under; None: the model's own."""
+        return None if choice.attention == "own" else self.under(choice.attention).attention
+
     def note(self, log: logging.Logger, what: str, line: str) -> None:
         """Log why a slower path is taken, at level INFO once for each kind, then DEBUG."""
         log.log(logging.DEBUG if (what, "") in self.logged else logging.INFO, line)
@@ -144,18 +148,18 @@ class ModelInfo:
             return None
         choice = self.forms[layer, kernel]
         parts = self.under(choice.attention).parts
-        blockwise = choice.form in ("packed", "layerwise")
+        rules, last_block = "none: prompts are not packed", "not by itself"
+        if choice.form == "packed":
+            rules, last_block = _rules(parts, layer), _last_block(parts, layer)
+        elif choice.form == "layerwise":
+            last_block = "at all positions"
         return {
             "form": choice.form,
             "why": choice.why,
-            "attention": "the model's own"
-            if choice.attention == "own"
-            else self.under(choice.attention).attention or "the model's own",
+            "attention": self.attention_of(choice) or "the model's own",
             "prompts": {"alone": "one at a time", "given": "as the batch was given"}.get(choice.prompts, "together"),
-            "rules": _rules(parts, layer) if choice.form == "packed" else "none: prompts are not packed",
-            "last_block": _last_block(parts, layer)
-            if choice.form == "packed"
-            else ("at all positions" if blockwise else "not by itself"),
+            "rules": rules,
+            "last_block": last_block,
             "audit": f"{self.audits} of {self.calls} batches compared, and they agreed",
         }
 

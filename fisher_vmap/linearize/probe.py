@@ -114,8 +114,9 @@ def probe(model: nn.Module, layout: Layout) -> ModelInfo:
 
 def known_of(model: nn.Module) -> ModelInfo | None:
     """What is known of a model in the precision that it is computed in now; None: nothing yet."""
-    probes = _PROBES.get(model) or {}
-    return probes.get((model_dtype(model), hooks_of(model))) if len(probes) != 1 else next(iter(probes.values()))
+    key = model_dtype(model), hooks_of(model)
+    probes = {other: info for other, info in (_PROBES.get(model) or {}).items() if other[1] == key[1]}
+    return probes.get(key) if len(probes) != 1 else next(iter(probes.values()))
 
 
 def signature(model: nn.Module) -> int:

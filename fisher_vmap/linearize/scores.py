@@ -36,11 +36,6 @@ log = logging.getLogger(__name__)
 REST = -1  # the token id of "any other token"
 
 
-def attention_of(choice: Choice, known: ModelInfo) -> str | None:
-    """The attention implementation that a form runs under; None: the model's own."""
-    return None if choice.attention == "own" else known.under(choice.attention).attention
-
-
 def groups_of(choice: Choice, model: nn.Module, layout: Layout) -> list[tuple[list[int], Layout]]:
     """The groups of prompts that a form computes together, and the layout of each."""
     every = list(range(len(layout.lengths)))
@@ -66,7 +61,7 @@ def opened(
     A batch that cannot be packed (a prompt is longer than an attention window) is padded, with the same result. `once`
     announces a single pull and no push.
     """
-    parts, attention = known.under(choice.attention).parts, attention_of(choice, known)
+    parts, attention = known.under(choice.attention).parts, known.attention_of(choice)
     # The rule of a block does not include hooks on the block or inside it.
     rules = {block: rule for block, rule in parts.rules.items() if not has_hooks(block)}
     parts = parts if len(rules) == len(parts.rules) else replace(parts, rules=rules)

@@ -14,7 +14,6 @@ from fisher_vmap.linearize.compare import Expected, excerpt_for, expected_on, pa
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.plain import first_line
 from fisher_vmap.linearize.probe import chain_is_whole, look_under_plain
-from fisher_vmap.linearize.scores import attention_of
 from fisher_vmap.model.layers import Place, layers_of
 from fisher_vmap.model.layout import Layout, pack_rows
 from fisher_vmap.model.offload import is_offloaded
@@ -148,7 +147,7 @@ def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choic
     try:
         if is_offloaded(model):
             raise NotPositionwise("weights are offloaded")
-        with attention_set_to(model, attention_of(choice, known)):
+        with attention_set_to(model, known.attention_of(choice)):
             few = pack_rows(packable(model, known.parts, layout))
             with prompts_packed(few):
                 known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))

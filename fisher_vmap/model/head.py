@@ -127,20 +127,19 @@ class UnembeddingHead:
         x_BD = torch.cat([normed_BD, normed_BD[:1].expand(max(0, MIN_ROWS - B), -1)])
         V, width = self.weight.shape
         z_BV = x_BD.new_empty(len(x_BD), V)
-        slope_BV = None if self.phi == Phi() else torch.empty_like(z_BV)
+        slopes: list[Tensor] = []
         every, others = _OnlineSums(x_BD, width), None if rest is None else _RestPass(rest, normed_BD, width)
         for where, weight_vD in self.chunks(x_BD.dtype):
             raw_Bv = x_BD @ weight_vD.T
             if self.bias is not None:
                 raw_Bv += self.bias[where].to(raw_Bv.dtype)
             z_BV[:, where] = z_Bv = self.phi(raw_Bv)
-            if slope_BV is not None:
-                slope_BV[:, where] = torch.ones_like(raw_Bv) if (d := self.phi.derivative(raw_Bv)) is None else d
-            slope_Bv = None if slope_BV is None else slope_BV[:, where]
+            if (slope_Bv := self.phi.derivative(raw_Bv)) is not None:
+                slopes.append(slope_Bv[:B])
             every.add(z_Bv, slope_Bv, weight_vD)
             if others is not None:
                 others.add(where, z_Bv[:B], None if slope_Bv is None else slope_Bv[:B], weight_vD)
-        z_BV, slope_BV = z_BV[:B], None if slope_BV is None else slope_BV[:B]
+        z_BV, slope_BV = z_BV[:B], torch.cat(slopes, 1) if slopes else None
         log_normaliser_B1, mean_BD = every.log_mass()[:B], every.mean()[:B]
         found = None if others is None else others.finished(z_BV, slope_BV, self.weight, log_normaliser_B1)
         return Sums(z_BV, log_normaliser_B1, mean_BD, slope_BV, found)

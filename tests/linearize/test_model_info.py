@@ -95,6 +95,7 @@ def test_forms_say_what_ran():
     assert ran["model.layers.3"]["last_block"] == "not needed"
     assert ran["model.layers.1.mlp"]["form"] == "whole" and ran["model.layers.1.mlp"]["rules"].startswith("none")
     with model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: 1.1 * out):
+        assert opened.forms == {}  # nothing has been computed with this hook
         opened.scores(*padded(rows, "left"))
         assert opened.forms["model.layers.0"]["rules"] == "1 of 2 blocks by rule; not model.layers.2: it has a hook"
     other = FisherModel(fresh("gpt2"), layers=0, top_k=3)
