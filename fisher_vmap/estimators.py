@@ -31,10 +31,10 @@ from fisher_vmap.linearize.output import (
     orthonormal,
 )
 from fisher_vmap.linearize.probe import probe
-from fisher_vmap.linearize.scores import Scores
+from fisher_vmap.linearize.scores import Scores, join_prompts
 from fisher_vmap.linearize.select import choose_forms, give_up
 from fisher_vmap.model.layers import resolve_layers
-from fisher_vmap.model.layout import batches_apart, join_prompts, lay_out, select
+from fisher_vmap.model.layout import batches_apart, lay_out, select
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.wrappers import names_inside, unwrapped

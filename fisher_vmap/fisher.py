@@ -165,7 +165,7 @@ def check_inputs(model: Any, layout: Layout) -> None:
     """Raise ValueError for tokens outside of the vocabulary, or for prompts longer than the table of positions."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(embedding, "num_embeddings", None)
-    lowest, highest = int(layout.input_ids.min()), int(layout.input_ids.max())
+    lowest, highest = torch.stack(torch.aminmax(layout.input_ids)).tolist()
     if lowest < 0 or (size is not None and highest >= size):
         raise ValueError(f"input_ids run from {lowest} to {highest}; expected 0 to {size - 1 if size else '...'}")
     room, longest = layers_of(model).positions, max(layout.lengths)

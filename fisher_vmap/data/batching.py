@@ -74,9 +74,11 @@ def numbers_of(found: Estimate, lengths: Sequence[int], rank: int) -> list[Promp
         lengths: the number of tokens of each prompt; the position energy is padded on the right.
         rank: R, singular values to keep.
     """
-    token_ids, log_probs = found.token_ids.cpu().numpy(), _numpy(found.log_probs)
     low_ranks = compress_layers(found.factors, rank)
-    arrays = {layer: _layer_arrays(found, layer, low_rank) for layer, low_rank in low_ranks.items()}
+    tensors = {layer: _layer_tensors(found, layer, low_rank) for layer, low_rank in low_ranks.items()}
+    every = [found.token_ids, found.log_probs.float(), *(x.float() for of in tensors.values() for x in of)]
+    token_ids, log_probs, *rest = _on_host(every)
+    arrays = {layer: [rest.pop(0) for _ in of] for layer, of in tensors.items()}
     numbers = []
     for b, length in enumerate(lengths):
         layers = {
@@ -87,18 +89,22 @@ def numbers_of(found: Estimate, lengths: Sequence[int], rank: int) -> list[Promp
     return numbers
 
 
-def _layer_arrays(found: Estimate, layer: str, low: LowRank) -> tuple[np.ndarray, ...]:
+def _layer_tensors(found: Estimate, layer: str, low: LowRank) -> tuple[Tensor, ...]:
     """S, V, Q, residual norm, position energy, and then the numbers of a `LayerResult` in their order."""
     how_good = quality(found.factors[layer], low, found.remainder[layer])
     Q_BKR = low.left_vectors
     if layer in found.loadings:
         Q_BKR = found.loadings[layer].to(Q_BKR) @ Q_BKR
     parts = (low.singular_values, low.vectors, Q_BKR, found.residual_norm[layer], found.position_energy[layer])
-    return tuple(_numpy(x) for x in (*parts, low.trace, *how_good))
+    return (*parts, low.trace, *how_good)
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.to("cpu", torch.float32).numpy()
+def _on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """The tensors as arrays; a GPU copies them all before it is waited for."""
+    copies = [x.to("cpu", non_blocking=x.is_cuda) for x in tensors]
+    for device in {x.device for x in tensors if x.is_cuda}:
+        torch.cuda.synchronize(device)
+    return [x.numpy() for x in copies]
 
 
 def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | None:

@@ -39,7 +39,7 @@ from fisher_vmap.kernels.rotary_attention import (
     attend,
     attention_scale,
     parts_of,
-    pullback_prompts,
+    pullback_groups,
     rotary_call,
 )
 from fisher_vmap.model.offload import weights_ready
@@ -168,11 +168,15 @@ class BlockRule:
         *w_qkv, w_o = self.projections.weights()
         weights = torch.cat(w_qkv), w_o
 
-        def pull(step: Tensor, a: int, z: int) -> Tensor:
-            prompts = [(start, stop) for start, stop in packed.ranges if a <= start < z]
-            return pullback_prompts(step, kept.heads, weights, self.scale, prompts, scratch)
+        groups = packed.groups_on(G_NKD.device)
+        together = any(group.single is None for group in groups)
 
-        _pull_residual(G_NKD, pull, norms, [stop for _, stop in packed.ranges], len(weights[0]), scratch)
+        def pull(step: Tensor, a: int, z: int) -> Tensor:
+            inside = [group for group in groups if together or a <= group.first < z]
+            return pullback_groups(step, kept.heads, weights, self.scale, inside, scratch)
+
+        ends = [len(G_NKD)] if together else [stop for _, stop in packed.ranges]
+        _pull_residual(G_NKD, pull, norms, ends, len(weights[0]), scratch)
 
     def _rows(self, place: str, x: Tensor | None) -> NormRows | None:
         return None if x is None or place not in self.norms else self.norms[place].rows(x)

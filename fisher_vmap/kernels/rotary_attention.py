@@ -17,6 +17,7 @@ from fisher_vmap.kernels.attention import AttentionKind, attention_forward, pull
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, Scratch, cotangent_dim
 from fisher_vmap.kernels.hf_attention import Packed, packed_now
 from fisher_vmap.kernels.quantized import has_matrix, runs_as_made
+from fisher_vmap.model.layout import Group
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import hooks
 
@@ -137,30 +138,34 @@ def _put_together(shared: tuple[Any, ...]) -> tuple[Heads, tuple[Tensor, ...], f
 def _pull(g_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float, packed: Packed) -> Tensor:
     """K cotangents of the module's output to those of its input, [N, K, D]."""
     w_qkv, w_o = torch.cat(weights[:3]), weights[3]
-    return pullback_prompts(g_NKD, heads, (w_qkv, w_o), scale, packed.ranges, Scratch())
+    return pullback_groups(g_NKD, heads, (w_qkv, w_o), scale, packed.groups_on(g_NKD.device), Scratch())
 
 
-def pullback_prompts(
+def pullback_groups(
     g_nKD: Tensor,
     heads: Heads,
     weights: tuple[Tensor, Tensor],
     scale: float,
-    ranges: Sequence[tuple[int, int]],
+    groups: Sequence[Group],
     scratch: Scratch,
 ) -> Tensor:
-    """The same for consecutive prompts with n positions together, in scratch memory.
+    """The same for groups of prompts, n consecutive positions together, in scratch memory.
 
     `heads` are those of all positions, `weights` those of queries, keys and values, [(H + 2 G) E, D], and of the
-    output, [D, H E]; `ranges` are [start, stop) of each prompt among all positions.
+    output, [D, H E].
     """
     w_qkv, w_o = weights
     q, k, v = heads.q, heads.k, heads.v
     n, K, D = g_nKD.shape
-    H, G, E, first = q.shape[1], k.shape[1], q.shape[3], ranges[0][0]
+    H, G, E, first = q.shape[1], k.shape[1], q.shape[3], min(group.first for group in groups)
     alone = AttentionKind(scale, causal=True)
     dO = torch.mm(g_nKD.reshape(n * K, D), w_o, out=scratch("dO", (n * K, H * E), g_nKD)).view(n, K, H, E)
     dqkv = scratch("dqkv", (n, K, H + 2 * G, E), g_nKD)
-    for a, z in ranges:
+    for group in groups:
+        if group.single is None:
+            _pull_group(group, dO, heads, alone, dqkv)
+            continue
+        a, z = group.single
         here = slice(a - first, z - first)
         cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
         dq, dk, dv = pullback_attention(cotangents[None], q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
@@ -172,8 +177,21 @@ def pullback_prompts(
     return torch.mm(dqkv.view(n * K, -1), w_qkv, out=scratch("dn", (n * K, D), g_nKD)).view(n, K, D)
 
 
+def _pull_group(group: Group, dO: Tensor, heads: Heads, kind: AttentionKind, dqkv: Tensor) -> None:
+    """The pullback of a group's attention, from dO [N, K, H, E] of all positions to dqkv [N, K, H + 2 G, E]."""
+    q, k, v = (group.take(t) for t in (heads.q, heads.k, heads.v))
+    cotangents = group.take_rows(dO) * group.real[:, :, None, None, None]
+    dq, dk, dv = pullback_attention(cotangents.permute(0, 3, 1, 2, 4), q, k, v, None, kind)
+    c, s = (group.take_rows(t[0])[:, None, :, None] for t in (heads.cos, heads.sin))
+    out = torch.empty(dq.shape[0], dq.shape[1] + 2 * dk.shape[1], *dq.shape[2:], dtype=dq.dtype, device=dq.device)
+    _unrotate(dq, c, s, out[:, : dq.shape[1]])
+    _unrotate(dk, c, s, out[:, dq.shape[1] : -dv.shape[1]])
+    out[:, -dv.shape[1] :].copy_(dv)
+    group.put_rows(dqkv, out.permute(0, 2, 3, 1, 4))
+
+
 def _unrotate(g: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """The transpose of x * cos + rotate_half(x) * sin, applied to g [H, T, K, E] and written to out."""
+    """The transpose of x * cos + rotate_half(x) * sin, applied to g [..., E] and written to out."""
     half = g.shape[-1] // 2
     torch.mul(g, cos, out=out)
     out[..., :half].addcmul_(g[..., half:], sin[..., half:])
@@ -198,14 +216,12 @@ def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float
     tq, tk, tv = ((rows @ w.T).view(N, K, x.shape[1], -1) for w, x in ((w_q, q), (w_k, k), (w_v, v)))
     out = t_NKD.new_empty(N, K, q.shape[1], v.shape[3])
     alone, half = AttentionKind(scale, causal=True), q.shape[3] // 2
-    for a, z in packed.ranges:
-        c, s = cos[0, a:z, None], sin[0, a:z, None]
-        dq, dk = (t[a:z].permute(2, 0, 1, 3) for t in (tq, tk))
+    for group in packed.groups_on(t_NKD.device):
+        c, s = (group.take_rows(t[0])[:, None, :, None] for t in (cos, sin))
+        dq, dk, dv = (group.take_rows(t).permute(0, 3, 1, 2, 4) for t in (tq, tk, tv))
         dq, dk = (t * c + torch.cat((-t[..., half:], t[..., :half]), -1) * s for t in (dq, dk))
-        dv = tv[a:z].permute(2, 0, 1, 3)
-        tangents = (dq[None], dk[None], dv[None])
-        moved = pushforward_attention(*tangents, q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
-        out[a:z].permute(2, 0, 1, 3).copy_(moved[0])
+        moved = pushforward_attention(dq, dk, dv, group.take(q), group.take(k), group.take(v), None, alone)
+        group.put_rows(out, moved.permute(0, 2, 3, 1, 4))
     return (out.view(N * K, -1) @ w_o.T).view(N, K, D)
 
 

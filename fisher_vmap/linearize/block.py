@@ -26,7 +26,14 @@ from fisher_vmap.kernels.hf_attention import KeysCaptured, against_keys, capturi
 from fisher_vmap.linearize.model_info import Places
 from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.offload import weights_ready
-from fisher_vmap.model.recording import BlockCall, Recording, check_primal, map_tensors, with_hidden
+from fisher_vmap.model.recording import (
+    BlockCall,
+    Recording,
+    check_primal,
+    map_tensors,
+    primals_checked_together,
+    with_hidden,
+)
 
 # Most rows, over all cotangents, that are pulled through a block at a time: enough for full speed on a CPU, and a long
 # prompt needs little more memory than its forward. A GPU's batches are sized to its memory beforehand.
@@ -171,7 +178,8 @@ def open_last(call: BlockCall, layout: Layout, top: Tensor | None = None) -> Las
     with weights_ready(call.block):
         primal, pullback = vjp(_at_last_rows(call, layout), call.hidden)  # type: ignore[misc]
     if top is not None:
-        check_primal(f"the replay of {call.name} at the last positions", primal[0], layout.targets_of(top))
+        with primals_checked_together():  # at once: the caller has another way
+            check_primal(f"the replay of {call.name} at the last positions", primal[0], layout.targets_of(top))
 
     def pull(cotangents_KBD: Tensor, chunk_size: int | None) -> Tensor:
         cotangents = cotangents_KBD.transpose(0, 1)[None].to(primal.device)

@@ -30,6 +30,7 @@ from fisher_vmap.model.layout import Layout, forget_lengths
 from fisher_vmap.model.offload import placed, weights_ready
 from fisher_vmap.model.patches import OldFunction, autocast_off, experts_apart, modernised, one_at_a_time, own_forwards
 from fisher_vmap.model.precision import choose_precision
+from fisher_vmap.model.recording import primals_checked_together
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.widening import in_float32
 
@@ -243,7 +244,7 @@ class LinearMap(ABC):
 
         wanted = set(self.layers if layers is None else layers)
         called_often = {layer for layer in wanted if self._parts.call_order.count(layer) > 1}
-        with self.prepared(), closing(self._pull(unit_KMX)) as arrivals:
+        with self.prepared(), primals_checked_together(), closing(self._pull(unit_KMX)) as arrivals:
             for layer, arrived in arrivals:
                 if layer in wanted:
                     pending[layer] = arrived + pending[layer] if layer in pending else arrived
@@ -259,7 +260,7 @@ class LinearMap(ABC):
         """J v for each direction v of the bias, [B, K, D] -> [M, K, X], float32 or wider."""
         length_BK = torch.linalg.vector_norm(tangents_BKD, dim=-1)
         unit_BKD = tangents_BKD / length_BK.clamp(min=torch.finfo(length_BK.dtype).tiny)[..., None]
-        with self.prepared():
+        with self.prepared(), primals_checked_together():
             moved_KMX = self._push(layer, self.layout.at_bias(unit_BKD.to(self.dtype)))
         wide = torch.promote_types(moved_KMX.dtype, torch.float32)
         prompt_M = self.layout.prompt_of_target(length_BK.device)

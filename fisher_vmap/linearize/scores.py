@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ from fisher_vmap.linearize.linear_map import Derived, KernelOptions, LinearMap
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.output import Asked, Probes, Reading, distribution
 from fisher_vmap.linearize.whole import Loop, Whole
-from fisher_vmap.model.layout import Layout, as_given, batches_apart, join_prompts, pack_rows, select
+from fisher_vmap.model.layout import Layout, as_given, batches_apart, pack_rows, select
 from fisher_vmap.model.wrappers import has_hooks
 
 log = logging.getLogger(__name__)
+
+Record = TypeVar("Record", bound=NamedTuple)
 
 REST = -1  # the token id of "any other token"
 
@@ -171,10 +173,10 @@ class Outcomes(NamedTuple):
     def pulled(self) -> Tensor:
         """[B, n] int64, the outcomes that are pulled back."""
         B, O = self.log_probs.shape
-        every_BO = torch.arange(O, device=self.log_probs.device).expand(B, O)
         if self.derived is None:
-            return every_BO
-        return every_BO[every_BO != self.derived[:, None]].view(B, O - 1)
+            return torch.arange(O, device=self.log_probs.device).expand(B, O)
+        others = torch.arange(O - 1, device=self.log_probs.device)
+        return others + (others >= self.derived[:, None])
 
     def weights(self) -> Tensor:
         """[B, C]: the probability of each outcome that is pulled back; 0 for random vectors."""
@@ -200,10 +202,9 @@ class Outcomes(NamedTuple):
         scores_BOD = gradients.new_empty(B, O, gradients.shape[2])
         scores_BOD.scatter_(1, at_Bn.to(gradients.device)[:, :, None].expand_as(gradients), gradients)
         combination_BC = derivation.combination.to(gradients)
-        scores_BOD[torch.arange(B, device="cpu"), self.derived.cpu()] = torch.einsum(
-            "bc,bcd->bd", combination_BC, pulled_BCD
-        )
-        return scores_BOD, random
+        derived_B1D = torch.einsum("bc,bcd->bd", combination_BC, pulled_BCD)[:, None]
+        at_B1D = self.derived.to(gradients.device)[:, None, None].expand_as(derived_B1D)
+        return scores_BOD.scatter_(1, at_B1D, derived_B1D), random
 
 
 def outcomes_of(reading: Reading, include_rest: bool) -> Outcomes:
@@ -253,3 +254,17 @@ def run_choice(
         with opened(choice, model, known, together, layers, options, once=True) as net:
             parts.append(scores_of(net, wanted.of_prompts(group)))
     return join_prompts(parts, [group for group, _ in groups])
+
+
+def join_prompts(parts: list[Record], groups: list[list[int]]) -> Record:
+    """The record of a batch from those of its groups: its tensors, one row per prompt, in the order of the batch."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([b for group in groups for b in group], device="cpu").argsort()
+
+    def joined(pieces: Any) -> Any:
+        if isinstance(pieces[0], dict):
+            return {layer: joined([piece[layer] for piece in pieces]) for layer in pieces[0]}
+        return torch.cat(pieces)[order.to(pieces[0].device)]
+
+    return type(parts[0])(*(joined(pieces) for pieces in zip(*parts, strict=True)))

@@ -248,7 +248,7 @@ def likeliest(z_BV: Tensor, top_k: int) -> Tensor:
     values_BK, ids_BK = z_BV.topk(top_k)
     smallest_B1 = values_BK[:, -1:]
     crowded_B = (z_BV >= smallest_B1).sum(1) > top_k  # a tie for the last place, which topk breaks arbitrarily
-    for b in crowded_B.nonzero().flatten().tolist():
+    for b in [b for b, crowded in enumerate(crowded_B.tolist()) if crowded]:
         ids_BK[b] = torch.cat([(z_BV[b] > smallest_B1[b]).nonzero(), (z_BV[b] == smallest_B1[b]).nonzero()])[:top_k, 0]
     ids_BK = ids_BK.sort(1).values
     order_BK = z_BV.gather(1, ids_BK).argsort(dim=1, descending=True, stable=True)

@@ -15,7 +15,7 @@ not depend on the rest of its batch, so such a prompt is computed alone (`batche
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ PADDING = 1.25  # a group's padded rows may be this many times its real rows
 # Prompts of this many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
 ALONE_FROM = {"cpu": 24}
 SCALED_BY_LENGTH = {"dynamic", "longrope"}
-
-Record = TypeVar("Record", bound=NamedTuple)
 
 
 class Given(NamedTuple):
@@ -86,16 +84,15 @@ class Layout(NamedTuple):
     def target_rows(self, device: torch.device) -> Tensor:
         """[M] int64, the rows whose next-token distribution is read, prompt by prompt."""
         if self.targets is None:
-            return torch.tensor(self.last_rows(), device=device)
+            return on_device(self.last_rows(), device)
         rows = [first + at for first, places in zip(self.first_row, self.targets, strict=True) for at in places]
-        return torch.tensor(rows, device=device)
+        return on_device(rows, device)
 
     def prompt_of_target(self, device: torch.device) -> Tensor | None:
         """[M] int64, the prompt of each target; None if target b belongs to prompt b."""
         if self.targets is None:
             return None
-        counts = torch.tensor([len(places) for places in self.targets], device=device)
-        return torch.arange(len(counts), device=device).repeat_interleave(counts)
+        return on_device([b for b, places in enumerate(self.targets) for _ in places], device)
 
     def targets_of(self, x_bTD: Tensor) -> Tensor:
         """[M, D]: the rows of the targets."""
@@ -194,20 +191,20 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None, positions: str | T
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, as input_ids"
         )
-    real_BW = attention_mask.to(input_ids.device) != 0
+    real_BW = (attention_mask != 0).cpu()  # one wait for a GPU; lengths and starts are then known here
     lengths = real_BW.sum(1)
     if not bool((lengths > 0).all()):
         empty = (lengths == 0).nonzero()[0].item()
         raise ValueError(f"prompt {empty} of the batch has no real token; leave it out or give it a BOS token")
     start = real_BW.long().argmax(1)  # the first real column
-    columns = torch.arange(W, device=input_ids.device)
+    columns = torch.arange(W, device="cpu")
     if not torch.equal(real_BW, (columns >= start[:, None]) & (columns < (start + lengths)[:, None])):
         raise ValueError("attention_mask has a gap inside a prompt; the real tokens of a row must be contiguous")
     T = int(lengths.max())
-    offset_BT = torch.minimum(torch.arange(T, device=input_ids.device), lengths[:, None] - 1)
-    ids_BT = input_ids.gather(1, start[:, None] + offset_BT)
+    offset_BT = torch.minimum(torch.arange(T, device="cpu"), lengths[:, None] - 1)
+    ids_BT = input_ids.gather(1, on_device(start[:, None] + offset_BT, input_ids.device))
     first_rows = tuple(b * T for b in range(B))
-    given = Given(input_ids, attention_mask)
+    given = Given(input_ids, attention_mask.to(input_ids.device))
     layout = Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W, given)
     _check_positions(positions, layout)
     return layout._replace(positions=positions)
@@ -266,6 +263,7 @@ class Group:
         rows: [b, T] int64, the row of each token; padding repeats the prompt's last row.
         real: [b, T] bool, False at padding.
         own: [n] int64, the rows of the real tokens, in the order of `real`.
+        places: [n] int64 each, the prompt and the column in the group of each real token.
         prompts: [b] int64, the number of each prompt in the batch.
         single: [start, stop) if the group is a single prompt, which needs no copy.
     """
@@ -273,21 +271,38 @@ class Group:
     rows: Tensor
     real: Tensor
     own: Tensor
+    places: tuple[Tensor, Tensor]
     prompts: Tensor
     single: tuple[int, int] | None
+
+    @property
+    def first(self) -> int:
+        """The first row of a single prompt; 0 of several, which may be anywhere."""
+        return 0 if self.single is None else self.single[0]
 
     def on(self, device: torch.device) -> "Group":
         """The same group with its rows on a device."""
         if self.rows.device == device:
             return self
         rows, real, own, prompts = (t.to(device) for t in (self.rows, self.real, self.own, self.prompts))
-        return Group(rows, real, own, prompts, self.single)
+        return Group(rows, real, own, (self.places[0].to(device), self.places[1].to(device)), prompts, self.single)
 
     def take(self, x: Tensor) -> Tensor:
         """[b, H, T, ...] of the group, from [1, H, N, ...]."""
         if self.single is not None:
             return x[:, :, self.single[0] : self.single[1]]
         return x[0, :, self.rows].transpose(0, 1)
+
+    def take_rows(self, x: Tensor) -> Tensor:
+        """[b, T, ...] of the group, from [N, ...]."""
+        return x[self.rows] if self.single is None else x[None, self.single[0] : self.single[1]]
+
+    def put_rows(self, out: Tensor, x: Tensor) -> None:
+        """Write [b, T, ...] of the group into [N, ...], padding left out."""
+        if self.single is not None:
+            out[self.single[0] : self.single[1]] = x[0]
+        else:
+            out[self.own] = x[self.places]
 
     def take_real(self, x: Tensor) -> Tensor:
         """The same with zeros at padding."""
@@ -301,7 +316,7 @@ class Group:
         if self.single is not None:
             out[:, :, self.single[0] : self.single[1]] = x
         else:
-            out[0, :, self.own] = x.transpose(0, 1)[:, self.real]
+            out[0, :, self.own] = x.transpose(0, 1)[:, *self.places]
 
     def take_queries(self, x: Tensor) -> Tensor:
         """[b, H, 1, ...] of the group, from [1, H, B, ...] with one row for each prompt."""
@@ -328,13 +343,20 @@ def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tu
 
 
 def _group(prompts: list[int], ranges: Sequence[tuple[int, int]], device: torch.device) -> Group:
-    starts = torch.tensor([ranges[b][0] for b in prompts], device=device)
-    lengths = torch.tensor([ranges[b][1] - ranges[b][0] for b in prompts], device=device)
-    column = torch.arange(ranges[prompts[0]][1] - ranges[prompts[0]][0], device=device)
+    starts = torch.tensor([ranges[b][0] for b in prompts], device="cpu")
+    lengths = torch.tensor([ranges[b][1] - ranges[b][0] for b in prompts], device="cpu")
+    column = torch.arange(ranges[prompts[0]][1] - ranges[prompts[0]][0], device="cpu")
     real = column < lengths[:, None]
     rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
-    single = ranges[prompts[0]] if len(prompts) == 1 else None
-    return Group(rows, real, rows[real], torch.tensor(prompts, device=device), single)
+    tensors = (rows, real, rows[real], *real.nonzero(as_tuple=True), torch.tensor(prompts, device="cpu"))
+    rows, real, own, prompt, at, numbers = (on_device(tensor, device) for tensor in tensors)
+    return Group(rows, real, own, (prompt, at), numbers, ranges[prompts[0]] if len(prompts) == 1 else None)
+
+
+def on_device(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Numbers made on the host, int64 unless a tensor, copied to a device without waiting for its work."""
+    here = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64, device="cpu")
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def batches_apart(model: nn.Module, lengths: tuple[int, ...]) -> list[list[int]]:
@@ -353,20 +375,6 @@ def forget_lengths(model: nn.Module) -> None:
             setattr(module, kind + "inv_freq", getattr(module, name).to(current.device))
             if hasattr(module, kind + "max_seq_len_cached"):
                 setattr(module, kind + "max_seq_len_cached", _limit(module))
-
-
-def join_prompts(parts: list[Record], groups: list[list[int]]) -> Record:
-    """The record of a batch from those of its groups: its tensors, one row per prompt, in the order of the batch."""
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([b for group in groups for b in group], device="cpu").argsort()
-
-    def joined(pieces: Any) -> Any:
-        if isinstance(pieces[0], dict):
-            return {layer: joined([piece[layer] for piece in pieces]) for layer in pieces[0]}
-        return torch.cat(pieces)[order.to(pieces[0].device)]
-
-    return type(parts[0])(*(joined(pieces) for pieces in zip(*parts, strict=True)))
 
 
 def _length_dependent(model: nn.Module) -> list[Any]:

@@ -8,6 +8,7 @@ of a class.
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -157,6 +158,18 @@ class Recording:
         """Remove the last call, whose input was `hidden`."""
         self.calls.pop()
         self.top = hidden
+
+
+class PrimalCheck(NamedTuple):
+    """What was replayed, its distance from the recorded value, the norm of that, and how much of it is allowed."""
+
+    what: str
+    gap: Tensor
+    size: Tensor
+    tolerance: float
+
+
+_PENDING: ContextVar[list[PrimalCheck] | None] = ContextVar("checks of primals that wait", default=None)
 
 
 class _BlocksEnded(Exception):
@@ -315,9 +328,35 @@ def check_primal(what: str, primal: Tensor, expected: Tensor) -> None:
     """Raise StructureChanged unless a replayed block returned what the recorded forward passed on.
 
     On a CPU the same operations on the same values agree to the bit; kernels that add in no fixed order may differ by
-    rounding. Values that are not finite prove nothing and pass; the scores will contain them.
+    rounding. Values that are not finite prove nothing and pass; the scores will contain them. Inside
+    `primals_checked_together` it is raised at the end of the context.
     """
     gap = (primal - expected.to(primal.device)).float().norm()
-    size = expected.float().norm().to(gap.device)
-    if bool(gap > 16 * torch.finfo(primal.dtype).eps * size):
-        raise StructureChanged(f"{what} is {float(gap / size):.1e} away from the recorded value")
+    check = PrimalCheck(what, gap, expected.float().norm().to(gap.device), 16 * torch.finfo(primal.dtype).eps)
+    if (pending := _PENDING.get()) is not None:
+        pending.append(check)
+    else:
+        _raise_first([check])
+
+
+@contextmanager
+def primals_checked_together() -> Iterator[None]:
+    """Evaluate the checks of the context at its end: a GPU is waited for once, and not at every block."""
+    pending: list[PrimalCheck] = []
+    token = _PENDING.set(pending)
+    try:
+        yield
+    finally:
+        _PENDING.reset(token)
+    _raise_first(pending)
+
+
+def _raise_first(checks: list[PrimalCheck]) -> None:
+    if not checks:
+        return
+    device = checks[0].gap.device
+    for check, (gap, size) in zip(
+        checks, torch.stack([torch.stack((c.gap, c.size)).to(device) for c in checks]).tolist(), strict=True
+    ):
+        if gap > check.tolerance * size:
+            raise StructureChanged(f"{check.what} is {gap / size:.1e} away from the recorded value")

@@ -9,6 +9,7 @@ from fisher_vmap.fisher import fisher_scores
 from fisher_vmap.kernels import autograd, decoder_block
 from fisher_vmap.kernels.decoder_block import BlockRule
 from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model import layout
 
 LENGTHS = (5, 1, 9, 14)
 OPEN_WINDOW = {"sliding_window": None}
@@ -64,8 +65,20 @@ def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monke
         assert len(ran) == runs
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (7, 7, 7), (12, 13, 2, 14, 13, 3), (9,)])
+@pytest.mark.parametrize("alone_from", [1, 13, None])
+def test_prompts_attend_alone_or_in_groups(monkeypatch, lengths, alone_from):
+    """`None` is a GPU's choice. A group is padded, and its prompts need not be neighbours."""
+    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
+    model, exact = tiny("llama", torch.float32), tiny("llama")
+    assert worst(model, exact, [0, 2], prompts(lengths), top_k=4) < 5e-6
+    assert rules_of(model) == 4
+
+
+@pytest.mark.parametrize("alone_from", [1, None])
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_stretches_of_any_size(monkeypatch, rows):
+def test_stretches_of_any_size(monkeypatch, rows, alone_from):
+    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
     monkeypatch.setitem(autograd.ELEMENTS_IN_CACHE, "cpu", 1)
     monkeypatch.setattr(autograd, "LEAST_ROWS", rows)
     assert worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=3) < 5e-6

@@ -11,6 +11,7 @@ from fisher_vmap.kernels.attention import AttentionKind, attention
 from fisher_vmap.kernels.decoder_block import fused_forward
 from fisher_vmap.kernels.hf_attention import NAME, _attention_forward, against_keys, attention_set_to, prompts_packed
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward
+from fisher_vmap.model import layout as layout_module
 from fisher_vmap.model.layout import lay_out, pack_rows
 
 K, TOLERANCE = 4, 1e-11
@@ -113,9 +114,11 @@ def test_norms_and_gated_mlps(family, name):
     assert relative(push(forward, (x,), (tangents,)), expected) < exact
 
 
+@pytest.mark.parametrize("alone_from", [1, None])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_whole_attention_module_pushes_as_it_pulls(family):
+def test_a_whole_attention_module_pushes_as_it_pulls(monkeypatch, family, alone_from):
     """u . (J v) = (J^T u) . v, on packed prompts; the pullback has its own test against each prompt alone."""
+    monkeypatch.setattr(layout_module, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
     model = tiny(family)
     layout, D = packed_prompts(), model.config.hidden_size
     N = layout.input_ids.numel()

@@ -10,10 +10,13 @@ from fisher_vmap.fisher import fisher_scores
 from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward, parts_of, proven_attentions
 from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model import layout as layout_module
 
 
+@pytest.mark.parametrize("alone_from", [1, None])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_it_is_the_pullback_of_each_prompt_alone(family):
+def test_it_is_the_pullback_of_each_prompt_alone(monkeypatch, family, alone_from):
+    monkeypatch.setattr(layout_module, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
     model = tiny(family)
     attention = model.model.layers[1].self_attn
     layout, D = packed_prompts(), model.config.hidden_size
