@@ -29,10 +29,12 @@ PACKAGE = "/fisher_vmap/"
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "cpu", "numpy"}
 DECIDES = {"equal", "nonzero", "argwhere", "masked_select", "unique", "eigh", "eigvalsh", "svd", "svdvals", "allclose"}
 ASYNCHRONOUS = {"on_device", "_on_host"}  # the package's functions whose copies do not wait; the second waits once
+# Operations that run nothing on a GPU, besides views.
+FREE = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "promote_types"}
 
 
 class Waits(NamedTuple):
-    """Where the host waits, and how often; and how many operations torch ran."""
+    """Where the host waits, and how often; and how many operations a GPU would run: neither views nor allocations."""
 
     places: Counter[tuple[str, str]]
     operations: int
@@ -57,7 +59,7 @@ class _Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += not func.is_view and func.overloadpacket.__name__ not in FREE
         return func(*args, **(kwargs or {}))
 
 
