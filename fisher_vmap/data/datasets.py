@@ -1,7 +1,8 @@
 """Tables of data sets of the hub and of folders, by the `datasets` library.
 
 A hub data set is streamed. For a folder the library only says which files make up a split; `files.py` reads them. A
-data set's script is never run.
+data set's script is never run. The library is imported when it is first asked: local files and Python's lists of token
+ids do without it.
 
 Tables of local data files, read row by row, so that memory does not grow with the file (except for a .json array).
 
@@ -21,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from pyarrow import ArrowException
 
@@ -198,11 +198,10 @@ def table_of_files(name: str, paths: Sequence[Path]) -> Table:
 
 SHUFFLE_BUFFER = 10_000
 
-# What the library raises for data it cannot find, fetch or read. The hub's error derives from the error class of its
-# HTTP client, which differs between versions; a data set with a script raises RuntimeError.
+# What the library raises, besides errors of its own, for data it cannot find, fetch or read. The hub's error derives
+# from the error class of its HTTP client, which differs between versions; a data set with a script raises RuntimeError.
 _PROBLEMS: tuple[type[Exception], ...] = (
     *HfHubHTTPError.__bases__,
-    datasets.exceptions.DatasetsError,
     ArrowException,
     OSError,
     ValueError,
@@ -214,6 +213,8 @@ _PROBLEMS: tuple[type[Exception], ...] = (
 
 def _explain(error: Exception, name: str, *, local: bool) -> str:
     """One line: what is wrong with the data set, and what to do about it."""
+    import datasets
+
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, GatedRepoError) or "gated dataset" in reason:
         page = f"https://huggingface.co/datasets/{name}"
@@ -241,11 +242,13 @@ def _explain(error: Exception, name: str, *, local: bool) -> str:
 
 @contextmanager
 def _explained(name: str, *, local: bool) -> Iterator[None]:
+    import datasets
+
     try:
         yield
     except UserError:
         raise
-    except _PROBLEMS as error:
+    except (*_PROBLEMS, datasets.exceptions.DatasetsError) as error:
         raise UserError(_explain(error, name, local=local)) from error
 
 
@@ -262,6 +265,8 @@ def open_hub(name: str, *, config: str | None, split: str, revision: str | None,
     Raises:
         UserError: the data set is missing, gated, empty, needs a script, or cannot be reached.
     """
+    import datasets
+
     with _explained(name, local=False):
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         stream = builder.as_streaming_dataset(split=split)
@@ -293,6 +298,8 @@ def open_folder(folder: Path, *, config: str | None, split: str) -> Table:
     Raises:
         UserError: there is no such split or configuration, or no file can be read.
     """
+    import datasets
+
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _open_saved(folder, config=config, split=split)
     with _explained(str(folder), local=True):
@@ -305,6 +312,8 @@ def open_folder(folder: Path, *, config: str | None, split: str) -> Table:
 
 
 def _open_saved(folder: Path, *, config: str | None, split: str) -> Table:
+    import datasets
+
     if config is not None:
         raise UserError(f"{folder}: a saved data set has no configurations; leave dataset_config at none")
     with _explained(str(folder), local=True):

@@ -13,9 +13,11 @@ Recomputation and everything that is not a matrix product are left out. Of a mix
 the experts that it is routed to.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -29,7 +31,9 @@ from fisher_vmap.load.adapters import base_of, find_adapter
 from fisher_vmap.load.source import explained, quiet_progress
 from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
 from fisher_vmap.model.recording import hooks, output_of
-from fisher_vmap.run.settings import Settings
+
+if TYPE_CHECKING:
+    from fisher_vmap.run.settings import Settings
 
 ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
 FUSED_INPUTS = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")  # the same in one with the queries
