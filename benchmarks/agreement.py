@@ -50,21 +50,25 @@ def assert_bfloat16_agreement(found: Loop, careful: Loop, truth: Loop) -> tuple[
     return ours, loops
 
 
-def float32_truth(model: Any, batch: Batch, layer: str, token_ids: Tensor) -> Loop:
+def float32_truth(model: Any, batch: Batch, layer: str, token_ids: Tensor, where: Tensor | None = None) -> Loop:
     """The scores of these tokens by the careful loop, on a float32 copy of the model."""
     wide = copy.deepcopy(model).float()
-    return careful_loop(wide, batch.input_ids, batch.attention_mask, layer, token_ids.shape[1], token_ids)
+    return careful_loop(wide, batch.input_ids, batch.attention_mask, layer, token_ids.shape[1], token_ids, where)
 
 
-def agreement(model: Any, batch: Batch, layer: str, found: dict[str, Loop], careful: Loop) -> dict[str, Any]:
+def agreement(
+    model: Any, batch: Batch, layer: str, found: dict[str, Loop], careful: Loop, where: Tensor | None = None
+) -> dict[str, Any]:
     """Hold every result against the careful loop by the budget of the model's dtype; the distances, for the record.
+
+    `where` [B, T] says at which positions the bias was added; None: all.
 
     Raises:
         AssertionError: one is further away than that.
     """
     if model.dtype == torch.float32:
         return {name: assert_float32_agreement(scores, careful) for name, scores in found.items()}
-    truth = float32_truth(model, batch, layer, careful.token_ids)
+    truth = float32_truth(model, batch, layer, careful.token_ids, where)
     record: dict[str, Any] = {}
     for name, scores in found.items():
         record[name], record["careful"] = assert_bfloat16_agreement(scores, careful, truth)

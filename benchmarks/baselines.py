@@ -67,13 +67,14 @@ def careful_loop(
     layer: str,
     top_k: int,
     token_ids: Tensor | None = None,
+    where: Tensor | None = None,
 ) -> Loop:
     """One bias row a prompt, [B, 1, D], hence K backward passes a batch.
 
     The prompts do not touch one another, so the gradient of a sum over the batch holds each prompt's own in its row.
     The padding stands on the right, where a causal model does not see it, so no mask is given and the fused causal
     attention runs. Only the last real token of each prompt is unembedded, in a 2-D product. No parameter asks for a
-    gradient, so nothing below the hook is kept.
+    gradient, so nothing below the hook is kept. `where` [B, T] says at which positions the bias is added; None: all.
     """
     last_B = attention_mask.sum(1) - 1
     each_B = torch.arange(len(last_B), device=last_B.device)
@@ -82,7 +83,7 @@ def careful_loop(
             len(last_B), 1, _width(model), dtype=model.dtype, device=input_ids.device, requires_grad=True
         )
         with _hooked(
-            model.get_submodule(layer).register_forward_hook(_adding(theta_B1D)),
+            model.get_submodule(layer).register_forward_hook(_adding(theta_B1D, where)),
             model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: (args[0][each_B, last_B],)),
         ):
             logits_BV = model(input_ids=input_ids, use_cache=False).logits
@@ -99,10 +100,16 @@ def careful_loop(
 
 
 def careful_pipeline(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: str, top_k: int, rank: int
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    layer: str,
+    top_k: int,
+    rank: int,
+    where: Tensor | None = None,
 ) -> Decomposed:
     """`careful_loop`, then the thin SVD of diag(sqrt p) G, whose squared singular values are those of F."""
-    scores = careful_loop(model, input_ids, attention_mask, layer, top_k)
+    scores = careful_loop(model, input_ids, attention_mask, layer, top_k, where=where)
     A_BKD = (scores.log_probs / 2).exp()[:, :, None] * scores.gradients
     _U, sigma, Vh = torch.linalg.svd(A_BKD, full_matrices=False)
     return Decomposed(scores, sigma[:, :rank] ** 2, Vh[:, :rank])
@@ -137,11 +144,12 @@ def _width(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 
-def _adding(bias: Tensor) -> Callable[..., Any]:
+def _adding(bias: Tensor, where: Tensor | None = None) -> Callable[..., Any]:
     """A forward hook that adds the bias to a block's output, whether that is a tensor or a tuple."""
 
     def add(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return output + bias if isinstance(output, Tensor) else (output[0] + bias, *output[1:])
+        step = bias if where is None else where.to(bias.dtype)[:, :, None] * bias
+        return output + step if isinstance(output, Tensor) else (output[0] + step, *output[1:])
 
     return add
 

@@ -12,15 +12,19 @@ from fisher_vmap.data.batching import pack
 SHARD = 32  # prompts that a run sorts by length at a time, its default shard
 
 
-def package_loop(model: Any, batch: Batch, layer: str, top_k: int, kernel: str = "auto") -> Loop:
+def package_loop(
+    model: Any, batch: Batch, layer: str, top_k: int, kernel: str = "auto", positions: str = "all"
+) -> Loop:
     """The scores of a batch, by the form of the kernel that is named."""
-    scores = fisher_scores(model, *batch, layers=layer, top_k=top_k, kernel=kernel)
+    scores = fisher_scores(model, *batch, layers=layer, top_k=top_k, kernel=kernel, positions=positions)
     return Loop(scores.log_probs, scores.token_ids, scores.gradients[layer])
 
 
-def package_pipeline(model: Any, batch: Batch, layer: str, top_k: int, rank: int, kernel: str = "auto") -> Decomposed:
+def package_pipeline(
+    model: Any, batch: Batch, layer: str, top_k: int, rank: int, kernel: str = "auto", positions: str = "all"
+) -> Decomposed:
     """The scores of a batch and the leading singular values and vectors of its F."""
-    scores = package_loop(model, batch, layer, top_k, kernel)
+    scores = package_loop(model, batch, layer, top_k, kernel, positions)
     factor_BKD: Tensor = (scores.log_probs / 2).exp()[:, :, None] * scores.gradients
     low_rank = compress(factor_BKD, rank)
     return Decomposed(scores, low_rank.singular_values, low_rank.vectors)

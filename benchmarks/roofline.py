@@ -29,7 +29,7 @@ class Buffers:
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
         def stretch(sizes: list[int]) -> Tensor:
-            return torch.randn(max(sizes), dtype=torch.float32).to(device, dtype)
+            return torch.randn(max(sizes), dtype=dtype, device=device)
 
         self._left = stretch([s.batch * s.rows * s.inner for s in shapes])
         self._right = stretch([s.batch * s.inner * s.columns for s in shapes])

@@ -92,7 +92,7 @@ def qwen2_shape(layers: int = 8, dtype: str = "bfloat16", device: str = "auto", 
         vocab_size=151_936,
         tie_word_embeddings=True,
     )
-    return _random(f"Qwen2-1.5B shape, {layers} layers", config, dtype, device, precision)
+    return random_workload(f"Qwen2-1.5B shape, {layers} layers", config, dtype, device, precision)
 
 
 def small_llama(dtype: str = "float32", device: str = "auto", precision: str = "auto") -> Workload:
@@ -108,10 +108,11 @@ def small_llama(dtype: str = "float32", device: str = "auto", precision: str = "
         vocab_size=8192,
         tie_word_embeddings=True,
     )
-    return _random("random Llama, 6 layers of 256", config, dtype, device, precision)
+    return random_workload("random Llama, 6 layers of 256", config, dtype, device, precision)
 
 
-def _random(name: str, config: Any, dtype: str, device: str, precision: str) -> Workload:
+def random_workload(name: str, config: Any, dtype: str, device: str, precision: str) -> Workload:
+    """A random model of a configuration, in float32 where that is the precision chosen."""
     model = random_model(config, dtype, device)
     chosen = choose_precision(model, precision)
     if chosen.name == "float32":

@@ -11,6 +11,21 @@ import torch
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for one another
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the tests marked on_device put their models and tensors: -m on_device --device cuda",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where a test puts its model and what goes in; what it is compared with, in float64, stays on the CPU."""
+    return torch.device(request.config.getoption("--device"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
     """What needs packages of the optional extras is marked `extra`, and skipped where one is not installed."""
