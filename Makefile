@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-matrix docs architectures bench peers dist lint clean
+.PHONY: demo test test-all test-matrix docs architectures bench cuda peers dist lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fisher_vmap.demo
@@ -29,6 +29,11 @@ test-matrix: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest benchmarks
+
+# on a machine with a CUDA device, within BUDGET seconds; elsewhere: python -m benchmarks.cuda --device cpu --small
+BUDGET ?= 480
+cuda: $(VENV)/installed
+	$(RUN) -m benchmarks.cuda --budget $(BUDGET) --json benchmarks/results/cuda.json
 
 # beside what one would use instead; within ten minutes on two cores
 peers: $(VENV)/peers

@@ -14,10 +14,18 @@ torch.set_num_threads(1)  # the models are tiny: more threads would only wait fo
 def pytest_addoption(parser):
     parser.addoption(
         "--device",
-        choices=("cpu", "cuda"),
         default="cpu",
-        help="where the tests marked on_device put their models and tensors: -m on_device --device cuda",
+        help="where the tests marked on_device put models and tensors: pytest -m on_device --device cuda",
     )
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device is {device}, which torch cannot use ({reason}); try cpu or cuda") from error
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +36,11 @@ def device(request):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """What needs packages of the optional extras is marked `extra`, and skipped where one is not installed."""
+    """What takes `device` is marked `on_device`. What needs packages of the optional extras is marked `extra`, and
+    skipped where one is not installed."""
     for item in items:
+        if "device" in item.fixturenames:
+            item.add_marker(pytest.mark.on_device)
         packages = [package for mark in item.iter_markers("needs") for package in mark.args]
         missing = [package for package in packages if find_spec(package) is None]
         if packages:

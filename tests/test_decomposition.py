@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import on
 from oracles import dense_svd, relative
 from torch import Tensor
 
@@ -24,9 +25,9 @@ def with_spectrum(sigma: list[float], K: int, D: int, seed: int = 0) -> Tensor:
     return (Q * torch.tensor(sigma, dtype=torch.float64) @ V.T)[None]
 
 
-def assert_is_the_svd(factor: Tensor, rank: int, orthonormal: float = 1e-5) -> None:
+def assert_is_the_svd(factor: Tensor, rank: int, device: torch.device, orthonormal: float = 1e-5) -> None:
     """All that a result promises, whatever the spectrum: S, rank, truncated F, orthonormal rows, Q, signs, trace."""
-    low = compress(factor, rank)
+    low = on(device, compress)(factor, rank)
     B, K, D = factor.shape
     assert low.singular_values.shape == (B, rank)
     assert low.vectors.shape == (B, rank, D)
@@ -74,56 +75,56 @@ def assert_is_the_svd(factor: Tensor, rank: int, orthonormal: float = 1e-5) -> N
     ("K", "D", "rank"),
     [(10, 36, 10), (10, 36, 4), (10, 36, 17), (7, 5, 5), (7, 5, 9), (1, 36, 3), (33, 40, 33), (3, 1, 2)],
 )
-def test_random_factors_of_all_shapes(K, D, rank, dtype):
-    assert_is_the_svd(random_factor(3, K, D, dtype=dtype), rank)
+def test_random_factors_of_all_shapes(K, D, rank, dtype, device):
+    assert_is_the_svd(random_factor(3, K, D, dtype=dtype), rank, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_factors_are_decomposed_as_the_numbers_they_are(dtype):
+def test_low_precision_factors_are_decomposed_as_the_numbers_they_are(dtype, device):
     factor = random_factor(2, 6, 36, dtype=dtype)
     assert compress(factor, 6).vectors.dtype == torch.float32
-    assert_is_the_svd(factor, 6)
+    assert_is_the_svd(factor, 6, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_that_depend_on_one_another(dtype):
+def test_rows_that_depend_on_one_another(dtype, device):
     base = random_factor(2, 3, 36, seed=1, dtype=torch.float64)
     mix = random_factor(2, 8, 3, seed=2, dtype=torch.float64)
     factor = (mix @ base).to(dtype)
     assert compress(factor, 8).rank.tolist() == [3, 3]
-    assert_is_the_svd(factor, 8)
+    assert_is_the_svd(factor, 8, device)
     equal_rows = random_factor(1, 1, 36).expand(1, 5, 36).to(dtype)
     assert compress(equal_rows, 5).rank.tolist() == [1]
-    assert_is_the_svd(equal_rows, 5)
+    assert_is_the_svd(equal_rows, 5, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "sigma", [[2.0] * 6, [3.0, 1.0, 1.0, 1.0, 0.5, 0.5], [1.0, 1.0 - 1e-7, 1.0 - 2e-7, 0.3, 0.3, 0.3]], ids=str
 )
-def test_tied_spectra(sigma, dtype):
+def test_tied_spectra(sigma, dtype, device):
     for rank in (1, 3, 6):
-        assert_is_the_svd(with_spectrum(sigma, 6, 36).to(dtype), rank)
+        assert_is_the_svd(with_spectrum(sigma, 6, 36).to(dtype), rank, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_spectra_that_fall_steeply(dtype):
+def test_spectra_that_fall_steeply(dtype, device):
     """Through all the range of S that counts as rank: down to K eps S_1."""
     lowest = -8 if dtype == torch.float64 else -4
     sigma = torch.logspace(0, lowest, 12, dtype=torch.float64).tolist()
     for seed in range(3):
-        assert_is_the_svd(with_spectrum(sigma, 12, 36, seed).to(dtype), 12)
+        assert_is_the_svd(with_spectrum(sigma, 12, 36, seed).to(dtype), 12, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-20, 1e-9, 1e15])
-def test_tiny_and_huge_factors(size, dtype):
-    assert_is_the_svd(random_factor(2, 6, 36, dtype=dtype) * size, 6)
+def test_tiny_and_huge_factors(size, dtype, device):
+    assert_is_the_svd(random_factor(2, 6, 36, dtype=dtype) * size, 6, device)
 
 
-def test_prompts_of_very_different_size_in_one_batch():
+def test_prompts_of_very_different_size_in_one_batch(device):
     factor = random_factor(3, 6, 36) * torch.tensor([1e-12, 1.0, 1e12])[:, None, None]
-    assert_is_the_svd(factor, 6)
+    assert_is_the_svd(factor, 6, device)
 
 
 def test_a_factor_of_zeros():

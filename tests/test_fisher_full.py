@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import on
 from models import VOCABULARY, WIDTH, block, fresh, padded, prompts, tiny
 from oracles import dense_svd, kl_hessian, linear_fisher, plain_scores, position_scores, relative
 from torch import nn
@@ -45,10 +46,10 @@ def cut(factor, rank):
 @pytest.mark.parametrize("number", [0, 3])
 @pytest.mark.parametrize("kernel", ["auto", "layerwise", "whole"])
 @pytest.mark.parametrize("family", EXACT)
-def test_with_vectors_for_every_direction_it_is_the_exact_matrix(family, kernel, number, vectors):
+def test_with_vectors_for_every_direction_it_is_the_exact_matrix(family, kernel, number, vectors, device):
     model, layer, rows = tiny(family), block(family, number), prompts(LENGTHS)
     ids, mask = padded(rows, "left", extra=1)
-    found = fisher_full(model, ids, mask, layers=layer, rank=vectors, oversampling=0, kernel=kernel)
+    found = on(device, fisher_full)(model, ids, mask, layers=layer, rank=vectors, oversampling=0, kernel=kernel)
     for A, F in zip(found.factors[layer], hessians(family, layer, rows), strict=True):
         assert relative(A.T @ A, F) < EXACT[family]
 
@@ -77,9 +78,9 @@ def test_the_exact_matrices_of_all_layers_take_one_pullback(kernel, monkeypatch)
 
 @pytest.mark.parametrize("rank", [2, 5, 10])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_a_small_rank_is_within_a_tenth_of_the_best(family, rank):
+def test_a_small_rank_is_within_a_tenth_of_the_best(family, rank, device):
     layer, rows = block(family, 1), prompts((5, 9, 14, 3))
-    found = fisher_full(tiny(family), *padded(rows, "right"), layers=layer, rank=rank)
+    found = on(device, fisher_full)(tiny(family), *padded(rows, "right"), layers=layer, rank=rank)
     for A, F in zip(found.factors[layer], hessians(family, layer, rows), strict=True):
         assert A.shape == (rank + 6, WIDTH)
         assert best_error(F, rank) > 0.02  # there is something to miss
@@ -171,7 +172,7 @@ def test_several_layers_and_modules_of_two_forms():
 
 @pytest.mark.parametrize("vectors", EVERY)
 @pytest.mark.parametrize("kernel", ["layerwise", "whole"])
-def test_the_bias_at_the_last_position_or_where_a_mask_says(kernel, vectors):
+def test_the_bias_at_the_last_position_or_where_a_mask_says(kernel, vectors, device):
     model, layer, rows = tiny("gpt2"), block("gpt2", 1), prompts((7, 4, 9))
     ids, mask = padded(rows, "left", extra=1)
     some = [torch.arange(len(row)) % 3 == 1 for row in rows]
@@ -179,7 +180,7 @@ def test_the_bias_at_the_last_position_or_where_a_mask_says(kernel, vectors):
     where[mask == 1] = torch.cat(some)
     for positions, chosen in (("last", [torch.arange(len(r)) == len(r) - 1 for r in rows]), (where, some)):
         options = {"positions": positions, "kernel": kernel}
-        found = fisher_full(model, ids, mask, layers=layer, rank=vectors, oversampling=0, **options)
+        found = on(device, fisher_full)(model, ids, mask, layers=layer, rank=vectors, oversampling=0, **options)
         for b, row in enumerate(rows):
             F = plain_scores(model, row, layer, where_T=chosen[b]).fisher
             A = found.factors[layer][b]
@@ -216,9 +217,9 @@ def test_a_prompt_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.parametrize("vectors", EVERY)
-def test_the_loadings_are_the_tokens_rows(vectors):
+def test_the_loadings_are_the_tokens_rows(vectors, device):
     model, layer, rows = tiny("gpt2"), block("gpt2", 1), prompts(LENGTHS)
-    found = fisher_full(model, *padded(rows, "right"), layers=layer, rank=vectors, oversampling=0, top_k=5)
+    found = on(device, fisher_full)(model, *padded(rows, "right"), layers=layer, rank=vectors, oversampling=0, top_k=5)
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, layer, top_k=5)
         assert torch.equal(found.token_ids[b], expected.token_ids)
@@ -227,12 +228,14 @@ def test_the_loadings_are_the_tokens_rows(vectors):
         assert relative(rows_KD, (expected.log_probs / 2).exp()[:, None] * expected.gradients) < 1e-8
 
 
-def test_chunks_of_vectors_do_not_matter():
+def test_chunks_of_vectors_do_not_matter(device):
     model, (ids, mask), layer = tiny("llama"), padded(prompts(LENGTHS), "right"), block("llama", 0)
-    expected = fisher_full(model, ids, mask, layers=layer, rank=5)
+    expected = on(device, fisher_full)(model, ids, mask, layers=layer, rank=5)
     for kernel in ("auto", "whole"):
         for chunk_size in (1, 4, 11):
-            found = fisher_full(model, ids, mask, layers=layer, rank=5, chunk_size=chunk_size, kernel=kernel)
+            found = on(device, fisher_full)(
+                model, ids, mask, layers=layer, rank=5, chunk_size=chunk_size, kernel=kernel
+            )
             A, B = found.factors[layer], expected.factors[layer]
             assert relative(A.mT @ A, B.mT @ B) < 1e-6
 

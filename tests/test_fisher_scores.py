@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import on
 from models import BLOCKS, VOCABULARY, block, fresh, padded, prompts, tiny
 from oracles import fisher_matrix, plain_scores, position_scores, relative
 from torch import Tensor, nn
@@ -34,23 +35,23 @@ def assert_agrees(scores, model, rows, layer, tolerance, **choices) -> None:
 @pytest.mark.parametrize("number", [0, 2, BLOCKS - 1])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_every_form_agrees_with_plain_autograd(family, kernel, number, side):
+def test_every_form_agrees_with_plain_autograd(family, kernel, number, side, device):
     model, rows, layer = tiny(family), prompts(LENGTHS), block(family, number)
-    scores = fisher_scores(model, *padded(rows, side, extra=2), layers=layer, top_k=5, kernel=kernel)
+    scores = on(device, fisher_scores)(model, *padded(rows, side, extra=2), layers=layer, top_k=5, kernel=kernel)
     assert scores.gradients[layer].dtype == scores.log_probs.dtype == torch.float64
     assert_agrees(scores, model, rows, layer, TOLERANCE[family])
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "opt", "mistral", "gemma2"])
-def test_parallel_blocks_learned_positions_windows_and_soft_caps(family):
+def test_parallel_blocks_learned_positions_windows_and_soft_caps(family, device):
     model, rows, layer = tiny(family), prompts(LENGTHS), block(family, 1)
-    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=5)
+    scores = on(device, fisher_scores)(model, *padded(rows, "left"), layers=layer, top_k=5)
     assert_agrees(scores, model, rows, layer, TOLERANCE[family])
 
 
-def test_float32_fisher_matrices_are_within_1e_4_of_float64_autograd():
+def test_float32_fisher_matrices_are_within_1e_4_of_float64_autograd(device):
     rows, layer = prompts(LENGTHS, seed=3), block("llama", 0)
-    scores = fisher_scores(tiny("llama", torch.float32), *padded(rows, "right"), layers=layer, top_k=10)
+    scores = on(device, fisher_scores)(tiny("llama", torch.float32), *padded(rows, "right"), layers=layer, top_k=10)
     assert scores.gradients[layer].dtype == torch.float32
     for b, row in enumerate(rows):
         expected = plain_scores(tiny("llama"), row, layer, token_ids=scores.token_ids[b])
@@ -60,27 +61,29 @@ def test_float32_fisher_matrices_are_within_1e_4_of_float64_autograd():
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_a_prompt_does_not_depend_on_its_neighbours(family, kernel):
+def test_a_prompt_does_not_depend_on_its_neighbours(family, kernel, device):
     model, layer = tiny(family, torch.float32), block(family, 1)
     rows = prompts((7, 2, 15, 9, 1))
-    together = fisher_scores(model, *padded(rows, "right"), layers=layer, top_k=5, kernel=kernel)
+    together = on(device, fisher_scores)(model, *padded(rows, "right"), layers=layer, top_k=5, kernel=kernel)
     order = [3, 0, 4, 2, 1]
-    permuted = fisher_scores(model, *padded([rows[b] for b in order], "left"), layers=layer, top_k=5, kernel=kernel)
+    permuted = on(device, fisher_scores)(
+        model, *padded([rows[b] for b in order], "left"), layers=layer, top_k=5, kernel=kernel
+    )
     for b, row in enumerate(rows):
-        alone = fisher_scores(model, row[None], layers=layer, top_k=5, kernel=kernel)
+        alone = on(device, fisher_scores)(model, row[None], layers=layer, top_k=5, kernel=kernel)
         for other, at in ((together, b), (permuted, order.index(b))):
             assert torch.equal(other.token_ids[at], alone.token_ids[0])
             torch.testing.assert_close(other.log_probs[at], alone.log_probs[0], atol=1e-5, rtol=0)
             assert relative(other.gradients[layer][at], alone.gradients[layer][0]) < 5e-6
 
 
-def test_a_prompt_that_is_not_finite_leaves_its_neighbours_alone():
+def test_a_prompt_that_is_not_finite_leaves_its_neighbours_alone(device):
     model, layer, rows = fresh("llama"), block("llama", 1), prompts((5, 8, 3), vocabulary=90)
-    fisher_scores(model, *padded(rows, "right"), layers=layer)
+    on(device, fisher_scores)(model, *padded(rows, "right"), layers=layer)
     with torch.no_grad():
         model.get_input_embeddings().weight[95] = torch.nan
     spoilt = torch.cat([rows[1], torch.tensor([95])])
-    scores = fisher_scores(model, *padded([rows[0], spoilt, rows[2]], "right"), layers=layer, top_k=5)
+    scores = on(device, fisher_scores)(model, *padded([rows[0], spoilt, rows[2]], "right"), layers=layer, top_k=5)
     assert scores.gradients[layer][1].isnan().all()
     for b in (0, 2):
         expected = plain_scores(model, rows[b], layer, token_ids=scores.token_ids[b])
@@ -88,10 +91,10 @@ def test_a_prompt_that_is_not_finite_leaves_its_neighbours_alone():
 
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole"])
-def test_scores_of_the_whole_vocabulary_average_to_zero(kernel):
+def test_scores_of_the_whole_vocabulary_average_to_zero(kernel, device):
     model, layer = tiny("gpt2"), block("gpt2", 1)
     ids, mask = padded(prompts(LENGTHS), "right")
-    scores = fisher_scores(model, ids, mask, layers=layer, top_k=VOCABULARY, kernel=kernel)
+    scores = on(device, fisher_scores)(model, ids, mask, layers=layer, top_k=VOCABULARY, kernel=kernel)
     p_BV = scores.log_probs.exp()
     torch.testing.assert_close(p_BV.sum(1), torch.ones_like(p_BV[:, 0]))
     average_BD = torch.einsum("bv,bvd->bd", p_BV, scores.gradients[layer])
@@ -100,27 +103,29 @@ def test_scores_of_the_whole_vocabulary_average_to_zero(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_tokens_of_the_callers_choice_keep_their_order(kernel):
+def test_tokens_of_the_callers_choice_keep_their_order(kernel, device):
     model, rows, layer = tiny("gpt2"), prompts(LENGTHS), block("gpt2", 1)
     token_ids = torch.stack(prompts((4,) * len(rows), seed=5))
-    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=9, token_ids=token_ids, kernel=kernel)
+    scores = on(device, fisher_scores)(
+        model, *padded(rows, "left"), layers=layer, top_k=9, token_ids=token_ids, kernel=kernel
+    )
     assert torch.equal(scores.token_ids, token_ids)
     assert_agrees(scores, model, rows, layer, 1e-12, token_ids=token_ids)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
-def test_the_bias_is_added_where_the_positions_say(kernel, side):
+def test_the_bias_is_added_where_the_positions_say(kernel, side, device):
     model, rows, layer = tiny("gpt2"), prompts((7, 4, 9)), block("gpt2", 1)
     ids, mask = padded(rows, side, extra=1)
     last = [torch.arange(len(row)) == len(row) - 1 for row in rows]
-    scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, positions="last", kernel=kernel)
+    scores = on(device, fisher_scores)(model, ids, mask, layers=layer, top_k=4, positions="last", kernel=kernel)
     assert_agrees(scores, model, rows, layer, 1e-12, where_T=last)
 
     some = [torch.arange(len(row)) % 3 == 1 for row in rows]
     where = torch.ones_like(ids, dtype=torch.bool)  # what it says of the padding must not matter
     where[mask == 1] = torch.cat(some)
-    scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, positions=where, kernel=kernel)
+    scores = on(device, fisher_scores)(model, ids, mask, layers=layer, top_k=4, positions=where, kernel=kernel)
     assert_agrees(scores, model, rows, layer, 1e-12, where_T=some)
     energy = scores.position_energy[layer]
     assert (energy[where & (mask == 1)] > 0).all() and (energy[~where | (mask == 0)] == 0).all()
@@ -128,10 +133,10 @@ def test_the_bias_is_added_where_the_positions_say(kernel, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
-def test_position_energy_is_that_of_a_bias_at_each_position_alone(kernel, side):
+def test_position_energy_is_that_of_a_bias_at_each_position_alone(kernel, side, device):
     model, rows, layer = tiny("gpt2"), prompts(LENGTHS), block("gpt2", 1)
     ids, mask = padded(rows, side, extra=2)
-    scores = fisher_scores(model, ids, mask, layers=layer, top_k=4, kernel=kernel)
+    scores = on(device, fisher_scores)(model, ids, mask, layers=layer, top_k=4, kernel=kernel)
     expected = torch.zeros(ids.shape, dtype=torch.float64)
     for b, row in enumerate(rows):
         grads_KTD = position_scores(model, row, layer, scores.token_ids[b])
@@ -150,13 +155,13 @@ def test_residual_norm_is_the_mean_over_the_prompts_own_tokens():
 
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
-def test_several_layers_at_once_are_the_single_runs(kernel):
+def test_several_layers_at_once_are_the_single_runs(kernel, device):
     model, (ids, mask) = tiny("gpt2"), padded(prompts(LENGTHS), "left")
     names = [block("gpt2", n) for n in (2, 0, 3)]
-    together = fisher_scores(model, ids, mask, layers=names, top_k=4, kernel=kernel)
+    together = on(device, fisher_scores)(model, ids, mask, layers=names, top_k=4, kernel=kernel)
     assert list(together.gradients) == list(together.position_energy) == list(together.residual_norm) == names
     for name in names:
-        alone = fisher_scores(model, ids, mask, layers=name, top_k=4, kernel=kernel)
+        alone = on(device, fisher_scores)(model, ids, mask, layers=name, top_k=4, kernel=kernel)
         assert relative(together.gradients[name], alone.gradients[name]) < 1e-13
         assert relative(together.position_energy[name], alone.position_energy[name]) < 1e-13
 
@@ -171,11 +176,13 @@ def test_layers_by_number_and_all_of_them():
 
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole"])
-def test_the_number_of_cotangents_at_a_time_does_not_matter(kernel):
+def test_the_number_of_cotangents_at_a_time_does_not_matter(kernel, device):
     model, (ids, mask), layer = tiny("gpt2"), padded(prompts(LENGTHS), "right"), block("gpt2", 1)
-    expected = fisher_scores(model, ids, mask, layers=layer, top_k=5, kernel=kernel)
+    expected = on(device, fisher_scores)(model, ids, mask, layers=layer, top_k=5, kernel=kernel)
     for chunk_size in (1, 2, 3, 4, 5, 6):
-        scores = fisher_scores(model, ids, mask, layers=layer, top_k=5, kernel=kernel, chunk_size=chunk_size)
+        scores = on(device, fisher_scores)(
+            model, ids, mask, layers=layer, top_k=5, kernel=kernel, chunk_size=chunk_size
+        )
         assert relative(scores.gradients[layer], expected.gradients[layer]) < 1e-13
         assert relative(scores.position_energy[layer], expected.position_energy[layer]) < 1e-13
 
@@ -194,9 +201,9 @@ def test_the_number_of_cotangents_at_a_time_does_not_matter(kernel):
     ],
 )
 @pytest.mark.parametrize("kernel", ["auto", "loop"])
-def test_modules_that_are_not_blocks(family, layer, kernel):
+def test_modules_that_are_not_blocks(family, layer, kernel, device):
     model, rows = tiny(family), prompts(LENGTHS)
-    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=4, kernel=kernel)
+    scores = on(device, fisher_scores)(model, *padded(rows, "left"), layers=layer, top_k=4, kernel=kernel)
     assert_agrees(scores, model, rows, layer, TOLERANCE[family])
 
 
@@ -529,10 +536,10 @@ def test_a_single_token_alone_and_every_prompt_of_one_length():
 
 @pytest.mark.parametrize("lengths", [(36,), (30, 6), (3, 1, 2), (6,), (58,), (40, 18), (2, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_numbers_of_tokens_that_equal_a_width_of_the_model(family, lengths):
+def test_numbers_of_tokens_that_equal_a_width_of_the_model(family, lengths, device):
     """No dimension of 36 (residual stream), 6 (heads and their width), 58 (MLP) or 2 (key heads) may be taken for T."""
     model, rows, layer = tiny(family), prompts(lengths), block(family, 0)
-    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=3)
+    scores = on(device, fisher_scores)(model, *padded(rows, "left"), layers=layer, top_k=3)
     assert_agrees(scores, model, rows, layer, TOLERANCE[family])
 
 

@@ -15,6 +15,7 @@ from benchmarks.timing import once
 ROWS_PROFILED = 3
 KERNELS_TOLD = 20
 NAME_LENGTH = 160
+# Of cudaDeviceSynchronize two are the measurement's own, before and after the call.
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 # Operators that ask the device for a number, and so wait for it.
 ASKING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select")
@@ -70,7 +71,8 @@ def read(events: Any, device: str, wall: float) -> dict[str, Any]:
         wall: seconds of the call without the profiler.
     """
     if device == "cuda":
-        ran = [event for event in events if event.device_type == DeviceType.CUDA]
+        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+        ran = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
     else:
         ran = [event for event in events if event.name.startswith("aten::") and not event.cpu_children]
     by_name: dict[str, list[float]] = defaultdict(list)

@@ -39,7 +39,7 @@ def window(T: int, S: int) -> Tensor:
     return causal(T, S) & (torch.arange(S) > torch.arange(T)[:, None] + (S - T) - 5)
 
 
-def packed_prompts():
+def packed_prompts(device=None):
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     tokens = torch.randint(3, 100, mask.shape, generator=torch.Generator().manual_seed(1))
-    return pack_rows(lay_out(tokens, mask))
+    return pack_rows(lay_out(tokens.to(device), mask.to(device)))

@@ -1,6 +1,7 @@
 """A module's fused pullback against plain autograd of the module."""
 
 import torch
+from devices import placed
 from oracles import relative
 from torch import Tensor, nn
 from torch.func import vjp, vmap
@@ -12,10 +13,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def assert_pulls_back_right(module: nn.Module, width: int, tolerance: float) -> None:
+def assert_pulls_back_right(module: nn.Module, width: int, tolerance: float, device: torch.device) -> None:
     x, cotangents = 1.5 * draw(2, 5, width) + 0.3, draw(4, 2, 5, width, seed=1)
     dtype = next(module.parameters()).dtype
-    x, cotangents = x.to(dtype), cotangents.to(dtype)
+    module, x, cotangents = placed((module, x.to(dtype), cotangents.to(dtype)), device)
     forward = fused_forward(module)
     assert forward is not None
     leaf = x.clone().requires_grad_()

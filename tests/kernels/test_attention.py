@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import EV, SCALE, B, E, K, causal, draw, no_vmap_fallback, tensors, window
+from devices import on, on_cpu, placed
 from models import block, fresh, padded, prompts
 from oracles import plain_scores, relative, softmax_attention
 from torch.func import vjp, vmap
@@ -16,7 +17,7 @@ from fisher_vmap.model.layout import lay_out, pack_rows
 TOLERANCE = 1e-11
 
 
-def assert_matches(q, k, v, mask, kind, allowed) -> None:
+def assert_matches(q, k, v, mask, kind, allowed, device) -> None:
     """Forward, and the pullback of K cotangents at once without the fallback, and of one without vmap."""
     H, T = q.shape[1:3]
     allowed = None if allowed is None else allowed.expand(B, H, T, k.shape[2])
@@ -26,15 +27,16 @@ def assert_matches(q, k, v, mask, kind, allowed) -> None:
     expected_grads = [torch.autograd.grad(expected, leaves, c, retain_graph=True) for c in cotangents]
 
     with no_vmap_fallback():
-        out, pull = vjp(lambda q, k, v: attention(q, k, v, mask, kind), q, k, v)
-        grads = vmap(pull)(cotangents)
-    torch.testing.assert_close(out, expected, atol=TOLERANCE, rtol=0)
+        mask_there, *there = placed((mask, q, k, v), device)
+        out, pull = vjp(lambda q, k, v: attention(q, k, v, mask_there, kind), *there)
+        grads = on_cpu(vmap(pull)(cotangents.to(device)))
+    torch.testing.assert_close(out.cpu(), expected, atol=TOLERANCE, rtol=0)
     for i, found in enumerate(grads):
         reference = torch.stack([g[i] for g in expected_grads])
         torch.testing.assert_close(found, reference, atol=TOLERANCE, rtol=0)  # every entry: no position can hide
 
-    plain = [x.clone().requires_grad_() for x in (q, k, v)]
-    one = torch.autograd.grad(attention(*plain, mask, kind), plain, cotangents[0])
+    plain = [x.clone().requires_grad_() for x in there]
+    one = on_cpu(torch.autograd.grad(attention(*plain, mask_there, kind), plain, cotangents[0].to(device)))
     for found, reference in zip(one, expected_grads[0], strict=True):
         torch.testing.assert_close(found, reference, atol=TOLERANCE, rtol=0)
 
@@ -44,27 +46,27 @@ HEADS = pytest.mark.parametrize(("H", "G"), [(3, 3), (6, 2), (4, 1)])
 
 @HEADS
 @pytest.mark.parametrize("T", [1, 16, 17, 37])
-def test_causal_without_a_mask(H, G, T, block_elements):
+def test_causal_without_a_mask(H, G, T, block_elements, device):
     q, k, v = tensors(H, G, T, T)
-    assert_matches(q, k, v, None, AttentionKind(SCALE, T > 1), causal(T, T))
+    assert_matches(q, k, v, None, AttentionKind(SCALE, T > 1), causal(T, T), device)
 
 
 @HEADS
-def test_every_position_seen(H, G, block_elements):
+def test_every_position_seen(H, G, block_elements, device):
     q, k, v = tensors(H, G, 37, 37)
-    assert_matches(q, k, v, None, AttentionKind(SCALE, False), None)
+    assert_matches(q, k, v, None, AttentionKind(SCALE, False), None, device)
 
 
 @pytest.mark.parametrize(("T", "S"), [(20, 33), (33, 20), (1, 9)])
-def test_as_many_keys_as_there_are(T, S, block_elements):
+def test_as_many_keys_as_there_are(T, S, block_elements, device):
     q, k, v = tensors(6, 2, T, S)
-    assert_matches(q, k, v, None, AttentionKind(SCALE, False), None)
+    assert_matches(q, k, v, None, AttentionKind(SCALE, False), None, device)
 
 
 @pytest.mark.parametrize(("T", "S"), [(97, 97), (33, 33), (50, 110)])
-def test_causal_blocks_that_see_a_part_of_the_keys(T, S, block_elements):
+def test_causal_blocks_that_see_a_part_of_the_keys(T, S, block_elements, device):
     """Long enough that early blocks of queries leave keys out, some of which they are given and must not see."""
-    assert_matches(*tensors(4, 2, T, S), None, AttentionKind(SCALE, True), causal(T, S))
+    assert_matches(*tensors(4, 2, T, S), None, AttentionKind(SCALE, True), causal(T, S), device)
 
 
 def test_blocks_take_at_least_the_keys_that_they_see_and_in_few_sizes():
@@ -74,16 +76,16 @@ def test_blocks_take_at_least_the_keys_that_they_see_and_in_few_sizes():
         assert len(set(taken)) <= 17 and taken[0] <= max(32, S // 16)
 
 
-def test_causal_with_more_keys_than_queries():
+def test_causal_with_more_keys_than_queries(device):
     T, S = 20, 33
     q, k, v = tensors(6, 2, T, S)
-    assert_matches(q, k, v, None, AttentionKind(SCALE, True), causal(T, S))
+    assert_matches(q, k, v, None, AttentionKind(SCALE, True), causal(T, S), device)
 
 
 @HEADS
 @pytest.mark.parametrize("shape", ["TS", "11TS", "B1TS", "BHTS", "B11S"])
 @pytest.mark.parametrize("kind", ["bool", "added"])
-def test_masks(H, G, shape, kind, block_elements):
+def test_masks(H, G, shape, kind, block_elements, device):
     T = 37
     q, k, v = tensors(H, G, T, T)
     rows = {"TS": (), "11TS": (1, 1), "B1TS": (B, 1), "BHTS": (B, H), "B11S": (B, 1)}[shape]
@@ -97,13 +99,13 @@ def test_masks(H, G, shape, kind, block_elements):
     if kind == "added":
         mask = torch.where(mask, draw(*mask.shape, seed=7), -torch.inf)
     for is_causal in (True, False):  # with a mask, the mask says it all
-        assert_matches(q, k, v, mask, AttentionKind(SCALE, is_causal), mask)
+        assert_matches(q, k, v, mask, AttentionKind(SCALE, is_causal), mask, device)
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 20, 11), (7, 7, 8, 6, 1), (37,), (1, 1, 1)])
-def test_prompts_laid_end_to_end_do_not_see_one_another(lengths, block_elements):
+def test_prompts_laid_end_to_end_do_not_see_one_another(lengths, block_elements, device):
     """Against each prompt alone, through the function that the models call."""
-    layout = pack_rows(lay_out(*padded(prompts(lengths), "right")))
+    layout = pack_rows(lay_out(*placed(padded(prompts(lengths), "right"), device)))
     module, N = torch.nn.Module(), sum(lengths)
     q, k, v = (x[:1] for x in tensors(6, 2, N, N))
     cotangents = draw(K, 1, N, 6, EV, seed=4)
@@ -112,8 +114,8 @@ def test_prompts_laid_end_to_end_do_not_see_one_another(lengths, block_elements)
         return _attention_forward(module, q, k, v, None, scaling=SCALE)[0]
 
     with prompts_packed(layout), no_vmap_fallback():
-        out, pull = vjp(packed, q, k, v)
-        grads = vmap(pull)(cotangents)
+        out, pull = vjp(packed, *placed((q, k, v), device))
+        out, grads = on_cpu((out, vmap(pull)(cotangents.to(device))))
     for start, stop in layout.ranges():
         T = stop - start
         leaves = [x[:, :, start:stop].clone().requires_grad_() for x in (q, k, v)]
@@ -141,7 +143,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_bfloat16_is_about_as_far_from_the_truth_as_attention_written_out():
+def test_bfloat16_is_about_as_far_from_the_truth_as_attention_written_out(device):
     """Scores and probabilities in float32, the rest in bfloat16: against float64 on the same bfloat16 numbers."""
     T = 40
     q, k, v = (x.bfloat16() for x in tensors(3, 3, T, T))
@@ -158,7 +160,8 @@ def test_bfloat16_is_about_as_far_from_the_truth_as_attention_written_out():
         return [torch.stack(grads) for grads in zip(*rows, strict=True)]
 
     kind = AttentionKind(SCALE, True)
-    ours = vmap(vjp(lambda q, k, v: attention(q, k, v, None, kind), q, k, v)[1])(cotangents)
+    _, pull = vjp(lambda q, k, v: attention(q, k, v, None, kind), *placed((q, k, v), device))
+    ours = on_cpu(vmap(pull)(cotangents.to(device)))
     for found, theirs, exact in zip(ours, gradients(torch.bfloat16), gradients(torch.float64), strict=True):
         assert found.dtype == torch.bfloat16
         assert relative(found, exact) < 1.4 * relative(theirs, exact)
@@ -166,10 +169,10 @@ def test_bfloat16_is_about_as_far_from_the_truth_as_attention_written_out():
 
 @pytest.mark.parametrize("kernel", ["auto", "layerwise", "whole"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_no_operator_of_a_supported_model_falls_back_to_a_loop(family, kernel):
+def test_no_operator_of_a_supported_model_falls_back_to_a_loop(family, kernel, device):
     model, rows, layer = fresh(family), prompts((7, 2, 12)), block(family, 0)
     with no_vmap_fallback():
-        scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=5, kernel=kernel)
+        scores = on(device, fisher_scores)(model, *padded(rows, "left"), layers=layer, top_k=5, kernel=kernel)
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, layer, token_ids=scores.token_ids[b])
         assert relative(scores.gradients[layer][b], expected.gradients) < 1e-6

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import on_cpu, placed
 from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
@@ -16,8 +17,9 @@ OPEN_WINDOW = {"sliding_window": None}
 
 
 def worst(model, exact, layers, rows, **choices) -> float:
-    ids, mask = padded(rows, "left", extra=2)
-    scores = fisher_scores(model, ids, mask, layers=layers, **choices)
+    device = next(model.parameters()).device
+    ids, mask = placed(padded(rows, "left", extra=2), device)
+    scores = on_cpu(fisher_scores(model, ids, mask, layers=layers, **choices))
     return max(
         relative(scores.gradients[layer][b], plain_scores(exact, row, layer, token_ids=scores.token_ids[b]).gradients)
         for layer in scores.gradients
@@ -30,8 +32,8 @@ def rules_of(model) -> int:
 
 
 @pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", OPEN_WINDOW)])
-def test_every_block_and_every_hook(family, changes):
-    model, exact = tiny(family, torch.float32, **changes), tiny(family, **changes)
+def test_every_block_and_every_hook(family, changes, device):
+    model, exact = placed(tiny(family, torch.float32, **changes), device), tiny(family, **changes)
     assert worst(model, exact, "all", prompts(LENGTHS), top_k=4) < 5e-6
     assert rules_of(model) == 4
     for layer in (0, 2):  # alone: what arrives at a hooked block is not touched by what goes further down
@@ -39,9 +41,10 @@ def test_every_block_and_every_hook(family, changes):
 
 
 @pytest.mark.parametrize("room", [0, 10**9])
-def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room):
-    monkeypatch.setitem(decoder_block.KEPT_BYTES, "cpu", room)
-    assert worst(tiny("llama", torch.float32), tiny("llama"), [0, 2], prompts(LENGTHS), top_k=4) < 5e-6
+def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room, device):
+    monkeypatch.setitem(decoder_block.KEPT_BYTES, device.type, room)
+    monkeypatch.setattr(decoder_block, "KEPT_SHARE_OF_GPU", 1 / 8 if room else 0)
+    assert worst(placed(tiny("llama", torch.float32), device), tiny("llama"), [0, 2], prompts(LENGTHS), top_k=4) < 5e-6
 
 
 def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monkeypatch):
@@ -67,27 +70,27 @@ def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monke
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (7, 7, 7), (12, 13, 2, 14, 13, 3), (9,)])
 @pytest.mark.parametrize("alone_from", [1, 13, None])
-def test_prompts_attend_alone_or_in_groups(monkeypatch, lengths, alone_from):
+def test_prompts_attend_alone_or_in_groups(monkeypatch, lengths, alone_from, device):
     """`None` is a GPU's choice. A group is padded, and its prompts need not be neighbours."""
-    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
-    model, exact = tiny("llama", torch.float32), tiny("llama")
+    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {device.type: alone_from})
+    model, exact = placed(tiny("llama", torch.float32), device), tiny("llama")
     assert worst(model, exact, [0, 2], prompts(lengths), top_k=4) < 5e-6
     assert rules_of(model) == 4
 
 
 @pytest.mark.parametrize("alone_from", [1, None])
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_stretches_of_any_size(monkeypatch, rows, alone_from):
-    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
-    monkeypatch.setitem(autograd.ELEMENTS_IN_CACHE, "cpu", 1)
+def test_stretches_of_any_size(monkeypatch, rows, alone_from, device):
+    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {device.type: alone_from})
+    monkeypatch.setitem(autograd.ELEMENTS_IN_CACHE, device.type, 1)
     monkeypatch.setattr(autograd, "LEAST_ROWS", rows)
-    assert worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=3) < 5e-6
+    assert worst(placed(tiny("llama", torch.float32), device), tiny("llama"), [0], prompts(LENGTHS), top_k=3) < 5e-6
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
-def test_chunks_of_cotangents(chunk_size):
-    found = worst(tiny("llama", torch.float32), tiny("llama"), [0], prompts(LENGTHS), top_k=5, chunk_size=chunk_size)
-    assert found < 5e-6
+def test_chunks_of_cotangents(chunk_size, device):
+    model = placed(tiny("llama", torch.float32), device)
+    assert worst(model, tiny("llama"), [0], prompts(LENGTHS), top_k=5, chunk_size=chunk_size) < 5e-6
 
 
 def test_stretches_end_where_they_may_and_leave_nothing_out(monkeypatch):
@@ -171,9 +174,9 @@ def test_a_wrong_rule_is_seen_next_to_a_large_stream():
     assert rules_of(model) == 0
 
 
-def test_bfloat16_blocks_follow_their_rules_to_the_bit():
-    model = tiny("llama", torch.bfloat16)
-    fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
+def test_bfloat16_blocks_follow_their_rules_to_the_bit(device):
+    model = placed(tiny("llama", torch.bfloat16), device)
+    fisher_scores(model, torch.arange(12, device=device).view(2, 6), layers=0, top_k=2)
     assert rules_of(model) == 4
 
 

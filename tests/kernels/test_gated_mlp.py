@@ -10,8 +10,8 @@ from fisher_vmap.kernels.modules import is_gated_mlp
 
 
 @pytest.mark.parametrize(("family", "name"), [("llama", "model.layers.1.mlp"), ("gemma2", "model.layers.2.mlp")])
-def test_gated_mlps(family, name):
-    assert_pulls_back_right(tiny(family).get_submodule(name), 36, 1e-12)
+def test_gated_mlps(family, name, device):
+    assert_pulls_back_right(tiny(family).get_submodule(name), 36, 1e-12, device)
 
 
 def test_what_is_no_gated_mlp():

@@ -21,10 +21,10 @@ from fisher_vmap.kernels.modules import norm_kind
         ("opt", "model.decoder.layers.1.final_layer_norm"),
     ],
 )
-def test_norms(family, name):
-    assert_pulls_back_right(tiny(family, torch.float32).get_submodule(name), 36, 1e-6)
+def test_norms(family, name, device):
+    assert_pulls_back_right(tiny(family, torch.float32).get_submodule(name), 36, 1e-6, device)
     if family in ("gpt2", "opt"):  # the others are float32 inside
-        assert_pulls_back_right(tiny(family).get_submodule(name), 36, 1e-12)
+        assert_pulls_back_right(tiny(family).get_submodule(name), 36, 1e-12, device)
 
 
 class Squashed(nn.LayerNorm):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import LENGTHS, packed_prompts
+from devices import on_cpu, placed
 from models import tiny
 from torch.func import vjp, vmap
 
@@ -15,21 +16,24 @@ from fisher_vmap.model import layout as layout_module
 
 @pytest.mark.parametrize("alone_from", [1, None])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_it_is_the_pullback_of_each_prompt_alone(monkeypatch, family, alone_from):
-    monkeypatch.setattr(layout_module, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
-    model = tiny(family)
+def test_it_is_the_pullback_of_each_prompt_alone(monkeypatch, family, alone_from, device):
+    monkeypatch.setattr(layout_module, "ALONE_FROM", {} if alone_from is None else {device.type: alone_from})
+    own = tiny(family)
+    model = placed(own, device)
     attention = model.model.layers[1].self_attn
-    layout, D = packed_prompts(), model.config.hidden_size
+    layout, D = packed_prompts(device), model.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, sum(LENGTHS), D, generator=generator).to(model.dtype)
     g = torch.randn(3, 1, sum(LENGTHS), D, generator=generator).to(model.dtype)
-    rotary = model.model.rotary_emb(x, layout.position_ids)
+    rotary = model.model.rotary_emb(x.to(device), layout.position_ids)
     fused = fused_attention_forward(attention)
     with attention_set_to(model, NAME), prompts_packed(layout):
-        y, pull = vjp(lambda x: fused(hidden_states=x, position_embeddings=rotary)[0], x)
+        y, pull = vjp(lambda x: fused(hidden_states=x, position_embeddings=rotary)[0], x.to(device))
         with torch.no_grad():
-            (pulled,) = vmap(pull)(g)
-    with attention_set_to(model, "eager"):
+            (pulled,) = vmap(pull)(g.to(device))
+    y, pulled, rotary = on_cpu((y, pulled, rotary))
+    attention = own.model.layers[1].self_attn
+    with attention_set_to(own, "eager"):
         for a, z in layout.ranges():
             alone = tuple(t[:, a:z] for t in rotary)
             mask = torch.full((z - a, z - a), -torch.inf).triu(1).to(model.dtype)[None, None]
@@ -39,9 +43,9 @@ def test_it_is_the_pullback_of_each_prompt_alone(monkeypatch, family, alone_from
             torch.testing.assert_close(pulled[:, :, a:z], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_kernel_uses_it_and_modules_with_more_parts_are_left_alone():
-    model = tiny("llama")
-    fisher_scores(model, torch.arange(12).view(2, 6), layers=0, top_k=2)
+def test_the_kernel_uses_it_and_modules_with_more_parts_are_left_alone(device):
+    model = placed(tiny("llama"), device)
+    fisher_scores(model, torch.arange(12, device=device).view(2, 6), layers=0, top_k=2)
     fused = {id(module) for module, _ in known_of(model).parts.fused}
     assert all(id(block.self_attn) in fused for block in model.model.layers)
     assert parts_of(tiny("gemma2").model.layers[0].self_attn) is not None  # its soft-cap keeps it out, not its parts

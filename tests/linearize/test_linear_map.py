@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import placed
 from models import block, fresh, padded, prompts
 from oracles import relative
 
@@ -35,18 +36,20 @@ def expected(model, row, layer, targets, fields_MKX, positions):
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("form", ["packed", "layerwise", "whole"])
-def test_products_at_several_targets(form, positions):
+def test_products_at_several_targets(form, positions, device):
     model, layer, rows = fresh("llama"), block("llama", 1), prompts(LENGTHS)
-    layout = lay_out(*padded(rows, "left"), positions)
-    with torch.no_grad(), undisturbed(model):
-        known = probe(model, layout)
+    there, batch = placed((model, padded(rows, "left")), device)
+    layout = lay_out(*batch, positions)
+    with torch.no_grad(), undisturbed(there):
+        known = probe(there, layout)
         choice, options = Choice(form, "ours", "together", ""), KernelOptions(precision="model")
-        with opened(choice, model, known, layout._replace(targets=TARGETS), [layer], options) as net:
+        with opened(choice, there, known, layout._replace(targets=TARGETS), [layer], options) as net:
             M, X = net.rows.shape
             assert sum(map(len, TARGETS)) == M
             fields = torch.randn(M, K, X, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             directions = torch.randn(3, K, X, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-            pulled, moved = net.pull(fields)[layer].gradients, net.push(directions, layer)
+            pulled = net.pull(fields.to(device))[layer].gradients.cpu()
+            moved = net.push(directions.to(device), layer).cpu()
     start = 0
     for b, row in enumerate(rows):
         stop = start + len(TARGETS[b])

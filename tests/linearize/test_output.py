@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import on_cpu, placed
 from models import VOCABULARY, WIDTH, block, padded, prompts, tiny
 from oracles import dense_svd, plain_scores, relative
 
@@ -13,25 +14,27 @@ LENGTHS = (5, 1, 8)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "phi"])
-def test_the_metric_is_the_hessian_of_the_kl_at_the_heads_input(family):
+def test_the_metric_is_the_hessian_of_the_kl_at_the_heads_input(family, device):
     changes = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
     model, rows = tiny(family, **changes), prompts(LENGTHS)
-    opened = FisherModel(model, layers=-1)
-    with opened.linearize(*padded(rows, "right")) as net, torch.no_grad():
+    opened = FisherModel(placed(model, device), layers=-1)
+    with opened.linearize(*placed(padded(rows, "right"), device)) as net, torch.no_grad():
         c = net.metric()
-        C = c.product(torch.eye(WIDTH, dtype=torch.float64).expand(len(rows), -1, -1))
-        a = c.rows(torch.arange(VOCABULARY).expand(len(rows), -1))
-        assert relative(C, torch.einsum("bv,bvx,bvy->bxy", c.probs, a, a)) < 1e-6
+        C = c.product(torch.eye(WIDTH, dtype=torch.float64, device=device).expand(len(rows), -1, -1))
+        a = c.rows(torch.arange(VOCABULARY, device=device).expand(len(rows), -1))
+        C, a, probs = on_cpu((C, a, c.probs))
+        assert relative(C, torch.einsum("bv,bvx,bvy->bxy", probs, a, a)) < 1e-6
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, block(family, -1), where_T=torch.arange(len(row)) == len(row) - 1).fisher
         assert relative(C[b], expected) < 1e-6
 
 
-def test_leading_vectors_are_the_leading_eigenvectors():
-    with FisherModel(tiny("gpt2"), layers=-1).linearize(*padded(prompts(LENGTHS), "right")) as net, torch.no_grad():
+def test_leading_vectors_are_the_leading_eigenvectors(device):
+    model, batch = placed((tiny("gpt2"), padded(prompts(LENGTHS), "right")), device)
+    with FisherModel(model, layers=-1).linearize(*batch) as net, torch.no_grad():
         c = net.metric()
-        C = c.product(torch.eye(WIDTH, dtype=torch.float64).expand(len(LENGTHS), -1, -1))
-        held = {n: leading_vectors(c, 6, n) for n in (0, 2, 30)}
+        C = c.product(torch.eye(WIDTH, dtype=torch.float64, device=device).expand(len(LENGTHS), -1, -1)).cpu()
+        held = on_cpu({n: leading_vectors(c, 6, n) for n in (0, 2, 30)})
     for b in range(len(LENGTHS)):
         best = dense_svd(C[b])[0][:6].sum()
         traces = {n: float((u[b] @ C[b] @ u[b].T).trace() / best) for n, u in held.items()}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import on, on_cpu, placed
 from models import VOCABULARY, block, fresh, padded, prompts, tiny
 from oracles import fisher_matrix, plain_scores, relative
 from torch import Tensor, nn
@@ -27,20 +28,20 @@ def test_ties_across_the_edge_are_broken_by_token_id():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 10, 299])
-def test_likeliest_is_a_stable_sort(top_k):
+def test_likeliest_is_a_stable_sort(top_k, device):
     """Logits in steps, as bfloat16 has them: most ranks are ties."""
     z = torch.randint(-6, 7, (20, 300), generator=torch.Generator().manual_seed(0)).float()
     z[3, ::2] = -torch.inf
-    assert torch.equal(likeliest(z, top_k), z.sort(dim=1, descending=True, stable=True).indices[:, :top_k])
+    assert torch.equal(on(device, likeliest)(z, top_k), z.sort(dim=1, descending=True, stable=True).indices[:, :top_k])
 
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
-def test_ties_in_a_model_are_broken_by_token_id(kernel):
+def test_ties_in_a_model_are_broken_by_token_id(kernel, device):
     model = ToyLM()
     with torch.no_grad():
         model.unembed.weight[30:60] = model.unembed.weight[60:90]  # every one of them has a twin
     rows = prompts(LENGTHS)
-    scores = fisher_scores(model, *padded(rows, "left"), layers="blocks.1", top_k=7, kernel=kernel)
+    scores = on(device, fisher_scores)(model, *padded(rows, "left"), layers="blocks.1", top_k=7, kernel=kernel)
     for b, row in enumerate(rows):
         with torch.no_grad():
             logits = model(input_ids=row[None]).logits[0, -1]
@@ -51,13 +52,15 @@ def test_ties_in_a_model_are_broken_by_token_id(kernel):
 # Accuracy.
 
 
-IDENTITY = Phi()
+IDENTITY, CPU = Phi(), torch.device("cpu")
 
 
 class Problem:
     """A head of 5,003 tokens with bfloat16 weights, and the rows that go in."""
 
-    def __init__(self, B: int, logits_std: float, phi: Phi = IDENTITY, biased: bool = False) -> None:
+    def __init__(
+        self, B: int, logits_std: float, phi: Phi = IDENTITY, biased: bool = False, device: torch.device = CPU
+    ) -> None:
         generator = torch.Generator().manual_seed(B)
         V, D = 5003, 68
         self.rows = 3 * torch.randn(B, D, generator=generator)
@@ -69,7 +72,7 @@ class Problem:
         unembedding.weight = nn.Parameter(self.weight, requires_grad=False)
         if biased:
             unembedding.bias = nn.Parameter(self.bias, requires_grad=False)
-        self.head = UnembeddingHead(self.norm, unembedding, phi)
+        self.head = UnembeddingHead(*placed((self.norm, unembedding), device), phi)
 
     def truth(self, dtype: torch.dtype, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """log p [B, K], and its gradients [K, B, D], by plain autograd in the given dtype."""
@@ -82,8 +85,9 @@ class Problem:
         return log_p.detach(), torch.stack(grads)
 
 
-def read(head, rows: Tensor, top_k: int, token_ids: Tensor | None = None) -> Reading:
-    return distribution(head, rows, Asked(top_k, token_ids)).reading
+def read(head, rows: Tensor, top_k: int, token_ids: Tensor | None = None, device: torch.device = CPU) -> Reading:
+    rows, token_ids = placed((rows, token_ids), device)
+    return on_cpu(distribution(head, rows, Asked(top_k, token_ids)).reading)
 
 
 KINDS = pytest.mark.parametrize(
@@ -93,8 +97,8 @@ KINDS = pytest.mark.parametrize(
 
 
 @pytest.fixture(params=[1, 68 * 100, 2**26], ids=["a token at a time", "chunks with a rest", "one chunk"])
-def chunks(request, monkeypatch):
-    monkeypatch.setitem(head.VOCABULARY_CHUNK_ELEMENTS, "cpu", request.param)
+def chunks(request, monkeypatch, device):
+    monkeypatch.setitem(head.VOCABULARY_CHUNK_ELEMENTS, device.type, request.param)
 
 
 def assert_right_to_float32(problem: Problem, reading: Reading) -> None:
@@ -110,38 +114,39 @@ def assert_right_to_float32(problem: Problem, reading: Reading) -> None:
 @KINDS
 @pytest.mark.parametrize("B", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("logits_std", [1.0, 4.0])
-def test_cotangents_are_right_to_float32(B, logits_std, phi, biased):
-    problem = Problem(B, logits_std, phi, biased)
-    reading = read(problem.head, problem.rows, 10)
+def test_cotangents_are_right_to_float32(B, logits_std, phi, biased, device):
+    problem = Problem(B, logits_std, phi, biased, device)
+    reading = read(problem.head, problem.rows, 10, device=device)
     assert reading.log_probs.dtype == reading.cotangents.dtype == torch.float32
     assert (reading.log_probs[:, :-1] >= reading.log_probs[:, 1:]).all()
     assert_right_to_float32(problem, reading)
 
 
 @pytest.mark.parametrize("B", [1, 2])
-def test_few_rows_are_as_right_as_many(B):
+def test_few_rows_are_as_right_as_many(B, device):
     """Products of fewer than four rows take another path in some libraries; in this head they must not."""
-    problem = Problem(B, 1.0)
-    reading = read(problem.head, problem.rows, 10)
+    problem = Problem(B, 1.0, device=device)
+    reading = read(problem.head, problem.rows, 10, device=device)
     _, grads = problem.truth(torch.float64, reading.token_ids)
     assert relative(reading.cotangents, grads) < 3e-7
 
 
 @KINDS
-def test_chunks_of_the_vocabulary_do_not_matter(phi, biased, chunks):
-    problem = Problem(2, 1.0, phi, biased)
-    assert_right_to_float32(problem, read(problem.head, problem.rows, 6))
+def test_chunks_of_the_vocabulary_do_not_matter(phi, biased, chunks, device):
+    problem = Problem(2, 1.0, phi, biased, device)
+    assert_right_to_float32(problem, read(problem.head, problem.rows, 6, device=device))
 
 
 @pytest.mark.parametrize("chosen", [False, True])
 @KINDS
-def test_what_the_other_tokens_have_is_summed_in_the_same_pass(phi, biased, chosen, chunks, monkeypatch):
+def test_what_the_other_tokens_have_is_summed_in_the_same_pass(phi, biased, chosen, chunks, monkeypatch, device):
     """The rest's gradient, and random vectors of the rest, against float64 sums over all tokens one by one."""
-    problem, passes, right = Problem(3, 4.0, phi, biased), [], UnembeddingHead.chunks
+    problem, passes, right = Problem(3, 4.0, phi, biased, device), [], UnembeddingHead.chunks
     monkeypatch.setattr(UnembeddingHead, "chunks", lambda self, dtype: passes.append(1) or right(self, dtype))
     tokens = torch.randint(0, 5003, (3, 6), generator=torch.Generator().manual_seed(1)) if chosen else None
     probes = Probes(2, [5, 6, 7])
-    reading = distribution(problem.head, problem.rows, Asked(6, tokens, True, probes, of_rest=True)).reading
+    rows, tokens = placed((problem.rows, tokens), device)
+    reading = on_cpu(distribution(problem.head, rows, Asked(6, tokens, True, probes, of_rest=True)).reading)
     assert len(passes) == 1
     assert_right_to_float32(problem, reading)
     every = torch.arange(5003).expand(3, -1)
@@ -185,11 +190,11 @@ def test_a_token_with_almost_all_the_probability():
             assert relative(found, fisher_matrix(log_p[b], grads[:, b])) < 3e-5
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    problem = Problem(5, 3.0)
-    together = read(problem.head, problem.rows, 6)
+def test_a_row_does_not_depend_on_the_rows_beside_it(device):
+    problem = Problem(5, 3.0, device=device)
+    together = read(problem.head, problem.rows, 6, device=device)
     for b in range(5):
-        alone = read(problem.head, problem.rows[b : b + 1], 6)
+        alone = read(problem.head, problem.rows[b : b + 1], 6, device=device)
         assert torch.equal(alone.token_ids[0], together.token_ids[b])
         torch.testing.assert_close(alone.log_probs[0], together.log_probs[b], atol=4e-6, rtol=0)
         assert relative(alone.cotangents[:, 0], together.cotangents[:, b]) < 1e-6
@@ -245,12 +250,13 @@ HEADS = {  # family: (changes, what the head must be found to be)
 
 @pytest.mark.parametrize("kernel", ["layerwise", "whole", "loop"])
 @pytest.mark.parametrize("family", HEADS)
-def test_soft_caps_scales_and_biases(family, kernel):
+def test_soft_caps_scales_and_biases(family, kernel, device):
     changes, phi = HEADS[family]
     model, rows, layer = tiny(family, **changes), prompts(LENGTHS), block(family, 1)
-    scores = fisher_scores(model, *padded(rows, "left"), layers=layer, top_k=6, kernel=kernel)
-    assert known_of(model).parts.head.phi == phi  # taken apart, not left to the model
-    assert (known_of(model).parts.head.bias is not None) == (family == "phi")
+    there, batch = placed((model, padded(rows, "left")), device)
+    scores = on_cpu(fisher_scores(there, *batch, layers=layer, top_k=6, kernel=kernel))
+    assert known_of(there).parts.head.phi == phi  # taken apart, not left to the model
+    assert (known_of(there).parts.head.bias is not None) == (family == "phi")
     for b, row in enumerate(rows):
         expected = plain_scores(model, row, layer, top_k=6)
         assert torch.equal(scores.token_ids[b], expected.token_ids)

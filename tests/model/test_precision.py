@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from devices import on, placed
 from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 from precision_cases import FAST, SLOW, NarrowProducts
@@ -45,7 +46,7 @@ def room(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_no_further_from_the_truth_than_a_plain_loop(family, dtype):
+def test_no_further_from_the_truth_than_a_plain_loop(family, dtype, device):
     layer = block(family, 0)
     errors: dict[str, list[float]] = {name: [] for name in (*KERNELS, "plain")}
     for seed in SEEDS:
@@ -53,9 +54,11 @@ def test_no_further_from_the_truth_than_a_plain_loop(family, dtype):
         truth = copy.deepcopy(model).double()
         ids, mask = padded(rows, "right")
         options = {"layers": layer, "precision": "model"}
-        tokens = fisher_scores(model, ids, mask, top_k=6, **options).token_ids
+        tokens = on(device, fisher_scores)(model, ids, mask, top_k=6, **options).token_ids
         found = {
-            kernel: fisher_scores(model, ids, mask, token_ids=tokens, kernel=kernel, **options).gradients[layer]
+            kernel: on(device, fisher_scores)(model, ids, mask, token_ids=tokens, kernel=kernel, **options).gradients[
+                layer
+            ]
             for kernel in KERNELS
         }
         found["plain"] = [plain_scores(model, row, layer, token_ids=tokens[b]).gradients for b, row in enumerate(rows)]
@@ -76,8 +79,8 @@ def test_no_further_from_the_truth_than_a_plain_loop(family, dtype):
     ("family", "dtype"),
     [*((family, torch.bfloat16) for family in ("llama", "gpt2", "gemma2", "granite")), ("llama", torch.float16)],
 )
-def test_float32_is_to_the_bit_that_of_the_same_weights_widened(family, dtype, room):
-    model, (ids, mask) = fresh(family, dtype), padded(prompts(LENGTHS), "left")
+def test_float32_is_to_the_bit_that_of_the_same_weights_widened(family, dtype, room, device):
+    model, (ids, mask) = placed((fresh(family, dtype), padded(prompts(LENGTHS), "left")), device)
     wide, layers = copy.deepcopy(model).float(), [block(family, 0), block(family, 2)]
     before = {name: (p.dtype, p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     for kernel in ("auto", "whole", "loop"):
@@ -90,11 +93,11 @@ def test_float32_is_to_the_bit_that_of_the_same_weights_widened(family, dtype, r
         fisher_full(m, ids, mask, layers=layers, rank=4, precision=p) for m, p in ((model, "float32"), (wide, "model"))
     )
     assert all(torch.equal(ours.factors[layer], expected.factors[layer]) for layer in layers)
-    u = torch.randn(3, 2, model.config.hidden_size)
+    u = torch.randn(3, 2, model.config.hidden_size).to(device)
     networks = [FisherModel(m, layers=layers[0], precision=p) for m, p in ((model, "float32"), (wide, "auto"))]
     with networks[0].linearize(ids, mask) as net, networks[1].linearize(ids, mask) as other:
         assert torch.equal(net.pullback(u), other.pullback(u)) and torch.equal(net.pushforward(u), other.pushforward(u))
-    steps = 0.1 * torch.randn(2, model.config.hidden_size)
+    steps = 0.1 * torch.randn(2, model.config.hidden_size).to(device)
     kl = [measured_kl(m, ids[2], layers[0], steps, precision=p) for m, p in ((model, "float32"), (wide, "auto"))]
     assert torch.equal(*kl)
     with undisturbed(model, "float32"):
