@@ -26,7 +26,7 @@ class ToyBlock(nn.Module):
         """x plus what its queries find; `mask` is added to the scores, and causality comes on top of it."""
         scores = self.query(self.norm1(x)) @ keys.mT * WIDTH**-0.5
         T, S = scores.shape[-2:]
-        scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(1 + S - T), -torch.inf)
+        scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T), -torch.inf)
         scores = scores if mask is None else scores + mask
         return x + self.out(scores.softmax(-1) @ values)
 
