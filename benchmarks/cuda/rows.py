@@ -24,7 +24,7 @@ from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.run.plan_model import Product, Skeleton, Work, batch_memory, unavoidable
 
-MOST_ROUNDS = 5
+MOST_ROUNDS, SMALL_ROUNDS = 5, 2
 MOST_SECONDS = 30.0  # of a row's rounds
 CHECKED_TOKENS = 2048  # of the first prompts, which are computed once more in float32
 OVERSAMPLING = 6  # of `fisher_full`, its default
@@ -81,7 +81,8 @@ def measure(session: Session, models: Models, row: Row) -> None:
     functions, flops = _functions(workload, row, batch)
     limit = min(MOST_SECONDS, session.left())
     seconds, memory = _warmed(session, row, functions, limit)
-    rounds = max(1, min(MOST_ROUNDS, int(limit / max(sum(seconds.values()), 1e-9))))
+    most = SMALL_ROUNDS if session.small else MOST_ROUNDS
+    rounds = max(1, min(most, int(limit / max(sum(seconds.values()), 1e-9))))
     timed = by_turns({name: functions[name] for name in seconds}, rounds, warmup=0)
     ratios = {f"{a} / {b}": timed.ratio(a, b) for a, b in RATIOS[row.estimator] if a in seconds and b in seconds}
     expected = batch_memory(

@@ -45,6 +45,8 @@ class Session:
         began = time.perf_counter()
         self._part, self._part_end = part, began + share * max(0.0, self._end - began)
         self.say(f"== {part}, {self.left():.0f} s at most")
+        gc.collect()
+        gc.freeze()  # no model is there now; what is, Python modules mostly, need not be looked through in each round
         self.attempt("the whole part", lambda: work(self))
         self.record["part_seconds"][part] = round(time.perf_counter() - began, 1)
         self.write()

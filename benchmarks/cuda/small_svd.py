@@ -17,7 +17,7 @@ from fisher_vmap import compress
 RANK = 10  # pairs that are compared
 SIZES = ((64, 10, 1536), (64, 32, 1536), (64, 100, 1536), (8, 10, 4096))
 SMALL_SIZES = ((3, 4, 36), (3, 12, 36), (3, 20, 36))
-ROUNDS = 5
+ROUNDS, SMALL_ROUNDS = 5, 2
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -92,7 +92,7 @@ def _one_size(session: Session, name: str, size: tuple[int, int, int]) -> None:
             session.failed(f"{name}: {way}", error)
         else:
             ways[way] = partial(function, A_BKD)
-    timed = by_turns(ways, ROUNDS)
+    timed = by_turns(ways, SMALL_ROUNDS if session.small else ROUNDS)
     wrong = {way: errors(A_BKD, found) for way, found in timed.outputs.items()}
     told = (f"{way} {1e3 * min(timed.seconds[way]):.2f} ms (S off {wrong[way]['singular_values']:.0e})" for way in ways)
     entry = {"prompts": size[0], "top_k": size[1], "width": size[2], "seconds": timed.seconds, "errors": wrong}
