@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisher_vmap.model.patches import autocast_off
-from fisher_vmap.model.validation import check_tensor, check_whole
+from fisher_vmap.model.validation import check_tensor, check_whole, float64_device, in_float64
 
 TOGETHER = 2**25  # most elements of the factors that are decomposed in one batch
 
@@ -39,11 +39,6 @@ class LowRank(NamedTuple):
     left_vectors: Tensor
     rank: Tensor
     trace: Tensor
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """The device to compute float64 on: the given one, or the CPU if it has no float64 (MPS)."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 @autocast_off()
@@ -75,7 +70,7 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
     resolution = torch.finfo(out_dtype).eps
     finite_B = factor_BKD.isfinite().flatten(1).all(1)
 
-    A_BKD = torch.where(finite_B[:, None, None], factor_BKD, 0).to(float64_device(device), torch.float64)
+    A_BKD = in_float64(torch.where(finite_B[:, None, None], factor_BKD, 0))
     Q_BKK, S_BK = _gram_svd(A_BKD)
     rank_B = (K * resolution * S_BK[:, :1] < S_BK).sum(1)
 
@@ -88,7 +83,7 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
 
     # The SVD does not fix the sign of each pair (column of Q, row of V): make the largest entry of V positive.
     largest_BR1 = V_BRD.abs().argmax(2, keepdim=True)
-    sign_BR = torch.where(V_BRD.gather(2, largest_BR1).squeeze(2) < 0, -1.0, 1.0).to(V_BRD.dtype)
+    sign_BR = 1 - 2 * (V_BRD.gather(2, largest_BR1).squeeze(2) < 0).to(V_BRD.dtype)
     V_BRD, Q_BKR = sign_BR[:, :, None] * V_BRD, sign_BR[:, None, :] * Q_BKR
 
     missing = rank - R
@@ -99,11 +94,11 @@ def compress(factor_BKD: Tensor, rank: int) -> LowRank:
     S_BR, trace_B = S_BR.where(finite_on_B[:, None], torch.nan), S_BK.sum(1).where(finite_on_B, torch.nan)
     V_BRD, Q_BKR = (x.where(finite_on_B[:, None, None], torch.nan) for x in (V_BRD, Q_BKR))
     return LowRank(
-        singular_values=S_BR.to(device, out_dtype),
-        vectors=V_BRD.to(device, out_dtype),
-        left_vectors=Q_BKR.to(device, out_dtype),
+        singular_values=S_BR.to(out_dtype).to(device),
+        vectors=V_BRD.to(out_dtype).to(device),
+        left_vectors=Q_BKR.to(out_dtype).to(device),
         rank=torch.where(finite_on_B, rank_B, 0).to(device),
-        trace=trace_B.to(device, out_dtype),
+        trace=trace_B.to(out_dtype).to(device),
     )
 
 
@@ -163,8 +158,8 @@ def quality(factor_BmD: Tensor, kept: LowRank, remainder_BSD: Tensor) -> Quality
         remainder_BSD: [B, S, D], S random vectors with the second moment E.
     """
     place = float64_device(factor_BmD.device)
-    A, r = (x.to(place, torch.float64) for x in (factor_BmD, remainder_BSD))
-    S_BR, V_BRD = (x.to(place, torch.float64) for x in (kept.singular_values, kept.vectors))
+    A, r = (in_float64(x) for x in (factor_BmD, remainder_BSD))
+    S_BR, V_BRD = (in_float64(x) for x in (kept.singular_values, kept.vectors))
     B, S = r.shape[:2]
     nan_B = torch.full((B,), torch.nan, dtype=torch.float64, device=place)
     if not S:

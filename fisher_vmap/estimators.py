@@ -17,7 +17,6 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.decomposition import float64_device
 from fisher_vmap.fisher import broken_off, check_inputs, join_layers, prompt_seeds
 from fisher_vmap.linearize.linear_map import KernelOptions, LinearMap, Options, Summed, as_it_is, differentiable
 from fisher_vmap.linearize.network import LinearizedNetwork, OneAtATime, linearize
@@ -36,7 +35,7 @@ from fisher_vmap.linearize.select import choose_forms, give_up
 from fisher_vmap.model.layers import resolve_layers
 from fisher_vmap.model.layout import batches_apart, lay_out, select
 from fisher_vmap.model.recording import StructureChanged
-from fisher_vmap.model.validation import check_whole
+from fisher_vmap.model.validation import check_whole, in_float64
 from fisher_vmap.model.wrappers import names_inside, unwrapped
 
 TRACE_SAMPLES = 4  # random vectors for estimator full, a twelfth of its cost
@@ -198,15 +197,17 @@ def _inverse_root(z_BmX: Tensor, cz_BmX: Tensor) -> Tensor:
     M is symmetric up to rounding, which may be coarser than the dtype (a norm may compute in float32). Its asymmetry
     measures the rounding, and so which eigenvalues count as zero.
     """
-    place, m = float64_device(z_BmX.device), z_BmX.shape[1]
-    M_Bmm = z_BmX.to(place, torch.float64) @ cz_BmX.to(place, torch.float64).mT
+    m = z_BmX.shape[1]
+    M_Bmm = in_float64(z_BmX) @ in_float64(cz_BmX).mT
     finite_B11 = M_Bmm.isfinite().all(2).all(1)[:, None, None]
     M_Bmm = torch.where(finite_B11, M_Bmm, 0)
     mu_Bm, X_Bmm = torch.linalg.eigh((M_Bmm + M_Bmm.mT) / 2)
     rounding_B = torch.linalg.matrix_norm(M_Bmm - M_Bmm.mT)[:, None]
     least_B = torch.maximum(m * torch.finfo(z_BmX.dtype).eps * mu_Bm[:, -1:], 4 * rounding_B).clamp(min=0)
     inverse_Bm = torch.where(mu_Bm > least_B, mu_Bm, torch.inf).rsqrt()
-    return torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(z_BmX)
+    return (
+        torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(z_BmX.dtype).to(z_BmX.device)
+    )
 
 
 def fisher_full(

@@ -3,6 +3,7 @@
 `FisherRecord` holds one prompt's Fisher matrices, as `FisherModel.fisher` yields them.
 """
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fisher_vmap.data.tokenize import MAX_LENGTH, Pieces, Renderer, SkippedPromp
 from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, fisher_full, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
+from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable, undisturbed
 from fisher_vmap.linearize.network import LinearizedNetwork, linearize
 from fisher_vmap.linearize.probe import known_of, layer_widths, probe, signature
@@ -27,9 +29,11 @@ from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.offload import input_device
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.precision import choose_precision
-from fisher_vmap.model.validation import check_whole, most_positions
+from fisher_vmap.model.validation import check_whole, forget_freed, is_out_of_memory, most_positions
 from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
 from fisher_vmap.results.record import LayerResult, PromptRecord, covered_mass, how_good
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class FisherModel:
         self.top_k = top_k
         self.batch_size = sys.maxsize if batch_size is None else batch_size
         vectors = top_k + self.trace_samples + (self.oversampling if self.estimator == "full" else 0)
-        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors)
+        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors, self.layers)
         self._renderer = renderer
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
@@ -249,8 +253,13 @@ class FisherModel:
         Returns:
             Estimate, whose factors A are [B, K, D] (of estimator full [B, R + oversampling, D]) for each layer.
         """
+        return self._estimate(input_ids, attention_mask, rank, self.options)
+
+    def _estimate(
+        self, input_ids: Tensor, attention_mask: Tensor | None, rank: int, options: KernelOptions
+    ) -> Estimate:
         if self.estimator == "topk":
-            return topk(self.scores(input_ids, attention_mask))
+            return topk(self.scores(input_ids, attention_mask, chunk_size=options.chunk_size))
         return fisher_full(
             self.model,
             input_ids,
@@ -261,7 +270,7 @@ class FisherModel:
             passes=self.passes,
             top_k=self.top_k,
             trace_samples=self.trace_samples,
-            **vars(self.options),
+            **vars(options),
         )
 
     @autocast_off()
@@ -274,13 +283,51 @@ class FisherModel:
 
         Returns:
             For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
+
+        A single prompt that runs out of memory is tried again with half as many cotangents at a time, down to one.
         """
+        chunk = self.options.chunk_size
+        while True:
+            try:
+                numbers = self._numbers(prompts_ids, rank, chunk)
+                if chunk != self.options.chunk_size:
+                    tokens = len(prompts_ids[0])
+                    log.warning("out of memory on a prompt of %d tokens: cotangent_chunk %d was used", tokens, chunk)
+                return numbers
+            except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+                whole = chunk or self._at_a_time(sum(map(len, prompts_ids)), rank)
+                if not is_out_of_memory(error) or len(prompts_ids) > 1 or whole <= 1:
+                    raise
+            # Outside of the handler, whose traceback keeps the tensors alive.
+            chunk = (whole + 1) // 2
+            forget_freed()
+
+    def _at_a_time(self, tokens: int, rank: int) -> int:
+        """How many vectors of a prompt are pulled together by default."""
+        vectors = (self.top_k if self.estimator == "topk" else rank + self.oversampling) + self.trace_samples
+        return cotangents_at_a_time(vectors, tokens, self.device) or vectors
+
+    def _numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
         lengths = [len(ids) for ids in prompts_ids]
         input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(input_ids)
         for b, ids in enumerate(prompts_ids):
             input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids, device="cpu"), 1
-        return numbers_of(self.estimate(input_ids.to(self.device), mask.to(self.device), rank), lengths, rank)
+        options = replace(self.options, chunk_size=chunk_size)
+        found = self._estimate(input_ids.to(self.device), mask.to(self.device), rank, options)
+        return numbers_of(found, lengths, rank)
+
+    def _in_halves(self, prompts_ids: list[list[int]], rank: int) -> list[PromptNumbers]:
+        """The numbers of a batch; out of memory it is halved."""
+        try:
+            return self.numbers(prompts_ids, rank)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(prompts_ids) == 1:
+                raise
+        log.warning("out of memory on %d prompts of up to %d tokens", len(prompts_ids), max(map(len, prompts_ids)))
+        forget_freed()
+        half = (len(prompts_ids) + 1) // 2
+        return self._in_halves(prompts_ids[:half], rank) + self._in_halves(prompts_ids[half:], rank)
 
     def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
@@ -311,7 +358,7 @@ class FisherModel:
         self, prompts: Iterable[str | Sequence[dict[str, str]]], renderer: Renderer, rank: int
     ) -> Iterator[FisherRecord]:
         found = in_windows(
-            prompts, renderer, lambda ids: self.numbers(ids, rank), self.batch_size, self.max_batch_tokens
+            prompts, renderer, lambda ids: self._in_halves(ids, rank), self.batch_size, self.max_batch_tokens
         )
         for index, prompt in enumerate(found):
             if isinstance(prompt, SkippedPrompt):

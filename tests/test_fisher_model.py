@@ -1,15 +1,21 @@
 """`FisherModel`: from prompts to matrices, and the linearised upper network."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from models import WIDTH, WORDS, block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toys import ToyLM
 
 from fisher_vmap import FisherModel, compress, fisher_scores
+from fisher_vmap.linearize import blockwise
 from fisher_vmap.linearize.output import Asked, distribution
 from fisher_vmap.linearize.probe import known_of
+from fisher_vmap.model import validation
 
 LENGTHS = (7, 1, 12, 3)
 
@@ -238,3 +244,112 @@ def test_records_of_every_estimator_say_how_good_they_are(tokenizer):
             for value in (record.trace_full, record.trace_full_error, record.share_full, record.relative_error):
                 assert (value > 0) == known and np.isnan(value) != known
             assert np.isnan(record.share_kept) == (record.status != "ok")
+
+
+def told(caplog):
+    """What `FisherModel` logged."""
+    return [record.getMessage() for record in caplog.records if record.name == "fisher_vmap.fisher_model"]
+
+
+def too_small(monkeypatch, most):
+    """A pull of more than `most` cotangents at a time runs out of memory; returns the numbers that were tried."""
+    tried, right = [], blockwise.pullback_blocks
+
+    def limited(recording, cotangents, layers, chunk_size, rules):
+        tried.append(chunk_size or cotangents.shape[2])
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from right(recording, cotangents, layers, chunk_size, rules)
+
+    monkeypatch.setattr(blockwise, "pullback_blocks", limited)
+    return tried
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "full", "oversampling": 3, "trace_samples": 0}])
+def test_a_prompt_out_of_memory_takes_half_the_cotangents_at_a_time(monkeypatch, caplog, options):
+    opened = FisherModel(tiny("llama", torch.float32), layers=1, top_k=7, audit="off", **options)
+    (expected,) = opened.numbers([list(range(1, 9))], 4)
+    tried = too_small(monkeypatch, 2)
+    (found,) = opened.numbers([list(range(1, 9))], 4)
+    assert sorted(set(tried), reverse=True) == [7, 4, 2]
+    ((layer, result),) = found.layers.items()
+    np.testing.assert_allclose(result.S, expected.layers[layer].S, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.token_ids, expected.token_ids)
+    assert told(caplog) == ["out of memory on a prompt of 8 tokens: cotangent_chunk 2 was used"]
+
+
+def test_a_prompt_that_fits_with_no_chunk_is_out_of_memory(monkeypatch):
+    opened = FisherModel(tiny("llama", torch.float32), layers=1, top_k=7, audit="off")
+    opened.numbers([[1, 2, 3]], 4)
+    tried = too_small(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        opened.numbers([list(range(1, 9))], 4)
+    assert tried == [7, 4, 2, 1]
+
+
+def test_a_batch_out_of_memory_is_halved(tokenizer, monkeypatch, caplog):
+    opened = FisherModel(tiny("llama", torch.float32), tokenizer, layers=1, top_k=4, batch_size=4, audit="off")
+    expected = [record.S for record in opened.fisher(texts(4), rank=4)]
+    right = FisherModel._numbers
+
+    def limited(self, prompts_ids, *args):
+        if len(prompts_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, prompts_ids, *args)
+
+    monkeypatch.setattr(FisherModel, "_numbers", limited)
+    for record, S in zip(opened.fisher(texts(4), rank=4), expected, strict=True):
+        np.testing.assert_allclose(record.S, S, rtol=1e-4, atol=1e-6)
+    assert told(caplog)[0].startswith("out of memory on 4 prompts of up to")
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Raises as a device without float64 does, unless an operator's floating inputs are in float64 already.
+
+    Those stand for what has been moved to the CPU; `moving` is True while the package moves something there.
+    """
+
+    moving = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.float64]
+        if made and not self.moving and any(x.dtype != torch.float64 for x in inputs):
+            raise TypeError(f"{func}: the device has no float64")
+        return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"include_rest": True, "trace_samples": 3}, {"trace_samples": 2}, {"estimator": "full"}, {"kernel": "whole"}],
+    ids=["rest", "traces", "full", "whole"],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_device_without_float64_computes_the_same(family, options, monkeypatch):
+    batch = [list(range(1, 9)), [4, 5, 6]]
+
+    def run():
+        return FisherModel(fresh(family, torch.float32), layers=1, top_k=5, audit="always", **options).numbers(batch, 4)
+
+    expected, mode, right = run(), WithoutFloat64(), validation.in_float64
+
+    def moved(x):
+        mode.moving = True
+        try:
+            return right(x)
+        finally:
+            mode.moving = False
+
+    monkeypatch.setattr(validation, "WITHOUT_FLOAT64", ("cpu",))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fisher_vmap") and hasattr(module, "in_float64"):
+            monkeypatch.setattr(module, "in_float64", moved)
+    with mode:
+        for operation in (torch.Tensor.double, lambda x: x.new_zeros(2, dtype=torch.float64)):
+            with pytest.raises(TypeError, match="no float64"):
+                operation(torch.ones(3))
+        found = run()
+    for one, other in zip(found, expected, strict=True):
+        for layer, result in one.layers.items():
+            np.testing.assert_allclose(result.S, other.layers[layer].S, rtol=1e-4, atol=1e-6)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
 from fisher_vmap.estimators import Estimate
+from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of
 from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.model.offload import model_dtype
 from fisher_vmap.results.record import LayerResult
 
 # On a CPU larger batches gain nothing and no longer fit into its caches; on a GPU memory is the limit.
 CPU_BATCH_TOKENS = 1024
-GPU_MEMORY_SHARE = 0.4
+GPU_MEMORY_SHARE = 0.6  # the rest is for what the allocator holds without use, and for an audit's plain autograd
+SHORT_PROMPT = 32  # tokens; with shorter prompts a batch takes more memory for its logits, and is halved if need be
 
 
 def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list[list[int]]:
@@ -39,19 +41,54 @@ def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list
     return batches
 
 
-def batch_tokens_for(model: nn.Module, device: torch.device, top_k: int) -> int:
-    """How many tokens fit in this device's memory for the pullback of K cotangents through one block.
+def batch_tokens_for(model: nn.Module, device: torch.device, vectors: int, layers: Sequence[str]) -> int:
+    """How many tokens fit in this device's memory when `vectors` cotangents are pulled back to these layers.
 
-    For each token and cotangent it holds the outputs of the block's linear layers about twice.
+    The most whose peak, by `pull_memory`, is `GPU_MEMORY_SHARE` of the free memory, as one prompt or as short ones.
     """
     if device.type != "cuda":
         return CPU_BATCH_TOKENS
     devices = {device} | {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
-    block = next(iter(decoder_blocks(model).values()))
-    width = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
-    itemsize = model_dtype(model).itemsize
-    return max(256, int(GPU_MEMORY_SHARE * free / (2 * (top_k + 2) * max(width, 1) * itemsize)))
+    return most_tokens(
+        int(GPU_MEMORY_SHARE * free), model_widths(model, layers), vectors, model_dtype(model).itemsize, device
+    )
+
+
+def model_widths(model: nn.Module, layers: Sequence[str]) -> Widths:
+    """The sizes of a model that `pull_memory` asks for, with these layers hooked."""
+    blocks = decoder_blocks(model)
+    inside = [i for i, name in enumerate(blocks) for layer in layers if f"{layer}.".startswith(f"{name}.")]
+    below = any(not any(f"{layer}.".startswith(f"{name}.") for name in blocks) for layer in layers)
+    unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    V, D = unembedding.shape
+    above = len(blocks) - 1 - (-1 if below else min(inside))
+    return widths_of(model, blocks.values(), D, V, above, len(layers))
+
+
+def most_tokens(limit: int, widths: Widths, vectors: int, itemsize: int, device: torch.device) -> int:
+    """The most tokens of a batch whose peak is at most `limit` bytes; 256 at least.
+
+    Args:
+        limit: bytes, besides the weights.
+        widths: of the model.
+        vectors: K, the cotangents pulled back together.
+        itemsize: bytes of a number of the pullback.
+        device: that it runs on.
+    """
+
+    def fits(tokens: int) -> bool:
+        short = [SHORT_PROMPT] * (tokens // SHORT_PROMPT)
+        return all(
+            sum(pull_memory(widths, lengths, vectors, itemsize, device).values()) <= limit
+            for lengths in ([tokens], short)
+        )
+
+    low, high = 256, 2**20
+    while high - low > low // 64:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 class PromptNumbers(NamedTuple):

@@ -268,6 +268,13 @@ def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable
     return right
 
 
+def kept_room(kind: str) -> int:
+    """How many bytes of forward results may be kept for the pullback on a device of this type."""
+    if kind == "cuda":
+        return int(KEPT_SHARE_OF_GPU * torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+    return KEPT_BYTES.get(kind, 0)
+
+
 @contextmanager
 def run_by_rules(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
     """Within the context blocks run by their rules, and results are kept in `calls` while there is room.
@@ -275,9 +282,7 @@ def run_by_rules(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[No
     `calls` is the list of a recording, which has an entry for a call before the block runs. Results are kept for the
     first `most` calls only; the last block is pulled back in another way.
     """
-    room = dict(KEPT_BYTES)
-    if torch.cuda.is_available():
-        room["cuda"] = int(KEPT_SHARE_OF_GPU * torch.cuda.mem_get_info()[0])
+    room = {kind: kept_room(kind) for kind in (*KEPT_BYTES, "cuda")}
 
     def by_rule(block: nn.Module, rule: BlockRule) -> Callable[..., Any]:
         own = block.forward

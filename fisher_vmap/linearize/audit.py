@@ -30,7 +30,7 @@ from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.plain import Plain, Reference, first_line, plain_autograd, plain_log_probs, reference_of
 from fisher_vmap.model.layers import decoder_blocks, hooked
 from fisher_vmap.model.layout import Layout
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.validation import in_float64, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
 
 log = logging.getLogger(__name__)
@@ -252,8 +252,10 @@ def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Fou
 def _weightiest(found: Found, b: int) -> int:
     """The index of the token that contributes most to F: a score near zero would be mostly rounding."""
     first = next(iter(found.gradients.values()))
-    weight_K = found.log_probs[b].double().exp() * first[b].double().square().sum(1).to(found.log_probs.device)
-    weight_K = torch.where(found.token_ids[b] >= 0, weight_K.nan_to_num(), -1.0)
+    weight_K = in_float64(found.log_probs[b]).exp() * in_float64(first[b]).square().sum(1).to(
+        in_float64(found.log_probs[b]).device
+    )
+    weight_K = torch.where((found.token_ids[b] >= 0).to(weight_K.device), weight_K.nan_to_num(), -1.0)
     return int(weight_K.argmax())
 
 
@@ -291,7 +293,7 @@ def _log_probs_distance(found: Found, b: int, log_probs_V: Tensor) -> float:
     least, other = log_probs_V[tokens[real]].min(), others_V.max()
     if bool(other > least):
         finite_V = log_probs_V[log_probs_V.isfinite()]
-        distance = max(distance, float((other - least) / finite_V.double().std().clamp(min=1e-30)))
+        distance = max(distance, float((other - least) / in_float64(finite_V).std().clamp(min=1e-30)))
     if not bool(real.all()):
         rest, expected = found.log_probs[b][~real], others_V.logsumexp(0)
         scale = max(1.0, abs(float(expected)))

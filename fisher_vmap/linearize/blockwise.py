@@ -2,13 +2,19 @@
 
 It drives the products of `block`, uses the rules of `kernels` for blocks and modules that have one, and takes a
 shortcut for packed prompts: the last block is run and pulled back at the last rows only, if it allows that.
+
+`pull_memory` says how many bytes that takes, from shapes alone.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from fisher_vmap.kernels.decoder_block import run_by_rules
+from fisher_vmap.kernels.attention import query_blocks
+from fisher_vmap.kernels.autograd import stretches
+from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, kept_room, run_by_rules
 from fisher_vmap.linearize.block import (
     Arrived,
     LastBlock,
@@ -22,7 +28,8 @@ from fisher_vmap.linearize.block import (
 )
 from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.model_info import Parts, Places
-from fisher_vmap.model.layout import Layout
+from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
+from fisher_vmap.model.layout import Layout, grouped
 from fisher_vmap.model.offload import is_offloaded, model_dtype
 from fisher_vmap.model.recording import Recording, StructureChanged, forwards_set, record
 from fisher_vmap.model.validation import is_out_of_memory
@@ -146,3 +153,125 @@ def prove_top(model: nn.Module, parts: Parts, layout: Layout) -> Places:
     recording = record_forward(model, parts, layout, len(parts.call_order) - 1, "model")
     open_last(recording.calls[-1], layout, recording.top)
     return places_of(recording.calls[-1], layout)
+
+
+RULED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers of a block with a rule
+
+
+class Widths(NamedTuple):
+    """The sizes of a model that decide what a pull takes.
+
+    Attributes:
+        D: the width of the residual stream.
+        V: the vocabulary's size.
+        mlp: the width inside the MLP; 0 if no rule fits the block.
+        queries: H E, the width of all heads' queries; 0 likewise.
+        keys: G E, the width of the keys, and of the values; 0 likewise.
+        heads: H.
+        linear: the width of all outputs of a block's linear layers together.
+        above: the number of blocks above the lowest hooked one.
+        layers: the number of hooked layers.
+    """
+
+    D: int
+    V: int
+    mlp: int
+    queries: int
+    keys: int
+    heads: int
+    linear: int
+    above: int
+    layers: int
+
+    @property
+    def kept(self) -> int:
+        """The numbers a position that a block's forward leaves for its pullback by a rule: y, q, k, v, a and b."""
+        return self.D + self.queries + 2 * self.keys + 2 * self.mlp
+
+
+def widths_of(model: Any, blocks: Iterable[nn.Module], D: int, V: int, above: int, layers: int) -> Widths:
+    """The sizes of a model, with or without its weights (on the meta device)."""
+    block = next(iter(blocks))
+    linear = {name.rpartition(".")[2]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    out = {name: module.out_features for name, module in linear.items()}
+    config: Any = getattr(model, "config", None)
+    heads = getattr(
+        config.get_text_config() if hasattr(config, "get_text_config") else config, "num_attention_heads", 0
+    )
+    mlp, queries, keys = (
+        (out[name] for name in ("gate_proj", "q_proj", "k_proj")) if set(out) == set(RULED) else [0] * 3
+    )
+    every = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
+    return Widths(D, V, mlp, queries, keys, heads if isinstance(heads, int) and heads else 1, every, above, layers)
+
+
+def pull_memory(
+    widths: Widths,
+    lengths: Sequence[int],
+    cotangents: int,
+    itemsize: int,
+    device: torch.device,
+    chunk_size: int | None = None,
+) -> dict[str, int]:
+    """The bytes at the peak of a batch's scores by packed prompts, by use, besides the weights.
+
+    Args:
+        widths: of the model.
+        lengths: tokens of each prompt.
+        cotangents: K, the vectors that are pulled back together.
+        itemsize: bytes of a number of the pullback.
+        device: that it runs on; its constants decide what passes through a block at a time.
+        chunk_size: how many vectors pass through a block at a time; None: as a pull chooses.
+    """
+    B, N, K, (D, V, M, _, G, _, linear, above, layers) = len(lengths), sum(lengths), cotangents, widths
+    chunk = min(K, chunk_size or cotangents_at_a_time(K, N, device) or K)
+    kept, blocks = N * widths.kept * itemsize, max(0, above - 1)
+    room = kept_room(device.type)
+    held = {
+        "recorded": N * D * (above + 1) * itemsize,  # each block's input and the hooked output
+        "kept": kept * min(blocks, room // max(kept, 1)) if M and kept * blocks <= WORTH_KEEPING * room else 0,
+    }
+    results = 4 * layers * B * K * D
+    upcast = VOCABULARY_CHUNK_ELEMENTS.get(device.type, 2**22) if itemsize < 4 else 0
+    # z, log p, p and two copies without the tokens asked for, in float32
+    head = {"head": 4 * (min(upcast, V * D) + 5 * max(B, MIN_ROWS) * V + 4 * B * K * D)}
+    forward = {"block": N * (2 * linear + 4 * D) * itemsize}
+    # keys' and values' cotangents, the two products with their projections, and the norm's pullback
+    last = {"cotangents": K * N * D * itemsize, "chunk": chunk * N * (4 * G + 4 * D) * itemsize}
+    stages = [head, forward, last | {"results": results}, {"results": 6 * results}]  # decomposed in float64
+    if blocks:
+        whole = K * N * D * (2 if layers > 1 else 1)  # a hooked layer's own, and those that go on
+        piece = chunk * N * D if chunk < K else 0
+        passing, scores, forward_again = _through_a_block(widths, lengths, chunk, device)
+        stages.append(
+            {
+                "cotangents": (whole + piece) * itemsize,
+                "chunk": passing * itemsize,
+                "attention": scores * 4,
+                "block": (forward_again - (N * widths.kept if held["kept"] else 0)) * itemsize,
+                "results": results,
+            }
+        )
+    return held | max(stages, key=lambda stage: sum(stage.values()))
+
+
+def _through_a_block(widths: Widths, lengths: Sequence[int], chunk: int, device: torch.device) -> tuple[int, int, int]:
+    """The numbers that a pull of `chunk` vectors through a block takes: its own, float32 scores, and the forward's."""
+    N, (D, _, M, Q, G, H, linear, *_) = sum(lengths), widths
+    groups = grouped(lengths, device)
+    b, T = max(((len(group), lengths[group[0]]) for group in groups), key=lambda size: size[0] * size[1] ** 2)
+    most = query_blocks(T, b * H * chunk * T, device)
+    t = max(stop - start for start, stop in most)
+    scores = 2 * b * H * t * T  # P, and the scores that it is made of
+    # dP of a block of queries, and of a group the cotangents of output, queries, keys and values, twice
+    prompt = b * chunk * (H * t * T + T * (Q + 2 * G) + (T * (2 * Q + 2 * G) if len(most) > 1 else 0))
+    if not M:
+        return 2 * chunk * N * linear + chunk * b * H * t * T, scores, 2 * N * linear
+    if b > 1:
+        prompt += b * chunk * T * (2 * Q + 2 * G)  # gathered, and what goes back in one piece
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))] if len(groups) == len(lengths) else [N]
+    in_mlp = max(z - a for a, z in stretches(range(1, N + 1), chunk, M, device)) * chunk
+    attended = max(z - a for a, z in stretches(ends, chunk, Q + 2 * G, device)) * chunk
+    memory = 2 * M * in_mlp + 3 * D * max(in_mlp, attended)  # h and h2; dn, product and through
+    memory += attended * (2 * Q + 2 * G) + T * chunk * Q  # dO and dqkv, and dO of a prompt
+    return memory + prompt, scores, N * (widths.kept + 2 * M + 7 * D)

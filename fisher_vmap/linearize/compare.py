@@ -33,7 +33,7 @@ from fisher_vmap.linearize.scores import Scores, Wanted, run_choice
 from fisher_vmap.model.layout import Layout, pack_rows
 from fisher_vmap.model.offload import is_offloaded, model_dtype
 from fisher_vmap.model.recording import StructureChanged, run_blocks
-from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
+from fisher_vmap.model.validation import float64_device, in_float64, is_our_fault, is_out_of_memory
 from fisher_vmap.model.widening import NARROW, in_float32
 from fisher_vmap.model.wrappers import is_hooked
 
@@ -88,7 +88,7 @@ def can_be_widened(model: nn.Module) -> bool:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|."""
-    found, expected = found.double(), expected.double().to(found.device)
+    found, expected = in_float64(found), in_float64(expected).to(found.device)
     return float((found - expected).norm() / expected.norm().clamp(min=TINY))
 
 
@@ -100,11 +100,12 @@ def distance_at(layer: str, scores_KD: Tensor, norm: Tensor, plain: Plain) -> fl
 
 def deviations(found_K: Tensor, log_probs_V: Tensor, token_ids_K: Tensor) -> float:
     """The largest distance of log-probabilities of tokens, in standard deviations over the vocabulary."""
-    log_probs_V = log_probs_V.double().to(found_K.device)
+    found_K, token_ids_K = in_float64(found_K), token_ids_K.to(float64_device(found_K.device))
+    log_probs_V = in_float64(log_probs_V).to(found_K.device)
     expected_K = log_probs_V[token_ids_K]
     finite_V = log_probs_V[log_probs_V.isfinite()]
     spread = finite_V.std() if len(finite_V) > 1 else finite_V.new_ones(())
-    gap_K = torch.where(found_K.double() == expected_K, 0, (found_K.double() - expected_K).abs())
+    gap_K = torch.where(found_K == expected_K, 0, (found_K - expected_K).abs())
     return float(gap_K.max() / spread.clamp(min=TINY))
 
 

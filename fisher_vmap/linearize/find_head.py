@@ -32,7 +32,7 @@ from fisher_vmap.model.recording import (
     output_of,
     with_output,
 )
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.validation import in_float64, is_out_of_memory
 
 
 def find_phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi | None:
@@ -44,13 +44,13 @@ def find_phi(model: nn.Module, unembedding: nn.Module, input_ids: Tensor) -> Phi
 
     def plant(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         size = torch.logspace(-3, 3, output.numel(), dtype=torch.float64, device="cpu")
-        sign = torch.where(torch.arange(output.numel(), device="cpu") % 2 == 0, 1.0, -1.0)
+        sign = 1 - 2 * (torch.arange(output.numel(), dtype=torch.float64, device="cpu") % 2)
         planted.append((size * sign).view(output.shape).to(output))
         return planted[-1]
 
     with torch.no_grad(), hooks(unembedding.register_forward_hook(plant, prepend=True)):
         logits: Tensor = model(**forward_inputs(model, input_ids)).logits
-    x, z = planted[0].double(), logits.double().to(planted[0].device)
+    x, z = in_float64(planted[0]), in_float64(logits.to(planted[0].device))
     eps = max(torch.finfo(planted[0].dtype).eps, torch.finfo(logits.dtype).eps)
     fits = (phi for phi in _candidates(model) if bool(((phi(x) - z).abs() <= 8 * eps * z.abs()).all()))
     return next(fits, None)
@@ -202,8 +202,8 @@ def watch(model: nn.Module, blocks: Mapping[str, nn.Module], input_ids: Tensor) 
         logits: Tensor = model(**forward_inputs(model, input_ids)).logits
     with torch.no_grad():
         alone = rows_from_logits(model, lay_out(input_ids, None), gather=True)()
-    gap = (alone.double() - logits[:, -1].double()).norm()
-    gather = bool(gap <= 16 * torch.finfo(logits.dtype).eps * logits[:, -1].double().norm())
+    gap = (in_float64(alone) - in_float64(logits[:, -1])).norm()
+    gather = bool(gap <= 16 * torch.finfo(logits.dtype).eps * in_float64(logits[:, -1]).norm())
     head, why_not = None, "the blocks return no tensor"
     if top:
         replay = Replay(weakref.ref(model), blocks, call_order, above)
@@ -238,12 +238,12 @@ def _take_apart(
     if chain is None and is_offloaded(model):
         return None, "no chain of modules leads from the last block to the output embedding"
     norm: Callable[[Tensor], Tensor] = replay if chain is None else Chain(tuple(chain))
-    expected = entered[:, -1].double()
+    expected = in_float64(entered[:, -1])
     if bool((expected.norm(dim=-1) == 0).any()):
         return None, "the input of the output embedding is zero for some prompt, so the head cannot be identified"
     try:
         with torch.no_grad(), weights_on_device(*(chain or ())):
-            alone = norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))).double()
+            alone = in_float64(norm(top[:, -1].to(torch.promote_types(top.dtype, torch.float32))))
     except (RuntimeError, TypeError, ValueError, IndexError, StructureChanged) as reason:
         if is_out_of_memory(reason):
             raise

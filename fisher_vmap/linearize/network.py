@@ -21,7 +21,7 @@ from fisher_vmap.linearize.select import choose_forms, give_up
 from fisher_vmap.model.layout import Layout, batches_apart
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.recording import StructureChanged
-from fisher_vmap.model.validation import check_tensor, is_our_fault, is_out_of_memory
+from fisher_vmap.model.validation import check_tensor, in_float64, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
 
 AUDITED = 2  # how many of the likeliest tokens are read for the audit
@@ -232,8 +232,8 @@ def _prove(
             u = torch.randn(len(rows), 2, rows.shape[1], generator=generator, device="cpu").to(rows)
             v = torch.randn(len(rows), 2, net._maps[layer].widths[layer], generator=generator, device="cpu").to(rows)
             moved, pulled = net.pushforward(v, layer).to(u.device), net.pullback(u, layer).to(u.device)
-            left = torch.einsum("bix,bjx->bij", u.double(), moved.double())
-            right = torch.einsum("bid,bjd->bij", pulled.double(), v.double())
+            left = torch.einsum("bix,bjx->bij", in_float64(u), in_float64(moved))
+            right = torch.einsum("bid,bjd->bij", in_float64(pulled), in_float64(v))
             gap = float((left - right).norm() / right.norm().clamp(min=1e-30))
             budget = budget_of(model, layer, known).scores
             if bool(right.isfinite().all()) and not gap <= budget:

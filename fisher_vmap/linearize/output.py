@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.decomposition import float64_device
 from fisher_vmap.model.head import Head, Rest, UnembeddingHead, check_top_k, likeliest
+from fisher_vmap.model.validation import in_float64
 
 START_TOKENS = 8  # the search for leading eigenvectors starts from this many likeliest tokens for each vector
 
@@ -263,7 +263,7 @@ def leading_vectors(c: Distribution, count: int, iterations: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         more = torch.randn(count - n, a_BnX.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(a_BnX)
         a_BnX = torch.cat([a_BnX, more.expand(len(a_BnX), -1, -1)], 1)
-    wide = a_BnX.to(float64_device(a_BnX.device), torch.float64)
+    wide = in_float64(a_BnX)
     rows_are_fewer = wide.shape[1] <= wide.shape[2]  # take the smaller of the two Gram matrices
     gram_Bnn = wide @ wide.mT if rows_are_fewer else wide.mT @ wide
     _, X_Bnn = torch.linalg.eigh(torch.where(gram_Bnn.isfinite(), gram_Bnn, 0))  # one prompt's NaN must not fail all
@@ -276,7 +276,7 @@ def leading_vectors(c: Distribution, count: int, iterations: int) -> Tensor:
 
 def orthonormal(rows_BmX: Tensor) -> Tensor:
     """An orthonormal basis of the span of each prompt's rows, as rows, [B, m, X] float64, by QR."""
-    wide = rows_BmX.to(float64_device(rows_BmX.device), torch.float64)
+    wide = in_float64(rows_BmX)
     length = torch.linalg.vector_norm(wide, dim=2, keepdim=True)
     wide = wide / torch.where(length > 0, length, 1)
     basis: Tensor = torch.linalg.qr(wide.mT).Q.mT

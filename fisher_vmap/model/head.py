@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.model.offload import weights_on_device
+from fisher_vmap.model.validation import widest_dtype
 from fisher_vmap.model.widening import widened
 
 VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # unembedding elements upcast at a time: fit a CPU's cache
@@ -168,7 +169,7 @@ class _OnlineSums:
     """
 
     def __init__(self, x_BD: Tensor, width: int, signs: int = 0) -> None:
-        B, wide = len(x_BD), torch.float64 if x_BD.device.type != "mps" else torch.float32
+        B, wide = len(x_BD), widest_dtype(x_BD.device)
         self._kind = x_BD.dtype
         self.top_B1 = x_BD.new_full((B, 1), -torch.inf)
         self.mass_Bm1 = x_BD.new_zeros(B, 1 + signs, 1, dtype=wide)

@@ -23,7 +23,7 @@ from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.offload import input_device, small_graph
 from fisher_vmap.model.patches import autocast_off, own_forwards
 from fisher_vmap.model.recording import forward_inputs, hooks, output_of
-from fisher_vmap.model.validation import PositionTables, is_out_of_memory, listed_layers
+from fisher_vmap.model.validation import PositionTables, in_float64, is_out_of_memory, listed_layers
 from fisher_vmap.model.wrappers import hooks_off
 
 PROMPTS, TOKENS = 5, 7  # of the watched forward pass: sizes that no other dimension of an output should have
@@ -104,7 +104,7 @@ def sees_ahead(model: Any) -> bool:
     with torch.no_grad():
         changed = torch.cat([ids[:, :1], ids[:, 1:].flip(1)], 1)
         one, other = (model(**forward_inputs(model, x)).logits[0, 0] for x in (ids, changed))
-        dtype, one, other = one.dtype, one.double(), other.double()
+        dtype, one, other = one.dtype, in_float64(one), in_float64(other)
     return bool((one - other).norm() > 64 * torch.finfo(dtype).eps * one.norm())
 
 

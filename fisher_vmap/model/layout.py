@@ -329,17 +329,24 @@ class Group:
 
 def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
     """Divide prompts, as rows [start, stop), into groups of similar length."""
-    lengths = [stop - start for start, stop in ranges]
-    groups: list[list[int]] = []
-    alone_from = ALONE_FROM.get(device.type)
-    for prompt in sorted(range(len(ranges)), key=lambda b: (-lengths[b], b)):
-        if groups and (alone_from is None or lengths[groups[-1][0]] < alone_from):
-            joined = [*groups[-1], prompt]
-            if lengths[joined[0]] * len(joined) <= PADDING * sum(lengths[b] for b in joined):
-                groups[-1] = joined
-                continue
-        groups.append([prompt])
+    groups = grouped([stop - start for start, stop in ranges], device)
     return tuple(_group(prompts, ranges, device) for prompts in groups)
+
+
+def grouped(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The numbers of the prompts of each group, the longest prompt first."""
+    groups: list[list[int]] = []
+    alone_from, real = ALONE_FROM.get(device.type), 0
+    for prompt in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
+        longest = lengths[groups[-1][0]] if groups else 0
+        together = groups and (alone_from is None or longest < alone_from)
+        if together and longest * (len(groups[-1]) + 1) <= PADDING * (real + lengths[prompt]):
+            groups[-1].append(prompt)
+            real += lengths[prompt]
+        else:
+            groups.append([prompt])
+            real = lengths[prompt]
+    return groups
 
 
 def _group(prompts: list[int], ranges: Sequence[tuple[int, int]], device: torch.device) -> Group:

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 _FAULTS = (AssertionError, AttributeError, NameError, TypeError)
 
+# Types of devices that have no float64: Apple's GPUs. All float64 of a batch asks here.
+WITHOUT_FLOAT64 = ("mps",)
 # Words of a RuntimeError that means out of memory: torch on the CPU, cuBLAS, Apple's GPUs.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
@@ -24,6 +26,27 @@ def is_our_fault(error: BaseException) -> bool:
     while trace is not None:
         last, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
     return isinstance(error, _FAULTS) and last.partition(".")[0] == __name__.partition(".")[0]
+
+
+def forget_freed() -> None:
+    """Give a GPU's freed memory back, after it ran out."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device to compute float64 on: the given one, or the CPU if it has no float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """The same numbers in float64, on the tensor's device or where float64 is."""
+    return x.to(float64_device(x.device)).to(torch.float64)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest format that a device computes in: float64, or float32 if it has no float64."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from fisher_vmap.data.batching import PromptNumbers, pack
 from fisher_vmap.data.prompts import SourcePrompt
@@ -23,7 +22,7 @@ from fisher_vmap.data.tokenize import Pieces
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.audit import ShardForms
 from fisher_vmap.linearize.select import NoFormAgrees
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 from fisher_vmap.progress import step
 from fisher_vmap.results.index import TABLE_NAME
 from fisher_vmap.results.outputs import wants_npz
@@ -307,8 +306,7 @@ def compute_batch(
         # Outside of the handler, whose traceback keeps the tensors alive.
         longest = max(map(len, prompts_ids.values()))
         log.warning("out of memory on %d prompts of up to %d tokens", len(members), longest)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        forget_freed()
         if len(members) == 1:
             return {members[0]: f"out of memory on {longest} tokens"}
         notes.split(members)

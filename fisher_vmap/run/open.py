@@ -13,7 +13,6 @@ from fisher_vmap.data.batching import batch_tokens_for, pack
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.errors import UserError
-from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.load.model import Loaded, load_model
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
@@ -114,7 +113,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             kernel=settings.kernel,
             chunk_size=None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk,
             batch_size=None if settings.batch_size == "auto" else settings.batch_size,
-            max_batch_tokens=_batch_tokens(settings, loaded),
+            max_batch_tokens=None if settings.max_batch_tokens == "auto" else settings.max_batch_tokens,
             estimator=settings.estimator,
             include_rest=settings.include_rest,
             oversampling=settings.oversampling,
@@ -125,6 +124,9 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if settings.max_batch_tokens == "auto" and settings.estimator == "full":
+        vectors = settings.num_singular_values + settings.oversampling + fisher.trace_samples
+        fisher.max_batch_tokens = batch_tokens_for(fisher.model, fisher.device, vectors, fisher.layers)
     least = min(fisher.widths.values())
     if settings.num_singular_values > least:
         raise UserError(
@@ -132,17 +134,6 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             f"that (and estimator topk at most top_k_tokens, {settings.top_k_tokens}, that are not zero); lower it"
         )
     return fisher
-
-
-def _batch_tokens(settings: Settings, loaded: Loaded) -> int | None:
-    """The limit of the settings, or for estimator full one that fits its number of vectors; None: by top_k."""
-    if settings.max_batch_tokens != "auto":
-        return settings.max_batch_tokens
-    if settings.estimator == "topk":
-        return None
-    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
-    vectors = settings.num_singular_values + settings.oversampling + samples
-    return batch_tokens_for(loaded.model, next(loaded.model.parameters()).device, vectors)
 
 
 def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:

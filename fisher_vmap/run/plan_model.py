@@ -25,11 +25,9 @@ from torch import Tensor, nn
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.estimators import TRACE_SAMPLES
-from fisher_vmap.kernels.decoder_block import KEPT_BYTES, WORTH_KEEPING
-from fisher_vmap.linearize.block import cotangents_at_a_time
+from fisher_vmap.linearize.blockwise import pull_memory, widths_of
 from fisher_vmap.load.adapters import base_of, find_adapter
 from fisher_vmap.load.source import explained, quiet_progress
-from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
 from fisher_vmap.model.recording import hooks, output_of
 
 if TYPE_CHECKING:
@@ -291,11 +289,7 @@ def _attention(T: int, heads: int, groups: int, E: int, K: int, *, last_query: b
 
 
 class BatchMemory(NamedTuple):
-    """The bytes of a batch, by use.
-
-    The peak is in the pullback through one block: the recording of the forward pass and all cotangents are in memory,
-    and a chunk of the cotangents passes through the block's layers.
-    """
+    """The bytes of a batch at its peak, by use: those of `pull_memory`."""
 
     prompts: int
     tokens: int
@@ -325,24 +319,10 @@ def batch_memory(
         device: that it runs on.
         chunk_size: how many vectors pass through a block at a time; None: as a run chooses.
     """
-    B, N, K = len(lengths), sum(lengths), cotangents
-    config = skeleton.model.config.get_text_config()
-    D, V = int(config.hidden_size), int(config.vocab_size)
-    block = next(iter(skeleton.blocks.values()))
-    width = sum(m.out_features for m in block.modules() if isinstance(m, torch.nn.Linear))
+    D = int(skeleton.model.config.get_text_config().hidden_size)
+    V = int(skeleton.model.config.get_text_config().vocab_size)
     above = len(skeleton.blocks) - 1 - min(skeleton.hooks)
-    chunk = min(K, chunk_size or cotangents_at_a_time(K, N, device) or K)
-    room, forward = KEPT_BYTES.get(device.type, 0) // itemsize, N * (width - D)
-    fits = above > 1 and forward * (above - 1) <= WORTH_KEEPING * room
-    numbers = {
-        "recorded": N * D * (above + 2),  # each block's input, the input of the first and the output of the last
-        "kept": forward * min(above - 1, room // max(forward, 1)) if fits else 0,  # forwards kept for the pullback
-        "cotangents": 3 * N * K * D,  # all of them, those of a block below, and their squares
-        "chunk": 2 * chunk * N * width,  # the outputs of a block's layers and their gradients
-        "block": 2 * N * width,  # its forward pass, repeated
-    }
-    parts = {name: count * itemsize for name, count in numbers.items()}
-    has_head = skeleton.model.get_output_embeddings() is not None
-    upcast = VOCABULARY_CHUNK_ELEMENTS.get(device.type, 2**22) if itemsize < 4 and has_head else 0
-    parts["head"] = 4 * (min(upcast, V * D) + 3 * max(B, MIN_ROWS) * V)  # logits, and the rest's, in float32
-    return BatchMemory(B, N, parts)
+    widths = widths_of(skeleton.model, skeleton.blocks.values(), D, V, above, len(skeleton.widths))
+    return BatchMemory(
+        len(lengths), sum(lengths), pull_memory(widths, lengths, cotangents, itemsize, device, chunk_size)
+    )
