@@ -189,7 +189,7 @@ class FisherModel:
         self.top_k = top_k
         self.batch_size = sys.maxsize if batch_size is None else batch_size
         vectors = top_k + self.trace_samples + (self.oversampling if self.estimator == "full" else 0)
-        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors, self.layers)
+        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors, self.widths)
         self._renderer = renderer
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")

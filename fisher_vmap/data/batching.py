@@ -1,6 +1,6 @@
 """Which prompts are computed together, and the results of a batch as each prompt's arrays on the CPU."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
 from fisher_vmap.estimators import Estimate
 from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of
-from fisher_vmap.model.layers import decoder_blocks
+from fisher_vmap.model.layers import decoder_blocks, layers_of
 from fisher_vmap.model.offload import model_dtype
 from fisher_vmap.results.record import LayerResult
 
@@ -41,8 +41,8 @@ def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list
     return batches
 
 
-def batch_tokens_for(model: nn.Module, device: torch.device, vectors: int, layers: Sequence[str]) -> int:
-    """How many tokens fit in this device's memory when `vectors` cotangents are pulled back to these layers.
+def batch_tokens_for(model: nn.Module, device: torch.device, vectors: int, layers: Mapping[str, int]) -> int:
+    """How many tokens fit in this device's memory when `vectors` cotangents are pulled back to these layers of width D.
 
     The most whose peak, by `pull_memory`, is `GPU_MEMORY_SHARE` of the free memory, as one prompt or as short ones.
     """
@@ -55,15 +55,13 @@ def batch_tokens_for(model: nn.Module, device: torch.device, vectors: int, layer
     )
 
 
-def model_widths(model: nn.Module, layers: Sequence[str]) -> Widths:
-    """The sizes of a model that `pull_memory` asks for, with these layers hooked."""
+def model_widths(model: nn.Module, layers: Mapping[str, int]) -> Widths:
+    """The sizes of a model that `pull_memory` asks for, with these layers hooked, each of its width D."""
     blocks = decoder_blocks(model)
     inside = [i for i, name in enumerate(blocks) for layer in layers if f"{layer}.".startswith(f"{name}.")]
     below = any(not any(f"{layer}.".startswith(f"{name}.") for name in blocks) for layer in layers)
-    unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    V, D = unembedding.shape
     above = len(blocks) - 1 - (-1 if below else min(inside))
-    return widths_of(model, blocks.values(), D, V, above, len(layers))
+    return widths_of(model, blocks.values(), max(layers.values()), layers_of(model).vocabulary, above, len(layers))
 
 
 def most_tokens(limit: int, widths: Widths, vectors: int, itemsize: int, device: torch.device) -> int:

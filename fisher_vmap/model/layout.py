@@ -77,15 +77,10 @@ class Layout(NamedTuple):
         """[first, last + 1) row of each prompt."""
         return [(first, first + length) for first, length in zip(self.first_row, self.lengths, strict=True)]
 
-    def last_rows(self) -> list[int]:
-        """The row of each prompt's last token."""
-        return [stop - 1 for _, stop in self.ranges()]
-
     def target_rows(self, device: torch.device) -> Tensor:
         """[M] int64, the rows whose next-token distribution is read, prompt by prompt."""
-        if self.targets is None:
-            return on_device(self.last_rows(), device)
-        rows = [first + at for first, places in zip(self.first_row, self.targets, strict=True) for at in places]
+        targets = self.targets or [(length - 1,) for length in self.lengths]
+        rows = [first + at for first, places in zip(self.first_row, targets, strict=True) for at in places]
         return on_device(rows, device)
 
     def prompt_of_target(self, device: torch.device) -> Tensor | None:
@@ -116,7 +111,7 @@ class Layout(NamedTuple):
         if self.positions == "all":
             return None
         mask_N = torch.zeros(self.input_ids.numel(), device=self.device)
-        mask_N[self.last_rows()] = 1
+        mask_N[on_device([stop - 1 for _, stop in self.ranges()], self.device)] = 1
         return mask_N
 
     def at_bias(self, rows_BKD: Tensor) -> Tensor:
@@ -339,8 +334,8 @@ def grouped(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
     alone_from, real = ALONE_FROM.get(device.type), 0
     for prompt in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
         longest = lengths[groups[-1][0]] if groups else 0
-        together = groups and (alone_from is None or longest < alone_from)
-        if together and longest * (len(groups[-1]) + 1) <= PADDING * (real + lengths[prompt]):
+        near = groups and (alone_from is None or longest < alone_from)
+        if near and longest * (len(groups[-1]) + 1) <= PADDING * (real + lengths[prompt]):
             groups[-1].append(prompt)
             real += lengths[prompt]
         else:

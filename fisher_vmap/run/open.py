@@ -126,7 +126,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
         raise UserError(str(error)) from error
     if settings.max_batch_tokens == "auto" and settings.estimator == "full":
         vectors = settings.num_singular_values + settings.oversampling + fisher.trace_samples
-        fisher.max_batch_tokens = batch_tokens_for(fisher.model, fisher.device, vectors, fisher.layers)
+        fisher.max_batch_tokens = batch_tokens_for(fisher.model, fisher.device, vectors, fisher.widths)
     least = min(fisher.widths.values())
     if settings.num_singular_values > least:
         raise UserError(

@@ -100,7 +100,7 @@ def test_the_most_tokens_are_those_that_fit():
     model = draw(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
     )), 0)  # fmt: skip
-    widths, device, limit = model_widths(model, ["model.layers.1"]), torch.device("cuda"), 2**30
+    widths, device, limit = model_widths(model, {"model.layers.1": 64}), torch.device("cuda"), 2**30
     assert (widths.above, widths.mlp, widths.queries, widths.layers) == (2, 128, 64, 1)
     most = most_tokens(limit, widths, 10, 4, device)
 
@@ -110,4 +110,6 @@ def test_the_most_tokens_are_those_that_fit():
 
     assert most > 256 and peak(most) <= limit < peak(most + most // 32)
     assert most_tokens(limit // 4, widths, 10, 4, device) < most > most_tokens(limit, widths, 40, 4, device)
-    assert model_widths(model, ["model.embed_tokens", "model.layers.3.mlp"]).above == 4
+    assert model_widths(model, {"model.embed_tokens": 64, "model.layers.3.mlp": 64}).above == 4
+    model.get_output_embeddings = lambda: None  # not every model says where its unembedding is
+    assert model_widths(model, {"model.layers.1": 64}) == widths
