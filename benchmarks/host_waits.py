@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.workloads import small_llama
 from fisher_vmap import FisherModel
 from fisher_vmap.kernels import attention, autograd
 from fisher_vmap.linearize import block
@@ -145,27 +146,10 @@ def as_on_a_gpu() -> Iterator[None]:
             table.update(values)
 
 
-def tiny_llama(blocks: int) -> nn.Module:
-    """A random Llama of which only the number of blocks matters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 def batch_waits(blocks: int, prompts: int, estimator: str = "topk", include_rest: bool = False) -> Waits:
     """The waits of one batch, from token ids to arrays, hooked at block 1, after the batches that are audited."""
-    model = FisherModel(
-        tiny_llama(blocks), layers=1, top_k=10, estimator=estimator, include_rest=include_rest, audit="off"
-    )
+    network = small_llama(device="cpu", layers=blocks).model
+    model = FisherModel(network, layers=1, top_k=10, estimator=estimator, include_rest=include_rest, audit="off")
     ids = torch.randint(0, 512, (prompts, 40), generator=torch.Generator().manual_seed(0)).tolist()
     batch = [row[: 40 - b % 8] for b, row in enumerate(ids)]
     with as_on_a_gpu():

@@ -95,20 +95,20 @@ def qwen2_shape(layers: int = 8, dtype: str = "bfloat16", device: str = "auto", 
     return random_workload(f"Qwen2-1.5B shape, {layers} layers", config, dtype, device, precision)
 
 
-def small_llama(dtype: str = "float32", device: str = "auto", precision: str = "auto") -> Workload:
-    """A random Llama of 6 blocks, D = 256, V = 8,192, which any machine has time for."""
+def small_llama(dtype: str = "float32", device: str = "auto", precision: str = "auto", *, layers: int = 6) -> Workload:
+    """A random Llama of few blocks, D = 256, V = 8,192, which any machine has time for."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=688,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=2,
         vocab_size=8192,
         tie_word_embeddings=True,
     )
-    return random_workload("random Llama, 6 layers of 256", config, dtype, device, precision)
+    return random_workload(f"random Llama, {layers} layers of 256", config, dtype, device, precision)
 
 
 def random_workload(name: str, config: Any, dtype: str, device: str, precision: str) -> Workload:

@@ -188,8 +188,7 @@ class FisherModel:
             self.vocabulary = layers_of(model).vocabulary
         self.top_k = top_k
         self.batch_size = sys.maxsize if batch_size is None else batch_size
-        vectors = top_k + self.trace_samples + (self.oversampling if self.estimator == "full" else 0)
-        self.max_batch_tokens = max_batch_tokens or batch_tokens_for(model, self.device, vectors, self.widths)
+        self.max_batch_tokens = max_batch_tokens or self.batch_tokens(rank=top_k)
         self._renderer = renderer
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
@@ -281,10 +280,10 @@ class FisherModel:
             prompts_ids: the token ids of each prompt of the batch, of any lengths.
             rank: R, how many singular values to keep.
 
+        A single prompt that runs out of memory is tried again with half as many cotangents at a time, down to one.
+
         Returns:
             For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
-
-        A single prompt that runs out of memory is tried again with half as many cotangents at a time, down to one.
         """
         chunk = self.options.chunk_size
         while True:
@@ -295,17 +294,21 @@ class FisherModel:
                     log.warning("out of memory on a prompt of %d tokens: cotangent_chunk %d was used", tokens, chunk)
                 return numbers
             except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-                whole = chunk or self._at_a_time(sum(map(len, prompts_ids)), rank)
+                vectors = self._vectors(rank)
+                whole = chunk or cotangents_at_a_time(vectors, sum(map(len, prompts_ids)), self.device) or vectors
                 if not is_out_of_memory(error) or len(prompts_ids) > 1 or whole <= 1:
                     raise
             # Outside of the handler, whose traceback keeps the tensors alive.
             chunk = (whole + 1) // 2
             forget_freed()
 
-    def _at_a_time(self, tokens: int, rank: int) -> int:
-        """How many vectors of a prompt are pulled together by default."""
-        vectors = (self.top_k if self.estimator == "topk" else rank + self.oversampling) + self.trace_samples
-        return cotangents_at_a_time(vectors, tokens, self.device) or vectors
+    def batch_tokens(self, rank: int) -> int:
+        """How many tokens a batch may have on this device for matrices of rank R."""
+        return batch_tokens_for(self.model, self.device, self._vectors(rank), self.widths)
+
+    def _vectors(self, rank: int) -> int:
+        """How many vectors of a prompt are pulled back together."""
+        return (self.top_k if self.estimator == "topk" else rank + self.oversampling) + self.trace_samples
 
     def _numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
         lengths = [len(ids) for ids in prompts_ids]

@@ -20,14 +20,14 @@ from benchmarks.timing import Timed, by_turns, once
 from benchmarks.workloads import Batch, Workload
 from fisher_vmap import compress, fisher_full
 from fisher_vmap.decomposition import LowRank
-from fisher_vmap.estimators import TRACE_SAMPLES
+from fisher_vmap.estimators import EstimatorOptions
 from fisher_vmap.model.layers import decoder_blocks
-from fisher_vmap.run.plan_model import Product, Skeleton, Work, batch_memory, unavoidable
+from fisher_vmap.run.plan_model import Product, Skeleton, Work, batch_memory, unavoidable, work_of_full
 
 MOST_ROUNDS, SMALL_ROUNDS = 5, 2
 MOST_SECONDS = 30.0  # of a row's rounds
 CHECKED_TOKENS = 2048  # of the first prompts, which are computed once more in float32
-OVERSAMPLING = 6  # of `fisher_full`, its default
+FULL = EstimatorOptions(estimator="full")  # the defaults of `fisher_full`
 
 # What is timed of each estimator against ours; the floor is that of the scores, without the decomposition.
 RATIOS = {
@@ -57,8 +57,7 @@ def work_of(row: Row) -> Work:
     """How many vectors go through the blocks, as `--plan` counts them."""
     if row.estimator == "topk":
         return Work(row.top_k)
-    vectors = row.top_k + OVERSAMPLING
-    return Work(vectors + TRACE_SAMPLES, 2 * vectors, 1 + 2 * vectors)
+    return work_of_full(row.top_k + FULL.oversampling, FULL.passes, FULL.samples)
 
 
 def job(workload: Workload, row: Row, batch: Batch) -> Callable[[], Any]:
@@ -68,8 +67,8 @@ def job(workload: Workload, row: Row, batch: Batch) -> Callable[[], Any]:
         return partial(package_pipeline, workload.model, batch, layer, row.top_k, row.top_k, positions=row.positions)
 
     def full() -> LowRank:
-        options = {"layers": layer, "rank": row.top_k, "oversampling": OVERSAMPLING, "positions": row.positions}
-        return compress(fisher_full(workload.model, *batch, **options).factors[layer], row.top_k)
+        found = fisher_full(workload.model, *batch, layers=layer, rank=row.top_k, positions=row.positions)
+        return compress(found.factors[layer], row.top_k)
 
     return full
 
@@ -86,7 +85,14 @@ def measure(session: Session, models: Models, row: Row) -> None:
     timed = by_turns({name: functions[name] for name in seconds}, rounds, warmup=0)
     ratios = {f"{a} / {b}": timed.ratio(a, b) for a, b in RATIOS[row.estimator] if a in seconds and b in seconds}
     expected = batch_memory(
-        Skeleton(workload.model, None, decoder_blocks(workload.model), {}, [hook], False),
+        Skeleton(
+            workload.model,
+            None,
+            decoder_blocks(workload.model),
+            {workload.layer(hook): workload.model.config.hidden_size},
+            [hook],
+            False,
+        ),
         batch.lengths,
         work_of(row).shared,
         workload.model.dtype.itemsize,

@@ -62,6 +62,14 @@ class Row(NamedTuple):
         return columns == batch.attention_mask.sum(1, keepdim=True) - 1
 
 
+_SMALL = {
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1009,
+    "max_position_embeddings": 512,
+}
 # transformers' class of the configuration, its arguments, and the dtype of the weights.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2-1.5b": (
@@ -107,34 +115,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "bfloat16",
     ),
-    "small-qwen2": (
-        "Qwen2Config",
-        {
-            "hidden_size": 96,
-            "intermediate_size": 160,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 1009,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-        },
-        "float32",
-    ),
-    "small-llama": (
-        "LlamaConfig",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 1009,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": False,
-        },
-        "bfloat16",
-    ),
+    "small-qwen2": ("Qwen2Config", {"hidden_size": 96, "tie_word_embeddings": True} | _SMALL, "float32"),
+    "small-llama": ("LlamaConfig", {"hidden_size": 64, "tie_word_embeddings": False} | _SMALL, "bfloat16"),
 }
 
 _QWEN, _3B, _8B = "qwen2-1.5b", "llama-3.2-3b", "llama-3-8b"

@@ -12,7 +12,7 @@ from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
 from fisher_vmap.estimators import Estimate
 from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of
-from fisher_vmap.model.layers import decoder_blocks, layers_of
+from fisher_vmap.model.layers import block_numbers, decoder_blocks, layers_of
 from fisher_vmap.model.offload import model_dtype
 from fisher_vmap.results.record import LayerResult
 
@@ -58,9 +58,7 @@ def batch_tokens_for(model: nn.Module, device: torch.device, vectors: int, layer
 def model_widths(model: nn.Module, layers: Mapping[str, int]) -> Widths:
     """The sizes of a model that `pull_memory` asks for, with these layers hooked, each of its width D."""
     blocks = decoder_blocks(model)
-    inside = [i for i, name in enumerate(blocks) for layer in layers if f"{layer}.".startswith(f"{name}.")]
-    below = any(not any(f"{layer}.".startswith(f"{name}.") for name in blocks) for layer in layers)
-    above = len(blocks) - 1 - (-1 if below else min(inside))
+    above = len(blocks) - 1 - min(block_numbers(blocks, layers))
     return widths_of(model, blocks.values(), max(layers.values()), layers_of(model).vocabulary, above, len(layers))
 
 

@@ -252,9 +252,8 @@ def _scores_wrong(model: nn.Module, known: ModelInfo, layout: Layout, found: Fou
 def _weightiest(found: Found, b: int) -> int:
     """The index of the token that contributes most to F: a score near zero would be mostly rounding."""
     first = next(iter(found.gradients.values()))
-    weight_K = in_float64(found.log_probs[b]).exp() * in_float64(first[b]).square().sum(1).to(
-        in_float64(found.log_probs[b]).device
-    )
+    p_K = in_float64(found.log_probs[b]).exp()
+    weight_K = p_K * in_float64(first[b]).square().sum(1).to(p_K.device)
     weight_K = torch.where((found.token_ids[b] >= 0).to(weight_K.device), weight_K.nan_to_num(), -1.0)
     return int(weight_K.argmax())
 

@@ -12,7 +12,7 @@ The whole package relies on causality: the results at a token must not depend on
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,12 @@ def place_of(shape: torch.Size, B: int, T: int) -> Place | None:
     if len(found) != 1 or shape[-1] == T:  # attention weights, [B, H, T, T], have no width D
         return None
     return found[0]
+
+
+def block_numbers(blocks: Iterable[str], layers: Iterable[str]) -> list[int]:
+    """For each layer, by name, the number of the block that it is or is in; -1: in none, and so below all of them."""
+    names = list(blocks)
+    return [next((i for i, name in enumerate(names) if f"{layer}.".startswith(f"{name}.")), -1) for layer in layers]
 
 
 def sees_ahead(model: Any) -> bool:

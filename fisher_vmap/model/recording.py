@@ -6,6 +6,7 @@ of a class.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -355,8 +356,8 @@ def _raise_first(checks: list[PrimalCheck]) -> None:
     if not checks:
         return
     device = checks[0].gap.device
-    for check, (gap, size) in zip(
-        checks, torch.stack([torch.stack((c.gap, c.size)).to(device) for c in checks]).tolist(), strict=True
-    ):
+    norms = torch.stack([torch.stack((c.gap, c.size)).to(device) for c in checks]).tolist()
+    for check, (gap, size) in zip(checks, norms, strict=True):
         if gap > check.tolerance * size:
-            raise StructureChanged(f"{check.what} is {gap / size:.1e} away from the recorded value")
+            away = gap / size if size else math.inf
+            raise StructureChanged(f"{check.what} is {away:.1e} away from the recorded value")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisher_vmap.data.batching import batch_tokens_for, pack
+from fisher_vmap.data.batching import pack
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
 from fisher_vmap.errors import UserError
@@ -125,8 +125,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
     except ValueError as error:
         raise UserError(str(error)) from error
     if settings.max_batch_tokens == "auto" and settings.estimator == "full":
-        vectors = settings.num_singular_values + settings.oversampling + fisher.trace_samples
-        fisher.max_batch_tokens = batch_tokens_for(fisher.model, fisher.device, vectors, fisher.widths)
+        fisher.max_batch_tokens = fisher.batch_tokens(settings.num_singular_values)
     least = min(fisher.widths.values())
     if settings.num_singular_values > least:
         raise UserError(

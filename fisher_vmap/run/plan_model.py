@@ -28,6 +28,7 @@ from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.linearize.blockwise import pull_memory, widths_of
 from fisher_vmap.load.adapters import base_of, find_adapter
 from fisher_vmap.load.source import explained, quiet_progress
+from fisher_vmap.model.layers import block_numbers
 from fisher_vmap.model.recording import hooks, output_of
 
 if TYPE_CHECKING:
@@ -88,9 +89,7 @@ def skeleton_of(settings: Settings) -> Skeleton:
         model = model.to("meta").eval()
     blocks = _blocks(path, model)
     names = _layers(model, blocks, settings.hook_layer_name)
-    numbers = {name: i for i, name in enumerate(blocks)}
-    inside = [next((i for block, i in numbers.items() if f"{name}.".startswith(f"{block}.")), -1) for name in names]
-    return Skeleton(model, tokenizer, blocks, _widths(model, names), inside, packed)
+    return Skeleton(model, tokenizer, blocks, _widths(model, names), block_numbers(blocks, names), packed)
 
 
 def _blocks(path: str, model: nn.Module) -> dict[str, nn.Module]:
@@ -184,8 +183,12 @@ def work_of(settings: Settings) -> Work:
         samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
         return Work(shared=settings.top_k_tokens + samples)
     samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
-    vectors = settings.num_singular_values + settings.oversampling
-    return Work(vectors + samples, 2 * settings.passes * vectors, 1 + 2 * settings.passes * vectors)
+    return work_of_full(settings.num_singular_values + settings.oversampling, settings.passes, samples)
+
+
+def work_of_full(vectors: int, passes: int, samples: int) -> Work:
+    """The same of estimator full with this many vectors, rounds of push and pull, and trace samples."""
+    return Work(vectors + samples, 2 * passes * vectors, 1 + 2 * passes * vectors)
 
 
 def unavoidable(

@@ -27,6 +27,11 @@ def test_together_they_wait_for_the_end_and_the_first_is_told():
         check_primal("block 5", WRONG, RIGHT)
 
 
+def test_a_value_that_should_be_zero_is_told_as_well():
+    with pytest.raises(StructureChanged, match="block 1 is inf away"):
+        check_primal("block 1", RIGHT, 0 * RIGHT)
+
+
 def test_an_inner_context_decides_by_itself():
     with primals_checked_together():
         with pytest.raises(StructureChanged), primals_checked_together():
