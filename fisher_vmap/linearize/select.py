@@ -8,14 +8,13 @@ from itertools import dropwhile
 from torch import nn
 
 from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
-from fisher_vmap.linearize.block import NotPositionwise
 from fisher_vmap.linearize.blockwise import prove_top
 from fisher_vmap.linearize.compare import Expected, excerpt_for, expected_on, packable, why_wrong
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.plain import first_line
 from fisher_vmap.linearize.probe import chain_is_whole, look_under_plain
 from fisher_vmap.model.layers import Place, layers_of
-from fisher_vmap.model.layout import Layout, pack_rows
+from fisher_vmap.model.layout import Layout, NotPositionwise, pack_rows
 from fisher_vmap.model.offload import is_offloaded
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
