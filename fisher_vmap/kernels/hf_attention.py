@@ -122,6 +122,7 @@ _REPLAY: ContextVar[_Replay | None] = ContextVar("a replay at some rows", defaul
 _KEEPING: ContextVar[Callable[[KeptKeys], None] | None] = ContextVar("keys and values are kept", default=None)
 _NOTING: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("calls are noted", default=None)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
+_WINDOWS: ContextVar[list[int] | None] = ContextVar("windows shorter than a packed prompt", default=None)
 
 
 class UnsupportedAttention(Exception):
@@ -207,6 +208,8 @@ def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool 
     device = torch.device(kwargs.get("device", "cpu"))
     if not _is_window(kwargs.get("mask_function"), local_size, first, stop, device):
         raise UnsupportedAttention(f"a mask of width {local_size} is shorter than a prompt, and not a sliding window")
+    if (windows := _WINDOWS.get()) is not None:
+        windows.append(local_size)
     return torch.empty(1, 1, 0, local_size, dtype=torch.bool, device=device)
 
 
@@ -283,6 +286,14 @@ def noting_odd_masks() -> Iterator[list[str]]:
     notes: list[str] = []
     with _set(_ODD_MASKS, notes):
         yield notes
+
+
+@contextmanager
+def noting_windows() -> Iterator[list[int]]:
+    """Yield a list that collects, within the context, the windows that are shorter than a packed prompt."""
+    windows: list[int] = []
+    with _set(_WINDOWS, windows):
+        yield windows
 
 
 def register() -> None:

@@ -30,7 +30,7 @@ from fisher_vmap.linearize.model_info import Places
 from fisher_vmap.model.layout import (
     Layout,
     NotPositionwise,
-    first_biased,
+    first_live,
     first_target,
     narrowed,
     row_dimension,
@@ -132,7 +132,7 @@ class LiveRows:
 
 def live_rows(layout: Layout, ours: bool, not_narrow: dict[str, str], note: Callable[[str, str], None]) -> LiveRows:
     """The live rows of a batch; all of them unless the model runs under our attention, which can take some alone."""
-    live, columns = narrowed(layout, first_biased(layout)) if ours else (layout, None)
+    live, columns = narrowed(layout, first_live(layout)) if ours else (layout, None)
     read, at = narrowed(live, first_target(live)) if ours else (layout, None)
     read_columns = at if columns is None else columns if at is None else columns[at]
     among = [Among.of(layout, live, columns, queries) for queries in (live, read)]

@@ -144,7 +144,7 @@ def group_prompts(
 
 def _group(keys: Ranges, live: Ranges, queries: Ranges, device: torch.device) -> Group:
     every = _rows(keys, [0] * len(keys), device)
-    if [_length(r) for r in queries] == [_length(r) for r in keys]:
+    if list(keys) == list(live) == list(queries):
         return Group(every, every, every, None, 0)
     S = every.rows.shape[1]
     starts = [_length(k) - _length(r) for k, r in zip(keys, live, strict=True)]  # the column of the first live key

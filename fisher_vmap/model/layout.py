@@ -8,7 +8,8 @@ given     [B, T] with the attention mask, as in the caller's tensor: for models 
 
 To the rest of the package all three are rows of tokens, of which prompt b owns a contiguous range.
 
-A derivative matters only at the live rows of a prompt, from the first position of the bias to the last target.
+A derivative matters only at the live rows of a prompt, from the first position of the bias (or the first target, if
+that is earlier) to the last target.
 `narrowed` lays out these, or the targets alone, by themselves.
 
 The frequencies of some rotary embeddings depend on the longest prompt of the batch: "dynamic" and "longrope" scaling
@@ -246,12 +247,14 @@ def as_given(layout: Layout) -> Layout:
     return layout._replace(input_ids=ids, position_ids=None, first_row=first_rows, attention_mask=mask)
 
 
-def first_biased(layout: Layout) -> list[int]:
-    """The first position of each prompt at which the bias is added."""
+def first_live(layout: Layout) -> list[int]:
+    """The first position of each prompt at which the bias is added, or the first target if that is earlier."""
     if isinstance(layout.positions, Tensor):
         real = zip((layout.positions != 0).cpu(), layout.start, layout.lengths, strict=True)
-        return [int(mask_W[start : start + length].long().argmax()) for mask_W, start, length in real]
-    return [0 if layout.positions == "all" else length - 1 for length in layout.lengths]
+        biased = [int(mask_W[start : start + length].long().argmax()) for mask_W, start, length in real]
+    else:
+        biased = [0 if layout.positions == "all" else length - 1 for length in layout.lengths]
+    return [min(first, target) for first, target in zip(biased, first_target(layout), strict=True)]
 
 
 def first_target(layout: Layout) -> list[int]:
@@ -271,7 +274,6 @@ def narrowed(layout: Layout, first: Sequence[int]) -> tuple[Layout, Tensor | Non
         of its columns.
     """
     stop = [n if layout.targets is None else max(layout.targets[b]) + 1 for b, n in enumerate(layout.lengths)]
-    first = [min(f, e - 1) for f, e in zip(first, stop, strict=True)]
     T = layout.input_ids.shape[1]
     if layout.packed:
         ranges = [range(row + f, row + e) for row, f, e in zip(layout.first_row, first, stop, strict=True)]
