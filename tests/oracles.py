@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class Plain(NamedTuple):
@@ -143,6 +144,19 @@ def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors of a dense matrix."""
     _, S, V = torch.linalg.svd(matrix.double())
     return S, V
+
+
+class InFloat64(TorchFunctionMode):
+    """Within it no float64 is cast to float32, as many models do in norms, softmax and routers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if wide and (func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))):
+            return args[0]
+        if wide and kwargs.get("dtype") is torch.float32:
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
