@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 class Plain(NamedTuple):
@@ -146,17 +145,26 @@ def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return S, V
 
 
-class InFloat64(TorchFunctionMode):
+@contextmanager
+def in_float64() -> Iterator[None]:
     """Within it no float64 is cast to float32, as many models do in norms, softmax and routers."""
+    to, single, softmax = Tensor.to, Tensor.float, torch.nn.functional.softmax
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if wide and (func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))):
-            return args[0]
-        if wide and kwargs.get("dtype") is torch.float32:
-            kwargs = kwargs | {"dtype": torch.float64}
-        return func(*args, **kwargs)
+    def kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if wide else to(x, *args, **kwargs)
+
+    def softmax_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": None}
+        return softmax(x, *args, **kwargs)
+
+    try:
+        Tensor.to, Tensor.float = kept, lambda x: x if x.dtype == torch.float64 else single(x)
+        torch.nn.functional.softmax = softmax_kept
+        yield
+    finally:
+        Tensor.to, Tensor.float, torch.nn.functional.softmax = to, single, softmax
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
