@@ -124,18 +124,36 @@ def linear_fisher(jacobian: Tensor, unembedding: Tensor, logits_V: Tensor) -> Te
     return jacobian.T @ unembedding.T @ (torch.diag(p_V) - torch.outer(p_V, p_V)) @ unembedding @ jacobian
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None) -> Tensor:
-    """Attention one head at a time: q [B, H, T, E], k and v [B, G, S, E], `allowed` [B, H, T, S] bool or added."""
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    allowed: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention one head at a time: q [B, H, T, E], k and v [B, G, S, E], `allowed` [B, H, T, S] bool or added.
+
+    `sinks`, [H], is one more score of each head, of a key whose value is zero.
+    """
     B, H = q.shape[:2]
     heads_a_key = H // k.shape[1]
     out = []
     for b in range(B):
         for h in range(H):
             scores = scale * q[b, h] @ k[b, h // heads_a_key].T
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             if allowed is not None:
                 here = allowed[b, h]
                 scores = torch.where(here, scores, -torch.inf) if here.dtype == torch.bool else scores + here
-            out.append(scores.softmax(-1) @ v[b, h // heads_a_key])
+            values = v[b, h // heads_a_key]
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[h].expand(len(scores), 1)), 1)
+                values = torch.cat((values, torch.zeros_like(values[:1])))
+            out.append(scores.softmax(-1) @ values)
     return torch.stack(out).unflatten(0, (B, H))
 
 
