@@ -220,8 +220,8 @@ def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float
         c, s = (group.keys.take_rows(t[0])[:, None, :, None] for t in (cos, sin))
         dq, dk, dv = (group.keys.take_rows(t).permute(0, 3, 1, 2, 4) for t in (tq, tk, tv))
         dq, dk = (t * c + torch.cat((-t[..., half:], t[..., :half]), -1) * s for t in (dq, dk))
-        heads_group = (group.keys.take(t) for t in (q, k, v))
-        moved = pushforward_attention(dq, dk, dv, *heads_group, None, alone)
+        here = group.keys
+        moved = pushforward_attention(dq, dk, dv, here.take(q), here.take(k), here.take(v), None, alone)
         group.queries.put_rows(out, moved.permute(0, 2, 3, 1, 4))
     return (out.view(N * K, -1) @ w_o.T).view(N, K, D)
 

@@ -15,7 +15,7 @@ stopped before the last block, its replay was proven before, on prompts of the r
 row for each position as in that proof.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,8 +135,8 @@ def live_rows(layout: Layout, ours: bool, not_narrow: dict[str, str], note: Call
     live, columns = narrowed(layout, first_live(layout)) if ours else (layout, None)
     read, at = narrowed(live, first_target(live)) if ours else (layout, None)
     read_columns = at if columns is None else columns if at is None else columns[at]
-    among = [Among.of(layout, live, columns, queries) for queries in (live, read)]
-    return LiveRows(layout, live, columns, read, read_columns, at, *among, not_narrow, note)
+    among_live, among_read = (Among.of(layout, live, columns, queries) for queries in (live, read))
+    return LiveRows(layout, live, columns, read, read_columns, at, among_live, among_read, not_narrow, note)
 
 
 class Arrived(NamedTuple):
@@ -384,7 +384,7 @@ def replay_at(
         return BlockCall(call.name, call.block, x, args, kwargs, [], []).replay(x)
 
 
-def at_rows(inputs: Any, columns: Tensor, shape: tuple[int, int]) -> Any:
+def at_rows(inputs: Any, columns: Tensor, shape: Sequence[int]) -> Any:
     """The same inputs, with `columns` taken of every tensor that has a row for each position of a batch [b, T].
 
     Raises:

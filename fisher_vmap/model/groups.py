@@ -175,4 +175,4 @@ def _rows(ranges: Ranges, columns: Sequence[int], device: torch.device, width: i
     rows = start + torch.minimum(column.clamp(min=0), length - 1)
     tensors = (rows, real, rows[real], *real.nonzero(as_tuple=True))
     rows, real, own, prompt, at = (on_device(tensor, device) for tensor in tensors)
-    return Rows(rows, real, own, (prompt, at), tuple(ranges[0]) if len(ranges) == 1 else None)
+    return Rows(rows, real, own, (prompt, at), ranges[0] if len(ranges) == 1 else None)

@@ -288,7 +288,9 @@ def narrowed(layout: Layout, first: Sequence[int]) -> tuple[Layout, Tensor | Non
         return layout, None
     positions, at = layout.positions, on_device(columns, layout.device)
     if positions == "last" and stop != list(layout.lengths):  # the last token is not among these rows
-        positions = layout.to_caller(layout.bias_mask())
+        mask_N = layout.bias_mask()
+        assert mask_N is not None
+        positions = layout.to_caller(mask_N)
     return layout._replace(
         input_ids=layout.input_ids[:, at],
         position_ids=None if layout.position_ids is None else layout.position_ids[:, at],
@@ -307,7 +309,7 @@ def take_columns(x: Tensor, columns: Tensor | None) -> Tensor:
     return x if columns is None else x.index_select(1, columns.to(x.device))
 
 
-def row_dimension(tensor: Tensor, shape: tuple[int, int]) -> int | None:
+def row_dimension(tensor: Tensor, shape: Sequence[int]) -> int | None:
     """The dimension of the positions in one of the inputs of a block that runs on [b, T]; None: it has none.
 
     It is the only dimension, the second after one for the prompts, or that of the queries in a mask [b, H, T, T].
