@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisher_vmap.kernels.attention import AttentionKind, attention_to_live
 from fisher_vmap.model.groups import Group, group_prompts
-from fisher_vmap.model.layout import Layout
+from fisher_vmap.model.layout import Layout, NotPositionwise
 from fisher_vmap.model.recording import KeptKeys
 
 NAME = "fisher_vmap"
@@ -101,12 +101,12 @@ class _Replay:
         name, number = type(module).__name__, self.calls
         self.calls += 1
         if self.live is not None and number > 0:
-            raise UnsupportedAttention(f"the block of {name} attends more than once")
+            raise NotPositionwise(f"the block of {name} attends more than once")
         live = (key, value) if self.live is None else self.live
         if self.among.columns is None:
             return live, live
         if number >= len(self.kept) or self.kept[number].module is not module:
-            raise UnsupportedAttention(f"{name} attends in another order than in the forward")
+            raise NotPositionwise(f"{name} attends in another order than in the forward")
         kept, columns = self.kept[number], self.among.columns.to(key.device)
         k, v = (
             every.to(t.dtype).index_copy(2, columns, t.detach())
