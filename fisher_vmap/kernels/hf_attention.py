@@ -1,11 +1,11 @@
 """Makes transformers' models call our attention during a computation, and tells it which prompts are packed."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,22 @@ class Packed:
         return tuple(group.on(device) for group in self.groups)
 
 
+class AttentionCall(NamedTuple):
+    """One call of our attention: the module that made it, q [1, H, N, E], k and v [1, G, N, E], and its settings."""
+
+    module: torch.nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kind: AttentionKind
+    sinks: Tensor | None = None
+
+
 _EXCHANGING: list[int] = []  # the threads inside `attention_set_to`, once for each time they entered it
 _PACKED: ContextVar[Packed | None] = ContextVar("packed prompts", default=None)
 _CAPTURING: ContextVar[bool] = ContextVar("keys are captured", default=False)
 _KEYS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("keys and values of all positions", default=None)
+_NOTE: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("what is told of attention calls", default=None)
 _ODD_MASKS: ContextVar[list[str] | None] = ContextVar("masks that are more than causal", default=None)
 
 
@@ -77,6 +89,8 @@ def _attention_forward(
     kind = AttentionKind(float(scale), bool(causal) and query.shape[2] > 1, groups)
     if kind.groups is not None and not (kind.causal and attention_mask is None and key.shape[2] == query.shape[2]):
         raise UnsupportedAttention(f"{type(module).__name__} is not a plain causal attention")
+    if (note := _NOTE.get()) is not None:
+        note(AttentionCall(module, query, key, value, kind.alone()))
     return attention(query, key, value, attention_mask, kind).transpose(1, 2).contiguous(), None
 
 
@@ -126,6 +140,11 @@ def capturing_keys() -> AbstractContextManager[None]:
 def against_keys(keys: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
     """Within the context each prompt has one query, its last, against these keys and values of all positions."""
     return _set(_KEYS, keys)
+
+
+def noting_calls(note: Callable[[AttentionCall], None]) -> AbstractContextManager[None]:
+    """Within the context each call of our attention on packed or padded prompts is told to `note`."""
+    return _set(_NOTE, note)
 
 
 def packed_now() -> Packed | None:

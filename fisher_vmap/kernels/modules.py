@@ -117,6 +117,18 @@ def norm_rows(x: Tensor, weight: Tensor, kind: NormKind, dtype: torch.dtype) -> 
     return NormRows(weight * r, weight * n / n.shape[-1], n * r, mean, r).each(lambda row: row.to(dtype))
 
 
+class NormRule(NamedTuple):
+    """A norm of a known kind."""
+
+    module: nn.Module
+    kind: NormKind
+
+    def rows(self, x: Tensor) -> NormRows:
+        """The rows for the pullback at x, [N, 1, ...]; the 1 broadcasts to the cotangents."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return norm_rows(x, weight.detach(), self.kind, x.dtype).each(lambda row: row[:, None])
+
+
 def _normalised(x: Tensor, weight: Tensor, kind: NormKind) -> tuple[Tensor, Tensor, Tensor]:
     """A norm's weight, n = (x - m) r and r, in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -240,6 +240,22 @@ def has_matrix(module: nn.Module | None) -> bool:
     return type(module) is nn.Linear and "weight" in module._parameters and _is_float(module.weight)
 
 
+def is_affine(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer, or transformers' `Conv1D`, that runs its class's forward."""
+    plain = has_matrix(module) or (_is_conv1d(module) and _is_float(module.weight))
+    return plain and runs_as_made(module)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The matrix of a module that `is_affine`, [out, in]."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator, assignment]
+    return weight.T if _is_conv1d(module) else weight
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def runs_as_made(module: nn.Module | None) -> bool:
     """Whether a module runs its class's forward on loaded weights: no hook, no replaced forward, not offloaded."""
     if module is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.kernels.attention import query_blocks
 from fisher_vmap.kernels.autograd import stretches
-from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, kept_room, run_by_rules
+from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, kept_room, keeping
 from fisher_vmap.linearize.block import (
     Arrived,
     LastBlock,
@@ -130,7 +130,7 @@ def record_forward(
             parts.call_order,
             first,
             layout,
-            around=lambda calls: run_by_rules(parts.rules, calls, most=len(parts.call_order) - first - 1),
+            around=lambda calls: keeping(parts.rules, calls, most=len(parts.call_order) - first - 1),
             stop_before_last=stop_before_last,
         )
     if is_offloaded(model):
