@@ -8,11 +8,11 @@ product of every block would go to main memory and back; on two cores that took 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Most elements of an intermediate result, over all cotangents, that pass through a chain of products at a time. A CPU
 # then keeps the chain in its caches; fewer rows than LEAST_ROWS would slow the products down. A GPU takes all at once.
@@ -32,6 +32,38 @@ class Scratch:
         if key not in self._stretches or self._stretches[key].numel() < size:
             self._stretches[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self._stretches[key][:size].view(*shape)
+
+
+# From cotangents g [z - a, K, D] of a part's output at rows [a, z) to those of its input, in scratch memory.
+Pull = Callable[[Tensor, int, int], Tensor]
+
+
+class Watched(NamedTuple):
+    """Modules whose first input, and modules whose output, a part's pullback needs from the forward."""
+
+    inputs: tuple[nn.Module, ...] = ()
+    outputs: tuple[nn.Module, ...] = ()
+
+
+class Seen(NamedTuple):
+    """What was watched, by module: tensors with leading dimensions flattened, [N, ...], or tuples of such."""
+
+    inputs: Mapping[nn.Module, Tensor]
+    outputs: Mapping[nn.Module, Any]
+
+
+class Part(Protocol):
+    """A function of the rows of its input that is pulled back by hand, from results of its module's own forward."""
+
+    @property
+    def width(self) -> int:
+        """The width of the chain's rows, each for one cotangent: it decides how many go through at once."""
+
+    def watched(self) -> Watched:
+        """What the forward has to keep for `pull_from`."""
+
+    def pull_from(self, seen: Seen, scratch: Scratch) -> Pull:
+        """The pullback at the inputs of one forward."""
 
 
 def stretches(ends: Sequence[int], cotangents: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:

@@ -19,19 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.kernels.autograd import Scratch, stretches
+from fisher_vmap.kernels.autograd import Scratch, Seen, stretches
 from fisher_vmap.kernels.hf_attention import Packed, packed_now
-from fisher_vmap.kernels.modules import (
-    MlpParts,
-    NormKind,
-    NormRows,
-    fused_gated_mlp,
-    fused_norm,
-    is_gated_mlp,
-    norm_kind,
-    norm_rows,
-    pull_mlp,
-)
+from fisher_vmap.kernels.mlp import Mlp, fused_mlp, mlp_of
+from fisher_vmap.kernels.modules import NormKind, NormRows, fused_norm, norm_kind, norm_rows
 from fisher_vmap.kernels.rotary_attention import (
     AttentionParts,
     Heads,
@@ -63,11 +54,11 @@ WORTH_KEEPING = 2
 
 
 def fused_forward(module: nn.Module) -> Forward | None:
-    """The forward with a fused pullback of a norm or gated MLP; None for other modules."""
+    """The forward with a fused pullback of a norm or an MLP; None for other modules."""
     if len(inspect.signature(module.forward).parameters) != 1:  # a second input, such as a gate
         return None
-    if is_gated_mlp(module):
-        return fused_gated_mlp(module)
+    if (fused := fused_mlp(module)) is not None:
+        return fused
     if (kind := norm_kind(module)) is not None:
         return fused_norm(module, kind)
     return None
@@ -92,8 +83,7 @@ class Kept(NamedTuple):
         attended: [N, D], the input of the norm after the attention; None if there is none.
         heads: the attention's heads.
         y: [N, D], the residual stream after the attention.
-        a: [N, M], the output of the MLP's gate.
-        b: [N, M], the output of its up-projection.
+        inner: the outputs of the MLP's first layers.
         moved: [N, D], the input of the norm after the MLP; None if there is none.
         z: [1, N, D], the block's output.
     """
@@ -101,14 +91,13 @@ class Kept(NamedTuple):
     attended: Tensor | None
     heads: Heads
     y: Tensor
-    a: Tensor
-    b: Tensor
+    inner: tuple[Tensor, ...]
     moved: Tensor | None
     z: Tensor
 
     def bytes(self) -> int:
         """The memory of these results, without what exists anyway: the output and the rotary embedding."""
-        heads, own = self.heads, (self.attended, self.y, self.a, self.b, self.moved)
+        heads, own = self.heads, (self.attended, self.y, *self.inner, self.moved)
         return sum(t.numel() * t.element_size() for t in (*own, heads.q, heads.k, heads.v) if t is not None)
 
 
@@ -120,13 +109,13 @@ class BlockRule:
         norms: the norms by place; the places are one entry of `PLACES`.
         attention: the attention module.
         projections: the projections of the attention module.
-        mlp: the gated MLP.
+        mlp: the MLP.
     """
 
     norms: Mapping[str, NormRule]
     attention: nn.Module
     projections: AttentionParts
-    mlp: nn.Module
+    mlp: Mlp
 
     @property
     def scale(self) -> float:
@@ -140,10 +129,10 @@ class BlockRule:
         step, heads = attend(call._replace(x=self._norm("pre_attention", call.x)), self.projections, self.scale)
         attended = step[0] if "post_attention" in self.norms else None
         y = call.x + self._norm("post_attention", step)
-        step, a, b = MlpParts.of(self.mlp).forward(self._norm("pre_mlp", y))
+        step, *outs = self.mlp.forward(self._norm("pre_mlp", y))
         moved = step[0] if "post_mlp" in self.norms else None
         z = y + self._norm("post_mlp", step)
-        return z, Kept(attended, heads, y[0], a[0], b[0], moved, z)
+        return z, Kept(attended, heads, y[0], tuple(out[0] for out in outs), moved, z)
 
     def pullback(self, x: Tensor, kept: Kept, cotangents_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         """Turn K cotangents of the block's output into those of its input x, [1, N, D], in place, [N, K, D]."""
@@ -154,14 +143,9 @@ class BlockRule:
         return self.norms[place].module(x) if place in self.norms else x  # type: ignore[no-any-return]
 
     def _pull_mlp(self, kept: Kept, G_NKD: Tensor, scratch: Scratch) -> None:
-        parts, norms = MlpParts.of(self.mlp), (self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved))
-        weights = parts.weights()
-        to_gate, to_up = (factor[:, None] for factor in parts.factors(kept.a, kept.b))
-
-        def pull(step: Tensor, a: int, z: int) -> Tensor:
-            return pull_mlp(step, to_gate[a:z], to_up[a:z], weights, scratch)
-
-        _pull_residual(G_NKD, pull, norms, range(1, len(G_NKD) + 1), to_gate.shape[-1], scratch)
+        norms = self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved)
+        pull = self.mlp.pull_from(Seen({}, dict(zip(self.mlp.first, kept.inner, strict=True))), scratch)
+        _pull_residual(G_NKD, pull, norms, range(1, len(G_NKD) + 1), self.mlp.width, scratch)
 
     def _pull_attention(self, x: Tensor, kept: Kept, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         norms = self._rows("pre_attention", x), self._rows("post_attention", kept.attended)
@@ -210,7 +194,7 @@ def rules_for(block: nn.Module) -> Iterator[BlockRule]:
     """The rules that a block may follow, by its parts; to be proven by its output."""
     children = list(block.children())
     attentions = [(module, parts) for module in children if (parts := parts_of(module)) is not None]
-    mlps = [module for module in children if is_gated_mlp(module)]
+    mlps = [mlp for module in children if (mlp := mlp_of(module)) is not None]
     norms = [NormRule(module, kind) for module in children if (kind := norm_kind(module)) is not None]
     if len(attentions) != 1 or len(mlps) != 1 or len(children) != 2 + len(norms) or "forward" in vars(block):
         return
@@ -232,8 +216,8 @@ def why_no_rule(block: nn.Module) -> str:
     children = list(block.children())
     if not any(parts_of(module) is not None for module in children):
         return "its attention is not of the plain rotary kind"
-    if not any(is_gated_mlp(module) for module in children):
-        return "its MLP is not a gated one"
+    if not any(mlp_of(module) is not None for module in children):
+        return "its MLP is not of a plain kind"
     return "it has parts other than norms, rotary attention and gated MLP"
 
 

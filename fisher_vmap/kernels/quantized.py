@@ -240,6 +240,16 @@ def has_matrix(module: nn.Module | None) -> bool:
     return type(module) is nn.Linear and "weight" in module._parameters and _is_float(module.weight)
 
 
+def plain_matrix(module: nn.Module | None) -> Tensor | None:
+    """W, [out, in], of a plain linear layer, nn.Linear or transformers' Conv1D; None for other modules."""
+    if has_matrix(module):
+        return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
+    made = (type(module).__module__, type(module).__qualname__)
+    if made == ("transformers.pytorch_utils", "Conv1D") and _is_float(module.weight):  # type: ignore[union-attr, arg-type]
+        return module.weight.detach().T  # type: ignore[union-attr, operator, return-value]
+    return None
+
+
 def runs_as_made(module: nn.Module | None) -> bool:
     """Whether a module runs its class's forward on loaded weights: no hook, no replaced forward, not offloaded."""
     if module is None:

@@ -6,7 +6,7 @@ from models import tiny
 from torch import Tensor
 
 from fisher_vmap.kernels.decoder_block import fused_forward
-from fisher_vmap.kernels.modules import is_gated_mlp
+from fisher_vmap.kernels.mlp import mlp_of
 
 
 @pytest.mark.parametrize(("family", "name"), [("llama", "model.layers.1.mlp"), ("gemma2", "model.layers.2.mlp")])
@@ -16,12 +16,12 @@ def test_gated_mlps(family, name, device):
 
 def test_what_is_no_gated_mlp():
     mlp = tiny("llama").get_submodule("model.layers.1.mlp")
-    assert is_gated_mlp(mlp)
-    assert not is_gated_mlp(tiny("gpt2").get_submodule("transformer.h.1.mlp"))
+    assert mlp_of(mlp) is not None
+
 
     class Other(type(mlp)):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     other = Other(mlp.config).double()
-    assert not is_gated_mlp(other) and fused_forward(other) is None
+    assert mlp_of(other) is None and fused_forward(other) is None
