@@ -16,7 +16,7 @@ The forward is the module's own, to the bit.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, permutations
+from itertools import chain, permutations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +60,14 @@ class Mixing(NamedTuple):
     mix: Mix
     halves: Halves | None = None
 
-    def factors(self, outs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The derivatives of the mix by each of its inputs, each of the shape of that input."""
+    def at(self, outs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The mix, [..., M], and its derivatives by each of its inputs, each of the shape of that input."""
         mixed, pull = vjp(self.mix, *outs)  # type: ignore[misc]
-        return pull(torch.ones_like(mixed))  # type: ignore[no-any-return]
+        return mixed, pull(torch.ones_like(mixed))
+
+    def factors(self, outs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The derivatives alone."""
+        return self.at(outs)[1]
 
     def by_column(self, outs: Sequence[Tensor]) -> bool:
         """Whether the mix is a function of each column alone, at these inputs."""
@@ -210,9 +214,8 @@ def mixings(module: nn.Module, outs: Sequence[Tensor], width: int) -> Iterator[t
         elif outs[0].shape[-1] == width:
             yield act, Mixing(act)
         elif outs[0].shape[-1] == 2 * width:
-            for halves in (halves_of(layout, 2 * width) for layout in (CONTIGUOUS, INTERLEAVED)):
-                yield act, Mixing(_joined(act, *halves), halves)
-                yield act, Mixing(_joined(act, *reversed(halves)), halves)
+            for layout, gate in product((CONTIGUOUS, INTERLEAVED), (0, 1)):
+                yield act, Mixing(_joined(act, layout, gate), halves_of(layout, 2 * width))
 
 
 def activations(module: nn.Module) -> list[Activation]:
@@ -221,8 +224,14 @@ def activations(module: nn.Module) -> list[Activation]:
     return [*(value for value in held if plain_matrix(value) is None), *INLINE]  # type: ignore[arg-type]
 
 
-def _joined(act: Activation, gate: slice, up: slice) -> Mix:
-    return lambda joined: act(joined[..., gate]) * joined[..., up]
+def _joined(act: Activation, layout: str, gate: int) -> Mix:
+    """The mix of a joined layer, whose half of that number is the gate."""
+
+    def mix(joined: Tensor) -> Tensor:
+        halves = halves_of(layout, joined.shape[-1])
+        return act(joined[..., halves[gate]]) * joined[..., halves[1 - gate]]
+
+    return mix
 
 
 def fused_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -264,8 +273,7 @@ class _MlpPullback(Pullback):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, parts: Mlp, *shared: Any) -> tuple[Tensor, int]:
         g = g.movedim(cotangent_dim(in_dims), -2)
-        factors, weights = shared[: len(parts.first)], shared[len(parts.first) :]
-        factors = [factor.unsqueeze(-2) for factor in factors]
+        factors, weights = [f.unsqueeze(-2) for f in shared[: len(parts.first)]], shared[len(parts.first) :]
         return pull_mlp(g, factors, weights, parts.mixing.halves, Scratch()), g.dim() - 2
 
 
@@ -307,9 +315,8 @@ class _MlpPushforward(Pushforward):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, parts: Mlp, *shared: Any) -> tuple[Tensor, int]:
-        factors, weights = shared[: len(parts.first)], shared[len(parts.first) :]
         t = t.movedim(cotangent_dim(in_dims), -2)
-        factors = [factor.unsqueeze(-2) for factor in factors]
+        factors, weights = [f.unsqueeze(-2) for f in shared[: len(parts.first)]], shared[len(parts.first) :]
         return _push_mlp(t, factors, weights, parts.mixing.halves), t.dim() - 2
 
 
