@@ -63,19 +63,10 @@ class Layers(NamedTuple):
 
     def of(self, experts: nn.Module, expert: int) -> "Expert":
         """The layers of one expert."""
-
-        def tensor(name: str | None, turned: bool = False) -> Any:
-            if name is None:
-                return None
-            own = getattr(experts, name)[expert].detach()
-            return own.T if turned else own
-
-        return Expert(
-            tensor(self.first, self.first_turned),
-            tensor(self.first_bias),
-            tensor(self.down, self.down_turned),
-            tensor(self.down_bias),
-        )
+        names = (self.first, self.first_bias, self.down, self.down_bias)
+        own: Any = [None if name is None else getattr(experts, name)[expert].detach() for name in names]
+        first, down = own[0].T if self.first_turned else own[0], own[2].T if self.down_turned else own[2]
+        return Expert(first, own[1], down, own[3])
 
 
 class Expert(NamedTuple):
@@ -112,6 +103,28 @@ class Routed(NamedTuple):
         return Routed(self.layers, self.token[first:last] - start, *own)
 
 
+class Router(NamedTuple):
+    """A router, which returns a tuple.
+
+    Attributes:
+        module: the router.
+        weights: which of its outputs are the routing weights, [N, k].
+        numbers: which of them are the experts' numbers, [N, k].
+        arguments: what it is given after x: names of the mixture's own tensors, or None.
+    """
+
+    module: nn.Module
+    weights: int
+    numbers: int
+    arguments: tuple[str | None, ...]
+
+    def call(self, mixture: nn.Module, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The routing weights and the experts' numbers at x."""
+        further = (None if name is None else getattr(mixture, name) for name in self.arguments)
+        output = self.module.forward(x_ND, *further)
+        return output[self.weights], output[self.numbers]
+
+
 class Shared(NamedTuple):
     """An MLP that all tokens have; its output times the sigmoid of a linear layer, [D] to [1], if there is one."""
 
@@ -126,8 +139,7 @@ class Mixture:
 
     Attributes:
         module: the mixture.
-        router: its router, which returns a tuple.
-        places: which of the router's outputs are the routing weights and the experts' numbers, both [N, k].
+        router: its router.
         experts: the module with the experts' weights.
         layers: what its tensors are.
         mixing: what is between the layers of an expert.
@@ -137,8 +149,7 @@ class Mixture:
     """
 
     module: nn.Module
-    router: nn.Module
-    places: tuple[int, int]
+    router: Router
     experts: nn.Module
     layers: Layers
     mixing: Mixing
@@ -150,12 +161,12 @@ class Mixture:
         """The mixture's input, the router's output, and what the shared MLP needs."""
         own = () if self.shared is None else self.shared.mlp.watched().outputs
         gate = () if self.shared is None or self.shared.gate is None else (self.shared.module, self.shared.gate)
-        return Watched((self.module,), (self.router, *own, *gate))
+        return Watched((self.module,), (self.router.module, *own, *gate))
 
     def pull_from(self, seen: Seen, scratch: Scratch) -> Pull:
         """The pullback at the inputs of one forward."""
-        x_ND, routing = seen.inputs[self.module], seen.outputs[self.router]
-        weights_Nk, numbers_Nk = (routing[place] for place in self.places)
+        x_ND, routing = seen.inputs[self.module], seen.outputs[self.router.module]
+        weights_Nk, numbers_Nk = routing[self.router.weights], routing[self.router.numbers]
         routed = list(self._routed(x_ND, self.scale * weights_Nk, numbers_Nk))
         rows_NkD = self.scale * self._router_rows(x_ND)
         shared, (N, k) = self.shared, numbers_Nk.shape
@@ -211,7 +222,7 @@ class Mixture:
 
         All tokens at once, as in the forward, lest a token that is almost as well off elsewhere goes there.
         """
-        weights_Nk, pull = vjp(lambda x: self.router(x)[self.places[0]], x_ND)  # type: ignore[misc]
+        weights_Nk, pull = vjp(lambda x: self.router.call(self.module, x)[0], x_ND)  # type: ignore[misc]
         N, k = weights_Nk.shape
         (rows_kND,) = vmap(pull)(torch.eye(k).to(weights_Nk)[:, None].expand(k, N, k))
         return rows_kND.transpose(0, 1)  # type: ignore[no-any-return]
@@ -253,8 +264,16 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 class _Call(NamedTuple):
-    given: list[Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     output: Any
+
+    def given(self) -> list[Tensor]:
+        return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
+
+    def has(self, rows: Tensor) -> bool:
+        """Whether these rows went in."""
+        return any(t.numel() == rows.numel() and torch.equal(t.reshape(rows.shape), rows) for t in self.given())
 
 
 def _on_rows(module: nn.Module, experts: nn.Module, others: dict[nn.Module, Mlp | None], x: Tensor) -> Mixture | None:
@@ -262,78 +281,71 @@ def _on_rows(module: nn.Module, experts: nn.Module, others: dict[nn.Module, Mlp 
     calls: dict[nn.Module, list[_Call]] = {}
 
     def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        calls.setdefault(part, []).append(_Call(given, output))
+        calls.setdefault(part, []).append(_Call(args, kwargs, output))
 
     with hooks(*(part.register_forward_hook(note, with_kwargs=True) for part in (experts, *others))):
         y = module.forward(x.clone())  # some add noise to it in place
     rows, y = x[0], y[0] if isinstance(y, tuple) else y
-    if any(len(called) != 1 for called in calls.values()) or experts not in calls:
+    once = {part: called[0] for part, called in calls.items() if len(called) == 1 and called[0].has(rows)}
+    router = _router_of(once, module, experts, rows)
+    if router is None:
         return None
-    once = {part: called[0] for part, called in calls.items()}
-    if not all(any(torch.equal(t.reshape(-1, t.shape[-1]), rows) for t in call.given) for call in once.values()):
-        return None
-    found = _router_of(once, experts, rows)
-    if found is None:
-        return None
-    router, places = found
-    weights, numbers = (once[router].output[place] for place in places)
-    routed = once[experts].output.reshape(rows.shape)
-    inside = _layers_of(experts, rows, weights, numbers, routed)
+    routed, numbers = once[experts].output.reshape(rows.shape), once[router.module].output[router.numbers]
+    inside = _layers_of(experts, rows, once[router.module].output[router.weights], numbers, routed)
     if inside is None:
         return None
-    first = inside[0].of(experts, 0).first
-    expected = first.shape[0] * numbers.shape[1] // len(next(experts.parameters()))
-    for scale, shared in product(_scales(module), _shared(others, router)):
-        total, width = scale * routed, max(expected, rows.shape[1])
+    own = [getattr(module, name) for name in router.arguments if name is not None]
+    E, H = len(next(experts.parameters())), len(inside[0].of(experts, 0).first)
+    for scale, shared in product(_scales(module), _shared(others, once)):
+        total, width = scale * routed, max(rows.shape[1], H * numbers.shape[1] // E)
         if shared is not None:
-            if not {shared.module, shared.gate} - {None} <= set(once):
-                continue
-            own = once[shared.module].output.reshape(rows.shape)
             gate = 1 if shared.gate is None else once[shared.gate].output.reshape(-1, 1).sigmoid()
-            total = total + gate * own
+            total = total + gate * once[shared.module].output.reshape(rows.shape)
             width = max(width, shared.mlp.width)
-        parts = [router, experts, *(shared[:1] + shared[2:] if shared is not None else ())]
+        parts = [router.module, experts, *own, *((shared.module, shared.gate) if shared is not None else ())]
         if are_close(y.reshape(rows.shape), total) and holds_only(module, parts):
-            return Mixture(module, router, places, experts, *inside, scale, shared, width)
+            return Mixture(module, router, experts, *inside, scale, shared, width)
     return None
 
 
-def _router_of(
-    once: dict[nn.Module, _Call], experts: nn.Module, rows: Tensor
-) -> tuple[nn.Module, tuple[int, int]] | None:
-    """The child that tells the experts' numbers and weights, and where in its output they are."""
-    given = once[experts].given
+def _router_of(once: dict[nn.Module, _Call], module: nn.Module, experts: nn.Module, rows: Tensor) -> Router | None:
+    """The child that tells the experts' numbers and weights."""
+    given = once[experts].given() if experts in once else []
     numbers = [t for t in given if not t.is_floating_point() and t.dim() == 2]
+    names = {id(t): name for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     for part, call in once.items():
-        if not isinstance(call.output, tuple) or len(numbers) != 1 or part is experts:
+        if not isinstance(call.output, tuple) or len(numbers) != 1 or part is experts or call.kwargs:
             continue
         alike = [(i, t) for i, t in enumerate(call.output) if isinstance(t, Tensor) and t.shape == numbers[0].shape]
-        number = [i for i, t in alike if torch.equal(t, numbers[0])]
-        weight = [
-            i for i, t in alike if i not in number and any(t.shape == u.shape and torch.equal(t, u) for u in given)
-        ]
-        if number and weight and _is_function_of_rows(part, (weight[0], number[0]), call, rows):
-            return part, (weight[0], number[0])
+        number = [i for i, t in alike if _same(t, numbers[0])]
+        weight = [i for i, t in alike if i not in number and any(_same(t, u) for u in given)]
+        known = all(argument is None or id(argument) in names for argument in call.args[1:])
+        if number and weight and known:
+            router = Router(part, weight[0], number[0], tuple(names.get(id(a)) for a in call.args[1:]))
+            return router if _is_function_of_rows(router, module, call, rows) else None
     return None
 
 
-def _is_function_of_rows(router: nn.Module, places: tuple[int, int], call: _Call, rows: Tensor) -> bool:
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _is_function_of_rows(router: Router, module: nn.Module, call: _Call, rows: Tensor) -> bool:
     """Whether a router alone returns the same, and each token's weights depend on that token only."""
     with torch.enable_grad():
-        output = router(leaf := rows.clone().requires_grad_())
-        if not all(torch.equal(output[place], call.output[place]) for place in places):
+        weights, numbers = router.call(module, leaf := rows.clone().requires_grad_())
+        if not (_same(weights, call.output[router.weights]) and _same(numbers, call.output[router.numbers])):
             return False
-        (grad,) = torch.autograd.grad(output[places[0]][0].square().sum(), leaf)
+        (grad,) = torch.autograd.grad(weights[0].square().sum(), leaf)
     return not grad[1:].any()
 
 
-def _shared(others: dict[nn.Module, Mlp | None], router: nn.Module) -> Iterator[Shared | None]:
+def _shared(others: dict[nn.Module, Mlp | None], once: dict[nn.Module, _Call]) -> Iterator[Shared | None]:
     """The MLPs that all tokens may have, and None."""
-    gates = [part for part in others if (weight := plain_matrix(part)) is not None and len(weight) == 1]
+    gates = [part for part in once if (weight := plain_matrix(part)) is not None and len(weight) == 1]
     yield None
     for part, mlp in others.items():
-        if mlp is not None and part is not router:
+        if mlp is not None and part in once:
             yield from (Shared(part, mlp, gate) for gate in (None, *gates))
 
 

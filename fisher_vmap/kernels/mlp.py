@@ -197,9 +197,9 @@ def _mixes_to(mixing: Mixing, outs: Sequence[Tensor], hidden: Tensor) -> bool:
 
 
 def holds_only(module: nn.Module, parts: Sequence[Any]) -> bool:
-    """Whether all tensors of a module are those of its parts."""
+    """Whether all tensors of a module are among its parts, tensors or modules."""
     held = [part for part in parts if isinstance(part, nn.Module)]
-    inside = {id(t) for part in held for t in chain(part.parameters(), part.buffers())}
+    inside = {id(t) for t in parts} | {id(t) for part in held for t in chain(part.parameters(), part.buffers())}
     return all(id(t) in inside for t in chain(module.parameters(), module.buffers()))
 
 
