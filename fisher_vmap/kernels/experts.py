@@ -25,8 +25,7 @@ from torch.nn import functional as F
 
 from fisher_vmap.kernels.autograd import Pull, Scratch, Seen, Watched
 from fisher_vmap.kernels.mlp import (
-    CONTIGUOUS,
-    INTERLEAVED,
+    LAYOUTS,
     Mixing,
     Mlp,
     are_close,
@@ -110,18 +109,20 @@ class Router(NamedTuple):
         module: the router.
         weights: which of its outputs are the routing weights, [N, k].
         numbers: which of them are the experts' numbers, [N, k].
+        batched: whether it is given x as [1, N, D].
         arguments: what it is given after x: names of the mixture's own tensors, or None.
     """
 
     module: nn.Module
     weights: int
     numbers: int
+    batched: bool
     arguments: tuple[str | None, ...]
 
     def call(self, mixture: nn.Module, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The routing weights and the experts' numbers at x."""
         further = (None if name is None else getattr(mixture, name) for name in self.arguments)
-        output = self.module.forward(x_ND, *further)
+        output = self.module.forward(x_ND[None] if self.batched else x_ND, *further)
         return output[self.weights], output[self.numbers]
 
 
@@ -246,14 +247,12 @@ def mixture_of(module: nn.Module) -> Mixture | None:
     (experts,) = holders
     others = {part: mlp_of(part) for part in module.children() if part is not experts}
     E = len(next(experts.parameters()))
-    matrices = [p for part in others for p in part.parameters() if p.dim() == 2 and len(p) == E and not p.is_meta]
-    with torch.no_grad(), experts_apart(module):
-        for matrix in matrices[:1]:
-            try:
-                return _on_rows(module, experts, others, random_rows(matrix.shape[1], next(experts.parameters())))
-            except FAILURES:
-                return None
-    return None
+    widths = [p.shape[1] for part in others for p in part.parameters() if p.dim() == 2 and len(p) == E]  # the router's
+    try:
+        with torch.no_grad(), experts_apart(module):
+            return _on_rows(module, experts, others, random_rows(widths[0], next(experts.parameters())))
+    except (*FAILURES, IndexError):
+        return None
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -268,12 +267,9 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
 
+    @property
     def given(self) -> list[Tensor]:
         return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
-
-    def has(self, rows: Tensor) -> bool:
-        """Whether these rows went in."""
-        return any(t.numel() == rows.numel() and torch.equal(t.reshape(rows.shape), rows) for t in self.given())
 
 
 def _on_rows(module: nn.Module, experts: nn.Module, others: dict[nn.Module, Mlp | None], x: Tensor) -> Mixture | None:
@@ -286,7 +282,7 @@ def _on_rows(module: nn.Module, experts: nn.Module, others: dict[nn.Module, Mlp 
     with hooks(*(part.register_forward_hook(note, with_kwargs=True) for part in (experts, *others))):
         y = module.forward(x.clone())  # some add noise to it in place
     rows, y = x[0], y[0] if isinstance(y, tuple) else y
-    once = {part: called[0] for part, called in calls.items() if len(called) == 1 and called[0].has(rows)}
+    once = {part: called[0] for part, called in calls.items() if len(called) == 1 and _among(x, called[0].given)}
     router = _router_of(once, module, experts, rows)
     if router is None:
         return None
@@ -294,7 +290,6 @@ def _on_rows(module: nn.Module, experts: nn.Module, others: dict[nn.Module, Mlp 
     inside = _layers_of(experts, rows, once[router.module].output[router.weights], numbers, routed)
     if inside is None:
         return None
-    own = [getattr(module, name) for name in router.arguments if name is not None]
     E, H = len(next(experts.parameters())), len(inside[0].of(experts, 0).first)
     for scale, shared in product(_scales(module), _shared(others, once)):
         total, width = scale * routed, max(rows.shape[1], H * numbers.shape[1] // E)
@@ -302,39 +297,42 @@ def _on_rows(module: nn.Module, experts: nn.Module, others: dict[nn.Module, Mlp 
             gate = 1 if shared.gate is None else once[shared.gate].output.reshape(-1, 1).sigmoid()
             total = total + gate * once[shared.module].output.reshape(rows.shape)
             width = max(width, shared.mlp.width)
-        parts = [router.module, experts, *own, *((shared.module, shared.gate) if shared is not None else ())]
-        if are_close(y.reshape(rows.shape), total) and holds_only(module, parts):
+        parts = [router.module, *once[router.module].args, experts, *(shared or ())]
+        if are_close(y.reshape(rows.shape), total, 1) and holds_only(module, parts):
             return Mixture(module, router, experts, *inside, scale, shared, width)
     return None
 
 
 def _router_of(once: dict[nn.Module, _Call], module: nn.Module, experts: nn.Module, rows: Tensor) -> Router | None:
     """The child that tells the experts' numbers and weights."""
-    given = once[experts].given() if experts in once else []
+    given = once[experts].given if experts in once else []
     numbers = [t for t in given if not t.is_floating_point() and t.dim() == 2]
     names = {id(t): name for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     for part, call in once.items():
         if not isinstance(call.output, tuple) or len(numbers) != 1 or part is experts or call.kwargs:
             continue
         alike = [(i, t) for i, t in enumerate(call.output) if isinstance(t, Tensor) and t.shape == numbers[0].shape]
-        number = [i for i, t in alike if _same(t, numbers[0])]
-        weight = [i for i, t in alike if i not in number and any(_same(t, u) for u in given)]
+        number = [i for i, t in alike if _among(t, numbers)]
+        weight = [i for i, t in alike if i not in number and _among(t, given)]
         known = all(argument is None or id(argument) in names for argument in call.args[1:])
         if number and weight and known:
-            router = Router(part, weight[0], number[0], tuple(names.get(id(a)) for a in call.args[1:]))
+            batched = call.args[0].dim() == 3
+            router = Router(part, weight[0], number[0], batched, tuple(names.get(id(a)) for a in call.args[1:]))
             return router if _is_function_of_rows(router, module, call, rows) else None
     return None
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _among(t: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether one of the others has the same dtype and rows."""
+    alike = (other for other in others if (other.dtype, other.numel()) == (t.dtype, t.numel()))
+    return any(other.shape[-1] == t.shape[-1] and torch.equal(other.reshape(t.shape), t) for other in alike)
 
 
 def _is_function_of_rows(router: Router, module: nn.Module, call: _Call, rows: Tensor) -> bool:
     """Whether a router alone returns the same, and each token's weights depend on that token only."""
     with torch.enable_grad():
         weights, numbers = router.call(module, leaf := rows.clone().requires_grad_())
-        if not (_same(weights, call.output[router.weights]) and _same(numbers, call.output[router.numbers])):
+        if not (_among(weights, [call.output[router.weights]]) and _among(numbers, [call.output[router.numbers]])):
             return False
         (grad,) = torch.autograd.grad(weights[0].square().sum(), leaf)
     return not grad[1:].any()
@@ -380,7 +378,7 @@ def _layers_of(
 def _mixings(experts: nn.Module, out: Tensor, width: int) -> Iterator[Mixing]:
     """What may be between the layers of the experts: their own function of both halves, or that of an MLP."""
     if (own := getattr(experts, "_apply_gate", None)) is not None and out.shape[-1] == 2 * width:
-        yield from (Mixing(own, halves_of(layout, 2 * width)) for layout in (CONTIGUOUS, INTERLEAVED))
+        yield from (Mixing(own, halves_of(layout, 2 * width)) for layout in LAYOUTS)
     yield from (mixing for _, mixing in mixings(experts, [out], width))
 
 

@@ -44,12 +44,12 @@ Halves = tuple[slice, slice]
 # Activations that a forward may call without holding them as an attribute.
 INLINE: tuple[Activation, ...] = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
 # Where the two inputs of a column may lie in the output of one joined layer.
-CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
+LAYOUTS = ("one after the other", "interleaved")
 
 
 def halves_of(layout: str, width: int) -> Halves:
     """Where a joined layer's halves, [..., M] each, lie in its output of that width, 2M."""
-    if layout == CONTIGUOUS:
+    if layout == LAYOUTS[0]:
         return slice(0, width // 2), slice(width // 2, width)
     return slice(0, None, 2), slice(1, None, 2)
 
@@ -126,13 +126,13 @@ def mlp_of(module: nn.Module) -> Mlp | None:
     return _as_made(module) if runs_as_made(module) else None
 
 
-def are_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding, four units of the second's dtype."""
+def are_close(found: Tensor, expected: Tensor, units: float = 4) -> bool:
+    """Whether two tensors are equal up to rounding, so many units of the second's dtype."""
     if found.shape != expected.shape:
         return False
     wide = torch.promote_types(expected.dtype, torch.float32)
     gap = (found.to(wide) - expected.to(wide)).norm()
-    return bool(gap <= 4 * torch.finfo(expected.dtype).eps * expected.to(wide).norm())
+    return bool(gap <= units * torch.finfo(expected.dtype).eps * expected.to(wide).norm())
 
 
 def random_rows(width: int, like: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def mixings(module: nn.Module, outs: Sequence[Tensor], width: int) -> Iterator[t
         elif outs[0].shape[-1] == width:
             yield act, Mixing(act)
         elif outs[0].shape[-1] == 2 * width:
-            for layout, gate in product((CONTIGUOUS, INTERLEAVED), (0, 1)):
+            for layout, gate in product(LAYOUTS, (0, 1)):
                 yield act, Mixing(_joined(act, layout, gate), halves_of(layout, 2 * width))
 
 

@@ -43,6 +43,10 @@ FAMILIES = {
     "deepseek_v3": ("DeepseekV3Config", {**_GROUPED, **_LATENT}, "model.layers.0.mlp"),
     "glm4_moe": ("Glm4MoeConfig", {**_GROUPED, "head_dim": 18}, "model.layers.0.mlp"),
     "minimax_m2": ("MiniMaxM2Config", {**_LOCAL, "head_dim": 18}, "model.layers.0.mlp"),  # its router has an argument
+    "afmoe": (
+        "AfmoeConfig", {**_QWEN, "num_dense_layers": 0, "num_shared_experts": 1, "head_dim": 18}, "model.layers.0.mlp",
+    ),
+    "aria": ("AriaTextConfig", {**_SIZES, "moe_num_experts": E, "moe_topk": 2}, "model.layers.0.mlp"),
 }  # fmt: skip
 
 
