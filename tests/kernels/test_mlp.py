@@ -10,6 +10,7 @@ from models import tiny
 from oracles import relative
 from part_cases import by_autograd, pulled, seen_by
 from torch import Tensor, nn
+from torch.func import jvp, vmap
 from torch.nn import functional as F
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
@@ -83,6 +84,16 @@ def mlp(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 @pytest.mark.parametrize("kind", [*IN_MODELS, *MADE])
 def test_fused_pullbacks(kind, device):
     assert_pulls_back_right(mlp(kind), D, 1e-12, device)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "joined, interleaved, up first"])
+def test_fused_pushforwards(kind, device):
+    module, x, T = placed((mlp(kind), draw(2, 5, D), draw(K, 2, 5, D, seed=1)), device)
+    forward = fused_forward(module)
+    found = vmap(lambda t: jvp(forward, (x,), (t,))[1])(T)
+    expected = torch.stack([jvp(module, (x,), (t,))[1] for t in T])
+    assert relative(found, expected) < 1e-12
+    assert relative(jvp(forward, (x,), (T[0],))[1], expected[0]) < 1e-12
 
 
 @pytest.mark.parametrize("ends", [[], [3]])
