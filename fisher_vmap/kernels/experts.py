@@ -225,7 +225,7 @@ class Mixture:
         """
         weights_Nk, pull = vjp(lambda x: self.router.call(self.module, x)[0], x_ND)  # type: ignore[misc]
         N, k = weights_Nk.shape
-        (rows_kND,) = vmap(pull)(torch.eye(k).to(weights_Nk)[:, None].expand(k, N, k))
+        (rows_kND,) = vmap(pull)(torch.eye(k, dtype=weights_Nk.dtype, device=x_ND.device)[:, None].expand(k, N, k))
         return rows_kND.transpose(0, 1)  # type: ignore[no-any-return]
 
     @staticmethod

@@ -166,6 +166,13 @@ def test_a_router_that_looks_at_other_tokens_is_refused():
     assert mixture_of(module) is None
 
 
+def test_noise_in_training_is_refused():
+    module = copy.deepcopy(mixture("mixtral"))
+    module.jitter_noise = 0.1
+    assert mixture_of(module) is not None
+    assert mixture_of(module.train()) is None
+
+
 @pytest.mark.parametrize("where", ["", "gate", "experts"])
 def test_hooks_and_replaced_forwards_are_refused(where):
     module = copy.deepcopy(mixture("qwen3_moe"))
