@@ -76,7 +76,8 @@ class Mixing(NamedTuple):
         else:
             alone = [torch.stack([outs[0][..., half] for half in self.halves], -1).reshape(-1, 2)]
         pieces = zip(*(out.tensor_split(2) for out in alone), strict=True)  # a mean over all would be seen, too
-        return are_close(torch.cat([self.mix(*piece) for piece in pieces]), self.mix(*outs).reshape(-1, 1))
+        mixed = self.mix(*outs)
+        return are_close(torch.cat([self.mix(*piece) for piece in pieces]).reshape(mixed.shape), mixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +128,22 @@ def mlp_of(module: nn.Module) -> Mlp | None:
 
 
 def are_close(found: Tensor, expected: Tensor, units: float = 4) -> bool:
-    """Whether two tensors are equal up to rounding, so many units of the second's dtype."""
+    """Whether each row is equal to the other's up to rounding, so many units of the second's dtype."""
     if found.shape != expected.shape:
         return False
     wide = torch.promote_types(expected.dtype, torch.float32)
-    gap = (found.to(wide) - expected.to(wide)).norm()
-    return bool(gap <= units * torch.finfo(expected.dtype).eps * expected.to(wide).norm())
+    gap, size = (found.to(wide) - expected.to(wide)).norm(dim=-1), expected.to(wide).norm(dim=-1)
+    return bool((gap <= units * torch.finfo(expected.dtype).eps * size).all())
 
 
 def random_rows(width: int, like: Tensor) -> Tensor:
-    """Three rows of that width, [1, 3, D], with the dtype and the device of another tensor."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 3, width, generator=generator, device="cpu").to(like.device, like.dtype)
+    """Three rows of that width, [1, 3, D], with the dtype and the device of another tensor.
+
+    They are of three sizes, since a function that cuts large values off is another function at large values only.
+    """
+    generator, step = torch.Generator().manual_seed(0), 4 if like.dtype == torch.float16 else 10
+    rows = torch.randn(1, 3, width, generator=generator, device="cpu")
+    return (rows * torch.tensor([[1], [step], [step**2]], device="cpu")).to(like.device, like.dtype)
 
 
 def _as_made(module: nn.Module) -> Mlp | None:

@@ -147,6 +147,13 @@ class Scaled(Plain):
         return self.down(self.scale * self.act(self.up(x)))
 
 
+class Cut(Plain):
+    """With large values cut off, without a word of it in what it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x).clamp(max=10.0)))
+
+
 class Branched(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x))) + x
@@ -165,6 +172,7 @@ class OwnConv1D(Conv1D):
     "refused",
     [
         Scaled,
+        lambda: Cut(nn.SiLU()),
         lambda: Branched(nn.SiLU()),
         lambda: Plain(nn.Softmax(-1)),
         lambda: Plain(nn.LayerNorm(M)),
