@@ -34,6 +34,7 @@ from fisher_vmap.kernels.mlp import (
     holds_only,
     mixings,
     mlp_of,
+    numbers_of,
     pull_mixed,
     pull_mlp,
     random_rows,
@@ -349,7 +350,7 @@ def _shared(others: dict[nn.Module, Mlp | None], once: dict[nn.Module, _Call]) -
 
 def _scales(module: nn.Module) -> list[float]:
     """The factors that a mixture may apply to its experts' sum: one, and the numbers that it holds."""
-    return list(dict.fromkeys([1.0, *(value for value in vars(module).values() if isinstance(value, float))]))
+    return list(dict.fromkeys([1.0, *numbers_of(module)]))
 
 
 def _layers_of(

@@ -4,9 +4,9 @@
     joined   the same, with [a | b] = x W^T from one layer, in either order, or interleaved
     plain    y = act(a) W_d^T,  a = x W_a^T
 
-all with or without biases. Between its layers an MLP is a function m of each column alone, here the `mix`; so its
-derivatives by a and b are rows ("factors"), computed once for all cotangents, and each derivative of the MLP is one
-product for each layer, with elementwise products between:
+all with or without biases, with a and b cut off at a limit or not. Between its layers an MLP is a function m of each
+column alone, here the `mix`; so its derivatives by a and b are rows ("factors"), computed once for all cotangents, and
+each derivative of the MLP is one product for each layer, with elementwise products between:
 
     dx = (h * dm/da) W_a  +  (h * dm/db) W_b,   h = g W_d
     dy = ((t W_a^T) * dm/da  +  (t W_b^T) * dm/db) W_d^T
@@ -213,14 +213,19 @@ def mixings(module: nn.Module, outs: Sequence[Tensor], width: int) -> Iterator[t
 
     `outs` are the outputs of its first layers, and `width` is M.
     """
-    for act in activations(module):
-        if len(outs) == 2:
-            yield act, Mixing(lambda a, b, act=act: act(a) * b)
-        elif outs[0].shape[-1] == width:
-            yield act, Mixing(act)
-        elif outs[0].shape[-1] == 2 * width:
-            for layout, gate in product(LAYOUTS, (0, 1)):
-                yield act, Mixing(_joined(act, layout, gate), halves_of(layout, 2 * width))
+    limits = [None, *numbers_of(module)]
+    wider = (False, True) if outs[0].dtype in (torch.bfloat16, torch.float16) else (False,)
+    for act, wide in product(activations(module), wider):
+        if len(outs) == 1 and outs[0].shape[-1] == width:
+            yield act, Mixing(in_float32(act) if wide else act)
+            continue
+        for limit in limits:
+            gated = in_float32(_gated(act, limit)) if wide else _gated(act, limit)
+            if len(outs) == 2:
+                yield act, Mixing(gated)
+            elif outs[0].shape[-1] == 2 * width:
+                for layout, gate in product(LAYOUTS, (0, 1)):
+                    yield act, Mixing(_joined(gated, layout, gate), halves_of(layout, 2 * width))
 
 
 def activations(module: nn.Module) -> list[Activation]:
@@ -229,12 +234,29 @@ def activations(module: nn.Module) -> list[Activation]:
     return [*(value for value in held if plain_matrix(value) is None), *INLINE]  # type: ignore[arg-type]
 
 
-def _joined(act: Activation, layout: str, gate: int) -> Mix:
+def numbers_of(module: nn.Module) -> list[float]:
+    """The numbers that a module holds as attributes: a limit, a scale."""
+    return [value for value in vars(module).values() if isinstance(value, float)]
+
+
+def in_float32(mix: Mix) -> Mix:
+    """The same mix, computed in float32."""
+    return lambda *outs: mix(*(out.float() for out in outs)).to(outs[0].dtype)
+
+
+def _gated(act: Activation, limit: float | None) -> Mix:
+    """The mix of a gated MLP, of values cut off at a limit if there is one."""
+    if limit is None:
+        return lambda a, b: act(a) * b
+    return lambda a, b: act(a.clamp(max=limit)) * b.clamp(-limit, limit)
+
+
+def _joined(gated: Mix, layout: str, gate: int) -> Mix:
     """The mix of a joined layer, whose half of that number is the gate."""
 
     def mix(joined: Tensor) -> Tensor:
         halves = halves_of(layout, joined.shape[-1])
-        return act(joined[..., halves[gate]]) * joined[..., halves[1 - gate]]
+        return gated(joined[..., halves[gate]], joined[..., halves[1 - gate]])
 
     return mix
 

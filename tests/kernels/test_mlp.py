@@ -36,6 +36,26 @@ class Joined(nn.Module):
         return self.out(first * self.act(second) if "up first" in self.halves else self.act(first) * second)
 
 
+class Limited(Joined):
+    """With large values cut off at a limit that it holds."""
+
+    def __init__(self):
+        super().__init__("gate first")
+        self.limit = 0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return self.out(self.act(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit))
+
+
+class Wide(Joined):
+    """What is between its layers is computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).float().chunk(2, -1)
+        return self.out((self.act(gate) * up).to(x.dtype))
+
+
 class Plain(nn.Module):
     def __init__(self, act=None, up=nn.Linear, dropout: float = 0.0):
         super().__init__()
@@ -64,6 +84,7 @@ MADE = {
     "joined, up first": lambda: Joined("up first"),
     "joined, interleaved": lambda: Joined("interleaved"),
     "joined, interleaved, up first": lambda: Joined("interleaved, up first"),
+    "with a limit": Limited,
     "activation not held": Plain,
     "lambda": lambda: Plain(lambda x: F.relu(x).square()),
     "dropout in evaluation": lambda: Plain(nn.GELU(), dropout=0.5),
@@ -78,6 +99,8 @@ IN_MODELS = {
 
 
 def mlp(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    if kind == "in float32":  # which a module of float64 would narrow
+        return drawn(Wide("gate first"), dtype)
     return drawn(MADE[kind](), dtype) if kind in MADE else tiny(kind, dtype).get_submodule(IN_MODELS[kind])
 
 
@@ -105,7 +128,7 @@ def test_pullbacks_from_the_forward(kind, ends, device):
     assert part.width >= M
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "in float32"])
 def test_bfloat16_is_no_further_from_the_truth_than_autograd(kind, device):
     low = copy.deepcopy(mlp(kind)).to(torch.bfloat16)
     module, x, G = placed((low, draw(1, N, D), draw(N, K, D, seed=1)), device)
