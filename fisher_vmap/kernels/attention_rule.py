@@ -28,7 +28,6 @@ from fisher_vmap.model.layout import Group
 from fisher_vmap.model.recording import output_of
 
 
-
 @dataclass(frozen=True)
 class Rotary:
     """How a head is rotated: x cos + turn(x) sin over the first columns, as many as cos has.
@@ -42,7 +41,7 @@ class Rotary:
     repeated: bool
 
     def factors(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin as they multiply a head, [N, R] each."""
+        """Cos and sin as they multiply a head, [N, R] each."""
         if not self.repeated:
             return cos, sin
         half = cos.shape[-1] // 2
@@ -208,7 +207,7 @@ class AttentionRule:
         raise AssertionError
 
     def _turn(self, seen: Seen, rows: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of each row, [N, R]."""
+        """Cos and sin of each row, [N, R]."""
         if self.rotary is None:
             return None
         cos, sin = (t[0] if rows is None else t[0, rows.to(t.device)] for t in rotary_of(seen, self.module))
@@ -265,7 +264,7 @@ class AttentionRule:
 
 
 def rotary_of(seen: Seen, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """cos and sin, [1, N, R] each, as the attention module received them."""
+    """Cos and sin, [1, N, R] each, as the attention module received them."""
     cos, sin = seen.calls[module][1]["position_embeddings"]
     return cos, sin
 
@@ -358,9 +357,9 @@ class _Search(NamedTuple):
     def _rotaries(self) -> Iterator[Rotary | None]:
         yield None
         rotary = self.seen.calls[self.module][1].get("position_embeddings")
-        if isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary):
-            if rotary[0].dim() == 3 and rotary[0].shape[-1] <= self.width:
-                yield from (Rotary(pairs, repeated) for pairs, repeated in WAYS)
+        known = isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)
+        if known and rotary[0].dim() == 3 and rotary[0].shape[-1] <= self.width:
+            yield from (Rotary(pairs, repeated) for pairs, repeated in WAYS)
 
     def _rotated(self, value: Tensor, rotary: Rotary | None) -> Tensor:
         if rotary is None:
@@ -374,7 +373,7 @@ def _places(linear: nn.Module, heads: int, C: int, width: int) -> Iterator[Colum
     size = heads * width
     for start in range(0, C - size + 1, width):
         yield Columns(linear, start, heads)
-    if C % size == 0 and C > size:
+    if C % size == 0 and size < C:
         for slot in range(C // size):
             yield Columns(linear, slot, heads, joined=C // size)
 

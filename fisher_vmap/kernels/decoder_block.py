@@ -26,15 +26,10 @@ from torch import Tensor, nn
 
 from fisher_vmap.kernels.attention_rule import AttentionRule, Facts, find_attention
 from fisher_vmap.kernels.autograd import Scratch, stretches
-from fisher_vmap.kernels.hf_attention import Packed, packed_now
-from fisher_vmap.kernels.modules import (
-    NormRows,
-    NormRule,
-    fused_gated_mlp,
-    fused_norm,
-    is_gated_mlp,
-    norm_kind,
-)
+from fisher_vmap.kernels.experts import mixture_of
+from fisher_vmap.kernels.hf_attention import Packed, nothing_packed, packed_now
+from fisher_vmap.kernels.mlp import fused_mlp, mlp_of
+from fisher_vmap.kernels.modules import NormRows, NormRule, fused_norm, norm_kind
 from fisher_vmap.kernels.parts import ByAutograd, Part, Pull, Seen, Watched, seeing
 from fisher_vmap.kernels.quantized import is_affine
 from fisher_vmap.model.offload import weights_ready
@@ -53,11 +48,11 @@ NO_KIND = "it is not an MLP or a mixture of experts of a known kind"
 
 
 def fused_forward(module: nn.Module) -> Forward | None:
-    """The forward with a fused pullback of a norm or gated MLP; None for other modules."""
+    """The forward with a fused pullback of a norm or an MLP; None for other modules."""
     if len(inspect.signature(module.forward).parameters) != 1:  # a second input, such as a gate
         return None
-    if is_gated_mlp(module):
-        return fused_gated_mlp(module)
+    if (fused := fused_mlp(module)) is not None:
+        return fused
     if (kind := norm_kind(module)) is not None:
         return fused_norm(module, kind)
     return None
@@ -201,7 +196,7 @@ def facts_of(block: nn.Module) -> Facts | str:
         return "a forward in it has been replaced"
     inner = [m for m in block.modules() if m is not block]
     norms = {m: NormRule(m, kind) for m in inner if (kind := norm_kind(m)) is not None}
-    parts = {m: part for m in block.children() if (part := mlp_part(m)) is not None}
+    parts = {m: part for m in block.children() if (part := mlp_of(m) or mixture_of(m)) is not None}
     return Facts(frozenset(m for m in inner if is_affine(m)), norms, parts)
 
 
@@ -212,7 +207,7 @@ def rules_of(blocks: Mapping[str, nn.Module], run: Callable[[], object]) -> tupl
     facts: dict[nn.Module, Facts] = {}
     names = {block: name for name, block in blocks.items()}
     for name, block in blocks.items():
-        with weights_ready(block):
+        with weights_ready(block), nothing_packed():
             found = facts_of(block)
         if isinstance(found, str):
             why[name] = found
@@ -411,30 +406,3 @@ def without_forwards(block: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in replaced:
             module.forward = forward
-
-
-def mlp_part(module: nn.Module) -> Part | None:
-    """The part of an MLP; None if it is not one of a known kind."""
-    return GatedMlpPart(module) if is_gated_mlp(module) else None
-
-
-from fisher_vmap.kernels.modules import MlpParts, pull_mlp  # noqa: E402
-
-
-@dataclass(frozen=True)
-class GatedMlpPart:
-    module: nn.Module
-
-    @property
-    def width(self) -> int:
-        return MlpParts.of(self.module).gate.out_features
-
-    def watched(self) -> Watched:
-        parts = MlpParts.of(self.module)
-        return Watched(outputs=(parts.gate, parts.up))
-
-    def pull_from(self, seen: Seen, scratch: Scratch) -> Pull:
-        parts = MlpParts.of(self.module)
-        weights = parts.weights()
-        to_gate, to_up = (f[:, None] for f in parts.factors(seen.outputs[parts.gate], seen.outputs[parts.up]))
-        return lambda g, a, z: pull_mlp(g, to_gate[a:z], to_up[a:z], weights, scratch)

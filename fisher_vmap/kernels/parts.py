@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
@@ -109,23 +108,24 @@ def _inner(tensor: Tensor, count: int) -> int:
 
 
 class Part(Protocol):
-    """A module with a pullback.
-
-    Attributes:
-        width: the width of the widest row inside, which decides how many rows go through at once.
-    """
+    """A function of the rows of its input that is pulled back by hand, from results of its module's own forward."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """The width of the widest row inside, for one cotangent: it decides how many go through at once."""
 
-    def watched(self) -> Watched: ...
+    def watched(self) -> Watched:
+        """What the forward has to keep for `pull_from`."""
 
-    def pull_from(self, seen: Seen, scratch: Scratch) -> Pull: ...
+    def pull_from(self, seen: Seen, scratch: Scratch) -> Pull:
+        """The pullback at the inputs of one forward."""
 
 
 @contextmanager
 def seeing(
-    watched: Mapping[nn.Module, Watched], begin: Callable[[nn.Module], Seen | None], end: Callable[[nn.Module, Seen], None]
+    watched: Mapping[nn.Module, Watched],
+    begin: Callable[[nn.Module], Seen | None],
+    end: Callable[[nn.Module, Seen], None],
 ) -> Iterator[None]:
     """Within the context what is watched inside of blocks is noted, for each call that `begin` gives a `Seen` for."""
     now: Seen | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.kernels.attention import query_blocks
 from fisher_vmap.kernels.autograd import stretches
-from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, kept_room, keeping
+from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, keeping, kept_room
 from fisher_vmap.linearize.block import (
     Arrived,
     LastBlock,
