@@ -31,6 +31,7 @@ _OPT = {
     **{key: value for key, value in _NEOX.items() if key != "intermediate_size"},
     "ffn_dim": 58, "word_embed_proj_dim": WIDTH,
 }  # fmt: skip
+_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 # Config class, its arguments, the name of a block with {} for its number. gpt2, gpt_neox and opt compute all of it in
 # their own dtype; the others compute their norms in float32 whatever the dtype.
@@ -51,6 +52,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         "PhiConfig",
         {**{k: v for k, v in _LLAMA_LIKE.items() if k != "head_dim"}, "partial_rotary_factor": 2 / 3},
         "model.layers.{}",
+    ),
+    "qwen3": ("Qwen3Config", _LLAMA_LIKE, "model.layers.{}"),
+    "olmo2": ("Olmo2Config", {k: v for k, v in _LLAMA_LIKE.items() if k != "head_dim"}, "model.layers.{}"),
+    "phi3": ("Phi3Config", {k: v for k, v in _LLAMA_LIKE.items() if k != "head_dim"}, "model.layers.{}"),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**_LLAMA_LIKE, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "model.layers.{}",
+    ),
+    "gpt_oss": ("GptOssConfig", {**_LLAMA_LIKE, **_EXPERTS, "sliding_window": 4}, "model.layers.{}"),
+    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, **_EXPERTS, "sliding_window": None}, "model.layers.{}"),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_LLAMA_LIKE, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+        "model.layers.{}",
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 5},
+        "backbone.layers.{}",
     ),
 }
 

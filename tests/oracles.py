@@ -124,18 +124,36 @@ def linear_fisher(jacobian: Tensor, unembedding: Tensor, logits_V: Tensor) -> Te
     return jacobian.T @ unembedding.T @ (torch.diag(p_V) - torch.outer(p_V, p_V)) @ unembedding @ jacobian
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None) -> Tensor:
-    """Attention one head at a time: q [B, H, T, E], k and v [B, G, S, E], `allowed` [B, H, T, S] bool or added."""
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    allowed: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention one head at a time: q [B, H, T, E], k and v [B, G, S, E], `allowed` [B, H, T, S] bool or added.
+
+    `sinks`, [H], is one more score of each head, of a key whose value is zero.
+    """
     B, H = q.shape[:2]
     heads_a_key = H // k.shape[1]
     out = []
     for b in range(B):
         for h in range(H):
             scores = scale * q[b, h] @ k[b, h // heads_a_key].T
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             if allowed is not None:
                 here = allowed[b, h]
                 scores = torch.where(here, scores, -torch.inf) if here.dtype == torch.bool else scores + here
-            out.append(scores.softmax(-1) @ v[b, h // heads_a_key])
+            values = v[b, h // heads_a_key]
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[h].expand(len(scores), 1)), 1)
+                values = torch.cat((values, torch.zeros_like(values[:1])))
+            out.append(scores.softmax(-1) @ values)
     return torch.stack(out).unflatten(0, (B, H))
 
 
@@ -143,6 +161,28 @@ def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors of a dense matrix."""
     _, S, V = torch.linalg.svd(matrix.double())
     return S, V
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Within it no float64 is cast to float32, as many models do in norms, softmax and routers."""
+    to, single, softmax = Tensor.to, Tensor.float, torch.nn.functional.softmax
+
+    def kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if wide else to(x, *args, **kwargs)
+
+    def softmax_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": None}
+        return softmax(x, *args, **kwargs)
+
+    try:
+        Tensor.to, Tensor.float = kept, lambda x: x if x.dtype == torch.float64 else single(x)
+        torch.nn.functional.softmax = softmax_kept
+        yield
+    finally:
+        Tensor.to, Tensor.float, torch.nn.functional.softmax = to, single, softmax
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

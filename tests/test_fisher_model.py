@@ -255,11 +255,11 @@ def too_small(monkeypatch, most):
     """A pull of more than `most` cotangents at a time runs out of memory; returns the numbers that were tried."""
     tried, right = [], blockwise.pullback_blocks
 
-    def limited(recording, cotangents, layers, chunk_size, rules):
+    def limited(recording, cotangents, layers, chunk_size, *rest):
         tried.append(chunk_size or cotangents.shape[2])
         if tried[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from right(recording, cotangents, layers, chunk_size, rules)
+        yield from right(recording, cotangents, layers, chunk_size, *rest)
 
     monkeypatch.setattr(blockwise, "pullback_blocks", limited)
     return tried

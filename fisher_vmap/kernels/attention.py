@@ -14,20 +14,30 @@ join the contraction, so keys and values are never repeated. Queries are taken i
 The forward derivative, for tangents dq, dk, dv, handles many in the same way:
 
     dS = scale (dq k^T + q dk^T)        dP = P * (dS - rowsum(P * dS))        dO = dP v + P dv
+
+Three features of some models change P alone, or dS by a factor. A soft-cap takes scores s to cap tanh(s / cap), whose
+derivative is 1 - tanh^2(s / cap). A window hides all keys but the last few. A sink is one more score in a head's
+softmax, which attends to nothing: rows of P then sum to less than 1, and the formulas hold as they are.
+
+Where only some rows are live, the keys before the first live one are constants: S >= T, the last query is at the last
+key, and dK and dV are those of the keys from `first_live` on.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, Scratch, cotangent_dim, softmax_pullback
-from fisher_vmap.model.layout import Group
+from fisher_vmap.model.groups import Group
 
 # Elements of dP in one block of queries: few enough for a CPU's cache, enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, or their derivatives."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +50,86 @@ class AttentionKind:
         scale: the factor of the scores.
         causal: whether, without a mask, query t sees keys up to t + S - T only.
         groups: if prompts are packed end to end, the prompts in groups; no prompt sees another's positions.
-        one_query: with groups: whether there is one query for each prompt, [1, H, B, E], which sees all of its keys.
+        first_live: the first key whose derivatives are wanted; with groups, each has its own.
+        softcap: the bound of the scores, by its tanh; None: none.
+        window: how many keys a query sees at most, its own included, without a mask; None: all.
     """
 
     scale: float
     causal: bool
     groups: tuple[Group, ...] | None = None
-    one_query: bool = False
+    first_live: int = 0
+    softcap: float | None = None
+    window: int | None = None
 
-    def alone(self) -> "AttentionKind":
-        """The same kind within one prompt."""
-        return AttentionKind(self.scale, self.causal)
+    def alone(self, first_live: int = 0) -> "AttentionKind":
+        """The same kind within one prompt, or one group."""
+        return replace(self, groups=None, first_live=first_live)
+
+
+class Seen(NamedTuple):
+    """Queries [start, stop), and the keys [low, high) of which they see some; query t is at key t + `ahead`."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    ahead: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of queries and of keys."""
+        return self.stop - self.start, self.high - self.low
+
+
+def seen_by_blocks(
+    T: int, S: int, elements_a_query: int, mask: Tensor | None, kind: AttentionKind, device: torch.device
+) -> list[Seen]:
+    """The blocks of queries, as `query_blocks` makes them, each with its keys."""
+    blocks = []
+    for start, stop in query_blocks(T, elements_a_query, device):
+        low, high, ahead = 0, S, S - T
+        if mask is None:
+            high = keys_seen(stop + ahead, S) if kind.causal else S
+            if kind.window is not None:
+                low = max(0, start + ahead - kind.window + 1) // _step(S) * _step(S)
+        blocks.append(Seen(start, stop, low, high, ahead))
+    return blocks
 
 
 def probabilities(
-    q: Tensor, k_BGSE: Tensor, mask: Tensor | None, kind: AttentionKind, start: int, stop: int, ahead: int
-) -> Tensor:
-    """P of a block of queries, [B, H, t, S], in the dtype of q; scores and softmax are computed in float32.
+    q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, kind: AttentionKind, seen: Seen
+) -> tuple[Tensor, Tensor | None]:
+    """P of a block of queries, [B, H, t, s], and the derivative of its soft-cap, in the dtype of q.
 
-    Without a mask, query t of a causal attention sees the keys up to t + `ahead`.
+    Scores and softmax are computed in float32 at least. `sinks` is [H].
     """
     B, H, _, E = q.shape
-    G, S = k_BGSE.shape[1], k_BGSE.shape[2]
+    G, (t, s) = k.shape[1], seen.shape
     score_dtype = torch.promote_types(q.dtype, torch.float32)
-    q_rows = q[:, :, start:stop].reshape(B, G, -1, E).to(score_dtype)
-    scores = (q_rows @ k_BGSE.to(score_dtype).mT).view(B, H, stop - start, S).mul_(kind.scale)
+    q_rows = q[:, :, seen.start : seen.stop].reshape(B, G, -1, E).to(score_dtype)
+    k_BGsE = k[:, :, seen.low : seen.high].to(score_dtype)
+    scores = (q_rows @ k_BGsE.mT).view(B, H, t, s).mul_(kind.scale)
+    slope = None
+    if kind.softcap is not None:
+        scores.div_(kind.softcap).tanh_()
+        slope = (1 - scores.square()).to(q.dtype)
+        scores.mul_(kind.softcap)
     if mask is not None:
-        block = mask[..., start:stop, :] if mask.shape[-2] != 1 else mask
+        block = mask[..., seen.start : seen.stop, :] if mask.shape[-2] != 1 else mask
         if block.dtype == torch.bool:
             scores.masked_fill_(~block, -torch.inf)
         else:
             scores += block
-    elif kind.causal:
-        last_key = torch.arange(start, stop, device=q.device) + ahead
-        scores.masked_fill_(torch.arange(S, device=q.device) > last_key[:, None], -torch.inf)
-    return scores.softmax(-1).to(q.dtype)
+    elif kind.causal or kind.window is not None:
+        key = torch.arange(seen.low, seen.high, device=q.device)
+        own = torch.arange(seen.start, seen.stop, device=q.device)[:, None] + seen.ahead
+        hidden = key > own if kind.causal else torch.zeros_like(key > own)
+        scores.masked_fill_(hidden if kind.window is None else hidden | (key <= own - kind.window), -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1).to(q.dtype), slope
+    sink = sinks.to(score_dtype).view(1, H, 1, 1).expand(B, H, t, 1)
+    return torch.cat((scores, sink), -1).softmax(-1)[..., :-1].to(q.dtype), slope
 
 
 def keys_seen(keys: int, all_keys: int) -> int:
@@ -83,8 +138,12 @@ def keys_seen(keys: int, all_keys: int) -> int:
     The number is rounded up, so that blocks share sizes: for every new size of a product the CPU's library compiles and
     keeps a program, and those of a long prompt would take more memory than its tensors.
     """
-    step = max(32, all_keys // 16)
+    step = _step(all_keys)
     return min(all_keys, -(-keys // step) * step)
+
+
+def _step(all_keys: int) -> int:
+    return max(32, all_keys // 16)
 
 
 def query_blocks(T: int, elements_a_query: int, device: torch.device) -> list[tuple[int, int]]:
@@ -116,56 +175,63 @@ class AttentionPushforward(Pushforward):
 
 
 def pushforward_attention(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
-) -> Tensor:
-    """From K tangents of queries, keys and values, dq [B, H, T, K, E], dk [B, G, S, K, E] and dv [B, G, S, K, Ev].
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """From K tangents of queries, and of keys and values from `first_live` on, to those of the output of `attention`.
+
+    dq is [B, H, T, K, E], dk [B, G, S - first_live, K, E] and dv [B, G, S - first_live, K, Ev].
 
     Returns:
-        [B, H, T, K, Ev], those of the output of `attention`, in the dtype of q.
+        [B, H, T, K, Ev], in the dtype of q.
     """
     if kind.groups is not None:
-        return _push_groups(dq, dk, dv, q, k, v, kind, kind.groups)
+        return _push_groups((dq, dk, dv), (q, k, v), kind, sinks)
     B, H, T, K, E = dq.shape
     G, S, Ev = v.shape[1:]
     M = H // G
     out = torch.empty(B, H, T, K, Ev, dtype=q.dtype, device=q.device)
     dk_BGEKS = dk.permute(0, 1, 4, 3, 2)
-    for start, stop in query_blocks(T, B * H * K * S, q.device):
-        keys = keys_seen(stop + S - T, S) if kind.causal and mask is None else S
-        n = stop - start
+    for seen in seen_by_blocks(T, S, B * H * K * S, mask, kind, q.device):
+        (start, stop, low, high, _), (n, keys) = seen, seen.shape
+        alive = slice(max(low, kind.first_live) - kind.first_live, max(high, kind.first_live) - kind.first_live)
+        live = alive.stop - alive.start  # the last ones of these keys
         q_BGtE = q[:, :, start:stop].reshape(B, G, M * n, E)
-        k_BGSE, v_BGSE = k[:, :, :keys], v[:, :, :keys]
-        P_BHtS = probabilities(q, k_BGSE, mask, kind, start, stop, S - T)
+        P_BHtS, slope_BHtS = probabilities(q, k, mask, sinks, kind, seen)
         dq_rows = dq[:, :, start:stop].reshape(B, G, M * n * K, E)
-        dS = (dq_rows @ k_BGSE.mT).view(B, G, M * n, K * keys)
-        dS += q_BGtE @ dk_BGEKS[..., :keys].reshape(B, G, E, K * keys)
+        dS = (dq_rows @ k[:, :, low:high].mT).view(B, G, M * n, K, keys)
+        through_keys = q_BGtE @ dk_BGEKS[..., alive].reshape(B, G, E, K * live)
+        dS[..., keys - live :] += through_keys.view(B, G, M * n, K, live)
         dS = dS.view(B, H, n, K, keys)
+        if slope_BHtS is not None:
+            dS.mul_(slope_BHtS.unsqueeze(3))
         P_BHt1S = P_BHtS.unsqueeze(3)
         dP = dS.mul_(P_BHt1S)
         dP.addcmul_(P_BHt1S, dP.sum(-1, keepdim=True), value=-1)
-        part = (dP.view(B, G, M * n * K, keys) @ v_BGSE).view(B, H, n, K, Ev).mul_(kind.scale)
-        dv_BGSKE = dv[:, :, :keys].reshape(B, G, keys, K * Ev)
-        part += (P_BHtS.reshape(B, G, M * n, keys) @ dv_BGSKE).view(B, H, n, K, Ev)
+        part = (dP.view(B, G, M * n * K, keys) @ v[:, :, low:high]).view(B, H, n, K, Ev).mul_(kind.scale)
+        dv_BGSKE = dv[:, :, alive].reshape(B, G, live, K * Ev)
+        part += (P_BHtS[..., keys - live :].reshape(B, G, M * n, live) @ dv_BGSKE).view(B, H, n, K, Ev)
         out[:, :, start:stop] = part
     return out
 
 
-def _push_groups(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, groups: tuple[Group, ...]
-) -> Tensor:
+def _push_groups(tangents: Heads, heads: Heads, kind: AttentionKind, sinks: Tensor | None) -> Tensor:
+    (dq, dk, dv), (q, k, v) = tangents, heads
     out = q.new_empty(*q.shape[:3], dq.shape[3], v.shape[3])
-    alone = kind.alone()
-    for group in groups:
-        # Padding repeats the prompt's last row: no real query sees it, and its output is dropped.
-        take = group.take_queries if kind.one_query else group.take
-        dk_group, dv_group, k_group, v_group = (group.take(x) for x in (dk, dv, k, v))
-        mask = group.real[:, None, None] if kind.one_query else None
-        part = pushforward_attention(take(dq), dk_group, dv_group, take(q), k_group, v_group, mask, alone)
-        (group.put_queries if kind.one_query else group.put)(out, part)
+    for group in kind.groups or ():
+        # Padding repeats a row of the prompt: no real query sees it, and its output is dropped. Keys that a prompt has
+        # before its first live one are constants.
+        take_live = group.live.take if group.live is group.keys else group.live.take_real
+        moved, asked = (group.queries.take(dq), take_live(dk), take_live(dv)), group.queries.take(q)
+        mask, alone = group.seen(kind.window), kind.alone(group.first_live)
+        part = pushforward_attention(*moved, asked, group.keys.take(k), group.keys.take(v), mask, alone, sinks)
+        group.queries.put(out, part)
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind, sinks: Tensor | None = None
+) -> Tensor:
     """Scaled dot-product attention, [B, H, T, E], with a backward that `vmap` can batch without looping.
 
     Args:
@@ -173,61 +239,82 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Attent
         k: [B, G, S, E], with H a multiple of G.
         v: [B, G, S, Ev].
         mask: None, or a tensor that broadcasts to [B, H, T, S]: bool (True takes part) or floating (added).
-        kind: the scale, and whether position t sees keys up to t + S - T only (with mask None).
+        kind: the scale, whether position t sees keys up to t + S - T only (with mask None), and what else is special.
+        sinks: [H], one more score in the softmax of each head, a constant; None: none.
     """
-    return _Attention.apply(q, k, v, mask, kind)  # type: ignore[no-any-return]
+    return attention_to_live((q, k, v), (k, v), mask, kind, sinks)
+
+
+def attention_to_live(
+    live: Heads, every: tuple[Tensor, Tensor], mask: Tensor | None, kind: AttentionKind, sinks: Tensor | None = None
+) -> Tensor:
+    """The same as a function of the queries and of the live keys and values alone, [B, G, n, E] and [B, G, n, Ev].
+
+    `every` has all keys and values, in which the live ones have these values.
+    """
+    return _Attention.apply(*live, *every, mask, kind, sinks)  # type: ignore[no-any-return]
 
 
 class _Attention(Derived):
+    """Of queries, live keys and values; then all keys and values, mask, kind and sinks, which are constants."""
+
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
-        return attention_forward(q, k, v, mask, kind)
+    def forward(q: Tensor, _k: Tensor, _v: Tensor, *shared: Any) -> Tensor:
+        return attention_forward(q, *shared)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, mask, ctx.kind = inputs
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.save_for_forward(q, k, v, mask)
+        q, _, _, k, v, mask, ctx.kind, sinks = inputs
+        ctx.live = inputs[1].shape, inputs[2].shape
+        ctx.save_for_backward(q, k, v, mask, sinks)
+        ctx.save_for_forward(q, k, v, mask, sinks)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dq, dk, dv = _AttentionPullback.apply(grad_out, *ctx.saved_tensors, ctx.kind)
-        return dq, dk, dv, None, None
+        q, k, v, mask, sinks = ctx.saved_tensors
+        dq, dk, dv = _AttentionPullback.apply(grad_out, q, k, v, mask, ctx.kind, sinks)
+        return dq, dk, dv, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: Any) -> Tensor:
-        q, k, v, mask = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x) if t is None else t for t, x in ((dq, q), (dk, k), (dv, v)))
-        return AttentionPushforward.apply(dq, dk, dv, q, k, v, mask, ctx.kind)  # type: ignore[no-any-return]
+        q, k, v, mask, sinks = ctx.saved_tensors
+        dq = torch.zeros_like(q) if dq is None else dq
+        dk, dv = (q.new_zeros(shape) if t is None else t for t, shape in zip((dk, dv), ctx.live, strict=True))
+        return AttentionPushforward.apply(dq, dk, dv, q, k, v, mask, ctx.kind, sinks)  # type: ignore[no-any-return]
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
-    """The output, by the fused kernels."""
-    if kind.groups is None:
-        causal, grouped = kind.causal and mask is None, k.shape[1] != q.shape[1]
-        if causal and q.shape[2] != k.shape[2]:  # the fused kernels align the causal mask at the first key instead
-            mask, causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), False
-            mask = mask.tril(k.shape[2] - q.shape[2])
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=grouped
-        )
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    for group in kind.groups:
-        k_group, v_group = group.take(k), group.take(v)
-        if kind.one_query:
-            part = attention_forward(group.take_queries(q), k_group, v_group, group.real[:, None, None], kind.alone())
-            group.put_queries(out, part)
-        else:
-            group.put(out, attention_forward(group.take(q), k_group, v_group, None, kind.alone()))
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind, sinks: Tensor | None = None
+) -> Tensor:
+    """The output, by the fused kernels where they have what the kind asks for."""
+    if kind.groups is not None:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        for group in kind.groups:
+            q_group, k_group, v_group = group.queries.take(q), group.keys.take(k), group.keys.take(v)
+            part = attention_forward(q_group, k_group, v_group, group.seen(kind.window), kind.alone(), sinks)
+            group.queries.put(out, part)
+        return out
+    B, H, T, _ = q.shape
+    G, S, Ev = v.shape[1:]
+    windowed = mask is None and kind.window is not None and kind.window < S
+    if sinks is None and kind.softcap is None and not windowed:
+        causal, grouped = kind.causal and mask is None, G != H
+        if not causal or T == S:
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=kind.scale, enable_gqa=grouped
+            )
+    out = q.new_empty(B, H, T, Ev)
+    for seen in seen_by_blocks(T, S, B * H * S, mask, kind, q.device):
+        P_BHts, _ = probabilities(q, k, mask, sinks, kind, seen)
+        rows = P_BHts.view(B, G, -1, seen.shape[1]) @ v[:, :, seen.low : seen.high]
+        out[:, :, seen.start : seen.stop] = rows.view(B, H, -1, Ev)
     return out
 
 
 class _AttentionPullback(Pullback):
     @staticmethod
-    def forward(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = pullback_attention(grad_out[:, :, :, None], q, k, v, mask, kind)
+    def forward(grad_out: Tensor, *shared: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = pullback_attention(grad_out[:, :, :, None], *shared)
         return dq.squeeze(3), dk.squeeze(3), dv.squeeze(3)
 
     @staticmethod
@@ -238,41 +325,49 @@ class _AttentionPullback(Pullback):
 
 
 def pullback_attention(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From K cotangents of the output of `attention`, [B, H, T, K, Ev], to those of its queries, keys and values.
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind,
+    sinks: Tensor | None = None,
+) -> Heads:  # fmt: skip
+    """From K cotangents of the output of `attention`, [B, H, T, K, Ev], to those of queries, live keys and values.
 
     Returns:
-        dq [B, H, T, K, E], dk [B, G, S, K, E], dv [B, G, S, K, Ev], in the dtype of q.
+        dq [B, H, T, K, E], dk [B, G, S - first_live, K, E], dv [B, G, S - first_live, K, Ev], in the dtype of q; with
+        groups, dk and dv [1, G, n, K, E] at the n live rows.
     """
     if kind.groups is not None:
-        return _pullback_groups(grad_out, q, k, v, kind, kind.groups)
+        return _pullback_groups(grad_out, (q, k, v), kind, sinks)
     B, H, T, K, Ev = grad_out.shape
     G, S, E = k.shape[1:]
     M, scratch = H // G, Scratch()
-    blocks = query_blocks(T, B * H * K * S, q.device)
+    blocks = seen_by_blocks(T, S, B * H * K * S, mask, kind, q.device)
     total: tuple[Tensor, Tensor, Tensor] | None = None
-    # Start with the last queries, which see all keys: later blocks need no more memory, and reuse the same.
-    for start, stop in reversed(blocks):
-        keys = keys_seen(stop + S - T, S) if kind.causal and mask is None else S
-        n = stop - start
+    # Start with the last queries, which see most keys: later blocks need no more memory, and reuse the same.
+    for seen in reversed(blocks):
+        (start, stop, low, high, _), (n, keys) = seen, seen.shape
+        first = max(low, kind.first_live)  # of these keys, those from here on are live
+        live = max(high - first, 0)
         q_GtE = q[:, :, start:stop].reshape(B * G, M * n, E)
-        k_GSE, v_GSE = k[:, :, :keys].flatten(0, 1), v[:, :, :keys].flatten(0, 1)
-        P_BHtS = probabilities(q, k[:, :, :keys], mask, kind, start, stop, S - T)
+        k_GSE, v_GSE = k[:, :, low:high].flatten(0, 1), v[:, :, low:high].flatten(0, 1)
+        P_BHtS, slope_BHtS = probabilities(q, k, mask, sinks, kind, seen)
         dO_GtE = grad_out[:, :, start:stop].reshape(B * G, M * n * K, Ev)
         dP = _product(dO_GtE, v_GSE.mT, 1.0, scratch, "dP")
-        softmax_pullback(dP.view(B, H, n, K, keys), P_BHtS.unsqueeze(3))
-        dS_GtKS, dO_GtKE = dP.view(B * G, M * n, K * keys), dO_GtE.reshape(B * G, M * n, K * Ev)
+        dS = softmax_pullback(dP.view(B, H, n, K, keys), P_BHtS.unsqueeze(3))
+        if slope_BHtS is not None:
+            dS.mul_(slope_BHtS.unsqueeze(3))
         dq = _product(dP, k_GSE, kind.scale, scratch, "dq").view(B, H, n, K, E)
-        dk = _product(dS_GtKS.mT, q_GtE, kind.scale, scratch, "dk").view(B, G, K, keys, E)
-        dv = _product(P_BHtS.reshape(B * G, M * n, keys).mT, dO_GtKE, 1.0, scratch, "dv").view(B, G, keys, K, Ev)
-        if len(blocks) == 1:  # this memory is not reused
+        dS_GtKS = dP.view(B * G, M * n, K, keys)[..., keys - live :].reshape(B * G, M * n, K * live)
+        P_GtS = P_BHtS[..., keys - live :].reshape(B * G, M * n, live)
+        dO_GtKE = dO_GtE.reshape(B * G, M * n, K * Ev)
+        dk = _product(dS_GtKS.mT, q_GtE, kind.scale, scratch, "dk").view(B, G, K, live, E)
+        dv = _product(P_GtS.mT, dO_GtKE, 1.0, scratch, "dv").view(B, G, live, K, Ev)
+        if len(blocks) == 1 and first == kind.first_live:  # this memory is not reused
             return dq, dk.transpose(2, 3), dv
         if total is None:
-            total = dq.new_empty(B, H, T, K, E), dk.clone(), dv.clone()
-        else:
-            total[1][:, :, :, :keys] += dk
-            total[2][:, :, :keys] += dv
+            n_live = S - kind.first_live
+            total = dq.new_empty(B, H, T, K, E), dq.new_zeros(B, G, K, n_live, E), dq.new_zeros(B, G, n_live, K, Ev)
+        at = slice(first - kind.first_live, first - kind.first_live + live)
+        total[1][:, :, :, at] += dk
+        total[2][:, :, at] += dv
         total[0][:, :, start:stop] = dq
     assert total is not None
     return total[0], total[1].transpose(2, 3), total[2]
@@ -284,22 +379,16 @@ def _product(a: Tensor, b: Tensor, scale: float, scratch: Scratch, name: str) ->
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
-def _pullback_groups(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, groups: tuple[Group, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    K = grad_out.shape[3]
-    dq, dk, dv = (x.new_empty(*x.shape[:3], K, x.shape[3]) for x in (q, k, v))
+def _pullback_groups(grad_out: Tensor, heads: Heads, kind: AttentionKind, sinks: Tensor | None) -> Heads:
+    (q, k, v), groups = heads, kind.groups or ()
+    K, live = grad_out.shape[3], sum(len(group.live.own) for group in groups)
+    dq = q.new_empty(*q.shape[:3], K, q.shape[3])
+    dk, dv = (x.new_empty(*x.shape[:2], live, K, x.shape[3]) for x in (k, v))
     for group in groups:
-        k_group, v_group, alone = group.take(k), group.take(v), kind.alone()
-        if kind.one_query:
-            dO, q_group = group.take_queries(grad_out), group.take_queries(q)
-            mask = group.real[:, None, None]
-            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, mask, alone)
-            group.put_queries(dq, dq_group)
-        else:
-            dO, q_group = group.take_real(grad_out), group.take(q)
-            dq_group, *rest = pullback_attention(dO, q_group, k_group, v_group, None, alone)
-            group.put(dq, dq_group)
-        for whole, part in zip((dk, dv), rest, strict=True):
-            group.put(whole, part)
+        dO, inside = group.queries.take_real(grad_out), (group.queries.take(q), group.keys.take(k), group.keys.take(v))
+        mask, alone = group.seen(kind.window), kind.alone(group.first_live)
+        dq_group, dk_group, dv_group = pullback_attention(dO, *inside, mask, alone, sinks)
+        group.queries.put(dq, dq_group)
+        group.live.put(dk, dk_group)
+        group.live.put(dv, dv_group)
     return dq, dk, dv

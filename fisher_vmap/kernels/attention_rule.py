@@ -24,7 +24,7 @@ from fisher_vmap.kernels.hf_attention import AttentionCall, Packed
 from fisher_vmap.kernels.modules import NormRows, NormRule
 from fisher_vmap.kernels.parts import Part, Pull, Seen, Watched
 from fisher_vmap.kernels.quantized import weight_matrix
-from fisher_vmap.model.layout import Group
+from fisher_vmap.model.groups import Group
 from fisher_vmap.model.recording import output_of
 
 
@@ -157,14 +157,11 @@ class AttentionRule:
         normed = tuple(p.linear for p in (self.q, self.k) if p.norm is not None)
         return Watched(outputs=normed, calls=(self.module,), attention=(self.module,))
 
-    def pull_from(self, seen: Seen, scratch: Scratch, packed: Packed, rows: Tensor | None = None) -> Pull:
-        """The pullback of the cotangents of some positions; the stretches must end where `ends` says.
-
-        `rows` are the live rows; None: all.
-        """
+    def pull_from(self, seen: Seen, scratch: Scratch, packed: Packed) -> Pull:
+        """The pullback of the cotangents of some positions; the stretches must end where `ends` says."""
         call = seen.attention[self.module]
         w_in, w_o = _joined([weight_matrix(linear) for linear in self.linears]), weight_matrix(self.o)
-        turn = self._turn(seen, rows)
+        turn = self._turn(seen)
         rows_of_norms = [p.norm_rows(seen, self.head) for p in (self.q, self.k)]
         groups = packed.groups_on(call.q.device)
         together = any(group.single is None for group in groups)
@@ -206,12 +203,9 @@ class AttentionRule:
             start = stop
         raise AssertionError
 
-    def _turn(self, seen: Seen, rows: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Cos and sin of each row, [N, R]."""
-        if self.rotary is None:
-            return None
-        cos, sin = (t[0] if rows is None else t[0, rows.to(t.device)] for t in rotary_of(seen, self.module))
-        return self.rotary.factors(cos, sin)
+    def _turn(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
+        """The cos and sin of each row, [N, R]."""
+        return None if self.rotary is None else self.rotary.factors(*(t[0] for t in rotary_of(seen, self.module)))
 
     def _back(self, g: Tensor, turn: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
         if turn is None:
@@ -236,8 +230,8 @@ class AttentionRule:
         here = slice(a - first, z - first)
         _, K, H, E = dO.shape
         cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
-        q, k, v = call.q[:, :, a:z], call.k[:, :, a:z], call.v[:, :, a:z]
-        dq, dk, dv = pullback_attention(cotangents[None], q, k, v, None, call.kind)
+        heads = call.q[:, :, a:z], group.keys.take(call.k), group.keys.take(call.v)
+        dq, dk, dv = pullback_attention(cotangents[None], *heads, None, call.kind.alone(group.first_live), call.sinks)
         here_turn = None if turn is None else (turn[0][a:z, None], turn[1][a:z, None])
         to_q, to_k, to_v = (d[here].permute(2, 0, 1, 3) for d in out)
         self._back(dq[0], here_turn, to_q)
@@ -253,14 +247,17 @@ class AttentionRule:
         out: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """The same for a group of prompts."""
-        q, k, v = (group.take(t) for t in (call.q, call.k, call.v))
-        cotangents = group.take_rows(dO) * group.real[:, :, None, None, None]
-        pulled = pullback_attention(cotangents.permute(0, 3, 1, 2, 4), q, k, v, None, call.kind)
-        at = None if turn is None else tuple(group.take_rows(t)[:, None, :, None] for t in turn)
-        for d, to, turned in zip(pulled, out, (at, at, None), strict=True):
+        queries, kind = group.queries, call.kind.alone(group.first_live)
+        heads = queries.take(call.q), group.keys.take(call.k), group.keys.take(call.v)
+        cotangents = (queries.take_rows(dO) * queries.real[:, :, None, None, None]).permute(0, 3, 1, 2, 4)
+        pulled = pullback_attention(cotangents, *heads, group.seen(kind.window), kind, call.sinks)
+        for rows, d, to, turned in zip(
+            (queries, group.live, group.live), pulled, out, (True, True, False), strict=True
+        ):
+            at = tuple(rows.take_rows(t)[:, None, :, None] for t in turn) if turned and turn is not None else None
             back = torch.empty_like(d)
-            self._back(d, turned, back)  # type: ignore[arg-type]
-            group.put_rows(to, back.permute(0, 2, 3, 1, 4))
+            self._back(d, at, back)  # type: ignore[arg-type]
+            rows.put_rows(to, back.permute(0, 2, 3, 1, 4))
 
 
 def rotary_of(seen: Seen, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -293,7 +290,7 @@ def find_attention(module: nn.Module, seen: Seen, facts: Facts, packed: Packed) 
     if len(outs) != 1 or not ins:
         return "its projections were not found"
     kind = replace(call.kind, groups=packed.groups_on(call.q.device))
-    attended = attention_forward(call.q, call.k, call.v, None, kind).transpose(1, 2)
+    attended = attention_forward(call.q, call.k, call.v, None, kind, call.sinks).transpose(1, 2)
     if not same(seen.inputs[outs[0]], attended):
         return "its output projection receives something else than the attention's output"
     search = _Search(module, seen, ins, [facts.norms[m] for m in inner if m in facts.norms and m in seen.outputs], E)

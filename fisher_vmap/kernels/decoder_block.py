@@ -33,7 +33,7 @@ from fisher_vmap.kernels.modules import NormRows, NormRule, fused_norm, norm_kin
 from fisher_vmap.kernels.parts import ByAutograd, Part, Pull, Seen, Watched, seeing
 from fisher_vmap.kernels.quantized import is_affine
 from fisher_vmap.model.offload import weights_ready
-from fisher_vmap.model.recording import BlockCall, check_primal, output_of
+from fisher_vmap.model.recording import BlockCall, output_of
 from fisher_vmap.model.wrappers import has_hooks
 
 Forward = Callable[..., Any]
@@ -118,8 +118,28 @@ class BlockRule:
         parts = [(branch.name, branch.part) for step in self.steps for branch in step]
         return {name: part.why for name, part in parts if isinstance(part, ByAutograd)}
 
-    def pullback(self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
-        """Turn K cotangents of the block's output into those of its input x, [N, D], in place, [N, K, D]."""
+    @property
+    def mixes_by_autograd(self) -> bool:
+        """Whether positions interact in a branch that `vmap` pulls back."""
+        return any(isinstance(b.part, ByAutograd) and b.part.mixes for step in self.steps for b in step)
+
+    def pull(
+        self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, chunk_size: int | None, scratch: Scratch
+    ) -> None:
+        """Turn K cotangents of the block's output into those of its input x, [N, D], in place, [N, K, D].
+
+        `chunk_size` is how many cotangents to take at a time; None: all at once.
+        """
+        K = G_NKD.shape[1]
+        if chunk_size is None or chunk_size >= K:
+            self._pull(x, seen, G_NKD, packed, scratch)
+            return
+        for start in range(0, K, chunk_size):
+            piece = G_NKD[:, start : start + chunk_size].contiguous()
+            self._pull(x, seen, piece, packed, scratch)
+            G_NKD[:, start : start + chunk_size] = piece
+
+    def _pull(self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         for number, step in reversed(list(enumerate(self.steps))):
             norms = {b.pre: x if number == 0 else seen.inputs[b.pre.module] for b in step if b.pre is not None}
             rows = {norm: norm.rows(x_ND) for norm, x_ND in norms.items()}
@@ -334,11 +354,11 @@ def kept_room(kind: str) -> int:
 
 
 @contextmanager
-def keeping(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
+def keeping(rules: Rules, calls: list[BlockCall], most: int, live: Tensor | None) -> Iterator[None]:
     """Within the context results of the blocks with a rule are kept in `calls` while there is room.
 
     `calls` is the list of a recording, which has an entry for a call before the block runs. Results are kept for the
-    first `most` calls only; the last block is pulled back in another way.
+    first `most` calls only, since the last block is pulled back in another way, and at the `live` rows; None: all.
     """
     room = {kind: kept_room(kind) for kind in (*KEPT_BYTES, "cuda")}
 
@@ -348,53 +368,24 @@ def keeping(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
 
     def end(_block: nn.Module, seen: Seen) -> None:
         call = calls[-1]
-        device, size = call.hidden.device.type, seen.bytes()
+        narrow = seen.at(live, call.hidden.shape[1])
+        device, size = call.hidden.device.type, narrow.bytes()
         if len(calls) == 1 and size * most > WORTH_KEEPING * room.get(device, 0):
             room.clear()
         if size <= room.get(device, 0) and seen.unchanged():
             room[device] -= size
-            call.kept.append(seen.at(None, call.hidden.shape[1]))
+            call.kept.append(narrow)
 
     with seeing({block: rule.watched() for block, rule in rules.items()}, begin, end):
         yield
 
 
-def pullback_by_rule(
-    rule: BlockRule, call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None, scratch: Scratch
-) -> bool:
-    """Pull cotangents through one call of a block in place, [1, N, K, D]; False if the rule does not apply to the call.
-
-    `expected` is the recorded output, [1, N, D]. If no results are kept, the block's forward runs again. `chunk_size`
-    is how many cotangents to take at a time; None: all at once.
-
-    Raises:
-        StructureChanged: the block's output differs from `expected`.
-    """
-    packed = packed_now()
-    if packed is None:
-        return False
-    seen = call.kept[0] if call.kept else _seen_again(rule, call, expected)
-    if seen is None:
-        return False
-    G_NKD, K = cotangents[0], cotangents.shape[2]
-    if chunk_size is None or chunk_size >= K:
-        rule.pullback(call.hidden[0], seen, G_NKD, packed, scratch)
-        return True
-    for start in range(0, K, chunk_size):
-        piece = G_NKD[:, start : start + chunk_size].contiguous()
-        rule.pullback(call.hidden[0], seen, piece, packed, scratch)
-        G_NKD[:, start : start + chunk_size] = piece
-    return True
-
-
-def _seen_again(rule: BlockRule, call: BlockCall, expected: Tensor) -> Seen | None:
-    """What the rule needs, from running the block once more; None if that cannot be used."""
+def seen_again(rule: BlockRule, call: BlockCall, run: Callable[[], Tensor]) -> tuple[Tensor, Seen | None]:
+    """What `run`, the block at its live rows once more, returns, and what was seen of it; None if that is of no use."""
     seen = Seen()
-    watched = rule.watched()
-    with without_forwards(call.block), seeing({call.block: watched}, lambda _: seen, lambda _block, _seen: None):
-        primal = call.replay(call.hidden)
-    check_primal(f"what {call.name} computed", primal, expected)
-    return seen.at(None, call.hidden.shape[1]) if seen.unchanged() else None
+    with without_forwards(call.block), seeing({call.block: rule.watched()}, lambda _: seen, lambda _block, _seen: None):
+        primal = run()
+    return primal, seen.at(None, primal.shape[1]) if seen.unchanged() else None
 
 
 @contextmanager

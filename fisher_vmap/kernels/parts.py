@@ -71,18 +71,23 @@ class Seen:
         )
 
     def at(self, rows: Tensor | None, count: int) -> "Seen":
-        """The same at some of `count` rows; keys and values stay those of all. `calls` are left as they are."""
+        """The same at some of `count` rows, which become the leading dimension; None: all. Keys stay those of all."""
 
         def narrow(tensor: Tensor) -> Tensor:
             flat = tensor.reshape(count, *tensor.shape[tensor.dim() - _inner(tensor, count) :])
             return flat if rows is None else flat[rows.to(flat.device)]
 
+        def narrow_argument(tensor: Tensor) -> Tensor:
+            has_rows = tensor.dim() > 1 and tensor.shape[:2] == (1, count)
+            return tensor[:, rows.to(tensor.device)] if has_rows and rows is not None else tensor
+
         inputs = {module: narrow(x) for module, x in self.inputs.items()}
         outputs = {module: map_tensors(x, narrow) for module, x in self.outputs.items()}
-        attention = self.attention
-        if rows is not None:
-            attention = {m: call._replace(q=call.q[:, :, rows.to(call.q.device)]) for m, call in attention.items()}
-        return Seen(inputs, outputs, self.calls, attention)
+        if rows is None:
+            return Seen(inputs, outputs, self.calls, self.attention)
+        calls = {module: map_tensors(call, narrow_argument) for module, call in self.calls.items()}
+        attention = {m: call._replace(q=call.q[:, :, rows.to(call.q.device)]) for m, call in self.attention.items()}
+        return Seen(inputs, outputs, calls, attention)
 
     def bytes(self) -> int:
         """The memory of these results."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, cotangent_dim
-from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.offload import FLOATS, input_device, is_offloaded, model_dtype
+from fisher_vmap.model.patches import Remembered
 from fisher_vmap.model.recording import forwards_set
 
 log = logging.getLogger(__name__)

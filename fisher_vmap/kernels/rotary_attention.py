@@ -17,7 +17,7 @@ from fisher_vmap.kernels.attention import AttentionKind, attention_forward, pull
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, Scratch, cotangent_dim
 from fisher_vmap.kernels.hf_attention import Packed, packed_now
 from fisher_vmap.kernels.quantized import has_matrix, runs_as_made
-from fisher_vmap.model.layout import Group
+from fisher_vmap.model.groups import Group
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import hooks
 
@@ -179,15 +179,15 @@ def pullback_groups(
 
 def _pull_group(group: Group, dO: Tensor, heads: Heads, kind: AttentionKind, dqkv: Tensor) -> None:
     """The pullback of a group's attention, from dO [N, K, H, E] of all positions to dqkv [N, K, H + 2 G, E]."""
-    q, k, v = (group.take(t) for t in (heads.q, heads.k, heads.v))
-    cotangents = group.take_rows(dO) * group.real[:, :, None, None, None]
+    q, k, v = (group.keys.take(t) for t in (heads.q, heads.k, heads.v))
+    cotangents = group.queries.take_rows(dO) * group.queries.real[:, :, None, None, None]
     dq, dk, dv = pullback_attention(cotangents.permute(0, 3, 1, 2, 4), q, k, v, None, kind)
-    c, s = (group.take_rows(t[0])[:, None, :, None] for t in (heads.cos, heads.sin))
+    c, s = (group.keys.take_rows(t[0])[:, None, :, None] for t in (heads.cos, heads.sin))
     out = torch.empty(dq.shape[0], dq.shape[1] + 2 * dk.shape[1], *dq.shape[2:], dtype=dq.dtype, device=dq.device)
     _unrotate(dq, c, s, out[:, : dq.shape[1]])
     _unrotate(dk, c, s, out[:, dq.shape[1] : -dv.shape[1]])
     out[:, -dv.shape[1] :].copy_(dv)
-    group.put_rows(dqkv, out.permute(0, 2, 3, 1, 4))
+    group.queries.put_rows(dqkv, out.permute(0, 2, 3, 1, 4))
 
 
 def _unrotate(g: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -217,11 +217,12 @@ def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float
     out = t_NKD.new_empty(N, K, q.shape[1], v.shape[3])
     alone, half = AttentionKind(scale, causal=True), q.shape[3] // 2
     for group in packed.groups_on(t_NKD.device):
-        c, s = (group.take_rows(t[0])[:, None, :, None] for t in (cos, sin))
-        dq, dk, dv = (group.take_rows(t).permute(0, 3, 1, 2, 4) for t in (tq, tk, tv))
+        c, s = (group.keys.take_rows(t[0])[:, None, :, None] for t in (cos, sin))
+        dq, dk, dv = (group.keys.take_rows(t).permute(0, 3, 1, 2, 4) for t in (tq, tk, tv))
         dq, dk = (t * c + torch.cat((-t[..., half:], t[..., :half]), -1) * s for t in (dq, dk))
-        moved = pushforward_attention(dq, dk, dv, group.take(q), group.take(k), group.take(v), None, alone)
-        group.put_rows(out, moved.permute(0, 2, 3, 1, 4))
+        heads_group = (group.keys.take(t) for t in (q, k, v))
+        moved = pushforward_attention(dq, dk, dv, *heads_group, None, alone)
+        group.queries.put_rows(out, moved.permute(0, 2, 3, 1, 4))
     return (out.view(N * K, -1) @ w_o.T).view(N, K, D)
 
 

@@ -1,12 +1,13 @@
 """`Blockwise`: the linear map one decoder block at a time, from a recorded forward.
 
-It drives the products of `block`, uses the rules of `kernels` for blocks and modules that have one, and takes a
-shortcut for packed prompts: the last block is run and pulled back at the last rows only, if it allows that.
+It drives the products of `block` at the live rows, uses the rules of `kernels` for blocks and modules that have one,
+and takes a shortcut for packed prompts: the last block's forward runs at the targets only, if it allows that.
 
 `pull_memory` says how many bytes that takes, from shapes alone.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from fisher_vmap.kernels.attention import query_blocks
 from fisher_vmap.kernels.autograd import stretches
 from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, keeping, kept_room
+from fisher_vmap.kernels.hf_attention import NAME, UnsupportedAttention, keeping_keys
 from fisher_vmap.linearize.block import (
     Arrived,
     LastBlock,
-    NotPositionwise,
     cotangents_at_a_time,
+    live_rows,
     open_last,
     places_of,
     pullback_blocks,
@@ -29,9 +31,9 @@ from fisher_vmap.linearize.block import (
 from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.model_info import Parts, Places
 from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
-from fisher_vmap.model.layout import Layout, grouped
+from fisher_vmap.model.layout import Layout, NotPositionwise, grouped
 from fisher_vmap.model.offload import is_offloaded, model_dtype
-from fisher_vmap.model.recording import Recording, StructureChanged, forwards_set, record
+from fisher_vmap.model.recording import BlockCall, Recording, StructureChanged, forwards_set, record
 from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.model.widening import forward_in_float32
 
@@ -43,7 +45,9 @@ class Blockwise(LinearMap):
         parts, layout = self._parts, self.layout
         assert parts.head is not None
         self._last: LastBlock | None = None
-        self._cut_in_forward, self._cannot_be_cut = False, not layout.packed or layout.targets is not None
+        self._rows = live_rows(layout, self._attention == NAME, parts.not_narrow, lambda *told: self.note(*told))
+        self.live = self._rows.live
+        self._cut_in_forward, self._cannot_be_cut = False, self._rows.at is None
         self._recording = self._record()
         recording = self._recording
         self.rows = layout.targets_of(recording.top) if self._last is None else self._last.rows
@@ -53,76 +57,93 @@ class Blockwise(LinearMap):
         self._describe({layer: outputs[layer] for layer in self.layers})
 
     def _record(self) -> Recording:
-        """Record the forward. If only the last rows of the last block are needed, open that block apart from it."""
-        model, parts, layout = self._model, self._parts, self.layout
+        """Record the forward. If only the targets of the last block are needed, open that block apart from it."""
+        model, parts, layout, live = self._model, self._parts, self.layout, self._rows.columns
         first = min(parts.call_order.index(layer) for layer in self.layers) + 1
         needless = self._precision != "mixed" and parts.call_order[-1] not in self.layers and not is_offloaded(model)
-        if needless and not self._cannot_be_cut and parts.top_places is not None:
-            recording = record_forward(model, parts, layout, first, self._precision, stop_before_last=True)
+        if needless and layout.packed and parts.top_places is not None:
+            recording = record_forward(model, parts, layout, first, self._precision, live, stop_before_last=True)
             call = recording.calls[-1]
             try:
                 if places_of(call, layout) == parts.top_places:
                     with forwards_set(parts.fused):
-                        self._last = open_last(call, layout)
+                        self._last = open_last(call, self._rows)
                     recording.cut(call.hidden)
                     self._cut_in_forward = True
                     return recording
             except NotPositionwise as reason:
                 self.note("forward cut", f"the last block's forward runs at all positions: {reason}")
-        return record_forward(model, parts, layout, first, self._precision)
+        return record_forward(model, parts, layout, first, self._precision, live)
 
     def _last_block(self, recording: Recording) -> LastBlock | None:
-        """The last block at the last rows; None if it has to be run at all positions."""
+        """The last block at the targets; None if it is run like any other."""
         if self._last is None and not self._cannot_be_cut and recording.calls:
             try:
-                self._last = open_last(recording.calls[-1], self.layout, recording.top)
-            except (NotPositionwise, StructureChanged) as reason:
+                self._last = open_last(recording.calls[-1], self._rows, recording.top)
+            except (NotPositionwise, StructureChanged, UnsupportedAttention) as reason:
                 self.note("cut", f"the last block is pulled back at all positions: {reason}")
                 self._cannot_be_cut = True
         return self._last
 
     def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
-        parts, layout = self._parts, self.layout
+        parts, live = self._parts, self.live
         recording = self._recording if self._once else self._recording.copy()
         rows_KMD = unit_KMX.to(recording.dtype)
         chunk_size = self._at_a_time(len(rows_KMD))
         with forwards_set(parts.fused):
             last = self._last_block(recording)
             if last is None:
-                cotangents = layout.at_targets(rows_KMD)
+                cotangents = live.at_targets(rows_KMD)
             else:
                 cotangents = last.pull(rows_KMD, chunk_size)
                 if not self._cut_in_forward:
                     recording.cut(last.call.hidden)
                     if parts.call_order[-1] in self.layers:
-                        yield Arrived(parts.call_order[-1], layout.at_targets(rows_KMD))
+                        yield Arrived(parts.call_order[-1], live.at_targets(rows_KMD))
             if self._once:
                 del last
                 self._last = None
-            yield from pullback_blocks(recording, cotangents, set(self.layers), chunk_size, parts.rules)
+            yield from pullback_blocks(recording, cotangents, set(self.layers), chunk_size, parts.rules, self._rows)
 
     def _push(self, layer: str, tangents: Tensor) -> Tensor:
-        recording, layout = self._recording, self.layout
+        recording, rows = self._recording, self._rows
         chunk_size = self._at_a_time(tangents.shape[2])
         with forwards_set(self._parts.fused):
             last = self._last_block(recording)
             stop = len(recording.calls) - (last is not None and not self._cut_in_forward)
             if last is None or not recording.below_has(layer, stop):
-                return layout.fields_of(pushforward_blocks(recording, layer, tangents, chunk_size))
-            moved = pushforward_blocks(recording, layer, tangents, chunk_size, stop=stop)
-            rows_KMD = pushforward_last(last, layout, moved, chunk_size)
+                return self.live.fields_of(pushforward_blocks(recording, layer, tangents, chunk_size, rows))
+            moved = pushforward_blocks(recording, layer, tangents, chunk_size, rows, stop=stop)
+            rows_KMD = pushforward_last(last, rows, moved, chunk_size)
             called_again = last.call.name == layer  # then the bias is added at the top as well
-            return rows_KMD + layout.fields_of(tangents).to(rows_KMD.device) if called_again else rows_KMD
+            return rows_KMD + self.live.fields_of(tangents).to(rows_KMD.device) if called_again else rows_KMD
 
     def _at_a_time(self, vectors: int) -> int | None:
-        N = self.layout.input_ids.numel()
+        N = self.live.input_ids.numel()
         return self._chunk_size or cotangents_at_a_time(vectors, N, self._recording.top.device)
 
 
 def record_forward(
-    model: nn.Module, parts: Parts, layout: Layout, first: int, precision: str, stop_before_last: bool = False
+    model: nn.Module,
+    parts: Parts,
+    layout: Layout,
+    first: int,
+    precision: str,
+    live: Tensor | None = None,
+    stop_before_last: bool = False,
 ) -> Recording:
-    """Record the calls from number `first` on; with precision "mixed" the forward alone is in float32."""
+    """Record the calls from number `first` on; with precision "mixed" the forward alone is in float32.
+
+    With the columns of the `live` rows, the keys and values of all rows are kept with each call, for replays at these.
+    """
+
+    @contextmanager
+    def around(calls: list[BlockCall]) -> Iterator[None]:
+        keys = keeping_keys(lambda kept: calls[-1].keys.append(kept) if calls else None)
+        rules = parts.rules if precision != "mixed" else {}
+        with nullcontext() if live is None else keys, keeping(rules, calls, len(parts.call_order) - first - 1, live):
+            yield
+
     if precision != "mixed":
         return record(
             model,
@@ -130,7 +151,7 @@ def record_forward(
             parts.call_order,
             first,
             layout,
-            around=lambda calls: keeping(parts.rules, calls, most=len(parts.call_order) - first - 1),
+            around=around,
             stop_before_last=stop_before_last,
         )
     if is_offloaded(model):
@@ -138,7 +159,7 @@ def record_forward(
     dtype = model_dtype(model)
     try:
         with forward_in_float32(model):
-            return record(model, parts.blocks, parts.call_order, first, layout, narrow_to=dtype)
+            return record(model, parts.blocks, parts.call_order, first, layout, narrow_to=dtype, around=around)
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
@@ -151,7 +172,8 @@ def record_forward(
 def prove_top(model: nn.Module, parts: Parts, layout: Layout) -> Places:
     """Prove on packed prompts that the last block may be run at the last rows alone; raises as `open_last`."""
     recording = record_forward(model, parts, layout, len(parts.call_order) - 1, "model")
-    open_last(recording.calls[-1], layout, recording.top)
+    rows = live_rows(layout._replace(positions="all"), True, {}, lambda _what, _line: None)
+    open_last(recording.calls[-1], rows, recording.top)
     return places_of(recording.calls[-1], layout)
 
 

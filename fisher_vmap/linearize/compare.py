@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.kernels.hf_attention import UnsupportedAttention, attention_set_to, prompts_packed
+from fisher_vmap.kernels.hf_attention import UnsupportedAttention, attention_set_to, noting_windows, prompts_packed
 from fisher_vmap.kernels.quantized import quantized_linears
 from fisher_vmap.linearize.linear_map import KernelOptions
 from fisher_vmap.linearize.model_info import Choice, ModelInfo, Parts
@@ -250,20 +250,32 @@ def _distances(
     return None
 
 
-def excerpt_for(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> Layout:
+def excerpts_for(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> list[Layout]:
     """Two short prompts of a batch, or the whole batch if the model has user's hooks, which may expect its shape.
+
+    If a packed prompt is longer than an attention window, two that fit it as well: what passes between prompts where
+    they meet reaches the last token of a short one only.
 
     Raises:
         StructureChanged: the form packs prompts, and these cannot be packed at any length.
     """
-    if choice.form == "packed":
-        with attention_set_to(model, known.attention_of(choice)):
-            return packable(model, known.under(choice.attention).parts, layout)
-    return layout if is_hooked(model) else excerpt(layout, CHECK_TOKENS)
+    if choice.form != "packed":
+        return [layout if is_hooked(model) else excerpt(layout, CHECK_TOKENS)]
+    parts = known.under(choice.attention).parts
+    with attention_set_to(model, known.attention_of(choice)):
+        with noting_windows() as windows:
+            few = packable(model, parts, layout)
+        within = excerpt(layout, max(2, min(windows))) if windows else few
+        try:
+            return [few] if within is few else [few, packable(model, parts, within)]
+        except Exception as error:  # a user's hook may raise anything
+            if is_out_of_memory(error) or is_our_fault(error):
+                raise
+            return [few]
 
 
 def packable(model: nn.Module, parts: Parts, layout: Layout) -> Layout:
-    """An excerpt of the batch that fits the attention window: one that had to be padded would not test packing.
+    """An excerpt of the batch that can be packed: one that had to be padded would not test packing.
 
     Raises:
         StructureChanged: the prompts cannot be packed at any length.

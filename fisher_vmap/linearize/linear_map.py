@@ -170,6 +170,7 @@ class LinearMap(ABC):
 
     Attributes:
         layout: the batch, with its targets and its biased positions.
+        live: the layout of the rows at which `_pull` and `_push` take vectors: all of the batch, or the live ones.
         layers: the names of the hooked layers.
         rows: [M, X], h at the targets, or the logits there.
         dtype: the format of the vectors that are pulled and pushed.
@@ -201,7 +202,7 @@ class LinearMap(ABC):
         `attention` is the implementation that the model runs under, None for its own. The precision of `options` must
         be resolved. `once` announces a single pull and no push, so that memory can be freed on the way.
         """
-        self.layout, self.layers = layout, list(layers)
+        self.layout, self.live, self.layers = layout, layout, list(layers)
         self._model, self._parts, self._attention = model, parts, attention
         self._chunk_size, self._precision, self._once = options.chunk_size, options.precision, once
         self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # reports a slower path taken
@@ -231,10 +232,10 @@ class LinearMap(ABC):
         weights_BK = torch.ones_like(norm_KB.T) if weights_BK is None else weights_BK
         pending: dict[str, Tensor] = {}
         found: dict[str, Summed] = {}
-        mask_N = self.layout.bias_mask()
+        mask_N = self.live.bias_mask()
 
         def finish(layer: str) -> None:
-            cotangents, layout = pending.pop(layer), self.layout
+            cotangents, layout = pending.pop(layer), self.live
             summed = sum_positions(cotangents, layout, norm_KB, weights_BK, mask_N)
             energy_N = summed.energy
             if derived is not None:
@@ -261,7 +262,7 @@ class LinearMap(ABC):
         length_BK = torch.linalg.vector_norm(tangents_BKD, dim=-1)
         unit_BKD = tangents_BKD / length_BK.clamp(min=torch.finfo(length_BK.dtype).tiny)[..., None]
         with self.prepared(), primals_checked_together():
-            moved_KMX = self._push(layer, self.layout.at_bias(unit_BKD.to(self.dtype)))
+            moved_KMX = self._push(layer, self.live.at_bias(unit_BKD.to(self.dtype)))
         wide = torch.promote_types(moved_KMX.dtype, torch.float32)
         prompt_M = self.layout.prompt_of_target(length_BK.device)
         length_MK = length_BK if prompt_M is None else length_BK[prompt_M]
@@ -309,11 +310,11 @@ class LinearMap(ABC):
 
     @abstractmethod
     def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
-        """Yield the cotangents at each layer, [b, T, K, D], once for each call of the layer."""
+        """Yield the cotangents at the live rows of each layer, [b, n, K, D], once for each call of the layer."""
 
     @abstractmethod
     def _push(self, layer: str, tangents: Tensor) -> Tensor:
-        """From tangents of the bias at every position, [b, T, K, D], to those of h, [K, M, X]."""
+        """From tangents of the bias at the live rows, [b, n, K, D], to those of h, [K, M, X]."""
 
 
 def sum_positions(

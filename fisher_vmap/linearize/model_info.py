@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fisher_vmap.kernels.decoder_block import Forward, Rules
+from fisher_vmap.kernels.hf_attention import NAME
 from fisher_vmap.model.head import UnembeddingHead
 from fisher_vmap.model.patches import OldFunction
 from fisher_vmap.model.wrappers import has_hooks
@@ -43,6 +44,7 @@ class Parts:
             last rows alone is not proven.
         no_rule: for each block without a rule, why, if prompts can be packed.
         not_cut: why the last block's forward is not run at the last rows alone; empty if not tried.
+        not_narrow: for each block that was tried at some rows only, why it needs all of them; empty if it does not.
     """
 
     blocks: Mapping[str, nn.Module]
@@ -58,6 +60,7 @@ class Parts:
     top_places: Places | None = None
     no_rule: Mapping[str, str] = field(default_factory=dict)
     not_cut: str = ""
+    not_narrow: dict[str, str] = field(default_factory=dict)
 
 
 class Choice(NamedTuple):
@@ -152,6 +155,8 @@ class ModelInfo:
         rules, last_block = "none: prompts are not packed", "not by itself"
         if choice.form == "packed":
             rules, last_block = _rules(parts, layer), _last_block(parts, layer)
+        elif choice.form == "layerwise" and self.attention_of(choice) == NAME:
+            last_block = "not needed" if layer == parts.call_order[-1] else "at the last row in the pullback alone"
         elif choice.form == "layerwise":
             last_block = "at all positions"
         return {
@@ -161,8 +166,23 @@ class ModelInfo:
             "prompts": {"alone": "one at a time", "given": "as the batch was given"}.get(choice.prompts, "together"),
             "rules": rules,
             "last_block": last_block,
+            "rows": self._rows(choice, layer),
             "audit": f"{self.audits} of {self.calls} batches compared, and they agreed",
         }
+
+    def _rows(self, choice: Choice, layer: str) -> str:
+        """The rows that are pulled back, in words: from the first of the bias to the last target, or all."""
+        if choice.form not in ("packed", "layerwise"):
+            return f"all: the form is {choice.form}"
+        if self.attention_of(choice) != NAME:
+            return "all: the attention is not ours"
+        parts = self.under(choice.attention).parts
+        above = parts.call_order[parts.call_order.index(layer) + 1 :]
+        whole = {name: why for name in above if (why := parts.not_narrow.get(name))}
+        if not whole:
+            return "live rows only"
+        name, why = next(iter(whole.items()))
+        return f"all in {len(whole)} of {len(set(above))} blocks: {name}: {why}"
 
 
 def _rules(parts: Parts, layer: str) -> str:

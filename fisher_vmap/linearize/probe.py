@@ -23,11 +23,10 @@ from fisher_vmap.linearize.find_head import watch
 from fisher_vmap.linearize.linear_map import undisturbed
 from fisher_vmap.linearize.model_info import ModelInfo, Parts, Reach
 from fisher_vmap.linearize.whole import hooked_outputs, rows_from_logits
-from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.layers import decoder_blocks, hooked, layers_of
 from fisher_vmap.model.layout import Layout, lay_out, pack_rows
 from fisher_vmap.model.offload import input_device, model_dtype, small_graph, weights_ready
-from fisher_vmap.model.patches import old_functions
+from fisher_vmap.model.patches import Remembered, old_functions
 from fisher_vmap.model.recording import StructureChanged, forward_inputs, hooks, output_of, run_blocks, with_output
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import hook_behind, hooks_off, is_hooked, is_step

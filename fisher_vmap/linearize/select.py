@@ -8,14 +8,13 @@ from itertools import dropwhile
 from torch import nn
 
 from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
-from fisher_vmap.linearize.block import NotPositionwise
 from fisher_vmap.linearize.blockwise import prove_top
-from fisher_vmap.linearize.compare import Expected, excerpt_for, expected_on, packable, why_wrong
+from fisher_vmap.linearize.compare import Expected, excerpts_for, expected_on, packable, why_wrong
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.plain import first_line
 from fisher_vmap.linearize.probe import chain_is_whole, look_under_plain
 from fisher_vmap.model.layers import Place, layers_of
-from fisher_vmap.model.layout import Layout, pack_rows
+from fisher_vmap.model.layout import Layout, NotPositionwise, pack_rows
 from fisher_vmap.model.offload import is_offloaded
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
@@ -128,18 +127,21 @@ def _compare(
 ) -> tuple[str | None, Layout | None, bool]:
     """How a form fails (None if it agrees), on which excerpt, and whether the expected values were finite."""
     try:
-        few = excerpt_for(model, known, layout, choice)
+        excerpted = excerpts_for(model, known, layout, choice)
     except Exception as error:  # a user's hook may raise anything
         if is_out_of_memory(error) or is_our_fault(error):
             raise
         return first_line(error), None, True
-    if few.lengths not in excerpts:
-        excerpts[few.lengths] = expected_on(model, few, layers)
-    expected = excerpts[few.lengths]
-    why_not = why_wrong(model, known, expected, group, choice)
+    why_not, finite = None, True
+    for few in excerpted:
+        if few.lengths not in excerpts:
+            excerpts[few.lengths] = expected_on(model, few, layers)
+        expected = excerpts[few.lengths]
+        finite = finite and expected.finite
+        why_not = why_not or why_wrong(model, known, expected, group, choice)
     if why_not is None and choice.form == "packed" and not (known.parts.top_places or known.parts.not_cut):
         _prove_top(model, known, layout, choice)
-    return why_not, few, expected.finite
+    return why_not, excerpted[0], finite
 
 
 def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choice) -> None:

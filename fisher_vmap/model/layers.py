@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.errors import listed
-from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.offload import input_device, small_graph
-from fisher_vmap.model.patches import autocast_off, own_forwards
+from fisher_vmap.model.patches import Remembered, autocast_off, own_forwards
 from fisher_vmap.model.recording import forward_inputs, hooks, output_of
 from fisher_vmap.model.validation import PositionTables, in_float64, is_out_of_memory, listed_layers
 from fisher_vmap.model.wrappers import hooks_off

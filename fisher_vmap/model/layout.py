@@ -1,4 +1,4 @@
-"""`Layout`: a batch of prompts of unequal length as the model sees it. `Group`: packed prompts that attend together.
+"""`Layout`: a batch of prompts of unequal length as the model sees it, or the live rows of one.
 
 padded    [B, T], no attention mask: each prompt on the left, padding on the right. In a causal model nothing to the
           right of a token affects it, so this is right for every model, recurrent ones included.
@@ -8,13 +8,16 @@ given     [B, T] with the attention mask, as in the caller's tensor: for models 
 
 To the rest of the package all three are rows of tokens, of which prompt b owns a contiguous range.
 
+A derivative matters only at the live rows of a prompt, from the first position of the bias (or the first target, if
+that is earlier) to the last target.
+`narrowed` lays out these, or the targets alone, by themselves.
+
 The frequencies of some rotary embeddings depend on the longest prompt of the batch: "dynamic" and "longrope" scaling
 switch them for the whole batch if a sequence is longer than in the model's original training. A prompt's scores must
 not depend on the rest of its batch, so such a prompt is computed alone (`batches_apart`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,10 @@ PADDING = 1.25  # a group's padded rows may be this many times its real rows
 # Prompts of this many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
 ALONE_FROM = {"cpu": 24}
 SCALED_BY_LENGTH = {"dynamic", "longrope"}
+
+
+class NotPositionwise(Exception):
+    """The block cannot be run at some positions only, such as when it is unclear which argument has positions."""
 
 
 class Given(NamedTuple):
@@ -240,92 +247,89 @@ def as_given(layout: Layout) -> Layout:
     return layout._replace(input_ids=ids, position_ids=None, first_row=first_rows, attention_mask=mask)
 
 
+def first_live(layout: Layout) -> list[int]:
+    """The first position of each prompt at which the bias is added, or the first target if that is earlier."""
+    if isinstance(layout.positions, Tensor):
+        real = zip((layout.positions != 0).cpu(), layout.start, layout.lengths, strict=True)
+        biased = [int(mask_W[start : start + length].long().argmax()) for mask_W, start, length in real]
+    else:
+        biased = [0 if layout.positions == "all" else length - 1 for length in layout.lengths]
+    return [min(first, target) for first, target in zip(biased, first_target(layout), strict=True)]
+
+
+def first_target(layout: Layout) -> list[int]:
+    """The first position of each prompt whose next-token distribution is read."""
+    if layout.targets is None:
+        return [length - 1 for length in layout.lengths]
+    return [min(places) for places in layout.targets]
+
+
+def narrowed(layout: Layout, first: Sequence[int]) -> tuple[Layout, Tensor | None]:
+    """The layout of each prompt's rows from a first position to its last target.
+
+    A padded layout keeps all columns from the first of these rows on.
+
+    Returns:
+        The layout, and [n] int64, its columns among those of `input_ids`; the same layout and None if these are all
+        of its columns.
+    """
+    stop = [n if layout.targets is None else max(layout.targets[b]) + 1 for b, n in enumerate(layout.lengths)]
+    T = layout.input_ids.shape[1]
+    if layout.packed:
+        ranges = [range(row + f, row + e) for row, f, e in zip(layout.first_row, first, stop, strict=True)]
+        columns = [column for rows in ranges for column in rows]
+        first_row = [sum(map(len, ranges[:b])) for b in range(len(ranges))]
+    else:
+        begin = min(row % T + f for row, f in zip(layout.first_row, first, strict=True))
+        columns = list(range(begin, T))
+        rows = zip(layout.first_row, first, strict=True)
+        first_row = [row // T * (T - begin) + row % T + f - begin for row, f in rows]
+    if len(columns) == T or layout.attention_mask is not None:
+        return layout, None
+    positions, at = layout.positions, on_device(columns, layout.device)
+    if positions == "last" and stop != list(layout.lengths):  # the last token is not among these rows
+        positions = layout.to_caller(layout.bias_mask())
+    return layout._replace(
+        input_ids=layout.input_ids[:, at],
+        position_ids=None if layout.position_ids is None else layout.position_ids[:, at],
+        lengths=tuple(e - f for f, e in zip(first, stop, strict=True)),
+        first_row=tuple(first_row),
+        start=tuple(start + f for start, f in zip(layout.start, first, strict=True)),
+        given=None,
+        positions=positions,
+        targets=None if layout.targets is None
+        else tuple(tuple(place - f for place in places) for places, f in zip(layout.targets, first, strict=True)),
+    ), at  # fmt: skip
+
+
+def take_columns(x: Tensor, columns: Tensor | None) -> Tensor:
+    """These columns of [b, T, ...]; None: all."""
+    return x if columns is None else x.index_select(1, columns.to(x.device))
+
+
+def row_dimension(tensor: Tensor, shape: tuple[int, int]) -> int | None:
+    """The dimension of the positions in one of the inputs of a block that runs on [b, T]; None: it has none.
+
+    It is the only dimension, the second after one for the prompts, or that of the queries in a mask [b, H, T, T].
+    """
+    (b, T), size = shape, tuple(tensor.shape)
+    if T not in size:
+        return None
+    if size == (T,):
+        return 0
+    if len(size) == 4 and size[0] in (1, b) and size[2:] == (T, T) and size[1] != T:
+        return 2
+    if len(size) >= 2 and size[0] in (1, b) and size[1] == T and (len(size) != 4 or size[2:] != (T, T)):
+        return 1
+    raise NotPositionwise(f"a tensor of shape {size}")
+
+
 def pack_rows(layout: Layout) -> Layout:
     """The same prompts end to end, without padding."""
     ids_N = torch.cat([layout.input_ids.flatten()[first:stop] for first, stop in layout.ranges()])
     positions_N = torch.cat([torch.arange(length, device=ids_N.device) for length in layout.lengths])
     firsts = tuple(sum(layout.lengths[:b]) for b in range(len(layout.lengths)))
     return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Packed prompts that attend together, padded to the longest.
-
-    A packed batch is padded in attention only: a few products on padded groups replace many small ones, one a prompt.
-
-    Attributes:
-        rows: [b, T] int64, the row of each token; padding repeats the prompt's last row.
-        real: [b, T] bool, False at padding.
-        own: [n] int64, the rows of the real tokens, in the order of `real`.
-        places: [n] int64 each, the prompt and the column in the group of each real token.
-        prompts: [b] int64, the number of each prompt in the batch.
-        single: [start, stop) if the group is a single prompt, which needs no copy.
-    """
-
-    rows: Tensor
-    real: Tensor
-    own: Tensor
-    places: tuple[Tensor, Tensor]
-    prompts: Tensor
-    single: tuple[int, int] | None
-
-    @property
-    def first(self) -> int:
-        """The first row of a single prompt; 0 of several, which may be anywhere."""
-        return 0 if self.single is None else self.single[0]
-
-    def on(self, device: torch.device) -> "Group":
-        """The same group with its rows on a device."""
-        if self.rows.device == device:
-            return self
-        rows, real, own, prompts = (t.to(device) for t in (self.rows, self.real, self.own, self.prompts))
-        return Group(rows, real, own, (self.places[0].to(device), self.places[1].to(device)), prompts, self.single)
-
-    def take(self, x: Tensor) -> Tensor:
-        """[b, H, T, ...] of the group, from [1, H, N, ...]."""
-        if self.single is not None:
-            return x[:, :, self.single[0] : self.single[1]]
-        return x[0, :, self.rows].transpose(0, 1)
-
-    def take_rows(self, x: Tensor) -> Tensor:
-        """[b, T, ...] of the group, from [N, ...]."""
-        return x[self.rows] if self.single is None else x[None, self.single[0] : self.single[1]]
-
-    def put_rows(self, out: Tensor, x: Tensor) -> None:
-        """Write [b, T, ...] of the group into [N, ...], padding left out."""
-        if self.single is not None:
-            out[self.single[0] : self.single[1]] = x[0]
-        else:
-            out[self.own] = x[self.places]
-
-    def take_real(self, x: Tensor) -> Tensor:
-        """The same with zeros at padding."""
-        taken = self.take(x)
-        if self.single is not None:
-            return taken
-        return taken * self.real[:, None, :].view(len(self.real), 1, -1, *(1,) * (x.dim() - 3))
-
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """Write [b, H, T, ...] of the group into [1, H, N, ...], padding left out."""
-        if self.single is not None:
-            out[:, :, self.single[0] : self.single[1]] = x
-        else:
-            out[0, :, self.own] = x.transpose(0, 1)[:, *self.places]
-
-    def take_queries(self, x: Tensor) -> Tensor:
-        """[b, H, 1, ...] of the group, from [1, H, B, ...] with one row for each prompt."""
-        return x[0, :, self.prompts].transpose(0, 1)[:, :, None]
-
-    def put_queries(self, out: Tensor, x: Tensor) -> None:
-        """Write [b, H, 1, ...] of the group into [1, H, B, ...]."""
-        out[0, :, self.prompts] = x[:, :, 0].transpose(0, 1)
-
-
-def group_prompts(ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Group, ...]:
-    """Divide prompts, as rows [start, stop), into groups of similar length."""
-    groups = grouped([stop - start for start, stop in ranges], device)
-    return tuple(_group(prompts, ranges, device) for prompts in groups)
 
 
 def grouped(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -342,17 +346,6 @@ def grouped(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
             groups.append([prompt])
             real = lengths[prompt]
     return groups
-
-
-def _group(prompts: list[int], ranges: Sequence[tuple[int, int]], device: torch.device) -> Group:
-    starts = torch.tensor([ranges[b][0] for b in prompts], device="cpu")
-    lengths = torch.tensor([ranges[b][1] - ranges[b][0] for b in prompts], device="cpu")
-    column = torch.arange(ranges[prompts[0]][1] - ranges[prompts[0]][0], device="cpu")
-    real = column < lengths[:, None]
-    rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
-    tensors = (rows, real, rows[real], *real.nonzero(as_tuple=True), torch.tensor(prompts, device="cpu"))
-    rows, real, own, prompt, at, numbers = (on_device(tensor, device) for tensor in tensors)
-    return Group(rows, real, own, (prompt, at), numbers, ranges[prompts[0]] if len(prompts) == 1 else None)
 
 
 def on_device(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisher_vmap.model.cache import Remembered
-from fisher_vmap.model.patches import innermost, is_of_class
+from fisher_vmap.model.patches import Remembered, innermost, is_of_class
 from fisher_vmap.model.recording import map_tensors
 from fisher_vmap.model.widening import saved_narrow, widened, widened_by_parts
 

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.model.cache import Remembered
 from fisher_vmap.model.offload import input_device, is_offloaded, model_dtype
-from fisher_vmap.model.patches import autocast_off, one_at_a_time, own_forwards
+from fisher_vmap.model.patches import Remembered, autocast_off, one_at_a_time, own_forwards
 from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.model.widening import NARROW, in_float32, narrow_tensors
 from fisher_vmap.model.wrappers import hooks_off

@@ -101,6 +101,14 @@ class StructureChanged(Exception):
     """The model behaved differently from when it was probed; another form of the kernel must be used."""
 
 
+class KeptKeys(NamedTuple):
+    """The keys and values, [B, G, T, E] each, that an attention module made of all rows."""
+
+    module: nn.Module
+    keys: Tensor
+    values: Tensor
+
+
 class BlockCall(NamedTuple):
     """One call of a decoder block: everything needed to replay it.
 
@@ -111,6 +119,7 @@ class BlockCall(NamedTuple):
         args: the positional arguments.
         kwargs: the keyword arguments.
         kept: results of the block's forward kept for its pullback; empty if none.
+        keys: those of each attention call of the block, kept if only some rows are pulled back; else empty.
     """
 
     name: str
@@ -119,6 +128,7 @@ class BlockCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     kept: list[Any]
+    keys: list[KeptKeys]
 
     def replay(self, hidden: Tensor) -> Tensor:
         """The block's output residual stream for another input residual stream, with all else as recorded."""
@@ -304,7 +314,7 @@ def record(
                 args, kwargs = with_hidden(args, kwargs, hidden.new_empty(0, 0))  # replays insert their own
                 copy = hidden.clone() if narrow_to is None else hidden.to(narrow_to)
                 args, kwargs = map_tensors((args, kwargs), narrow)
-                calls.append(BlockCall(name, module, copy, args, kwargs, []))
+                calls.append(BlockCall(name, module, copy, args, kwargs, [], []))
             seen += 1
 
         return before

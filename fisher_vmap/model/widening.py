@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.model.cache import Remembered
+from fisher_vmap.model.patches import Remembered
 from fisher_vmap.model.recording import hooks
 
 NARROW = (torch.bfloat16, torch.float16)

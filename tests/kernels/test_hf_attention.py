@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "indices", "sparse_indices", "block_indices"])
+@pytest.mark.parametrize("name", ["sinks", "indices", "sparse_indices", "block_indices"])
 def test_what_a_model_hands_to_attention_and_ours_does_not_heed(name):
     """Keys chosen by an index, say, of which no short prompt has too many: no number could tell."""
     from fisher_vmap.kernels.hf_attention import UnsupportedAttention, _attention_forward

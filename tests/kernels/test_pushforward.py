@@ -9,10 +9,17 @@ from torch.func import jacrev, jvp, vjp, vmap
 
 from fisher_vmap.kernels.attention import AttentionKind, attention
 from fisher_vmap.kernels.decoder_block import fused_forward
-from fisher_vmap.kernels.hf_attention import NAME, _attention_forward, against_keys, attention_set_to, prompts_packed
+from fisher_vmap.kernels.hf_attention import (
+    NAME,
+    Among,
+    _attention_forward,
+    attending_among,
+    attention_set_to,
+    prompts_packed,
+)
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward
 from fisher_vmap.model import layout as layout_module
-from fisher_vmap.model.layout import lay_out, pack_rows
+from fisher_vmap.model.layout import first_target, lay_out, narrowed, pack_rows
 
 K, TOLERANCE = 4, 1e-11
 
@@ -74,12 +81,14 @@ def test_prompts_laid_end_to_end_do_not_see_one_another(lengths):
     q, k, v = (x[:1] for x in tensors(6, 2, N, N))
     tangents = tuple(draw(K, *x.shape, seed=20 + i) for i, x in enumerate((q, k, v)))
     last = layout.target_rows(q.device)
+    among = Among.of(layout, layout, None, narrowed(layout, first_target(layout))[0])
     with prompts_packed(layout):
         found = push(lambda q, k, v: _attention_forward(module, q, k, v, None, scaling=SCALE)[0], (q, k, v), tangents)
 
         def last_queries(q, k, v):
-            with against_keys((k, v)):
-                return _attention_forward(module, q[:, :, last], k, v, None, scaling=SCALE)[0]
+            with attending_among(among, live=(k, v)):
+                own = (x[:, :, last] for x in (q, k, v))
+                return _attention_forward(module, *own, None, scaling=SCALE)[0]
 
         found_last = push(last_queries, (q, k, v), tangents)
     for b, (start, stop) in enumerate(layout.ranges()):

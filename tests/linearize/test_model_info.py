@@ -89,6 +89,7 @@ def test_forms_say_what_ran():
         "prompts": "together",
         "rules": "2 of 2 blocks by rule",
         "last_block": "at the last row, in forward and pullback",
+        "rows": "live rows only",
         "audit": "1 of 1 batches compared, and they agreed",
         "precision": "model",
     }

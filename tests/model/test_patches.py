@@ -14,8 +14,7 @@ from torch import nn
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
 from fisher_vmap.linearize.probe import known_of
 from fisher_vmap.model import precision
-from fisher_vmap.model.cache import NAME
-from fisher_vmap.model.patches import innermost, nothing_compiled, own_forwards
+from fisher_vmap.model.patches import NAME, innermost, nothing_compiled, own_forwards
 
 LENGTHS = (9, 4, 7)
 

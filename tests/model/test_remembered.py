@@ -13,7 +13,7 @@ from oracles import plain_scores, relative
 from torch import nn
 
 from fisher_vmap import FisherModel, fisher_full, fisher_scores
-from fisher_vmap.model.cache import NAME, Remembered
+from fisher_vmap.model.patches import NAME, Remembered
 
 LENGTHS = (6, 3)
 
