@@ -1,17 +1,4 @@
-"""A model without its weights: its layers, the operations of a run, and the memory of a batch, from shapes alone.
-
-The operations are the matrix products that a run cannot avoid, for real tokens only:
-
-* one forward pass through every block; of the last block, only keys and values at every position, and the rest at the
-  last position of each prompt;
-* one pullback of each vector through each block above the hook, one product per linear layer; the last block as above.
-  A push costs as much as a pullback;
-* attention's products at their causal size, half of T x T: two in the forward pass, four for each vector;
-* the products with the unembedding: one in the forward pass, and one that serves all cotangents of estimator topk.
-
-Recomputation and everything that is not a matrix product are left out. Of a mixture of experts, a token counts only for
-the experts that it is routed to.
-"""
+"""A model without its weights: its layers and the memory of a batch, from shapes alone."""
 
 from __future__ import annotations
 
@@ -21,10 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.linearize.blockwise import pull_memory, widths_of
 from fisher_vmap.load.adapters import base_of, find_adapter
 from fisher_vmap.load.source import explained, quiet_progress
@@ -33,9 +19,6 @@ from fisher_vmap.model.recording import hooks, output_of
 
 if TYPE_CHECKING:
     from fisher_vmap.run.settings import Settings
-
-ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
-FUSED_INPUTS = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")  # the same in one with the queries
 
 
 class Skeleton(NamedTuple):
@@ -142,153 +125,6 @@ def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
         except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it reads numbers in its forward pass
             return dict.fromkeys(names, width)
     return widths
-
-
-class Shape(NamedTuple):
-    """`batch` products [rows, inner] x [inner, columns]."""
-
-    batch: int
-    rows: int
-    inner: int
-    columns: int
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.batch * self.rows * self.inner * self.columns
-
-
-class Product(NamedTuple):
-    """One product: what it is for, its shape, and the weight on its right-hand side (None: activations)."""
-
-    kind: str
-    shape: Shape
-    weight: Tensor | None
-
-
-class Work(NamedTuple):
-    """How many vectors go through the blocks above the lowest hook for each prompt."""
-
-    shared: int
-    """Pulled back once for all hooked layers: K of estimator topk."""
-    of_each_layer: int = 0
-    """Pushed or pulled for each hooked layer separately, as estimator full does."""
-    head: int = 1
-    """Products with the unembedding besides the forward one."""
-
-
-def work_of(settings: Settings) -> Work:
-    """How many vectors the estimator sends through the network for each prompt."""
-    if settings.estimator == "topk":
-        samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
-        return Work(shared=settings.top_k_tokens + samples)
-    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
-    return work_of_full(settings.num_singular_values + settings.oversampling, settings.passes, samples)
-
-
-def work_of_full(vectors: int, passes: int, samples: int) -> Work:
-    """The same of estimator full with this many vectors, rounds of push and pull, and trace samples."""
-    return Work(vectors + samples, 2 * passes * vectors, 1 + 2 * passes * vectors)
-
-
-def unavoidable(
-    model: Any, blocks: Sequence[nn.Module], lengths: Sequence[int], hooks: Sequence[int], work: Work
-) -> list[Product]:
-    """The products of a run, in order.
-
-    Args:
-        model: a causal LM, with or without its weights (on the meta device).
-        blocks: its decoder blocks.
-        lengths: the number of real tokens of each prompt.
-        hooks: the numbers of the hooked blocks; -1: below all of them.
-        work: the vectors.
-    """
-    config = model.config.get_text_config()
-    B, M, top = len(lengths), sum(lengths), len(blocks) - 1
-    heads = getattr(config, "num_attention_heads", None)
-    products: list[Product] = []
-
-    def through(number: int, vectors: int, kind: str) -> None:
-        block, many = blocks[number], max(vectors, 1)
-        for name, weight, share in _matrices(block, config):
-            everywhere = number < top or name.endswith(_everywhere(block))
-            rows = many * (max(1, int(M * share)) if everywhere else B)
-            out, inner = weight.shape[-2:]
-            experts = int(weight.numel() // (out * inner))
-            usable = (weight if vectors else weight.T) if experts == 1 else None
-            shape = Shape(1, rows * experts, *((out, inner) if vectors else (inner, out)))
-            products.append(Product(f"{kind}, linear layers", shape, usable))
-        if not isinstance(heads, int):
-            return  # no attention: what replaces it has no large products
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        for T in lengths:
-            shapes = _attention(T, heads, groups, _head_width(block, config), vectors, last_query=number == top)
-            products.extend(Product(f"{kind}, attention", shape, None) for shape in shapes)
-
-    for number in range(len(blocks)):
-        through(number, 0, "forward")
-    unembedding = model.get_output_embeddings().weight
-    V, D = unembedding.shape
-    products.append(Product("head", Shape(1, B, D, V), unembedding.T))
-    products += [Product("head", Shape(1, B, V, D), unembedding)] * work.head
-    for number in range(top, min(hooks), -1):
-        through(number, work.shared, "pullback")
-    for hook in hooks if work.of_each_layer else ():
-        for number in range(top, hook, -1):
-            through(number, work.of_each_layer, "of each layer")
-    return products
-
-
-def _matrices(block: nn.Module, config: Any) -> list[tuple[str, Tensor, float]]:
-    """Each weight matrix as [out, in] with its name and the share of the tokens that it is applied to."""
-    modules = dict(block.named_modules())
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((value for name in names if (value := getattr(config, name, None))), chosen)
-    routed = min(1.0, float(chosen) / float(experts))
-    found = []
-    for name, weight in block.named_parameters():
-        owner, _, _ = name.rpartition(".")
-        module = modules.get(owner)
-        if weight.dim() == 2 and not isinstance(module, nn.Embedding):
-            # transformers' Conv1D, GPT-2's linear layer, stores its weight transposed.
-            matrix = weight.T if type(module).__name__ == "Conv1D" else weight
-            found.append((owner, matrix, routed if ".experts." in f".{name}" else 1.0))
-        elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
-            found.append((owner, weight, routed))
-    return found
-
-
-def _everywhere(block: nn.Module) -> tuple[str, ...]:
-    """Name endings of the last block's layers that run on all positions; ("",), which is all, if none is known."""
-    names = [name for name, _ in block.named_modules()]
-    known = tuple(end for end in (*ATTENTION_INPUTS, *FUSED_INPUTS) if any(name.endswith(end) for name in names))
-    return known or ("",)
-
-
-def _head_width(block: nn.Module, config: Any) -> int:
-    heads = config.num_attention_heads
-    for name, module in block.named_modules():
-        if name.endswith("q_proj") and isinstance(module, nn.Linear):
-            return int(module.out_features // heads)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-
-def _attention(T: int, heads: int, groups: int, E: int, K: int, *, last_query: bool) -> list[Shape]:
-    """Attention's products: the forward pass for K = 0, else the pullback of K vectors.
-
-    `Q` is the number of queries: the last one alone, or half of T for the causal half of T x T. Query heads that share
-    keys, and vectors, are folded into the rows.
-    """
-    shared, Q = heads // groups, 1 if last_query else (T + 1) // 2
-    if K == 0:
-        return [Shape(groups, shared * Q, E, T), Shape(groups, shared * Q, T, E)]  # Q K^T, P V
-    return [
-        Shape(groups, K * shared * Q, E, T),  # dP = dO V^T
-        Shape(groups, K * shared * Q, T, E),  # dQ = dS K
-        Shape(heads, T, Q, K * E),  # dV = P^T dO
-        Shape(heads, K * T, Q, E),  # dK = dS^T Q
-    ]
 
 
 class BatchMemory(NamedTuple):
