@@ -140,7 +140,7 @@ SHAPES: dict[str, Shape] = {
         {name: value for name, value in _SMALL.items() if name != "num_key_value_heads"},
     ),
     "gpt2": Shape(
-        "GPT-2 small",
+        "GPT-2",
         "GPT2Config",
         {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50_257, "n_positions": 1024},
         {"n_embd": 64, "n_head": 4, "vocab_size": 521, "n_positions": 256}
