@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import sweep
 from benchmarks.agreement import assert_float32_agreement, assert_same_log_probs
@@ -19,6 +18,8 @@ from benchmarks.baselines import bare_forward, careful_loop, padded_left
 from benchmarks.package_job import package_loop
 from benchmarks.todays_shapes import SHAPES, todays_shape, unequal
 from benchmarks.workloads import last_of, middle
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
