@@ -1,6 +1,6 @@
 """Time over the floor: the kernel beside the matrix products that its job cannot avoid, on this machine, in one run.
 
-What cannot be avoided is counted by `fisher_vmap.run.products`. The floor is the time that these products
+What cannot be avoided is counted by `fisher_vmap.run.plan_model`. The floor is the time that these products
 take when they are run one after another with nothing between them, in the model's dtype and at the job's own shapes,
 by turns with the kernel. Beside it stands the time at the machine's best rate, which no shape of the job may reach.
 """
@@ -19,7 +19,7 @@ from benchmarks.package_job import package_loop
 from benchmarks.timing import by_turns, machine, once
 from benchmarks.workloads import Batch, Workload, chat, qwen2_shape, smollm2, uniform
 from fisher_vmap.model.layers import decoder_blocks
-from fisher_vmap.run.products import Shape, Work, unavoidable
+from fisher_vmap.run.plan_model import Shape, Work, unavoidable
 
 SQUARE = 2048  # side of the square product that shows the machine's best rate
 

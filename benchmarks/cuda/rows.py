@@ -22,8 +22,7 @@ from fisher_vmap import compress, fisher_full
 from fisher_vmap.decomposition import LowRank
 from fisher_vmap.estimators import EstimatorOptions
 from fisher_vmap.model.layers import decoder_blocks
-from fisher_vmap.run.plan_model import Skeleton, batch_memory
-from fisher_vmap.run.products import Product, Work, unavoidable, work_of_full
+from fisher_vmap.run.plan_model import Product, Skeleton, Work, batch_memory, unavoidable, work_of_full
 
 MOST_ROUNDS, SMALL_ROUNDS = 5, 2
 MOST_SECONDS = 30.0  # of a row's rounds

@@ -9,6 +9,5 @@ bar         the progress bar
 ray         the driver of a run on a Ray cluster
 ray_worker  its workers
 plan        `--plan`, what a run will take
-plan_model  the layers and the memory of a model, from its shapes
-products    the matrix products that a run cannot avoid, from shapes
+plan_model  the operations and memory of a model, from its shapes
 """

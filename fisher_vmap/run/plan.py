@@ -39,8 +39,7 @@ from fisher_vmap.run.open import (
     prepare,
     source_of,
 )
-from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skeleton_of
-from fisher_vmap.run.products import unavoidable, work_of
+from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skeleton_of, unavoidable, work_of
 from fisher_vmap.run.settings import Settings
 
 MOST_TOKENISED = 2048  # prompts of the sample
@@ -394,6 +393,8 @@ def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[
 
 
 def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.2g} s"
     if hours < 2:
-        return f"{3600 * hours:.2g} s" if hours < 1 / 60 else f"{60 * hours:.3g} min"
+        return f"{60 * hours:.3g} min"
     return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.3g} days"

@@ -14,8 +14,7 @@ from fisher_vmap.model.precision import Rates
 from fisher_vmap.run.__main__ import main
 from fisher_vmap.run.cli_args import load_settings
 from fisher_vmap.run.plan import plan, planned, readable
-from fisher_vmap.run.plan_model import skeleton_of
-from fisher_vmap.run.products import Work, unavoidable
+from fisher_vmap.run.plan_model import Work, skeleton_of, unavoidable
 
 PROMPTS = [*texts(61), "", "x" * 300]
 

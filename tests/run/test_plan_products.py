@@ -7,7 +7,7 @@ from models import tiny
 from torch import nn
 
 from fisher_vmap.model.layers import decoder_blocks
-from fisher_vmap.run.products import Attended, Work, unavoidable
+from fisher_vmap.run.plan_model import Work, attended, unavoidable
 
 K, HOOK, LENGTHS = 5, 1, [6, 10]
 SIZES = {
@@ -101,10 +101,9 @@ def test_experts_in_a_list_take_the_routed_tokens_among_them():
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 40])
 def test_a_window_leaves_as_many_pairs_as_queries_see(tokens, window):
     pairs = sum(min(i + 1, window or tokens) for i in range(tokens))
-    size = Attended(tokens, window, last_query=False)
-    assert 0 <= pairs - size.queries * size.keys < size.keys
-    last = Attended(tokens, window, last_query=True)
-    assert last.queries * last.keys == min(tokens, window or tokens)
+    queries, keys = attended(tokens, window, last_query=False)
+    assert 0 <= pairs - queries * keys < keys
+    assert attended(tokens, window, last_query=True) == (1, min(tokens, window or tokens))
 
 
 def test_a_block_that_slides_counts_fewer_pairs():
