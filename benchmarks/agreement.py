@@ -13,6 +13,7 @@ FLOAT32_BUDGET = 1e-3
 # bfloat16 rounds on the way down through the blocks, each way of computing in its own manner. Ours may be no further
 # from float32 than the loop is, but for this much: the distances of a few prompts are themselves a matter of luck.
 BFLOAT16_FACTOR, BFLOAT16_SLACK = 1.5, 0.02
+BFLOAT16_LOG_PROBS = 0.05  # of another prompt they differ by 0.2 and more
 
 
 def distances(found: Loop, expected: Loop) -> Tensor:
@@ -48,6 +49,19 @@ def assert_bfloat16_agreement(found: Loop, careful: Loop, truth: Loop) -> tuple[
     limit = BFLOAT16_FACTOR * loops + BFLOAT16_SLACK
     assert ours <= limit, f"scores are {ours:.3f} from float32, the loop's {loops:.3f}; expected at most {limit:.3f}"
     return ours, loops
+
+
+def assert_same_log_probs(logits_BV: Tensor, scores: Loop) -> float:
+    """The largest relative distance of any prompt's log p from what these logits give for the same tokens.
+
+    Raises:
+        AssertionError: it is above the budget of the logits' dtype.
+    """
+    log_p_BK = logits_BV.float().log_softmax(-1).gather(1, scores.token_ids)
+    worst = float(((log_p_BK - scores.log_probs).norm(dim=1) / scores.log_probs.norm(dim=1)).max())
+    budget = FLOAT32_BUDGET if logits_BV.dtype == torch.float32 else BFLOAT16_LOG_PROBS
+    assert worst <= budget, f"log p differs by {worst:.1e} from the forward pass's; expected at most {budget:.0e}"
+    return worst
 
 
 def float32_truth(model: Any, batch: Batch, layer: str, token_ids: Tensor, where: Tensor | None = None) -> Loop:

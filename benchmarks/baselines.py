@@ -9,6 +9,7 @@ was kept.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -138,6 +139,29 @@ def last_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     ):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits
+
+
+def bare_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, V]: the last token's logits by a forward pass as transformers runs it: padded, with the mask, no gradients.
+
+    The padding stands on the left, as transformers has it for generation: the last column is every prompt's last token,
+    and it alone is unembedded where the model can leave the others out.
+    """
+    leave_out = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits: Tensor = model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, **leave_out
+        ).logits
+    return logits[:, -1]
+
+
+def padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same prompts with their padding on the left, for `bare_forward`."""
+    empty_B = (attention_mask == 0).sum(1).tolist()
+    rows = zip(input_ids, attention_mask, empty_B, strict=True)
+    moved = [(ids.roll(n), mask.roll(n)) for ids, mask, n in rows]
+    return torch.stack([ids for ids, _ in moved]), torch.stack([mask for _, mask in moved])
 
 
 def _width(model: Any) -> int:

@@ -56,7 +56,17 @@ class Line(NamedTuple):
     asked: Asked
     ratio: Ratio
 
+    def text(self, row: str) -> str:
+        """The line under `HEADING`."""
+        verdict = {True: "", False: "  <- not met", None: ""}[self.asked.met(self.ratio.median)]
+        return f"{row:16} {self.what:44} {self.asked!s:14} {self.ratio}{verdict}"
 
+    def stored(self) -> dict[str, Any]:
+        """The line for a JSON file."""
+        return {"what": self.what, "asked": str(self.asked), "measured": self.ratio._asdict()}
+
+
+HEADING = f"{'row':16} {'ratio':44} {'asked':14} measured: median of rounds (extremes)"
 Outcome = tuple[list[Line], dict[str, Any]]
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks import peak_memory, roofline
-from benchmarks.claims import RANK, TOP_K, Asked, Choices, Line, Outcome
-from benchmarks.loop_rows import compiled_loop_row, heavy_tail_row, qwen_row, smollm2_row
+from benchmarks.claims import HEADING, RANK, TOP_K, Asked, Choices, Line, Outcome
+from benchmarks.loop_rows import compiled_loop_row, heavy_tail_row, last_position_row, qwen_row, smollm2_row
 from benchmarks.timing import Ratio, by_turns, machine
 from benchmarks.workloads import smollm2_file, uniform
 from fisher_vmap import FisherModel
@@ -81,6 +81,7 @@ ROWS: dict[str, Callable[[Choices], Outcome]] = {
     "smollm2-layer29": partial(smollm2_row, 29, Asked(True, 1.2), Asked(True, 30)),
     "compiled-loop": compiled_loop_row,
     "qwen-8-layers": qwen_row,
+    "last-position": partial(last_position_row, Asked(True, 5), Asked(False, 1.35)),
     "floor": floor_row,
     "all-layers": all_layers_row,
     "heavy-tail": heavy_tail_row,
@@ -104,7 +105,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     choices = Choices(args.device, args.rounds, args.mixed, args.precision)
     written: dict[str, Any] = {"machine": machine(), "choices": choices._asdict(), "rows": {}}
-    print(f"{'row':16} {'ratio':44} {'asked':14} measured: median of rounds (extremes)")
+    print(HEADING)
     for name in args.rows:
         try:
             lines, record = ROWS[name](choices)
@@ -112,13 +113,8 @@ def main() -> None:
             print(f"{name:16} left out: {error}", file=sys.stderr)
             continue
         for line in lines:
-            verdict = {True: "", False: "  <- not met", None: ""}[line.asked.met(line.ratio.median)]
-            print(f"{name:16} {line.what:44} {line.asked!s:14} {line.ratio}{verdict}", flush=True)
-        written["rows"][name] = record | {
-            "ratios": [
-                {"what": line.what, "asked": str(line.asked), "measured": line.ratio._asdict()} for line in lines
-            ]
-        }
+            print(line.text(name), flush=True)
+        written["rows"][name] = record | {"ratios": [line.stored() for line in lines]}
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(written, indent=1) + "\n")

@@ -1,24 +1,31 @@
 """Rows of `benchmarks.compare` that time the whole job by the package and by loops of backward passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.agreement import agreement
-from benchmarks.baselines import careful_pipeline, plain_pipeline, with_compiled_blocks
+from benchmarks.agreement import agreement, assert_same_log_probs
+from benchmarks.baselines import (
+    bare_forward,
+    careful_loop,
+    careful_pipeline,
+    padded_left,
+    plain_pipeline,
+    with_compiled_blocks,
+)
 from benchmarks.claims import RANK, TOP_K, Asked, Choices, Line, Outcome
-from benchmarks.package_job import package_pipeline, package_run
-from benchmarks.timing import by_turns
-from benchmarks.workloads import Batch, Workload, heavy_tail, padded, uniform
+from benchmarks.package_job import package_loop, package_pipeline, package_run
+from benchmarks.timing import Timed, by_turns
+from benchmarks.workloads import Batch, Workload, heavy_tail, last_of, padded, uniform
 from fisher_vmap import FisherModel
 
 ARRIVAL_BATCH = 8
 
 
-def _against_loops(
-    workload: Workload, batch: Batch, number: int, choices: Choices, careful: Asked, plain: Asked | None
+def against_loops(
+    workload: Workload, batch: Batch, number: int, rounds: int, careful: Asked, plain: Asked | None
 ) -> Outcome:
     """The whole job, from token ids to rank-10 matrices: by the package and by one or both of the loops."""
     model, layer = workload.model, workload.layer(number)
@@ -28,7 +35,7 @@ def _against_loops(
     }
     if plain is not None:
         functions["plain"] = partial(plain_pipeline, model, *batch, layer, TOP_K, RANK)
-    timed = by_turns(functions, choices.rounds)
+    timed = by_turns(functions, rounds)
     lines = [Line("careful / ours", careful, timed.ratio("careful", "ours"))]
     if plain is not None:
         lines.insert(0, Line("plain / ours", plain, timed.ratio("plain", "ours")))
@@ -47,7 +54,7 @@ def _against_loops(
 def smollm2_row(number: int, careful: Asked, plain: Asked | None, choices: Choices) -> Outcome:
     """SmolLM2 and eight chat prompts."""
     workload = choices.smollm2()
-    return _against_loops(workload, choices.chat(workload), number, choices, careful, plain)
+    return against_loops(workload, choices.chat(workload), number, choices.rounds, careful, plain)
 
 
 def compiled_loop_row(choices: Choices) -> Outcome:
@@ -69,7 +76,55 @@ def compiled_loop_row(choices: Choices) -> Outcome:
 def qwen_row(choices: Choices) -> Outcome:
     """A model whose products are so large that a loop on a CPU already runs at the products' own speed."""
     workload = choices.qwen()
-    return _against_loops(workload, uniform(workload, 8, 64), 3, choices, Asked(True, 1.1), None)
+    return against_loops(workload, uniform(workload, 8, 64), 3, choices.rounds, Asked(True, 1.1), None)
+
+
+def last_position_row(over_last: Asked, over_forward: Asked, choices: Choices) -> Outcome:
+    """SmolLM2 and eight prompts of 64 tokens: the last position alone, beside all and beside a forward pass."""
+    workload = choices.smollm2()
+    batch = uniform(workload, 8, 64)
+    timed, record = against_forward(workload, batch, {"all": (15, "all"), "last": (15, "last")}, choices.rounds)
+    lines = [
+        Line("all / last", over_last, timed.ratio("all", "last")),
+        Line("last / bare forward", over_forward, timed.ratio("last", "forward")),
+    ]
+    return lines, record
+
+
+def against_forward(
+    workload: Workload, batch: Batch, jobs: Mapping[str, tuple[int, str]], rounds: int
+) -> tuple[Timed, dict[str, Any]]:
+    """The package's scores of some blocks and positions by turns with a forward pass; all are checked afterwards.
+
+    Args:
+        workload, batch: the model and its prompts.
+        jobs: for each name in the result, the number of the hooked block and where the bias is added.
+        rounds: as of `by_turns`.
+    """
+    model, left = workload.model, padded_left(*batch)
+    functions: dict[str, Callable[[], Any]] = {"forward": partial(bare_forward, model, *left)}
+    for name, (number, positions) in jobs.items():
+        functions[name] = partial(package_loop, model, batch, workload.layer(number), TOP_K, positions=positions)
+    timed = by_turns(functions, rounds)
+    agreements: dict[str, Any] = {}
+    for name, (number, positions) in jobs.items():
+        layer, where = workload.layer(number), None if positions == "all" else last_of(batch)
+        careful, found = careful_loop(model, *batch, layer, TOP_K, where=where), timed.outputs[name]
+        agreements[name] = agreement(model, batch, layer, {name: found}, careful, where) | {
+            "log p, largest distance from the forward's": assert_same_log_probs(timed.outputs["forward"], found)
+        }
+    record = {
+        "model": workload.name,
+        "precision": workload.precision.stored(),
+        "jobs": {
+            name: {"layer": workload.layer(number), "positions": positions}
+            for name, (number, positions) in jobs.items()
+        },
+        "batch": batch.describe(),
+        "seconds": timed.seconds,
+        "agreement": agreements,
+    }
+    return timed, record
 
 
 def heavy_tail_row(choices: Choices) -> Outcome:

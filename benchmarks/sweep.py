@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -21,7 +21,8 @@ from benchmarks.agreement import distances
 from benchmarks.baselines import Loop, careful_loop, plain_loop
 from benchmarks.package_job import package_loop
 from benchmarks.timing import by_turns, machine, once
-from benchmarks.workloads import Batch, Workload, qwen2_shape, small_llama, smollm2, uniform
+from benchmarks.todays_shapes import SHAPES, todays_shape
+from benchmarks.workloads import Batch, Workload, middle, qwen2_shape, small_llama, smollm2, uniform
 from fisher_vmap import fisher_scores
 
 WAYS = ("package", "careful", "layerwise", "whole", "loop", "plain")
@@ -41,7 +42,7 @@ class Cell(NamedTuple):
 
 def cells(blocks: int) -> Iterator[Cell]:
     """The cells, the axes by turns, each from small to large."""
-    centre = Cell("centre", prompts=8, tokens=64, top_k=10, layer=blocks // 2)
+    centre = Cell("centre", prompts=8, tokens=64, top_k=10, layer=middle(blocks))
     axes = [
         [centre._replace(axis="batch", prompts=n) for n in (1, 2, 4, 16, 32)],
         [
@@ -87,12 +88,16 @@ class Costs:
         return cell.prompts * cell.tokens * (self._blocks + passes * (self._blocks - cell.layer))
 
 
-def measure(workload: Workload, cell: Cell, costs: Costs, rounds: int, most: float, left: float) -> dict[str, Any]:
-    """The seconds of every way that is expected to take at most `most` a call and to fit into the time left."""
+def measure(
+    workload: Workload, cell: Cell, costs: Costs, asked: Sequence[str], rounds: int, most: float, left: float
+) -> dict[str, Any]:
+    """The seconds of every way asked for that should take at most `most` a call and fit into the time left."""
     batch = uniform(workload, cell.prompts, cell.tokens)
     chosen, skipped = {}, {}
     began = time.perf_counter()
     for way, function in ways(workload, batch, cell).items():
+        if way not in asked:
+            continue
         expected = costs.expected(way, cell)
         if expected > most or expected * (rounds + 1) > left - (time.perf_counter() - began):
             skipped[way] = f"expected to take {expected:.0f} s a call"
@@ -132,8 +137,10 @@ def _distance(workload: Workload, batch: Batch, cell: Cell, careful: Loop) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
-    models = {"smollm2": smollm2, "qwen2": qwen2_shape, "small": small_llama}
-    parser.add_argument("--model", choices=models, default="smollm2")
+    models: dict[str, Callable[..., Workload]] = {"smollm2": smollm2, "qwen2": qwen2_shape, "small": small_llama}
+    models |= {name: partial(todays_shape, name) for name in SHAPES}
+    parser.add_argument("--model", choices=models, default="smollm2", metavar="NAME", help=", ".join(models))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what is timed (default: all)")
     parser.add_argument("--budget", type=float, default=900, help="seconds after which no cell is begun (default 900)")
     parser.add_argument("--most", type=float, default=15, help="seconds that one call may take (default 15)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -151,6 +158,9 @@ def main() -> None:
     workload = models[args.model](dtype=args.dtype, device=args.device, precision=args.precision)
     costs, began = Costs(workload.blocks), time.perf_counter()
     todo = [cell for cell in cells(workload.blocks) if not args.axes or cell.axis in (*args.axes, "centre")]
+    positions = workload.model.config.max_position_embeddings
+    too_long = [cell for cell in todo if cell.tokens > positions]
+    todo = [cell for cell in todo if cell not in too_long]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w") as out:
         out.write(
@@ -160,6 +170,9 @@ def main() -> None:
                     "model": workload.name,
                     "dtype": args.dtype,
                     "precision": workload.precision.stored(),
+                    "ways": args.ways,
+                    "positions": positions,
+                    "too_long": [cell._asdict() for cell in too_long],
                 }
             )
             + "\n"
@@ -170,7 +183,7 @@ def main() -> None:
                 out.write(json.dumps({"not_begun": [cell._asdict() for cell in todo[number:]]}) + "\n")
                 print(f"the time limit left {len(todo) - number} cells undone")
                 break
-            record = measure(workload, cell, costs, args.rounds, args.most, left)
+            record = measure(workload, cell, costs, args.ways, args.rounds, args.most, left)
             out.write(json.dumps(record) + "\n")
             out.flush()
             print(_line(record), flush=True)

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fisher_vmap.load.model import choose_device, load_model
+from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.model.precision import Precision, choose_precision
 from fisher_vmap.model.widening import widen_for_good
 
 FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight filled with this period are equal
+DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
 
 
 class Workload(NamedTuple):
@@ -35,7 +38,7 @@ class Workload(NamedTuple):
 
     def layer(self, number: int) -> str:
         """The name of a decoder block; negative numbers count from the top."""
-        return f"model.layers.{range(self.blocks)[number]}"
+        return list(decoder_blocks(self.model))[number]
 
 
 class Batch(NamedTuple):
@@ -120,25 +123,30 @@ def random_workload(name: str, config: Any, dtype: str, device: str, precision: 
     return Workload(name, model, None, chosen)
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves memory as it is where torch would draw random numbers into it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function in DRAWS else function(*args, **(kwargs or {}))
+
+
 def random_model(config: Any, dtype: str, device: str) -> Any:
-    """A causal LM with random weights, made without torch's own (slow) initialisation of every weight."""
+    """A causal LM with random weights, made without torch's own (slow) initialisation of every weight.
+
+    Matrices are filled and biases are zero; norms, and buffers that are computed and not stored, are as their classes
+    make them.
+    """
     from transformers import AutoModelForCausalLM
 
     place = choose_device(device)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.to_empty(device=place)
-    model.tie_weights()
-    # A buffer that is computed and not stored does not survive the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
+    with place, _NothingDrawn():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(place)
     pattern = torch.randn(FILL_PERIOD, generator=torch.Generator().manual_seed(0)).to(place, model.dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.zero_()
-            else:
+            elif parameter.dim() >= 2:
                 for piece in parameter.view(-1).split(FILL_PERIOD):
                     torch.mul(pattern[: len(piece)], config.initializer_range, out=piece)
     return model.eval().requires_grad_(False)
@@ -183,6 +191,17 @@ def heavy_tail(workload: Workload, prompts: int = 128) -> list[list[int]]:
     endless = text + text[:1024]
     starts = (97 * i % len(text) for i in range(prompts))
     return [endless[start : start + n] for start, n in zip(starts, drawn.tolist(), strict=True)]
+
+
+def last_of(batch: Batch) -> Tensor:
+    """[B, T]: true at every prompt's last token."""
+    columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return columns == batch.attention_mask.sum(1, keepdim=True) - 1
+
+
+def middle(blocks: int) -> int:
+    """The block that stands for the middle: half of the blocks above it, and two at least."""
+    return max(0, min(blocks // 2, blocks - 3))
 
 
 def padded(prompts: list[list[int]], device: torch.device) -> Batch:

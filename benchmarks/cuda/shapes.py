@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda.session import free
-from benchmarks.workloads import Batch, Workload, padded, random_workload
+from benchmarks.workloads import Batch, Workload, last_of, padded, random_workload
 
 
 class Row(NamedTuple):
@@ -56,10 +56,7 @@ class Row(NamedTuple):
 
     def where(self, batch: Batch) -> Tensor | None:
         """[B, T]: where the loops add their bias; None: everywhere."""
-        if self.positions == "all":
-            return None
-        columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-        return columns == batch.attention_mask.sum(1, keepdim=True) - 1
+        return None if self.positions == "all" else last_of(batch)
 
 
 _SMALL = {

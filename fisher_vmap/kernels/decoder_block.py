@@ -1,271 +1,349 @@
-"""`BlockRule`: the pullback of a whole decoder block, two residual steps, from results of the block's forward.
+"""`BlockRule`: the pullback of a whole decoder block, put together from the pullbacks of its parts.
 
-    y = x + post(attention(pre(x)))        z = y + post(mlp(pre(y)))
+    y = x + s post(f(pre(x)))                          one branch after another,
+    z = x + s post(f(pre(x))) + s post'(f'(pre'(x)))   or several side by side,
 
-with a rotary attention and a gated MLP, and norms before them, after them, or both, all of kinds that have a pullback
-in this folder. Autograd is not needed: the cotangents are one tensor, [N, K, D], each step adds its part in place, and
-intermediate results pass through memory that stays in cache.
+with norms before a branch, after it, both or none, and s a factor of the block. The branches are attention, MLPs and
+mixtures of experts with a pullback in this folder; another branch is pulled back by `vmap`, it alone. The cotangents
+are one tensor, [N, K, D], each branch adds its part in place, and intermediate results pass through memory that stays
+in cache.
 
-A block is run by a rule only if it returned the same as the rule, to the bit, on tokens of the run. Then results of its
-forward are kept for the pullback while there is room.
+How a block is made is found by values, on tokens of the run: what each module received and returned, and which sums
+are equal to what went on, to the bit. A wrong step could be small relative to the residual stream. The pullback of each
+part is compared with autograd there. The block's forward stays its own; results that the pullback needs are kept while
+there is room.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.kernels.attention_rule import AttentionRule, Facts, find_attention
 from fisher_vmap.kernels.autograd import Scratch, stretches
-from fisher_vmap.kernels.hf_attention import Packed, packed_now
-from fisher_vmap.kernels.modules import (
-    MlpParts,
-    NormKind,
-    NormRows,
-    fused_gated_mlp,
-    fused_norm,
-    is_gated_mlp,
-    norm_kind,
-    norm_rows,
-    pull_mlp,
-)
-from fisher_vmap.kernels.rotary_attention import (
-    AttentionParts,
-    Heads,
-    RotaryCall,
-    attend,
-    attention_scale,
-    parts_of,
-    pullback_groups,
-    rotary_call,
-)
+from fisher_vmap.kernels.experts import mixture_of
+from fisher_vmap.kernels.hf_attention import Packed, nothing_packed, packed_now
+from fisher_vmap.kernels.mlp import fused_mlp, mlp_of
+from fisher_vmap.kernels.modules import NormRows, NormRule, fused_norm, norm_kind
+from fisher_vmap.kernels.parts import ByAutograd, Part, Pull, Seen, Watched, seeing
+from fisher_vmap.kernels.quantized import is_affine
 from fisher_vmap.model.offload import weights_ready
-from fisher_vmap.model.recording import BlockCall, check_primal, hooks, output_of, with_hidden
-from fisher_vmap.model.validation import is_out_of_memory
+from fisher_vmap.model.recording import BlockCall, output_of
 from fisher_vmap.model.wrappers import has_hooks
 
 Forward = Callable[..., Any]
 
-# The places of a block's norms, by their number, in the order in which the block holds them.
-PLACES = {
-    2: (("pre_attention", "pre_mlp"), ("post_attention", "post_mlp")),
-    4: (("pre_attention", "post_attention", "pre_mlp", "post_mlp"),),
-}
 # How many bytes of forward results are kept for the pullback; blocks for which there is no room run again.
 KEPT_BYTES = {"cpu": 3 * 2**25}
 KEPT_SHARE_OF_GPU = 1 / 8  # of its free memory
 # If all blocks' results are more than this many times that, nothing is kept: it would save little time for much memory,
 # which is scarce with long prompts.
 WORTH_KEEPING = 2
+NO_KIND = "it is not an MLP or a mixture of experts of a known kind"
 
 
 def fused_forward(module: nn.Module) -> Forward | None:
-    """The forward with a fused pullback of a norm or gated MLP; None for other modules."""
+    """The forward with a fused pullback of a norm or an MLP; None for other modules."""
     if len(inspect.signature(module.forward).parameters) != 1:  # a second input, such as a gate
         return None
-    if is_gated_mlp(module):
-        return fused_gated_mlp(module)
+    if (fused := fused_mlp(module)) is not None:
+        return fused
     if (kind := norm_kind(module)) is not None:
         return fused_norm(module, kind)
     return None
 
 
-class NormRule(NamedTuple):
-    """A norm of a known kind."""
-
-    module: nn.Module
-    kind: NormKind
-
-    def rows(self, x: Tensor) -> NormRows:
-        """The rows for the pullback at x, [N, 1, D]; the 1 broadcasts to the cotangents."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return norm_rows(x, weight.detach(), self.kind, x.dtype).each(lambda row: row[:, None])
-
-
-class Kept(NamedTuple):
-    """The results of a block's forward that its pullback needs in addition to its input x.
+@dataclass(frozen=True)
+class Branch:
+    """scale * post(part(pre(x))), which a block adds to its residual stream x.
 
     Attributes:
-        attended: [N, D], the input of the norm after the attention; None if there is none.
-        heads: the attention's heads.
-        y: [N, D], the residual stream after the attention.
-        a: [N, M], the output of the MLP's gate.
-        b: [N, M], the output of its up-projection.
-        moved: [N, D], the input of the norm after the MLP; None if there is none.
-        z: [1, N, D], the block's output.
+        name: of the module in the block.
+        part: the attention, the MLP, or a module that `vmap` pulls back.
+        pre: the norm before it; None: none.
+        post: the norm after it; None: none.
+        scale: the factor.
     """
 
-    attended: Tensor | None
-    heads: Heads
-    y: Tensor
-    a: Tensor
-    b: Tensor
-    moved: Tensor | None
-    z: Tensor
+    name: str
+    part: AttentionRule | Part
+    pre: NormRule | None
+    post: NormRule | None
+    scale: float
 
-    def bytes(self) -> int:
-        """The memory of these results, without what exists anyway: the output and the rotary embedding."""
-        heads, own = self.heads, (self.attended, self.y, self.a, self.b, self.moved)
-        return sum(t.numel() * t.element_size() for t in (*own, heads.q, heads.k, heads.v) if t is not None)
+    def watched(self, first: bool) -> Watched:
+        """What its pullback needs; the input of the first norms is that of the block."""
+        norms = [None if first else self.pre, self.post]
+        own = Watched(inputs=tuple(norm.module for norm in norms if norm is not None))
+        return Watched.all_of([own, self.part.watched()])
+
+    def ends(self, packed: Packed, rows: int, device: torch.device) -> Sequence[int]:
+        """Where a stretch of positions may end."""
+        if isinstance(self.part, AttentionRule):
+            return self.part.ends(packed, rows, device)
+        return [rows] if isinstance(self.part, ByAutograd) else range(1, rows + 1)
+
+    def pull_from(self, seen: Seen, packed: Packed, scratch: Scratch) -> Pull:
+        """The pullback of post and part; the cotangents of pre's output, with the factor."""
+        if isinstance(self.part, AttentionRule):
+            inner = self.part.pull_from(seen, scratch, packed)
+        else:
+            inner = self.part.pull_from(seen, scratch)
+        post = None if self.post is None else self.post.rows(seen.inputs[self.post.module])
+
+        def pull(g: Tensor, a: int, z: int) -> Tensor:
+            below = inner(g if post is None else post.at(a, z).pull(g, scratch, "step"), a, z)
+            return below if self.scale == 1 else below.mul_(self.scale)
+
+        return pull
 
 
 @dataclass(frozen=True)
 class BlockRule:
-    """The parts of a block, and its pullback by them.
+    """The steps of a block, each of branches side by side, and its pullback by them."""
 
-    Attributes:
-        norms: the norms by place; the places are one entry of `PLACES`.
-        attention: the attention module.
-        projections: the projections of the attention module.
-        mlp: the gated MLP.
-    """
+    steps: tuple[tuple[Branch, ...], ...]
 
-    norms: Mapping[str, NormRule]
-    attention: nn.Module
-    projections: AttentionParts
-    mlp: nn.Module
+    def watched(self) -> Watched:
+        """What the pullback needs of the forward."""
+        return Watched.all_of([b.watched(first=i == 0) for i, step in enumerate(self.steps) for b in step])
+
+    def by_autograd(self) -> dict[str, str]:
+        """The branches that `vmap` pulls back, and why."""
+        parts = [(branch.name, branch.part) for step in self.steps for branch in step]
+        return {name: part.why for name, part in parts if isinstance(part, ByAutograd)}
 
     @property
-    def scale(self) -> float:
-        """The factor of the attention scores, as it is now."""
-        scale = attention_scale(self.attention)
-        assert scale is not None
-        return scale
+    def mixes_by_autograd(self) -> bool:
+        """Whether positions interact in a branch that `vmap` pulls back."""
+        return any(isinstance(b.part, ByAutograd) and b.part.mixes for step in self.steps for b in step)
 
-    def forward(self, call: RotaryCall) -> tuple[Tensor, Kept]:
-        """The block's output, [1, N, D], and the results that the pullback needs."""
-        step, heads = attend(call._replace(x=self._norm("pre_attention", call.x)), self.projections, self.scale)
-        attended = step[0] if "post_attention" in self.norms else None
-        y = call.x + self._norm("post_attention", step)
-        step, a, b = MlpParts.of(self.mlp).forward(self._norm("pre_mlp", y))
-        moved = step[0] if "post_mlp" in self.norms else None
-        z = y + self._norm("post_mlp", step)
-        return z, Kept(attended, heads, y[0], a[0], b[0], moved, z)
+    def pull(
+        self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, chunk_size: int | None, scratch: Scratch
+    ) -> None:
+        """Turn K cotangents of the block's output into those of its input x, [N, D], in place, [N, K, D].
 
-    def pullback(self, x: Tensor, kept: Kept, cotangents_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
-        """Turn K cotangents of the block's output into those of its input x, [1, N, D], in place, [N, K, D]."""
-        self._pull_mlp(kept, cotangents_NKD, scratch)
-        self._pull_attention(x[0], kept, cotangents_NKD, packed, scratch)
+        `chunk_size` is how many cotangents to take at a time; None: all at once.
+        """
+        K = G_NKD.shape[1]
+        if chunk_size is None or chunk_size >= K:
+            self._pull(x, seen, G_NKD, packed, scratch)
+            return
+        for start in range(0, K, chunk_size):
+            piece = G_NKD[:, start : start + chunk_size].contiguous()
+            self._pull(x, seen, piece, packed, scratch)
+            G_NKD[:, start : start + chunk_size] = piece
 
-    def _norm(self, place: str, x: Tensor) -> Tensor:
-        return self.norms[place].module(x) if place in self.norms else x  # type: ignore[no-any-return]
-
-    def _pull_mlp(self, kept: Kept, G_NKD: Tensor, scratch: Scratch) -> None:
-        parts, norms = MlpParts.of(self.mlp), (self._rows("pre_mlp", kept.y), self._rows("post_mlp", kept.moved))
-        weights = parts.weights()
-        to_gate, to_up = (factor[:, None] for factor in parts.factors(kept.a, kept.b))
-
-        def pull(step: Tensor, a: int, z: int) -> Tensor:
-            return pull_mlp(step, to_gate[a:z], to_up[a:z], weights, scratch)
-
-        _pull_residual(G_NKD, pull, norms, range(1, len(G_NKD) + 1), to_gate.shape[-1], scratch)
-
-    def _pull_attention(self, x: Tensor, kept: Kept, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
-        norms = self._rows("pre_attention", x), self._rows("post_attention", kept.attended)
-        *w_qkv, w_o = self.projections.weights()
-        weights = torch.cat(w_qkv), w_o
-
-        groups = packed.groups_on(G_NKD.device)
-        together = any(group.single is None for group in groups)
-
-        def pull(step: Tensor, a: int, z: int) -> Tensor:
-            inside = [group for group in groups if together or a <= group.first < z]
-            return pullback_groups(step, kept.heads, weights, self.scale, inside, scratch)
-
-        ends = [len(G_NKD)] if together else [stop for _, stop in packed.ranges]
-        _pull_residual(G_NKD, pull, norms, ends, len(weights[0]), scratch)
-
-    def _rows(self, place: str, x: Tensor | None) -> NormRows | None:
-        return None if x is None or place not in self.norms else self.norms[place].rows(x)
+    def _pull(self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
+        for number, step in reversed(list(enumerate(self.steps))):
+            norms = {b.pre: x if number == 0 else seen.inputs[b.pre.module] for b in step if b.pre is not None}
+            rows = {norm: norm.rows(x_ND) for norm, x_ND in norms.items()}
+            pulls = [branch.pull_from(seen, packed, scratch) for branch in step]
+            if len(step) == 1:
+                _pull_alone(step[0], pulls[0], rows, G_NKD, packed, scratch)
+            else:
+                _pull_side_by_side(step, pulls, rows, G_NKD, packed, scratch)
 
 
-def _pull_residual(
-    G_NKD: Tensor,
-    pull: Callable[[Tensor, int, int], Tensor],
-    norms: tuple[NormRows | None, NormRows | None],
-    ends: Sequence[int],
-    width: int,
-    scratch: Scratch,
+def _pull_alone(
+    branch: Branch, pull: Pull, norms: Mapping[NormRule, NormRows], G_NKD: Tensor, packed: Packed, scratch: Scratch
 ) -> None:
-    """Pull cotangents through x + post(f(pre(x))), in place.
-
-    `pull` is the pullback of f for positions [start, stop), `norms` are the rows of pre and post, and `ends` and
-    `width` are as for `stretches`.
-    """
-    pre, post = norms
-    for a, z in stretches(ends, G_NKD.shape[1], width, G_NKD.device):
+    N, K, _ = G_NKD.shape
+    for a, z in stretches(branch.ends(packed, N, G_NKD.device), K, branch.part.width, G_NKD.device):
         g = G_NKD[a:z]
-        step = g if post is None else post.at(a, z).pull(g, scratch, "step")
-        below = pull(step, a, z)
-        if pre is None:
+        below = pull(g, a, z)
+        if branch.pre is None:
             g += below
         else:
-            pre.at(a, z).add_pull(g, below, scratch)
+            norms[branch.pre].at(a, z).add_pull(g, below, scratch)
 
 
-def rules_for(block: nn.Module) -> Iterator[BlockRule]:
-    """The rules that a block may follow, by its parts; to be proven by its output."""
-    children = list(block.children())
-    attentions = [(module, parts) for module in children if (parts := parts_of(module)) is not None]
-    mlps = [module for module in children if is_gated_mlp(module)]
-    norms = [NormRule(module, kind) for module in children if (kind := norm_kind(module)) is not None]
-    if len(attentions) != 1 or len(mlps) != 1 or len(children) != 2 + len(norms) or "forward" in vars(block):
-        return
-    attention, parts = attentions[0]
-    if attention_scale(attention) is None:
-        return
-    if has_hooks(block) or any("forward" in vars(m) for m in block.modules()):
-        return
-    for places in PLACES.get(len(norms), ()):
-        yield BlockRule(dict(zip(places, norms, strict=True)), attention, parts, mlps[0])
-
-
-def why_no_rule(block: nn.Module) -> str:
-    """Why `rules_for` has no rule for a block, in words."""
-    if has_hooks(block):
-        return "it has a hook"
-    if any("forward" in vars(m) for m in block.modules()):
-        return "a forward in it has been replaced"
-    children = list(block.children())
-    if not any(parts_of(module) is not None for module in children):
-        return "its attention is not of the plain rotary kind"
-    if not any(is_gated_mlp(module) for module in children):
-        return "its MLP is not a gated one"
-    return "it has parts other than norms, rotary attention and gated MLP"
+def _pull_side_by_side(
+    step: Sequence[Branch],
+    pulls: Sequence[Pull],
+    norms: Mapping[NormRule, NormRows],
+    G_NKD: Tensor,
+    packed: Packed,
+    scratch: Scratch,
+) -> None:
+    """Every branch is pulled back from the same cotangents before any of them is added."""
+    N, K, D = G_NKD.shape
+    most = max(branch.part.width for branch in step)
+    ends = min((branch.ends(packed, N, G_NKD.device) for branch in step), key=len)
+    for a, z in stretches(ends, K, most, G_NKD.device):
+        sums: dict[NormRule | None, Tensor] = {}
+        for branch, pull in zip(step, pulls, strict=True):
+            new = branch.pre not in sums
+            if new:
+                sums[branch.pre] = scratch(f"branch {len(sums)}", (z - a, K, D), G_NKD)
+            into = sums[branch.pre]
+            whole = isinstance(branch.part, AttentionRule | ByAutograd)
+            inner = [(0, z - a)] if whole else stretches(range(1, z - a + 1), K, branch.part.width, G_NKD.device)
+            for b, y in inner:
+                below = pull(G_NKD[a + b : a + y], a + b, a + y)
+                into[b:y].copy_(below) if new else into[b:y].add_(below)
+        g = G_NKD[a:z]
+        for norm, below in sums.items():
+            if norm is None:
+                g += below
+            else:
+                norms[norm].at(a, z).add_pull(g, below, scratch)
 
 
 Rules = dict[nn.Module, BlockRule]
 
 
-def proven_blocks(candidates: Mapping[nn.Module, list[BlockRule]], run: Callable[[], object]) -> Rules:
-    """For each block the rule that returns the same as the block, on its inputs while `run` runs the model."""
-    right: Rules = {}
+class _Found(NamedTuple):
+    """What runs a branch, and what it adds to the stream before the factor."""
 
-    def compare(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inner = rotary_call(args, kwargs, next(iter(candidates[block])).projections.head)
-        expected = output_of(output)
-        if inner is None or expected is None or not isinstance(output, Tensor):
+    name: str
+    module: nn.Module
+    pre: NormRule | None
+    post: NormRule | None
+    after: Tensor
+
+
+def facts_of(block: nn.Module) -> Facts | str:
+    """What is known of a block's modules before it is watched; or why it has no rule."""
+    if has_hooks(block):
+        return "it has a hook"
+    if any("forward" in vars(m) for m in block.modules()):
+        return "a forward in it has been replaced"
+    inner = [m for m in block.modules() if m is not block]
+    norms = {m: NormRule(m, kind) for m in inner if (kind := norm_kind(m)) is not None}
+    parts = {m: part for m in block.children() if (part := mlp_of(m) or mixture_of(m)) is not None}
+    return Facts(frozenset(m for m in inner if is_affine(m)), norms, parts)
+
+
+def rules_of(blocks: Mapping[str, nn.Module], run: Callable[[], object]) -> tuple[Rules, dict[str, str]]:
+    """The rules of blocks, found and proven while `run` runs the model on packed prompts; why the others have none."""
+    rules: Rules = {}
+    why: dict[str, str] = {}
+    facts: dict[nn.Module, Facts] = {}
+    names = {block: name for name, block in blocks.items()}
+    for name, block in blocks.items():
+        with weights_ready(block), nothing_packed():
+            found = facts_of(block)
+        if isinstance(found, str):
+            why[name] = found
+        else:
+            facts[block] = found
+
+    def end(block: nn.Module, seen: Seen) -> None:
+        packed = packed_now()
+        if packed is None or block in rules:
             return
-        for rule in candidates[block]:
-            try:
-                with weights_ready(block):
-                    found, _ = rule.forward(inner)
-            except (RuntimeError, TypeError, ValueError) as error:  # the parts do not fit this rule
-                if is_out_of_memory(error):
-                    raise
-                continue
-            # To the bit: a wrong step could be small relative to the residual stream.
-            if torch.equal(found, expected):
-                right[block] = rule
-                return
+        with weights_ready(block):
+            rule = _compose(block, seen, facts[block], packed)
+        if isinstance(rule, str):
+            why[names[block]] = rule
+        else:
+            rules[block] = rule
 
-    blocks = [block for block, rules in candidates.items() if rules]
-    with hooks(*(block.register_forward_hook(compare, with_kwargs=True) for block in blocks)):
+    def everything(block: nn.Module) -> Watched:
+        modules = tuple(block.modules())
+        return Watched(modules, modules, modules, modules)
+
+    with seeing({block: everything(block) for block in facts}, lambda _block: Seen(), end):
         run()
-    return right
+    return rules, why
+
+
+def _compose(block: nn.Module, seen: Seen, facts: Facts, packed: Packed) -> BlockRule | str:
+    """The rule of a block from one call in which all its modules were seen; or why it has none."""
+    x, z = seen.inputs.get(block), output_of(seen.outputs[block])
+    if x is None or z is None or x.shape != z.shape or x.shape[0] != 1:
+        return "its output is not like its input"
+    if not seen.unchanged():
+        return "it writes into its tensors"
+    found = _branches(block, seen, facts)
+    if not found:
+        return "no branch was found in it"
+    scales = (1.0, *(value for value in vars(block).values() if type(value) is float))
+    steps, stream, waiting = list[tuple[Branch, ...]](), x, list[_Found]()
+    sources = [seen.inputs[b.module if b.pre is None else b.pre.module] for b in found]
+    for branch, source in [*zip(found, sources, strict=True), (None, z)]:
+        if waiting and (branch is None or not torch.equal(source, stream)):
+            scale = _scale(stream, [b.after for b in waiting], source, scales)
+            if scale is None:
+                return "what it adds to the residual stream is more than its branches"
+            parts = [_part(b, seen, facts, packed) for b in waiting]
+            steps.append(tuple(Branch(b.name, p, b.pre, b.post, scale) for b, p in zip(waiting, parts, strict=True)))
+            stream, waiting = source, []
+        if branch is not None:
+            if not torch.equal(source, stream):
+                return "a branch reads something else than the residual stream"
+            waiting.append(branch)
+    rule = BlockRule(tuple(steps))
+    left = rule.by_autograd()
+    if len(left) == len(found):
+        return "; ".join(f"{name}: {reason}" for name, reason in left.items())
+    return rule
+
+
+def _branches(block: nn.Module, seen: Seen, facts: Facts) -> list[_Found]:
+    """The modules whose output, or its norm, is added to the stream, in the order of their calls."""
+    called = [(name, module) for name, module in block.named_children() if module in seen.inputs]
+    norms = [facts.norms[module] for _, module in called if module in facts.norms]
+    order = list(seen.inputs)
+    found = []
+    for name, module in sorted(called, key=lambda pair: order.index(pair[1])):
+        got, gave = seen.inputs[module], output_of(seen.outputs[module])
+        if module in facts.norms or gave is None or gave.shape != got.shape or torch.equal(got, gave):
+            continue  # a norm, something else than a branch, or a dropout
+        pre = next((norm for norm in norms if torch.equal(seen.outputs[norm.module], got)), None)
+        post = next((norm for norm in norms if torch.equal(seen.inputs[norm.module], gave)), None)
+        after = gave if post is None else seen.outputs[post.module]
+        found.append(_Found(name, module, pre, post, after))
+    return found
+
+
+def _scale(stream: Tensor, added: Sequence[Tensor], target: Tensor, scales: Sequence[float]) -> float | None:
+    """The factor s with stream + s * (the sum of what is added) equal to the target, to the bit; None: none of them."""
+    for scale in scales:
+        terms = [stream, *(t if scale == 1 else t * scale for t in added)]
+        for order in permutations(terms):
+            total = order[0]
+            for term in order[1:]:
+                total = total + term
+            if torch.equal(total, target):
+                return scale
+    return None
+
+
+def _part(branch: _Found, seen: Seen, facts: Facts, packed: Packed) -> AttentionRule | Part:
+    """The part of a branch, proven on what was seen; `ByAutograd` if it has no rule there."""
+    module = branch.module
+    mixes = any(m in seen.attention for m in module.modules())
+    part: AttentionRule | Part | str
+    part = find_attention(module, seen, facts, packed) if mixes else facts.parts.get(module, NO_KIND)
+    if isinstance(part, str):
+        return ByAutograd(module, part, mixes)
+    gap, allowed = _gap(part, ByAutograd(module, "", mixes), seen, packed)
+    if not gap <= allowed:
+        return ByAutograd(module, f"its pullback is {gap:.0e} away from autograd's", mixes)
+    return part
+
+
+def _gap(part: AttentionRule | Part, other: ByAutograd, seen: Seen, packed: Packed) -> tuple[float, float]:
+    """The relative distance of a part's pullback of two cotangents from autograd's, and how much of it is rounding."""
+    x = seen.inputs[other.module]
+    N, D = x.shape[-2:]
+    g = torch.randn(N, 2, D, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
+    narrow = {p: seen.only(p.watched()).at(None, N) for p in (part, other)}
+    expected = other.pull_from(narrow[other], Scratch())(g, 0, N)
+    if isinstance(part, AttentionRule):
+        found = part.pull_from(narrow[part], Scratch(), packed)(g, 0, N)
+    else:
+        found = part.pull_from(narrow[part], Scratch())(g, 0, N)
+    size = expected.norm()
+    gap = float((found - expected).norm() / size) if size > 0 else float(found.norm())
+    return gap, float(torch.finfo(x.dtype).eps ** (2 / 3))
 
 
 def kept_room(kind: str) -> int:
@@ -276,68 +354,46 @@ def kept_room(kind: str) -> int:
 
 
 @contextmanager
-def run_by_rules(rules: Rules, calls: list[BlockCall], most: int) -> Iterator[None]:
-    """Within the context blocks run by their rules, and results are kept in `calls` while there is room.
+def keeping(rules: Rules, calls: list[BlockCall], most: int, live: Tensor | None) -> Iterator[None]:
+    """Within the context results of the blocks with a rule are kept in `calls` while there is room.
 
     `calls` is the list of a recording, which has an entry for a call before the block runs. Results are kept for the
-    first `most` calls only; the last block is pulled back in another way.
+    first `most` calls only, since the last block is pulled back in another way, and at the `live` rows; None: all.
     """
     room = {kind: kept_room(kind) for kind in (*KEPT_BYTES, "cuda")}
 
-    def by_rule(block: nn.Module, rule: BlockRule) -> Callable[..., Any]:
-        own = block.forward
+    def begin(block: nn.Module) -> Seen | None:
+        wanted = room and packed_now() is not None and calls and calls[-1].block is block and len(calls) <= most
+        return Seen() if wanted else None
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            inner = rotary_call(args, kwargs, rule.projections.head)
-            if inner is None:
-                return own(*args, **kwargs)
-            z, kept = rule.forward(inner)
-            if calls and calls[-1].block is block and len(calls) <= most:
-                device, size = z.device.type, kept.bytes()
-                if len(calls) == 1 and size * most > WORTH_KEEPING * room.get(device, 0):
-                    room.clear()
-                if size <= room.get(device, 0):
-                    room[device] -= size
-                    calls[-1].kept.append(kept)
-            return z
+    def end(_block: nn.Module, seen: Seen) -> None:
+        call = calls[-1]
+        narrow = seen.at(live, call.hidden.shape[1])
+        device, size = call.hidden.device.type, narrow.bytes()
+        if len(calls) == 1 and size * most > WORTH_KEEPING * room.get(device, 0):
+            room.clear()
+        if size <= room.get(device, 0) and seen.unchanged():
+            room[device] -= size
+            call.kept.append(narrow)
 
-        return forward
+    with seeing({block: rule.watched() for block, rule in rules.items()}, begin, end):
+        yield
 
+
+def seen_again(rule: BlockRule, call: BlockCall, run: Callable[[], Tensor]) -> tuple[Tensor, Seen | None]:
+    """What `run`, the block at its live rows once more, returns, and what was seen of it; None if that is of no use."""
+    seen = Seen()
+    with without_forwards(call.block), seeing({call.block: rule.watched()}, lambda _: seen, lambda _block, _seen: None):
+        primal = run()
+    return primal, seen.at(None, primal.shape[1]) if seen.unchanged() else None
+
+
+@contextmanager
+def without_forwards(block: nn.Module) -> Iterator[None]:
+    """Within the context the modules of a block run their own forwards."""
+    replaced = [(m, vars(m).pop("forward")) for m in list(block.modules()) if "forward" in vars(m)]
     try:
-        for block, rule in rules.items():
-            block.forward = by_rule(block, rule)  # type: ignore[method-assign]
         yield
     finally:
-        for block in rules:
-            vars(block).pop("forward", None)
-
-
-def pullback_by_rule(
-    rule: BlockRule, call: BlockCall, expected: Tensor, cotangents: Tensor, chunk_size: int | None, scratch: Scratch
-) -> bool:
-    """Pull cotangents through one call of a block in place, [1, N, K, D]; False if the rule does not apply to the call.
-
-    `expected` is the recorded output, [1, N, D]. If no results are kept, the block's forward runs again. `chunk_size`
-    is how many cotangents to take at a time; None: all at once.
-
-    Raises:
-        StructureChanged: the rule's output differs from `expected`.
-    """
-    packed, kept = packed_now(), call.kept[0] if call.kept else None
-    if packed is None:
-        return False
-    if kept is None:
-        inner = rotary_call(*with_hidden(call.args, call.kwargs, call.hidden), rule.projections.head)
-        if inner is None:
-            return False
-        _, kept = rule.forward(inner)
-    check_primal(f"what {call.name} computed", kept.z, expected)
-    G_NKD, K = cotangents[0], cotangents.shape[2]
-    if chunk_size is None or chunk_size >= K:
-        rule.pullback(call.hidden, kept, G_NKD, packed, scratch)
-        return True
-    for start in range(0, K, chunk_size):
-        piece = G_NKD[:, start : start + chunk_size].contiguous()
-        rule.pullback(call.hidden, kept, piece, packed, scratch)
-        G_NKD[:, start : start + chunk_size] = piece
-    return True
+        for module, forward in replaced:
+            module.forward = forward

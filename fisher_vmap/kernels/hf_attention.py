@@ -239,6 +239,11 @@ def prompts_packed(layout: Layout) -> AbstractContextManager[None]:
     return _set(_PACKED, Packed(ranges, group_prompts(ranges, layout.device)) if layout.packed else None)
 
 
+def nothing_packed() -> AbstractContextManager[None]:
+    """Within the context no prompts are packed: a module is run by itself."""
+    return _set(_PACKED, None)
+
+
 class KeysCaptured(Exception):
     """Ends a block's forward at its attention call, with the keys and values, [B, G, T, E] each."""
 

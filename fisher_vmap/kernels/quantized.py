@@ -237,7 +237,29 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def has_matrix(module: nn.Module | None) -> bool:
     """Whether a module is a plain linear layer whose `weight` is its matrix; torchao replaces only the tensor."""
-    return type(module) is nn.Linear and "weight" in module._parameters and _is_float(module.weight)
+    return type(module) is nn.Linear and "weight" in module._parameters and is_float(module.weight)
+
+
+def plain_matrix(module: nn.Module | None) -> Tensor | None:
+    """W, [out, in], of a plain linear layer, nn.Linear or transformers' Conv1D; None for other modules."""
+    if has_matrix(module):
+        return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
+    made = (type(module).__module__, type(module).__qualname__)
+    if made == ("transformers.pytorch_utils", "Conv1D") and is_float(module.weight):  # type: ignore[union-attr, arg-type]
+        return module.weight.detach().T  # type: ignore[union-attr, operator, return-value]
+    return None
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer, or transformers' `Conv1D`, that runs its class's forward."""
+    return plain_matrix(module) is not None and runs_as_made(module)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The matrix of a module that `is_affine`, [out, in]."""
+    matrix = plain_matrix(module)
+    assert matrix is not None
+    return matrix
 
 
 def runs_as_made(module: nn.Module | None) -> bool:
@@ -273,7 +295,7 @@ def check_others(model: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             continue
         for own, parameter in module._parameters.items():
-            odd = parameter is not None and parameter.dim() >= 2 and not _is_float(parameter)
+            odd = parameter is not None and parameter.dim() >= 2 and not is_float(parameter)
             if odd and not _is_linear(module):
                 reason = "is neither a linear layer nor an embedding, so its quantised weights cannot be unpacked"
                 raise CannotDifferentiate(_refusal(f"{name}.{own}", module, reason))
@@ -311,10 +333,10 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_quantized(module: nn.Module) -> bool:
     """Whether a module itself has a tensor other than of floats; masks and scalars do not count."""
     tensors = chain(module._parameters.values(), module._buffers.values())
-    return any(t is not None and t.dtype != torch.bool and t.dim() > 0 and not _is_float(t) for t in tensors)
+    return any(t is not None and t.dtype != torch.bool and t.dim() > 0 and not is_float(t) for t in tensors)
 
 
-def _is_float(tensor: Tensor) -> bool:
+def is_float(tensor: Tensor) -> bool:
     """Whether a tensor holds plain numbers: it has a float format, and its class does not override `dequantize`."""
     return tensor.dtype in FLOATS and type(tensor).dequantize is Tensor.dequantize
 

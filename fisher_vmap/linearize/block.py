@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fisher_vmap.kernels.autograd import Scratch
-from fisher_vmap.kernels.decoder_block import Rules, pullback_by_rule
-from fisher_vmap.kernels.hf_attention import Among, KeysCaptured, attending_among, capturing_keys
+from fisher_vmap.kernels.decoder_block import BlockRule, Rules, seen_again
+from fisher_vmap.kernels.hf_attention import Among, KeysCaptured, Packed, attending_among, capturing_keys
 from fisher_vmap.linearize.model_info import Places
 from fisher_vmap.model.layout import (
     Layout,
@@ -158,7 +158,7 @@ def pullback_blocks(
             cotangents are one range of memory and what a position's cotangents share is broadcast from cache.
         layers: the names of the hooked blocks.
         chunk_size: how many cotangents to pull at a time; None: all at once.
-        rules: the blocks that are pulled back by a rule, if all rows are live.
+        rules: the blocks that are pulled back by a rule.
         rows: the live rows.
 
     Yields:
@@ -170,20 +170,44 @@ def pullback_blocks(
     expected, scratch = recording.top, Scratch()
     while recording.calls:
         call = recording.calls.pop()
-        rule = rules.get(call.block) if rows.columns is None else None
+        rule = rules.get(call.block) if rows.among_live.groups is not None else None
         if call.name in layers:
             yield Arrived(call.name, cotangents)
             cotangents = cotangents.clone() if rule is not None else cotangents  # a rule overwrites its cotangents
         cotangents = cotangents.to(call.hidden.device).contiguous()
-        by_rule = False
-        if rule is not None:
-            with weights_ready(call.block):
-                by_rule = pullback_by_rule(rule, call, expected, cotangents, chunk_size, scratch)
-        if not by_rule:
+        if rule is None or not _pull_by_rule(rule, call, expected, cotangents, chunk_size, scratch, rows):
             cotangents = pullback_block(call, expected, cotangents, chunk_size, rows)
         expected = call.hidden
     check_primal(f"what {recording.below} returned", recording.bottom, expected)
     yield Arrived(recording.below, cotangents)
+
+
+def _pull_by_rule(
+    rule: BlockRule,
+    call: BlockCall,
+    expected: Tensor,
+    cotangents: Tensor,
+    chunk_size: int | None,
+    scratch: Scratch,
+    rows: LiveRows,
+) -> bool:
+    """Pull the cotangents of one block's live rows back in place, [1, n, K, D]; False if its rule cannot do it."""
+    if rows.columns is not None and rule.mixes_by_autograd:
+        return False
+    with weights_ready(call.block):
+        if call.kept:
+            seen = call.kept[0]
+        else:
+            if rows.columns is not None and not rows.run_narrow(call, expected):
+                return False
+            primal, seen = seen_again(rule, call, lambda: rows.replay(call)(rows.take(call.hidden)))
+            check_primal(f"what {call.name} computed", primal, rows.take(expected))
+            if seen is None:
+                return False
+        assert rows.among_live.groups is not None
+        packed = Packed(tuple(rows.live.ranges()), rows.among_live.groups)
+        rule.pull(rows.take(call.hidden)[0], seen, cotangents[0], packed, chunk_size, scratch)
+    return True
 
 
 def pullback_block(

@@ -6,8 +6,8 @@ and takes a shortcut for packed prompts: the last block's forward runs at the ta
 `pull_memory` says how many bytes that takes, from shapes alone.
 """
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.kernels.attention import query_blocks
 from fisher_vmap.kernels.autograd import stretches
-from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, kept_room, run_by_rules
+from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, keeping, kept_room
 from fisher_vmap.kernels.hf_attention import NAME, UnsupportedAttention, keeping_keys
 from fisher_vmap.linearize.block import (
     Arrived,
@@ -58,11 +58,11 @@ class Blockwise(LinearMap):
 
     def _record(self) -> Recording:
         """Record the forward. If only the targets of the last block are needed, open that block apart from it."""
-        model, parts, layout, keep = self._model, self._parts, self.layout, self._rows.columns is not None
+        model, parts, layout, live = self._model, self._parts, self.layout, self._rows.columns
         first = min(parts.call_order.index(layer) for layer in self.layers) + 1
         needless = self._precision != "mixed" and parts.call_order[-1] not in self.layers and not is_offloaded(model)
         if needless and layout.packed and parts.top_places is not None:
-            recording = record_forward(model, parts, layout, first, self._precision, keep, stop_before_last=True)
+            recording = record_forward(model, parts, layout, first, self._precision, live, stop_before_last=True)
             call = recording.calls[-1]
             try:
                 if places_of(call, layout) == parts.top_places:
@@ -73,7 +73,7 @@ class Blockwise(LinearMap):
                     return recording
             except NotPositionwise as reason:
                 self.note("forward cut", f"the last block's forward runs at all positions: {reason}")
-        return record_forward(model, parts, layout, first, self._precision, keep)
+        return record_forward(model, parts, layout, first, self._precision, live)
 
     def _last_block(self, recording: Recording) -> LastBlock | None:
         """The last block at the targets; None if it is run like any other."""
@@ -129,20 +129,21 @@ def record_forward(
     layout: Layout,
     first: int,
     precision: str,
-    keep: bool = False,
+    live: Tensor | None = None,
     stop_before_last: bool = False,
 ) -> Recording:
     """Record the calls from number `first` on; with precision "mixed" the forward alone is in float32.
 
-    With `keep`, the keys and values of all rows are kept with each call, for replays at some rows.
+    With the columns of the `live` rows, the keys and values of all rows are kept with each call, for replays at these.
     """
 
-    def around(calls: list[BlockCall]) -> AbstractContextManager[None]:
-        if keep:
-            return keeping_keys(lambda kept: calls[-1].keys.append(kept) if calls else None)
-        return run_by_rules(rules, calls, most=len(parts.call_order) - first - 1)
+    @contextmanager
+    def around(calls: list[BlockCall]) -> Iterator[None]:
+        keys = keeping_keys(lambda kept: calls[-1].keys.append(kept) if calls else None)
+        rules = parts.rules if precision != "mixed" else {}
+        with nullcontext() if live is None else keys, keeping(rules, calls, len(parts.call_order) - first - 1, live):
+            yield
 
-    rules = parts.rules if precision != "mixed" else {}
     if precision != "mixed":
         return record(
             model,

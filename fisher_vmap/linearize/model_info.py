@@ -4,6 +4,7 @@
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -191,7 +192,10 @@ def _rules(parts: Parts, layer: str) -> str:
     left |= {name: "it has a hook" for name in above if has_hooks(parts.blocks[name])}
     text = f"{len(above) - len(left)} of {len(above)} blocks by rule"
     reasons = [f"{name}: {why}" for name, why in left.items()]
-    return "; not ".join([text, *reasons[:3]]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    text = "; not ".join([text, *reasons[:3]]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    ruled = [parts.rules[parts.blocks[name]] for name in above if name not in left]
+    by_autograd = Counter(f"{part} by autograd: {why}" for rule in ruled for part, why in rule.by_autograd().items())
+    return "; ".join([text, *(f"in {count} of them {line}" for line, count in by_autograd.items())])
 
 
 def _last_block(parts: Parts, layer: str) -> str:

@@ -16,15 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.kernels import hf_attention
-from fisher_vmap.kernels.decoder_block import (
-    BlockRule,
-    Forward,
-    Rules,
-    fused_forward,
-    proven_blocks,
-    rules_for,
-    why_no_rule,
-)
+from fisher_vmap.kernels.decoder_block import Forward, Rules, fused_forward, rules_of
 from fisher_vmap.kernels.hf_attention import attention_set_to, noting_odd_masks, prompts_packed, supports_ours
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward, proven_attentions
 from fisher_vmap.linearize.find_head import watch
@@ -265,10 +257,6 @@ def _proven_packed(
     """
     inside = {id(module): module for block in parts.blocks.values() for module in block.modules()}
     forwards = {m: forward for m in inside.values() if (forward := fused_attention_forward(m)) is not None}
-    candidates: dict[nn.Module, list[BlockRule]] = {}
-    for block in parts.blocks.values():
-        with weights_ready(block):
-            candidates[block] = list(rules_for(block))
     packed = pack_rows(lay_out(input_ids, None))
     try:
         with torch.no_grad(), prompts_packed(packed):
@@ -276,18 +264,13 @@ def _proven_packed(
             def run() -> object:
                 return run_blocks(model, parts.blocks, parts.call_order, packed)
 
-            attentions, rules = list(proven_attentions(forwards, run).items()), proven_blocks(candidates, run)
+            attentions = list(proven_attentions(forwards, run).items())
+            rules, no_rule = rules_of(parts.blocks, run)
     except Exception as reason:  # a user's hook may raise anything; prompts will not be packed either
         if is_out_of_memory(reason) or is_our_fault(reason):
             raise
         log.info("no attention and no block is pulled back by a rule: %s", reason)
         return [], {}, dict.fromkeys(parts.blocks, f"it does not run on packed prompts ({type(reason).__name__})")
-    unlike = "its output is not that of norm, rotary attention and gated MLP"
-    no_rule = {
-        name: unlike if candidates[block] else why_no_rule(block)
-        for name, block in parts.blocks.items()
-        if block not in rules
-    }
     return attentions, rules, no_rule
 
 

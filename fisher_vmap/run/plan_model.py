@@ -6,15 +6,18 @@ The operations are the matrix products that a run cannot avoid, for real tokens 
   last position of each prompt;
 * one pullback of each vector through each block above the hook, one product per linear layer; the last block as above.
   A push costs as much as a pullback;
-* attention's products at their causal size, half of T x T: two in the forward pass, four for each vector;
+* attention's products at their causal size, half of T x T, or less under a sliding window: two in the forward pass,
+  four for each vector;
 * the products with the unembedding: one in the forward pass, and one that serves all cotangents of estimator topk.
 
 Recomputation and everything that is not a matrix product are left out. Of a mixture of experts, a token counts only for
-the experts that it is routed to.
+the experts that it is routed to, and the tokens are spread evenly over the experts. Where one layer computes queries,
+keys and values, the last block's queries count at the last positions alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -210,19 +213,19 @@ def unavoidable(
 
     def through(number: int, vectors: int, kind: str) -> None:
         block, many = blocks[number], max(vectors, 1)
-        for name, weight, share in _matrices(block, config):
-            everywhere = number < top or name.endswith(_everywhere(block))
-            rows = many * (max(1, int(M * share)) if everywhere else B)
-            out, inner = weight.shape[-2:]
-            experts = int(weight.numel() // (out * inner))
-            usable = (weight if vectors else weight.T) if experts == 1 else None
-            shape = Shape(1, rows * experts, *((out, inner) if vectors else (inner, out)))
-            products.append(Product(f"{kind}, linear layers", shape, usable))
+        for matrix in _matrices(block, config):
+            for part, everywhere in _parts(block, matrix, config) if number == top else [(matrix, True)]:
+                weight = part.weight if vectors else part.weight.mT
+                for experts, rows in part.spread(many * (M if everywhere else B)):
+                    shape = Shape(experts, rows, *weight.shape[-2:])
+                    usable = weight if weight.dim() == 2 else None
+                    products.append(Product(f"{kind}, linear layers", shape, usable))
         if not isinstance(heads, int):
             return  # no attention: what replaces it has no large products
         groups = getattr(config, "num_key_value_heads", None) or heads
         for T in lengths:
-            shapes = _attention(T, heads, groups, _head_width(block, config), vectors, last_query=number == top)
+            Q, S = attended(T, _window(config, number), last_query=number == top)
+            shapes = _attention(Q, S, heads, groups, _head_width(block, config), vectors)
             products.extend(Product(f"{kind}, attention", shape, None) for shape in shapes)
 
     for number in range(len(blocks)):
@@ -239,13 +242,35 @@ def unavoidable(
     return products
 
 
-def _matrices(block: nn.Module, config: Any) -> list[tuple[str, Tensor, float]]:
-    """Each weight matrix as [out, in] with its name and the share of the tokens that it is applied to."""
+class Matrix(NamedTuple):
+    """A weight matrix [out, in] or a stack of experts' [E, out, in], the layer's name, and who uses it.
+
+    Attributes:
+        name: of the layer.
+        weight: the matrix.
+        routed: the expert's number, how many a token is routed to, and how many there are; None: it is no expert's.
+    """
+
+    name: str
+    weight: Tensor
+    routed: tuple[int, int, int] | None = None
+
+    def spread(self, rows: int) -> list[tuple[int, int]]:
+        """How many experts take how many of these rows each; one without rows is left out."""
+        if self.routed is None:
+            return [(1, rows)]
+        number, chosen, experts = self.routed
+        few, more = divmod(rows * chosen, experts)
+        # The first experts take what is left over; a matrix is one expert's, a stack all of theirs.
+        of_all = [(more, few + 1), (experts - more, few)]
+        sizes = [(1, few + (number < more))] if self.weight.dim() == 2 else of_all
+        return [size for size in sizes if all(size)]
+
+
+def _matrices(block: nn.Module, config: Any) -> list[Matrix]:
+    """Every weight matrix of a block."""
     modules = dict(block.named_modules())
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((value for name in names if (value := getattr(config, name, None))), chosen)
-    routed = min(1.0, float(chosen) / float(experts))
     found = []
     for name, weight in block.named_parameters():
         owner, _, _ = name.rpartition(".")
@@ -253,10 +278,33 @@ def _matrices(block: nn.Module, config: Any) -> list[tuple[str, Tensor, float]]:
         if weight.dim() == 2 and not isinstance(module, nn.Embedding):
             # transformers' Conv1D, GPT-2's linear layer, stores its weight transposed.
             matrix = weight.T if type(module).__name__ == "Conv1D" else weight
-            found.append((owner, matrix, routed if ".experts." in f".{name}" else 1.0))
+            found.append(Matrix(owner, matrix, _expert(owner, modules, chosen)))
         elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
-            found.append((owner, weight, routed))
+            found.append(Matrix(owner, weight, (0, min(chosen, len(weight)), len(weight))))
     return found
+
+
+def _expert(owner: str, modules: dict[str, nn.Module], chosen: int) -> tuple[int, int, int] | None:
+    """`Matrix.routed` of a layer in a list of experts; None: it is in none."""
+    found = re.match(r"((?:.*\.)?experts)\.(\d+)\b", owner)
+    if found is None or not isinstance(experts := modules[found[1]], nn.ModuleList):
+        return None
+    return int(found[2]), min(chosen, len(experts)), len(experts)
+
+
+def _parts(block: nn.Module, matrix: Matrix, config: Any) -> list[tuple[Matrix, bool]]:
+    """A matrix of the last block in parts, each with whether all positions need it: keys and values do.
+
+    A layer that computes queries, keys and values is cut in two. Where its rows are in another order, by heads, the
+    parts are other rows of the weight, as many of them.
+    """
+    if matrix.name.endswith(FUSED_INPUTS) and isinstance(heads := getattr(config, "num_attention_heads", None), int):
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        width = _head_width(block, config)
+        if matrix.weight.dim() == 2 and len(matrix.weight) == (heads + 2 * groups) * width:
+            queries, others = matrix.weight[: heads * width], matrix.weight[heads * width :]
+            return [(matrix._replace(weight=queries), False), (matrix._replace(weight=others), True)]
+    return [(matrix, matrix.name.endswith(_everywhere(block)))]
 
 
 def _everywhere(block: nn.Module) -> tuple[str, ...]:
@@ -274,20 +322,37 @@ def _head_width(block: nn.Module, config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _attention(T: int, heads: int, groups: int, E: int, K: int, *, last_query: bool) -> list[Shape]:
-    """Attention's products: the forward pass for K = 0, else the pullback of K vectors.
+def attended(T: int, window: int | None, *, last_query: bool) -> tuple[int, int]:
+    """Queries and keys of the rectangle that holds as many pairs as a prompt of T tokens has.
 
-    `Q` is the number of queries: the last one alone, or half of T for the causal half of T x T. Query heads that share
-    keys, and vectors, are folded into the rows.
+    A query sees itself and what is before it, at most `window` tokens; the last block has the last query alone.
     """
-    shared, Q = heads // groups, 1 if last_query else (T + 1) // 2
+    keys = min(T, window or T)
+    unseen = keys * (keys - 1) // 2  # by the first queries, which have fewer tokens before them
+    return (1 if last_query else (T * keys - unseen) // keys), keys
+
+
+def _window(config: Any, number: int) -> int | None:
+    """The sliding window of a block; None: it sees everything before."""
+    types = getattr(config, "layer_types", None)
+    slides = types is None or number >= len(types) or types[number] == "sliding_attention"
+    window = getattr(config, "sliding_window", None)
+    return window if slides and isinstance(window, int) and window > 0 else None
+
+
+def _attention(Q: int, S: int, heads: int, groups: int, E: int, K: int) -> list[Shape]:
+    """Attention's products of Q queries and S keys: the forward pass for K = 0, else the pullback of K vectors.
+
+    Query heads that share keys, and vectors, are folded into the rows.
+    """
+    shared = heads // groups
     if K == 0:
-        return [Shape(groups, shared * Q, E, T), Shape(groups, shared * Q, T, E)]  # Q K^T, P V
+        return [Shape(groups, shared * Q, E, S), Shape(groups, shared * Q, S, E)]  # Q K^T, P V
     return [
-        Shape(groups, K * shared * Q, E, T),  # dP = dO V^T
-        Shape(groups, K * shared * Q, T, E),  # dQ = dS K
-        Shape(heads, T, Q, K * E),  # dV = P^T dO
-        Shape(heads, K * T, Q, E),  # dK = dS^T Q
+        Shape(groups, K * shared * Q, E, S),  # dP = dO V^T
+        Shape(groups, K * shared * Q, S, E),  # dQ = dS K
+        Shape(heads, S, Q, K * E),  # dV = P^T dO
+        Shape(heads, K * S, Q, E),  # dK = dS^T Q
     ]
 
 

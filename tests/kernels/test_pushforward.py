@@ -111,9 +111,11 @@ def test_prompts_laid_end_to_end_do_not_see_one_another(lengths):
         ("gpt2", "transformer.h.1.ln_2"),
         ("llama", "model.layers.1.mlp"),
         ("gemma2", "model.layers.2.mlp"),
+        ("gpt2", "transformer.h.1.mlp"),
+        ("phi", "model.layers.1.mlp"),
     ],
 )
-def test_norms_and_gated_mlps(family, name):
+def test_norms_and_mlps(family, name):
     dtype = torch.float64 if family == "gpt2" or name.endswith("mlp") else torch.float32  # in any case float32 inside
     module = tiny(family, dtype).get_submodule(name)
     forward = fused_forward(module)

@@ -99,11 +99,11 @@ def test_forms_say_what_ran():
         assert opened.forms == {}  # nothing has been computed with this hook
         opened.scores(*padded(rows, "left"))
         assert opened.forms["model.layers.0"]["rules"] == "1 of 2 blocks by rule; not model.layers.2: it has a hook"
-    other = FisherModel(fresh("gpt2"), layers=0, top_k=3)
+    other = FisherModel(fresh("opt"), layers=0, top_k=3)
     other.scores(*padded(rows, "left"))
-    assert other.forms["transformer.h.0"]["rules"] == (
-        "0 of 2 blocks by rule; not transformer.h.1: its attention is not of the plain rotary kind"
-        "; not transformer.h.2: its attention is not of the plain rotary kind"
+    why = "what it adds to the residual stream is more than its branches"
+    assert other.forms["model.decoder.layers.0"]["rules"] == (
+        f"0 of 2 blocks by rule; not model.decoder.layers.1: {why}; not model.decoder.layers.2: {why}"
     )
 
 
