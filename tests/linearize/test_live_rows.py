@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fisher_vmap import fisher_scores
 from fisher_vmap.kernels import hf_attention
+from fisher_vmap.kernels.decoder_block import BlockRule
 from fisher_vmap.linearize import block as block_module
 from fisher_vmap.linearize.linear_map import KernelOptions, LinearMap, undisturbed
 from fisher_vmap.linearize.model_info import Choice
@@ -87,7 +89,9 @@ def products(net: LinearMap, layers: list[str], K: int) -> tuple[Tensor, Tensor,
     return fields, directions, pulled, {layer: net.push(directions, layer) for layer in layers}
 
 
-def assert_right(model, form: str, case: str, targets: tuple | None, K: int, numbers=(0, 2, BLOCKS - 1), chunk=None):
+def assert_right(
+    model, form: str, case: str, targets: tuple | None, K: int, numbers=(0, 2, BLOCKS - 1), chunk=None, rules=True
+):
     """Pull, its energy and push at several layers; returns how the layout was narrowed and what could not be."""
     rows = prompts(LENGTHS)
     layout = layout_of(rows, case, targets)
@@ -95,6 +99,8 @@ def assert_right(model, form: str, case: str, targets: tuple | None, K: int, num
     layers = [f"{family}.{'h' if family == 'transformer' else 'layers'}.{n}" for n in numbers]
     with torch.no_grad(), undisturbed(model):
         known = probe(model, layout)
+        if not rules:
+            known.parts = replace(known.parts, rules={})
         choice, options = Choice(form, "ours", "together", ""), KernelOptions(precision="model", chunk_size=chunk)
         for layer in layers:
             known.forms[layer, "auto"] = choice
@@ -155,7 +161,7 @@ def test_one_vector_and_several_in_chunks(form, K, chunk):
 
 
 def rows_seen(model, module: str, **choices) -> list[int]:
-    """How many rows a module is given, call by call, in a call of `fisher_scores` that has nothing left to prove."""
+    """How many rows a module is given, call by call, where no block has a rule and nothing is left to prove."""
     batch = padded(prompts((7, 4, 9)), "right")
     seen, watched = [], model.get_submodule(module)
 
@@ -163,7 +169,9 @@ def rows_seen(model, module: str, **choices) -> list[int]:
         if called is watched:
             seen.append(args[0].shape[0] * args[0].shape[1])
 
-    for _ in range(2):
+    for _ in range(3):
+        if known_of(model) is not None:
+            known_of(model).parts = replace(known_of(model).parts, rules={})
         seen.clear()
         with hooks(nn.modules.module.register_module_forward_pre_hook(look)):
             fisher_scores(model, *batch, top_k=4, audit="off", **choices)
@@ -180,6 +188,22 @@ def test_rows_that_pass_through_a_block(family):
         mlp = f"{block(family, number)}.mlp"
         assert rows_seen(model, mlp, layers=block(family, 0), positions="last") == [20, 3]
     assert rows_seen(model, f"{block(family, 3)}.mlp", layers=block(family, 0), positions="last") == [3]
+
+
+@pytest.mark.parametrize(("positions", "rows"), [("last", 3), ("all", 20)])
+def test_rows_that_pass_through_a_block_by_its_rule(monkeypatch, positions, rows):
+    seen, right = [], BlockRule.pull
+
+    def look(self, x, kept, cotangents, *args):
+        seen.append((len(x), len(cotangents)))
+        return right(self, x, kept, cotangents, *args)
+
+    monkeypatch.setattr(BlockRule, "pull", look)
+    model, batch = fresh("llama"), padded(prompts((7, 4, 9)), "right")
+    fisher_scores(model, *batch, layers=block("llama", 0), top_k=4, audit="off", positions=positions)
+    seen.clear()
+    fisher_scores(model, *batch, layers=block("llama", 0), top_k=4, audit="off", positions=positions)
+    assert seen == [(rows, rows)] * 2
 
 
 def test_rows_that_pass_through_a_block_of_padded_prompts():
@@ -279,7 +303,7 @@ def test_a_key_too_few_or_too_many_is_noticed(monkeypatch, end):
         return right(keys, device, live, queries)
 
     monkeypatch.setattr(hf_attention, "group_prompts", shifted)
-    _, known = assert_right(fresh("gpt2"), "packed", "late", ((5,), (5,), (9, 10), (3,)), K=2)
+    _, known = assert_right(fresh("gpt2"), "packed", "late", ((5,), (5,), (9, 10), (3,)), K=2, rules=False)
     assert all(known.parts.not_narrow[f"transformer.h.{n}"] for n in (1, 2, 3))  # all rows, and right
 
 
@@ -292,7 +316,7 @@ def test_keys_of_a_neighbour_are_noticed(monkeypatch):
 
     monkeypatch.setattr(hf_attention._Replay, "keys", rolled)
     model = fresh("gpt2")
-    _, known = assert_right(model, "packed", "late", None, K=2)  # every block fell back to all rows
+    _, known = assert_right(model, "packed", "late", None, K=2, rules=False)  # every block fell back to all rows
     assert all("these rows alone" in known.parts.not_narrow[f"transformer.h.{n}"] for n in (1, 2, 3))
 
 
@@ -301,6 +325,9 @@ def test_a_block_that_changes_after_its_proof_is_noticed():
     batch = padded(rows, "right")
     fisher_scores(model, *batch, layers=layer, top_k=3, positions="last", audit="off")
     known = known_of(model)
+    known.parts = replace(known.parts, rules={})
+    fisher_scores(model, *batch, layers=layer, top_k=3, positions="last", audit="off")
+    assert known.parts.not_narrow["model.layers.2"] == ""
     with undisturbed(model), torch.no_grad():
         layout = lay_out(*batch, "last")
         model.model.layers[2].mlp.down_proj.register_forward_hook(
