@@ -26,7 +26,6 @@ from torch.func import jvp, vjp, vmap
 from fisher_vmap.kernels.autograd import Scratch
 from fisher_vmap.kernels.decoder_block import BlockRule, Rules, seen_again
 from fisher_vmap.kernels.hf_attention import Among, KeysCaptured, Packed, attending_among, capturing_keys
-from fisher_vmap.linearize.model_info import Places
 from fisher_vmap.model.layout import (
     Layout,
     NotPositionwise,
@@ -332,29 +331,6 @@ def open_last(call: BlockCall, rows: LiveRows, top: Tensor | None = None) -> Las
 
 
 _LAST = "the replay of {} at the last positions"
-
-
-def places_of(call: BlockCall, layout: Layout) -> Places:
-    """Which arguments of a call have a row for each position.
-
-    Raises:
-        NotPositionwise: this is unclear for an argument.
-    """
-    found = set()
-
-    def look(inputs: Any, path: tuple[Any, ...]) -> None:
-        if isinstance(inputs, Tensor):
-            if row_dimension(inputs, layout.input_ids.shape) is not None:
-                found.add(path)
-        elif isinstance(inputs, dict):
-            for name, value in inputs.items():
-                look(value, (*path, name))
-        elif type(inputs) in (tuple, list):
-            for i, value in enumerate(inputs):
-                look(value, (*path, i))
-
-    look((call.args, dict(call.kwargs)), ())
-    return frozenset(found)
 
 
 def pushforward_last(last: LastBlock, rows: LiveRows, tangents: Tensor, chunk_size: int | None) -> Tensor:

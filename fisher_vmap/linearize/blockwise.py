@@ -23,7 +23,6 @@ from fisher_vmap.linearize.block import (
     cotangents_at_a_time,
     live_rows,
     open_last,
-    places_of,
     pullback_blocks,
     pushforward_blocks,
     pushforward_last,
@@ -31,7 +30,7 @@ from fisher_vmap.linearize.block import (
 from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.model_info import Parts, Places
 from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
-from fisher_vmap.model.layout import Layout, NotPositionwise, grouped
+from fisher_vmap.model.layout import Layout, NotPositionwise, grouped, row_dimension
 from fisher_vmap.model.offload import is_offloaded, model_dtype
 from fisher_vmap.model.recording import BlockCall, Recording, StructureChanged, forwards_set, record
 from fisher_vmap.model.validation import is_out_of_memory
@@ -167,6 +166,29 @@ def record_forward(
             f"this model does not run in float32 on weights widened one block at a time ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:160]}); use precision model or float32"
         ) from error
+
+
+def places_of(call: BlockCall, layout: Layout) -> Places:
+    """Which arguments of a call have a row for each position.
+
+    Raises:
+        NotPositionwise: this is unclear for an argument.
+    """
+    found = set()
+
+    def look(inputs: Any, path: tuple[Any, ...]) -> None:
+        if isinstance(inputs, Tensor):
+            if row_dimension(inputs, layout.input_ids.shape) is not None:
+                found.add(path)
+        elif isinstance(inputs, dict):
+            for name, value in inputs.items():
+                look(value, (*path, name))
+        elif type(inputs) in (tuple, list):
+            for i, value in enumerate(inputs):
+                look(value, (*path, i))
+
+    look((call.args, dict(call.kwargs)), ())
+    return frozenset(found)
 
 
 def prove_top(model: nn.Module, parts: Parts, layout: Layout) -> Places:
