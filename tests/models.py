@@ -71,6 +71,9 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         {**_LLAMA_LIKE, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
         "model.layers.{}",
     ),
+    "granitemoe": ("GraniteMoeConfig", {**_LLAMA_LIKE, **_EXPERTS, "residual_multiplier": 0.7}, "model.layers.{}"),
+    "glm": ("GlmConfig", {**_LLAMA_LIKE, "partial_rotary_factor": 2 / 3}, "model.layers.{}"),
+    "hunyuan": ("HunYuanDenseV1Config", _LLAMA_LIKE, "model.layers.{}"),
     "mamba": (
         "MambaConfig",
         {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 5},

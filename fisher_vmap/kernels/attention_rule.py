@@ -30,20 +30,23 @@ from fisher_vmap.model.recording import output_of
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a head is rotated: x cos + turn(x) sin over the first columns, as many as cos has.
+    """How a head is rotated: x cos + turn(x) sin, over its first columns.
 
     Attributes:
         pairs: whether `turn` swaps neighbours, (x0, x1) -> (-x1, x0); else halves.
-        repeated: whether the first half of cos and sin is repeated, each value twice.
+        given: what cos and sin have: each column's ("each"), those of half the columns, of which the rest are a copy
+            ("half"), or first one of each pair and then anything ("first half").
     """
 
     pairs: bool
-    repeated: bool
+    given: str
 
     def factors(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin as they multiply a head, [N, R] each."""
-        if not self.repeated:
+        """The factors of each rotated column, [N, R] each."""
+        if self.given == "each":
             return cos, sin
+        if self.given == "half":
+            return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         half = cos.shape[-1] // 2
         return cos[..., :half].repeat_interleave(2, -1), sin[..., :half].repeat_interleave(2, -1)
 
@@ -76,8 +79,8 @@ class Rotary:
             out[..., width:].copy_(g[..., width:])
 
 
-# The ways that are looked for: halves, neighbours, neighbours with the first half of cos and sin.
-WAYS = ((False, False), (True, False), (True, True))
+# The ways that are looked for.
+WAYS = ((False, "each"), (True, "each"), (True, "first half"), (False, "half"))
 
 
 @dataclass(frozen=True)
@@ -355,8 +358,11 @@ class _Search(NamedTuple):
         yield None
         rotary = self.seen.calls[self.module][1].get("position_embeddings")
         known = isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)
-        if known and rotary[0].dim() == 3 and rotary[0].shape[-1] <= self.width:
-            yield from (Rotary(pairs, repeated) for pairs, repeated in WAYS)
+        if known and rotary[0].dim() == 3:
+            for way in (Rotary(*way) for way in WAYS):
+                columns = way.factors(*rotary)[0].shape[-1]
+                if columns <= self.width and columns % 2 == 0:
+                    yield way
 
     def _rotated(self, value: Tensor, rotary: Rotary | None) -> Tensor:
         if rotary is None:

@@ -34,6 +34,7 @@ from fisher_vmap.kernels.parts import ByAutograd, Part, Pull, Seen, Watched, see
 from fisher_vmap.kernels.quantized import is_affine
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import BlockCall, output_of
+from fisher_vmap.model.validation import is_out_of_memory
 from fisher_vmap.model.wrappers import has_hooks
 
 Forward = Callable[..., Any]
@@ -238,8 +239,13 @@ def rules_of(blocks: Mapping[str, nn.Module], run: Callable[[], object]) -> tupl
         packed = packed_now()
         if packed is None or block in rules:
             return
-        with weights_ready(block):
-            rule = _compose(block, seen, facts[block], packed)
+        try:
+            with weights_ready(block):
+                rule: BlockRule | str = _compose(block, seen, facts[block], packed)
+        except (RuntimeError, ValueError, IndexError) as error:  # shapes that no part of ours expects
+            if is_out_of_memory(error):
+                raise
+            rule = f"it cannot be taken apart ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
         if isinstance(rule, str):
             why[names[block]] = rule
         else:

@@ -1,20 +1,34 @@
 """Whole blocks pulled back by hand, against plain autograd in float64 of each prompt alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from devices import on_cpu, placed
 from models import block, fresh, padded, prompts, tiny
-from oracles import plain_scores, relative
+from oracles import in_float64, plain_scores, relative
 
 from fisher_vmap.fisher import fisher_scores
 from fisher_vmap.kernels import autograd, decoder_block
 from fisher_vmap.kernels.parts import Seen
+from fisher_vmap.linearize import block as block_module
 from fisher_vmap.linearize.probe import known_of
 from fisher_vmap.model import layout
 from fisher_vmap.model.recording import BlockCall
 
 LENGTHS = (5, 1, 9, 14)
 OPEN_WINDOW = {"sliding_window": None}
+COMPOSED = (
+    "llama", "qwen3", "olmo2", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt2", "gpt_neox", "phi", "cohere", "granite",
+    "glm", "mixtral", "qwen3_moe", "granitemoe", "mistral",
+)  # fmt: skip
+
+
+def eager_experts(model):
+    """A mixture whose experts run one after another, which torch can do in every format."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
 
 
 def worst(model, exact, layers, rows, **choices) -> float:
@@ -41,6 +55,58 @@ def test_every_block_and_every_hook(family, changes, device):
         assert worst(model, exact, [layer], prompts(LENGTHS), top_k=4) < 5e-6
 
 
+@pytest.mark.parametrize("alone_from", [1, None])
+@pytest.mark.parametrize("family", COMPOSED)
+def test_blocks_of_every_make_are_put_together_from_parts(monkeypatch, family, alone_from):
+    """In float64 throughout, to the last digits: no part is left to autograd, and none is a little off."""
+    monkeypatch.setattr(layout, "ALONE_FROM", {} if alone_from is None else {"cpu": alone_from})
+    with in_float64():
+        model = eager_experts(fresh(family))
+        assert worst(model, model, "all", prompts(LENGTHS), top_k=4) < 1e-10
+        rules = known_of(model).parts.rules
+    assert len(rules) == 4
+    assert all(not rule.by_autograd() for rule in rules.values())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_neox", "granite", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_formats_find_the_same_parts(family, dtype):
+    """What is equal to the bit, or up to rounding, is so in every format; the results are within its noise.
+
+    Mixtures are left out: in bfloat16 a token may get other experts.
+    """
+    model, exact = eager_experts(fresh(family, dtype)), eager_experts(fresh(family, dtype).float())
+    assert worst(model, exact, [0], prompts(LENGTHS), top_k=2) < (2e-5 if dtype == torch.float32 else 0.1)
+    rules = known_of(model).parts.rules
+    assert len(rules) == 4
+    assert all(not rule.by_autograd() for rule in rules.values())
+
+
+def test_a_part_without_a_rule_is_left_to_autograd_alone(device):
+    """HunYuan norms its queries after their rotation: its MLPs go by rule, and the reason is told."""
+    model, exact = placed(fresh("hunyuan", torch.float32), device), fresh("hunyuan")
+    assert worst(model, exact, [0, 2], prompts(LENGTHS), top_k=4) < 5e-6
+    why = {"self_attn": "how its queries are made was not found"}
+    assert [rule.by_autograd() for rule in known_of(model).parts.rules.values()] == [why] * 4
+    told = known_of(model).ran(block("hunyuan", 0), "auto")
+    assert told is not None
+    assert told["rules"].endswith("; in 2 of them self_attn by autograd: how its queries are made was not found")
+
+
+def swapped_columns(rule):
+    return replace(rule, v=rule.q)  # the columns of the queries where those of the values belong
+
+
+@pytest.mark.parametrize("fault", [swapped_columns])
+def test_a_part_whose_pullback_is_not_its_own_is_left_to_autograd(monkeypatch, fault):
+    found = decoder_block.find_attention
+    monkeypatch.setattr(decoder_block, "find_attention", lambda *inputs: fault(found(*inputs)))
+    model, exact = fresh("gpt2", torch.float32), fresh("gpt2")
+    assert worst(model, exact, [0], prompts(LENGTHS), top_k=3) < 5e-6
+    for rule in known_of(model).parts.rules.values():
+        assert "away from autograd's" in rule.by_autograd()["attn"]
+
+
 @pytest.mark.parametrize("room", [0, 10**9])
 def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room, device):
     monkeypatch.setitem(decoder_block.KEPT_BYTES, device.type, room)
@@ -51,8 +117,8 @@ def test_the_same_whether_forwards_are_kept_or_run_again(monkeypatch, room, devi
 def test_nothing_is_kept_where_it_would_serve_less_than_half_of_the_blocks(monkeypatch):
     """Hooked at block 0, blocks 1 and 2 are pulled back by rule, and run once more if nothing of them was kept."""
     again, sizes = [], []
-    seen_again, size_of = decoder_block._seen_again, Seen.bytes
-    monkeypatch.setattr(decoder_block, "_seen_again", lambda *inputs: again.append(1) or seen_again(*inputs))
+    seen_again, size_of = block_module.seen_again, Seen.bytes
+    monkeypatch.setattr(block_module, "seen_again", lambda *inputs: again.append(1) or seen_again(*inputs))
     monkeypatch.setattr(Seen, "bytes", lambda self: sizes.append(size_of(self)) or sizes[-1])
     model, batch = tiny("llama", torch.float32), padded(prompts(LENGTHS), "right")
     fisher_scores(model, *batch, layers=0, top_k=4)
