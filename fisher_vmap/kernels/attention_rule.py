@@ -11,21 +11,20 @@ With cotangents as [N, K, D], positions first, the projections are plain matrix 
 contiguous range of rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.kernels.attention import attention_forward, pullback_attention
+from fisher_vmap.kernels.attention import pullback_attention
 from fisher_vmap.kernels.autograd import Scratch
 from fisher_vmap.kernels.hf_attention import AttentionCall, Packed
 from fisher_vmap.kernels.modules import NormRows, NormRule
-from fisher_vmap.kernels.parts import Part, Pull, Seen, Watched
+from fisher_vmap.kernels.parts import Pull, Seen, Watched
 from fisher_vmap.kernels.quantized import weight_matrix
 from fisher_vmap.model.groups import Group
-from fisher_vmap.model.recording import output_of
 
 
 @dataclass(frozen=True)
@@ -165,31 +164,56 @@ class AttentionRule:
         call = seen.attention[self.module]
         w_in, w_o = _joined([weight_matrix(linear) for linear in self.linears]), weight_matrix(self.o)
         turn = self._turn(seen)
-        rows_of_norms = [p.norm_rows(seen, self.head) for p in (self.q, self.k)]
+        norm_q, norm_k = (p.norm_rows(seen, self.head) for p in (self.q, self.k))
         groups = packed.groups_on(call.q.device)
         together = any(group.single is None for group in groups)
-        H, E = call.q.shape[1], self.head
 
         def pull(g_nKD: Tensor, a: int, z: int) -> Tensor:
-            n, K, D = g_nKD.shape
+            n, K, _ = g_nKD.shape
             inside = [group for group in groups if together or a <= group.first < z]
             first = 0 if together else a
-            dO = torch.mm(g_nKD.reshape(n * K, D), w_o, out=scratch("dO", (n * K, w_o.shape[1]), g_nKD))
-            dO = dO.view(n, K, H, -1)
             d_in = scratch("d_in", (n, K, len(w_in)), g_nKD)
-            dq, dk, dv = (p.of(self._slice(d_in, p.linear), E) for p in (self.q, self.k, self.v))
-            for group in inside:
-                if group.single is None:
-                    self._pull_group(group, dO, call, turn, (dq, dk, dv))
-                else:
-                    self._pull_single(group, first, dO, call, turn, (dq, dk, dv), scratch)
-            for columns, d, norm in zip((self.q, self.k), (dq, dk), rows_of_norms, strict=False):
+            dq, dk, dv = (p.of(self._slice(d_in, p.linear), self.head) for p in (self.q, self.k, self.v))
+            self._pull_heads(inside, g_nKD, w_o, call, _Into(dq, dk, dv, turn, turn, first, first), scratch)
+            for columns, d, norm in ((self.q, dq, norm_q), (self.k, dk, norm_k)):
                 if norm is not None:
                     columns.pull_norm(d, norm.at(a, z), scratch)
-            d_rows = d_in.view(n * K, -1)
-            return torch.mm(d_rows, w_in, out=scratch("dn", (n * K, w_in.shape[1]), g_nKD)).view(n, K, -1)
+            return _product(d_in, w_in, scratch, "dn")
 
         return pull
+
+    def pull_to_live(
+        self, g_MKD: Tensor, seen: Seen, live: Seen, at: Tensor | None, n: int, packed: Packed, scratch: Scratch
+    ) -> Tensor:
+        """The pullback where only some of the live rows have queries: [n, K, D] at the live rows.
+
+        Args:
+            g_MKD: the cotangents at the rows with queries.
+            seen: what was seen at these; its keys and values are those of all rows.
+            live: what was seen at the live rows, up to the attention.
+            at: the places of the rows with queries among the live rows; None: they are the same.
+            n: how many live rows there are.
+            packed: the prompts, with these queries and live keys.
+            scratch: memory.
+        """
+        call, E = seen.attention[self.module], self.head
+        M, K, _ = g_MKD.shape
+        turn, turn_live = self._turn(seen), self._turn(live)
+        w_kv = torch.cat([p.of(weight_matrix(p.linear).T, E).flatten(1) for p in (self.k, self.v)], 1).T
+        w_q = self.q.of(weight_matrix(self.q.linear).T, E).flatten(1).T
+        d_q = scratch("d_q", (M, K, len(w_q)), g_MKD)
+        d_kv = scratch("d_kv", (n, K, len(w_kv)), g_MKD)
+        dq, (dk, dv) = d_q.unflatten(-1, (-1, E)), (
+            part.unflatten(-1, (p.heads, E)) for p, part in zip((self.k, self.v), d_kv.chunk(2, -1), strict=True)
+        )  # fmt: skip
+        into = _Into(dq, dk, dv, turn, turn_live, 0, 0)
+        self._pull_heads(packed.groups_on(g_MKD.device), g_MKD, weight_matrix(self.o), call, into, scratch)
+        for columns, d, rows in ((self.q, dq, seen), (self.k, dk, live)):
+            if (norm := columns.norm_rows(rows, E)) is not None:
+                columns.pull_norm(d, norm, scratch)
+        total = _product(d_kv, w_kv, scratch, "dn")
+        below = _product(d_q, w_q, scratch, "dn of queries")
+        return total.add_(below) if at is None else total.index_add_(0, at.to(total.device), below)
 
     def ends(self, packed: Packed, rows: int, device: torch.device) -> Sequence[int]:
         """Where a stretch of positions may end: after a prompt, or at the end where prompts attend in groups."""
@@ -210,57 +234,77 @@ class AttentionRule:
         """The cos and sin of each row, [N, R]."""
         return None if self.rotary is None else self.rotary.factors(*(t[0] for t in rotary_of(seen, self.module)))
 
-    def _back(self, g: Tensor, turn: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
+    def _pull_heads(
+        self, groups: Sequence[Group], g: Tensor, w_o: Tensor, call: AttentionCall, into: "_Into", scratch: Scratch
+    ) -> None:
+        """The pullback through output projection, attention and rotation, from g [n, K, D]."""
+        n, K, _ = g.shape
+        dO = _product(g, w_o, scratch, "dO").view(n, K, call.q.shape[1], -1)
+        for group in groups:
+            (self._pull_single if group.single is not None else self._pull_group)(group, dO, call, into, scratch)
+
+    def _pull_single(self, group: Group, dO: Tensor, call: AttentionCall, into: "_Into", scratch: Scratch) -> None:
+        """One prompt's attention, from dO [n, K, H, E]."""
+        assert group.queries.single is not None and group.live.single is not None
+        (a, z), (first, stop), (_, K, H, E) = group.queries.single, group.live.single, dO.shape
+        here, alive = slice(a - into.first_q, z - into.first_q), slice(first - into.first_k, stop - into.first_k)
+        cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
+        heads = call.q[:, :, a:z], group.keys.take(call.k), group.keys.take(call.v)
+        dq, dk, dv = pullback_attention(cotangents[None], *heads, None, call.kind.alone(group.first_live), call.sinks)
+        self._back(dq[0], into.turn_q, slice(a, z), into.q[here].permute(2, 0, 1, 3))
+        self._back(dk[0], into.turn_k, slice(first, stop), into.k[alive].permute(2, 0, 1, 3))
+        into.v[alive].permute(2, 0, 1, 3).copy_(dv[0])
+
+    def _back(self, g: Tensor, turn: tuple[Tensor, Tensor] | None, rows: slice, out: Tensor) -> None:
+        """Undo the rotation of heads at some rows, [heads, n, K, E]."""
         if turn is None:
             out.copy_(g)
         else:
             assert self.rotary is not None
-            self.rotary.pull(g, *turn, out)
+            self.rotary.pull(g, turn[0][rows, None], turn[1][rows, None], out)
 
-    def _pull_single(
-        self,
-        group: Group,
-        first: int,
-        dO: Tensor,
-        call: AttentionCall,
-        turn: tuple[Tensor, Tensor] | None,
-        out: tuple[Tensor, Tensor, Tensor],
-        scratch: Scratch,
-    ) -> None:
-        """The pullback of one prompt's attention, from dO [n, K, H, E] to queries, keys and values [n, K, ., E]."""
-        assert group.single is not None
-        a, z = group.single
-        here = slice(a - first, z - first)
-        _, K, H, E = dO.shape
-        cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
-        heads = call.q[:, :, a:z], group.keys.take(call.k), group.keys.take(call.v)
-        dq, dk, dv = pullback_attention(cotangents[None], *heads, None, call.kind.alone(group.first_live), call.sinks)
-        here_turn = None if turn is None else (turn[0][a:z, None], turn[1][a:z, None])
-        to_q, to_k, to_v = (d[here].permute(2, 0, 1, 3) for d in out)
-        self._back(dq[0], here_turn, to_q)
-        self._back(dk[0], here_turn, to_k)
-        to_v.copy_(dv[0])
-
-    def _pull_group(
-        self,
-        group: Group,
-        dO: Tensor,
-        call: AttentionCall,
-        turn: tuple[Tensor, Tensor] | None,
-        out: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
+    def _pull_group(self, group: Group, dO: Tensor, call: AttentionCall, into: "_Into", scratch: Scratch) -> None:
         """The same for a group of prompts."""
-        queries, kind = group.queries, call.kind.alone(group.first_live)
+        queries, live, kind = group.queries, group.live, call.kind.alone(group.first_live)
         heads = queries.take(call.q), group.keys.take(call.k), group.keys.take(call.v)
         cotangents = (queries.take_rows(dO) * queries.real[:, :, None, None, None]).permute(0, 3, 1, 2, 4)
-        pulled = pullback_attention(cotangents, *heads, group.seen(kind.window), kind, call.sinks)
-        for rows, d, to, turned in zip(
-            (queries, group.live, group.live), pulled, out, (True, True, False), strict=True
-        ):
-            at = tuple(rows.take_rows(t)[:, None, :, None] for t in turn) if turned and turn is not None else None
-            back = torch.empty_like(d)
-            self._back(d, at, back)  # type: ignore[arg-type]
+        dq, dk, dv = pullback_attention(cotangents, *heads, group.seen(kind.window), kind, call.sinks)
+        for d, rows, turn, to in ((dq, queries, into.turn_q, into.q), (dk, live, into.turn_k, into.k)):
+            back = d
+            if turn is not None:
+                assert self.rotary is not None
+                cos, sin = (rows.take_rows(t)[:, None, :, None] for t in turn)
+                self.rotary.pull(d, cos, sin, back := torch.empty_like(d))
             rows.put_rows(to, back.permute(0, 2, 3, 1, 4))
+        live.put_rows(into.v, dv.permute(0, 2, 3, 1, 4))
+
+
+class _Into(NamedTuple):
+    """Where the cotangents of queries, keys and values go, [n, K, heads, E] each.
+
+    Attributes:
+        q: those of the queries.
+        k: those of the live keys.
+        v: those of the live values.
+        turn_q: cos and sin of all query rows, [N, R] each; None: no rotation.
+        turn_k: of all live rows.
+        first_q: the number of the first query row in `q`.
+        first_k: of the first live row in `k` and `v`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    turn_q: tuple[Tensor, Tensor] | None
+    turn_k: tuple[Tensor, Tensor] | None
+    first_q: int
+    first_k: int
+
+
+def _product(x_NKC: Tensor, w: Tensor, scratch: Scratch, name: str) -> Tensor:
+    """[N, K, D]: x times w, [C, D], in scratch memory."""
+    N, K, _ = x_NKC.shape
+    return torch.mm(x_NKC.reshape(N * K, -1), w, out=scratch(name, (N * K, w.shape[1]), x_NKC)).view(N, K, -1)
 
 
 def rotary_of(seen: Seen, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -271,119 +315,3 @@ def rotary_of(seen: Seen, module: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
-
-
-class Facts(NamedTuple):
-    """What is known of a block's modules before it is watched: plain linear layers, norms, MLPs and mixtures."""
-
-    linears: frozenset[nn.Module]
-    norms: Mapping[nn.Module, NormRule]
-    parts: Mapping[nn.Module, Part]
-
-
-def find_attention(module: nn.Module, seen: Seen, facts: Facts, packed: Packed) -> AttentionRule | str:
-    """The rule of an attention module from one call of it in which all its modules were seen; or why it has none."""
-    call, inner = seen.attention.get(module), set(module.modules()) - {module}
-    if call is None:
-        return "it does not call our attention"
-    linears = [m for m in inner if m in facts.linears and m in seen.outputs]
-    y, x, E = output_of(seen.outputs[module]), seen.inputs[module], call.q.shape[-1]
-    outs = [m for m in linears if y is not None and same(seen.outputs[m], y)]
-    ins = [m for m in linears if m not in outs and same(seen.inputs[m], x)]
-    if len(outs) != 1 or not ins:
-        return "its projections were not found"
-    kind = replace(call.kind, groups=packed.groups_on(call.q.device))
-    attended = attention_forward(call.q, call.k, call.v, None, kind, call.sinks).transpose(1, 2)
-    if not same(seen.inputs[outs[0]], attended):
-        return "its output projection receives something else than the attention's output"
-    search = _Search(module, seen, ins, [facts.norms[m] for m in inner if m in facts.norms and m in seen.outputs], E)
-    q, k, v = (search.columns(t, plain=t is call.v) for t in (call.q, call.k, call.v))
-    if q is None or k is None or v is None:
-        return f"how its {'queries' if q is None else 'keys' if k is None else 'values'} are made was not found"
-    if q[1] != k[1]:
-        return "its queries and keys are rotated in different ways"
-    if {q[0].linear, k[0].linear, v[0].linear} != set(ins):
-        return "it has other projections"
-    return AttentionRule(module, q[0], k[0], v[0], outs[0], q[1], E)
-
-
-class _Search(NamedTuple):
-    """Where queries, keys and values may come from.
-
-    Attributes:
-        module: the attention module.
-        seen: one call of it.
-        linears: the linear layers of its input.
-        norms: the norms inside it.
-        width: E.
-    """
-
-    module: nn.Module
-    seen: Seen
-    linears: Sequence[nn.Module]
-    norms: Sequence[NormRule]
-    width: int
-
-    def columns(self, found: Tensor, plain: bool) -> tuple[Columns, Rotary | None] | None:
-        """The columns and the rotation that give `found`, [1, heads, N, E]; `plain`: without norm and rotation."""
-        heads, target = found.shape[1], found[0].transpose(0, 1)
-        for linear in self.linears:
-            x = self.seen.outputs[linear].flatten(0, -2)
-            for columns in _places(linear, heads, x.shape[-1], self.width):
-                raw = columns.of(x, self.width)
-                for normed, value in [(columns, raw)] if plain else self._normed(columns, raw):
-                    for rotary in [None] if plain else self._rotaries():
-                        if same(self._rotated(value, rotary), target):
-                            return normed, rotary
-        return None
-
-    def _normed(self, columns: Columns, raw: Tensor) -> Iterator[tuple[Columns, Tensor]]:
-        yield columns, raw
-        N, heads, width = raw.shape
-        for rule in self.norms:
-            got, gave = self.seen.inputs[rule.module], self.seen.outputs[rule.module]
-            if got.numel() != raw.numel():
-                continue
-            # The norm may receive [1, N, heads, E], [1, heads, N, E] or [1, N, heads E].
-            turned = got.dim() >= 3 and got.shape[-3:-1] == (heads, N) and (heads != N or not same(got, raw))
-            before, after = (
-                t.reshape(heads, N, width).transpose(0, 1) if turned else t.reshape(N, heads, width)
-                for t in (got, gave)
-            )
-            if same(before, raw):
-                whole = got.shape[-1] != width
-                yield replace(columns, norm=rule, whole=whole), after
-
-    def _rotaries(self) -> Iterator[Rotary | None]:
-        yield None
-        rotary = self.seen.calls[self.module][1].get("position_embeddings")
-        known = isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)
-        if known and rotary[0].dim() == 3:
-            for way in (Rotary(*way) for way in WAYS):
-                columns = way.factors(*rotary)[0].shape[-1]
-                if columns <= self.width and columns % 2 == 0:
-                    yield way
-
-    def _rotated(self, value: Tensor, rotary: Rotary | None) -> Tensor:
-        if rotary is None:
-            return value
-        cos, sin = rotary.factors(*(t[0] for t in rotary_of(self.seen, self.module)))
-        return rotary.apply(value, cos[:, None], sin[:, None])
-
-
-def _places(linear: nn.Module, heads: int, C: int, width: int) -> Iterator[Columns]:
-    """Where heads may be in C columns: one after another from any head's beginning, or one of each of some slots."""
-    size = heads * width
-    for start in range(0, C - size + 1, width):
-        yield Columns(linear, start, heads)
-    if C % size == 0 and size < C:
-        for slot in range(C // size):
-            yield Columns(linear, slot, heads, joined=C // size)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, up to a few roundings."""
-    if a.numel() != b.numel():
-        return False
-    expected = b.reshape(a.shape)
-    return bool((a - expected).norm() <= 4 * torch.finfo(a.dtype).eps * expected.norm())

@@ -8,34 +8,26 @@ mixtures of experts with a pullback in this folder; another branch is pulled bac
 are one tensor, [N, K, D], each branch adds its part in place, and intermediate results pass through memory that stays
 in cache.
 
-How a block is made is found by values, on tokens of the run: what each module received and returned, and which sums
-are equal to what went on, to the bit. A wrong step could be small relative to the residual stream. The pullback of each
-part is compared with autograd there. The block's forward stays its own; results that the pullback needs are kept while
-there is room.
+The block's forward stays its own; results that the pullback needs are kept while there is room. Of the last block only
+the targets are read: it is pulled back from these rows to the live ones.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.kernels.attention_rule import AttentionRule, Facts, find_attention
+from fisher_vmap.kernels.attention_rule import AttentionRule
 from fisher_vmap.kernels.autograd import Scratch, stretches
-from fisher_vmap.kernels.experts import mixture_of
-from fisher_vmap.kernels.hf_attention import Packed, nothing_packed, packed_now
-from fisher_vmap.kernels.mlp import fused_mlp, mlp_of
+from fisher_vmap.kernels.hf_attention import Packed, packed_now
+from fisher_vmap.kernels.mlp import fused_mlp
 from fisher_vmap.kernels.modules import NormRows, NormRule, fused_norm, norm_kind
 from fisher_vmap.kernels.parts import ByAutograd, Part, Pull, Seen, Watched, seeing
-from fisher_vmap.kernels.quantized import is_affine
-from fisher_vmap.model.offload import weights_ready
-from fisher_vmap.model.recording import BlockCall, output_of
-from fisher_vmap.model.validation import is_out_of_memory
-from fisher_vmap.model.wrappers import has_hooks
+from fisher_vmap.model.recording import BlockCall
 
 Forward = Callable[..., Any]
 
@@ -45,7 +37,6 @@ KEPT_SHARE_OF_GPU = 1 / 8  # of its free memory
 # If all blocks' results are more than this many times that, nothing is kept: it would save little time for much memory,
 # which is scarce with long prompts.
 WORTH_KEEPING = 2
-NO_KIND = "it is not an MLP or a mixture of experts of a known kind"
 
 
 def fused_forward(module: nn.Module) -> Forward | None:
@@ -140,15 +131,66 @@ class BlockRule:
             self._pull(x, seen, piece, packed, scratch)
             G_NKD[:, start : start + chunk_size] = piece
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether positions interact in an attention of the first step alone, which has a rule."""
+        first, *others = self.steps
+        mixing = [b for b in first if isinstance(b.part, AttentionRule)]
+        later = any(isinstance(b.part, AttentionRule) for step in others for b in step)
+        return len(mixing) == 1 and not later and not self.mixes_by_autograd
+
+    def pull_to_live(
+        self, x: Tensor, at: Tensor | None, seen: tuple[Seen, Seen], g_MKD: Tensor, packed: Packed, scratch: Scratch
+    ) -> Tensor:
+        """Cotangents of the live rows of the block's input, [n, K, D], from those of its output at fewer rows.
+
+        Args:
+            x: [n, D], the live rows of the block's input.
+            at: [M] int64, the places of the fewer rows among these; None: they are the same.
+            seen: what was seen at the fewer rows, and up to the attention at the live rows.
+            g_MKD: the cotangents at the fewer rows, overwritten.
+            packed: the prompts, with queries at the fewer rows.
+            scratch: memory.
+        """
+        few, live = seen
+        for step in reversed(self.steps[1:]):
+            self._pull_step(step, None, few, g_MKD, packed, scratch)
+        place = torch.arange(len(x), device=x.device) if at is None else at.to(x.device)
+        total = g_MKD.new_zeros(len(x), *g_MKD.shape[1:])
+        total[place] = g_MKD
+        for branch in self.steps[0]:
+            if isinstance(branch.part, AttentionRule):
+                post = branch.post
+                g = g_MKD if post is None else post.rows(few.inputs[post.module]).pull(g_MKD, scratch, "step")
+                below, rows = branch.part.pull_to_live(g, few, live, at, len(x), packed, scratch), x
+                below = below if branch.scale == 1 else below.mul_(branch.scale)
+                into = total
+            else:
+                rows, into = x[place], torch.zeros_like(g_MKD)
+                below = branch.pull_from(few, packed, scratch)(g_MKD, 0, len(g_MKD))
+            if branch.pre is None:
+                into += below
+            else:
+                branch.pre.rows(rows).add_pull(into, below, scratch)
+            if into is not total:
+                total.index_add_(0, place, into)
+        return total
+
     def _pull(self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         for number, step in reversed(list(enumerate(self.steps))):
-            norms = {b.pre: x if number == 0 else seen.inputs[b.pre.module] for b in step if b.pre is not None}
-            rows = {norm: norm.rows(x_ND) for norm, x_ND in norms.items()}
-            pulls = [branch.pull_from(seen, packed, scratch) for branch in step]
-            if len(step) == 1:
-                _pull_alone(step[0], pulls[0], rows, G_NKD, packed, scratch)
-            else:
-                _pull_side_by_side(step, pulls, rows, G_NKD, packed, scratch)
+            self._pull_step(step, x if number == 0 else None, seen, G_NKD, packed, scratch)
+
+    def _pull_step(
+        self, step: Sequence[Branch], x: Tensor | None, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch
+    ) -> None:
+        """The same for one step; x is its input if that is the block's."""
+        norms = {b.pre: seen.inputs[b.pre.module] if x is None else x for b in step if b.pre is not None}
+        rows = {norm: norm.rows(x_ND) for norm, x_ND in norms.items()}
+        pulls = [branch.pull_from(seen, packed, scratch) for branch in step]
+        if len(step) == 1:
+            _pull_alone(step[0], pulls[0], rows, G_NKD, packed, scratch)
+        else:
+            _pull_side_by_side(step, pulls, rows, G_NKD, packed, scratch)
 
 
 def _pull_alone(
@@ -199,159 +241,6 @@ def _pull_side_by_side(
 Rules = dict[nn.Module, BlockRule]
 
 
-class _Found(NamedTuple):
-    """What runs a branch, and what it adds to the stream before the factor."""
-
-    name: str
-    module: nn.Module
-    pre: NormRule | None
-    post: NormRule | None
-    after: Tensor
-
-
-def facts_of(block: nn.Module) -> Facts | str:
-    """What is known of a block's modules before it is watched; or why it has no rule."""
-    if has_hooks(block):
-        return "it has a hook"
-    if any("forward" in vars(m) for m in block.modules()):
-        return "a forward in it has been replaced"
-    inner = [m for m in block.modules() if m is not block]
-    norms = {m: NormRule(m, kind) for m in inner if (kind := norm_kind(m)) is not None}
-    parts = {m: part for m in block.children() if (part := mlp_of(m) or mixture_of(m)) is not None}
-    return Facts(frozenset(m for m in inner if is_affine(m)), norms, parts)
-
-
-def rules_of(blocks: Mapping[str, nn.Module], run: Callable[[], object]) -> tuple[Rules, dict[str, str]]:
-    """The rules of blocks, found and proven while `run` runs the model on packed prompts; why the others have none."""
-    rules: Rules = {}
-    why: dict[str, str] = {}
-    facts: dict[nn.Module, Facts] = {}
-    names = {block: name for name, block in blocks.items()}
-    for name, block in blocks.items():
-        with weights_ready(block), nothing_packed():
-            found = facts_of(block)
-        if isinstance(found, str):
-            why[name] = found
-        else:
-            facts[block] = found
-
-    def end(block: nn.Module, seen: Seen) -> None:
-        packed = packed_now()
-        if packed is None or block in rules:
-            return
-        try:
-            with weights_ready(block):
-                rule: BlockRule | str = _compose(block, seen, facts[block], packed)
-        except (RuntimeError, ValueError, IndexError) as error:  # shapes that no part of ours expects
-            if is_out_of_memory(error):
-                raise
-            rule = f"it cannot be taken apart ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
-        if isinstance(rule, str):
-            why[names[block]] = rule
-        else:
-            rules[block] = rule
-
-    def everything(block: nn.Module) -> Watched:
-        modules = tuple(block.modules())
-        return Watched(modules, modules, modules, modules)
-
-    with seeing({block: everything(block) for block in facts}, lambda _block: Seen(), end):
-        run()
-    return rules, why
-
-
-def _compose(block: nn.Module, seen: Seen, facts: Facts, packed: Packed) -> BlockRule | str:
-    """The rule of a block from one call in which all its modules were seen; or why it has none."""
-    x, z = seen.inputs.get(block), output_of(seen.outputs[block])
-    if x is None or z is None or x.shape != z.shape or x.shape[0] != 1:
-        return "its output is not like its input"
-    if not seen.unchanged():
-        return "it writes into its tensors"
-    found = _branches(block, seen, facts)
-    if not found:
-        return "no branch was found in it"
-    scales = (1.0, *(value for value in vars(block).values() if type(value) is float))
-    steps, stream, waiting = list[tuple[Branch, ...]](), x, list[_Found]()
-    sources = [seen.inputs[b.module if b.pre is None else b.pre.module] for b in found]
-    for branch, source in [*zip(found, sources, strict=True), (None, z)]:
-        if waiting and (branch is None or not torch.equal(source, stream)):
-            scale = _scale(stream, [b.after for b in waiting], source, scales)
-            if scale is None:
-                return "what it adds to the residual stream is more than its branches"
-            parts = [_part(b, seen, facts, packed) for b in waiting]
-            steps.append(tuple(Branch(b.name, p, b.pre, b.post, scale) for b, p in zip(waiting, parts, strict=True)))
-            stream, waiting = source, []
-        if branch is not None:
-            if not torch.equal(source, stream):
-                return "a branch reads something else than the residual stream"
-            waiting.append(branch)
-    rule = BlockRule(tuple(steps))
-    left = rule.by_autograd()
-    if len(left) == len(found):
-        return "; ".join(f"{name}: {reason}" for name, reason in left.items())
-    return rule
-
-
-def _branches(block: nn.Module, seen: Seen, facts: Facts) -> list[_Found]:
-    """The modules whose output, or its norm, is added to the stream, in the order of their calls."""
-    called = [(name, module) for name, module in block.named_children() if module in seen.inputs]
-    norms = [facts.norms[module] for _, module in called if module in facts.norms]
-    order = list(seen.inputs)
-    found = []
-    for name, module in sorted(called, key=lambda pair: order.index(pair[1])):
-        got, gave = seen.inputs[module], output_of(seen.outputs[module])
-        if module in facts.norms or gave is None or gave.shape != got.shape or torch.equal(got, gave):
-            continue  # a norm, something else than a branch, or a dropout
-        pre = next((norm for norm in norms if torch.equal(seen.outputs[norm.module], got)), None)
-        post = next((norm for norm in norms if torch.equal(seen.inputs[norm.module], gave)), None)
-        after = gave if post is None else seen.outputs[post.module]
-        found.append(_Found(name, module, pre, post, after))
-    return found
-
-
-def _scale(stream: Tensor, added: Sequence[Tensor], target: Tensor, scales: Sequence[float]) -> float | None:
-    """The factor s with stream + s * (the sum of what is added) equal to the target, to the bit; None: none of them."""
-    for scale in scales:
-        terms = [stream, *(t if scale == 1 else t * scale for t in added)]
-        for order in permutations(terms):
-            total = order[0]
-            for term in order[1:]:
-                total = total + term
-            if torch.equal(total, target):
-                return scale
-    return None
-
-
-def _part(branch: _Found, seen: Seen, facts: Facts, packed: Packed) -> AttentionRule | Part:
-    """The part of a branch, proven on what was seen; `ByAutograd` if it has no rule there."""
-    module = branch.module
-    mixes = any(m in seen.attention for m in module.modules())
-    part: AttentionRule | Part | str
-    part = find_attention(module, seen, facts, packed) if mixes else facts.parts.get(module, NO_KIND)
-    if isinstance(part, str):
-        return ByAutograd(module, part, mixes)
-    gap, allowed = _gap(part, ByAutograd(module, "", mixes), seen, packed)
-    if not gap <= allowed:
-        return ByAutograd(module, f"its pullback is {gap:.0e} away from autograd's", mixes)
-    return part
-
-
-def _gap(part: AttentionRule | Part, other: ByAutograd, seen: Seen, packed: Packed) -> tuple[float, float]:
-    """The relative distance of a part's pullback of two cotangents from autograd's, and how much of it is rounding."""
-    x = seen.inputs[other.module]
-    N, D = x.shape[-2:]
-    g = torch.randn(N, 2, D, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
-    narrow = {p: seen.only(p.watched()).at(None, N) for p in (part, other)}
-    expected = other.pull_from(narrow[other], Scratch())(g, 0, N)
-    if isinstance(part, AttentionRule):
-        found = part.pull_from(narrow[part], Scratch(), packed)(g, 0, N)
-    else:
-        found = part.pull_from(narrow[part], Scratch())(g, 0, N)
-    size = expected.norm()
-    gap = float((found - expected).norm() / size) if size > 0 else float(found.norm())
-    return gap, float(torch.finfo(x.dtype).eps ** (2 / 3))
-
-
 def kept_room(kind: str) -> int:
     """How many bytes of forward results may be kept for the pullback on a device of this type."""
     if kind == "cuda":
@@ -386,12 +275,20 @@ def keeping(rules: Rules, calls: list[BlockCall], most: int, live: Tensor | None
         yield
 
 
-def seen_again(rule: BlockRule, call: BlockCall, run: Callable[[], Tensor]) -> tuple[Tensor, Seen | None]:
-    """What `run`, the block at its live rows once more, returns, and what was seen of it; None if that is of no use."""
-    seen = Seen()
-    with without_forwards(call.block), seeing({call.block: rule.watched()}, lambda _: seen, lambda _block, _seen: None):
+def seen_again(rule: BlockRule, call: BlockCall, run: Callable[[], Tensor]) -> tuple[Tensor, list[Seen] | None]:
+    """What `run`, the block at some rows once more, returns, and what was seen in each call of it.
+
+    The second is None if that is of no use.
+    """
+    found: list[Seen] = []
+
+    def begin(_block: nn.Module) -> Seen:
+        found.append(Seen())
+        return found[-1]
+
+    with without_forwards(call.block), seeing({call.block: rule.watched()}, begin, lambda _block, _seen: None):
         primal = run()
-    return primal, seen.at(None, primal.shape[1]) if seen.unchanged() else None
+    return primal, found if all(seen.unchanged() for seen in found) else None
 
 
 @contextmanager

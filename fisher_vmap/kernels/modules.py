@@ -75,7 +75,7 @@ def fused_norm(module: nn.Module, kind: NormKind) -> Callable[[Tensor], Tensor]:
 class NormRows(NamedTuple):
     """The factors of a norm's pullback at each position: dx = g * scale - back sum(g * along) - r sum(g * mean).
 
-    The last term is that of a mean that the norm subtracts; without one `mean` is None.
+    The last term is that of a mean that the norm subtracts; `mean`, [D], is the same everywhere, and None without one.
     """
 
     scale: Tensor
@@ -85,8 +85,13 @@ class NormRows(NamedTuple):
     r: Tensor
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "NormRows":
-        """The same change applied to every tensor."""
-        return NormRows(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+        """The same change applied to what belongs to a position."""
+        return NormRows(change(self.scale), change(self.along), change(self.back), self.mean, change(self.r))
+
+    def to(self, dtype: torch.dtype) -> "NormRows":
+        """The same in a format."""
+        rows = self.each(lambda row: row.to(dtype))
+        return rows if self.mean is None else rows._replace(mean=self.mean.to(dtype))
 
     def at(self, start: int, stop: int) -> "NormRows":
         """A range of positions, the first dimension."""
@@ -104,8 +109,8 @@ class NormRows(NamedTuple):
 def norm_rows(x: Tensor, weight: Tensor, kind: NormKind, dtype: torch.dtype) -> NormRows:
     """The factors of a norm's pullback at x, [..., D], in the dtype of the cotangents; of the shape of x."""
     weight, n, r = _normalised(x, weight, kind)
-    mean = (weight / n.shape[-1]).expand_as(n) if kind.centred else None
-    return NormRows(weight * r, weight * n / n.shape[-1], n * r, mean, r).each(lambda row: row.to(dtype))
+    mean = weight / n.shape[-1] if kind.centred else None
+    return NormRows(weight * r, weight * n / n.shape[-1], n * r, mean, r).to(dtype)
 
 
 class NormRule(NamedTuple):
@@ -149,9 +154,9 @@ class _Norm(Derived):
     def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
         x, weight = ctx.saved_tensors
         weight, n, r = _normalised(x, weight, ctx.kind)
-        mean = torch.full_like(r, 1 / n.shape[-1]).expand_as(n) if ctx.kind.centred else None
+        mean = n.new_full((n.shape[-1],), 1 / n.shape[-1]) if ctx.kind.centred else None
         rows = NormRows(weight * r, n / n.shape[-1], weight * n * r, mean, weight * r)
-        return _NormPushforward.apply(t, *rows.each(lambda row: row.to(t.dtype)))  # type: ignore[no-any-return]
+        return _NormPushforward.apply(t, *rows.to(t.dtype))  # type: ignore[no-any-return]
 
 
 class _NormPullback(Pullback):
@@ -162,8 +167,7 @@ class _NormPullback(Pullback):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, *shared: Any) -> tuple[Tensor, int]:
         g = g.movedim(cotangent_dim(in_dims), -2)
-        rows = (None if x is None else x.unsqueeze(-2) for x in shared)
-        return _pull_norm(g, *rows), g.dim() - 2
+        return _pull_norm(g, *NormRows(*shared).each(lambda x: x.unsqueeze(-2))), g.dim() - 2
 
 
 class _NormPushforward(_NormPullback):

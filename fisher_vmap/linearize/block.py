@@ -25,10 +25,9 @@ from torch.func import jvp, vjp, vmap
 
 from fisher_vmap.kernels.autograd import Scratch
 from fisher_vmap.kernels.decoder_block import BlockRule, Rules, seen_again
-from fisher_vmap.kernels.hf_attention import Among, KeysCaptured, Packed, attending_among, capturing_keys
+from fisher_vmap.kernels.hf_attention import Among, Packed, attending_among
 from fisher_vmap.model.layout import (
     Layout,
-    NotPositionwise,
     first_live,
     first_target,
     narrowed,
@@ -38,7 +37,6 @@ from fisher_vmap.model.layout import (
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import (
     BlockCall,
-    KeptKeys,
     Recording,
     check_primal,
     map_tensors,
@@ -199,10 +197,11 @@ def _pull_by_rule(
         else:
             if rows.columns is not None and not rows.run_narrow(call, expected):
                 return False
-            primal, seen = seen_again(rule, call, lambda: rows.replay(call)(rows.take(call.hidden)))
+            primal, found = seen_again(rule, call, lambda: rows.replay(call)(rows.take(call.hidden)))
             check_primal(f"what {call.name} computed", primal, rows.take(expected))
-            if seen is None:
+            if found is None:
                 return False
+            seen = found[-1].at(None, primal.shape[1])
         assert rows.among_live.groups is not None
         packed = Packed(tuple(rows.live.ranges()), rows.among_live.groups)
         rule.pull(rows.take(call.hidden)[0], seen, cotangents[0], packed, chunk_size, scratch)
@@ -295,77 +294,6 @@ def push_function(
         check_primal(what, primal, expected)
         pieces.append(moved)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-
-class LastBlock(NamedTuple):
-    """The last block at the targets: its call, its output there, [M, D], and its pullback."""
-
-    call: BlockCall
-    rows: Tensor
-    pull: Callable[[Tensor, int | None], Tensor]
-    """From cotangents [K, M, D], and how many to take at a time, to those of its input's live rows, [b, n, K, D]."""
-
-
-def open_last(call: BlockCall, rows: LiveRows, top: Tensor | None = None) -> LastBlock:
-    """Run the last block at the targets; `top` is its output, [b, T, D], if it has run.
-
-    Raises:
-        NotPositionwise: the block cannot be run at some positions only; run it whole.
-        StructureChanged: the output at the targets differs from `top`.
-    """
-    with weights_ready(call.block):
-        if rows.columns is not None and not call.keys:
-            with torch.no_grad():
-                call.keys.append(_keys(call, call.hidden, rows, at_all=True))
-        primal, pullback = vjp(_at_targets(call, rows), rows.take(call.hidden))  # type: ignore[misc]
-    if top is not None:
-        with primals_checked_together():  # at once: the caller has another way
-            check_primal(_LAST.format(call.name), primal, take_columns(top, rows.read_columns))
-
-    def pull(cotangents_KMD: Tensor, chunk_size: int | None) -> Tensor:
-        cotangents = rows.read.at_targets(cotangents_KMD.to(primal.device))
-        with weights_ready(call.block):
-            return pull_each(pullback, cotangents, chunk_size)
-
-    return LastBlock(call, rows.read.targets_of(primal), pull)
-
-
-_LAST = "the replay of {} at the last positions"
-
-
-def pushforward_last(last: LastBlock, rows: LiveRows, tangents: Tensor, chunk_size: int | None) -> Tensor:
-    """Tangents of the live rows of the last block's input, [b, n, K, D], to those of the targets, [K, M, D]."""
-    call, at = last.call, rows.take(last.call.hidden)
-    with weights_ready(call.block):
-        function = _at_targets(call, rows)
-        with torch.no_grad():
-            expected = function(at)
-        check_primal(_LAST.format(call.name), rows.read.targets_of(expected), last.rows)
-        moved = push_function(_LAST.format(call.name), function, at, expected, tangents, chunk_size)
-    return rows.read.fields_of(moved)
-
-
-def _at_targets(call: BlockCall, rows: LiveRows) -> Callable[[Tensor], Tensor]:
-    """The block as a function from the live rows of its input, [b, n, D], to the rows of its output that are read."""
-    if rows.at is None:
-        return rows.replay(call)
-
-    def function(x: Tensor) -> Tensor:
-        live = _keys(call, x, rows)
-        keys = live.keys, live.values
-        return replay_at(call, take_columns(x, rows.at), rows.read_columns, rows.every, rows.among_read, keys)
-
-    return function
-
-
-def _keys(call: BlockCall, x: Tensor, rows: LiveRows, at_all: bool = False) -> KeptKeys:
-    """Keys and values of the live rows, or of all rows, from these rows of the block's input."""
-    try:
-        with capturing_keys():
-            (call.replay if at_all else rows.replay(call))(x)
-    except KeysCaptured as captured:
-        return KeptKeys(captured.module, captured.keys, captured.values)
-    raise NotPositionwise(f"{call.name} does not call our attention")
 
 
 def replay_at(

@@ -19,14 +19,12 @@ from fisher_vmap.kernels.decoder_block import WORTH_KEEPING, keeping, kept_room
 from fisher_vmap.kernels.hf_attention import NAME, UnsupportedAttention, keeping_keys
 from fisher_vmap.linearize.block import (
     Arrived,
-    LastBlock,
     cotangents_at_a_time,
     live_rows,
-    open_last,
     pullback_blocks,
     pushforward_blocks,
-    pushforward_last,
 )
+from fisher_vmap.linearize.last_block import LastBlock, open_last, pushforward_last
 from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.model_info import Parts, Places
 from fisher_vmap.model.head import MIN_ROWS, VOCABULARY_CHUNK_ELEMENTS
@@ -66,7 +64,7 @@ class Blockwise(LinearMap):
             try:
                 if places_of(call, layout) == parts.top_places:
                     with forwards_set(parts.fused):
-                        self._last = open_last(call, self._rows)
+                        self._last = open_last(call, self._rows, rule=parts.rules.get(call.block))
                     recording.cut(call.hidden)
                     self._cut_in_forward = True
                     return recording
@@ -78,7 +76,8 @@ class Blockwise(LinearMap):
         """The last block at the targets; None if it is run like any other."""
         if self._last is None and not self._cannot_be_cut and recording.calls:
             try:
-                self._last = open_last(recording.calls[-1], self._rows, recording.top)
+                call = recording.calls[-1]
+                self._last = open_last(call, self._rows, recording.top, self._parts.rules.get(call.block))
             except (NotPositionwise, StructureChanged, UnsupportedAttention) as reason:
                 self.note("cut", f"the last block is pulled back at all positions: {reason}")
                 self._cannot_be_cut = True

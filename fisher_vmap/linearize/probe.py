@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.kernels import hf_attention
-from fisher_vmap.kernels.decoder_block import Forward, Rules, fused_forward, rules_of
+from fisher_vmap.kernels.compose import rules_of
+from fisher_vmap.kernels.decoder_block import Forward, Rules, fused_forward
 from fisher_vmap.kernels.hf_attention import attention_set_to, noting_odd_masks, prompts_packed, supports_ours
 from fisher_vmap.kernels.rotary_attention import fused_attention_forward, proven_attentions
 from fisher_vmap.linearize.find_head import watch

@@ -9,7 +9,7 @@ from models import block, fresh, padded, prompts, tiny
 from oracles import in_float64, plain_scores, relative
 
 from fisher_vmap.fisher import fisher_scores
-from fisher_vmap.kernels import autograd, decoder_block
+from fisher_vmap.kernels import autograd, compose, decoder_block
 from fisher_vmap.kernels.parts import Seen
 from fisher_vmap.linearize import block as block_module
 from fisher_vmap.linearize.probe import known_of
@@ -99,8 +99,8 @@ def swapped_columns(rule):
 
 @pytest.mark.parametrize("fault", [swapped_columns])
 def test_a_part_whose_pullback_is_not_its_own_is_left_to_autograd(monkeypatch, fault):
-    found = decoder_block.find_attention
-    monkeypatch.setattr(decoder_block, "find_attention", lambda *inputs: fault(found(*inputs)))
+    found = compose.find_attention
+    monkeypatch.setattr(compose, "find_attention", lambda *inputs: fault(found(*inputs)))
     model, exact = fresh("gpt2", torch.float32), fresh("gpt2")
     assert worst(model, exact, [0], prompts(LENGTHS), top_k=3) < 5e-6
     for rule in known_of(model).parts.rules.values():
