@@ -103,12 +103,11 @@ class Seen:
 
 
 def _inner(tensor: Tensor, count: int) -> int:
-    """How many of the last dimensions of a tensor are not rows: its rows are [1, N, ...], [N, ...], or [B, T, ...]."""
-    rows, dims = 1, 0
-    for size in tensor.shape:
-        rows, dims = rows * size, dims + 1
-        if rows == count and (dims == tensor.dim() or dims > 1 or size == count):
-            return tensor.dim() - dims
+    """How many of the last dimensions of a tensor are not rows: it is [1, N, ...], [B, T, ...], or [N, ...]."""
+    if tensor.dim() > 2 and tensor.shape[0] * tensor.shape[1] == count:
+        return tensor.dim() - 2
+    if tensor.dim() > 0 and len(tensor) == count:
+        return tensor.dim() - 1
     raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no row for each of {count} positions")
 
 
