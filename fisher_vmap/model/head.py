@@ -15,7 +15,7 @@ from fisher_vmap.model.offload import weights_on_device
 from fisher_vmap.model.validation import widest_dtype
 from fisher_vmap.model.widening import widened
 
-VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # unembedding elements upcast at a time: fit a CPU's cache
+VOCABULARY_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # unembedding elements upcast at a time: fit a CPU's cache
 MIN_ROWS = 4  # on some processors a float32 product with fewer rows takes a path that is much less accurate
 
 
@@ -146,12 +146,19 @@ class UnembeddingHead:
         return Sums(z_BV, log_normaliser_B1, mean_BD, slope_BV, found)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of the unembedding's rows, upcast: (slice of the vocabulary, [v, D'])."""
+        """Chunks of the unembedding's rows, upcast: (slice of the vocabulary, [v, D']), valid until the next one.
+
+        They share memory: new memory for each would cost more than the sums.
+        """
         weight = self.weight
         V, D = weight.shape
         size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(weight.device.type, 2**22) // D)
+        memory = None if weight.dtype == dtype else weight.new_empty(min(size, V), D, dtype=dtype)
         for start in range(0, V, size):
-            yield slice(start, start + size), weight[start : start + size].to(dtype)
+            chunk_vD = weight[start : start + size]
+            if memory is not None:
+                chunk_vD = memory[: len(chunk_vD)].copy_(chunk_vD)
+            yield slice(start, start + size), chunk_vD
 
 
 @dataclass(frozen=True)
