@@ -196,7 +196,7 @@ def _gap(part: AttentionRule | Part, other: ByAutograd, seen: Seen, packed: Pack
 
 def find_attention(module: nn.Module, seen: Seen, facts: Facts, packed: Packed) -> AttentionRule | str:
     """The rule of an attention module from one call of it in which all its modules were seen; or why it has none."""
-    call, inner = seen.attention.get(module), set(module.modules()) - {module}
+    call, inner = seen.attention.get(module), [m for m in module.modules() if m is not module]
     if call is None:
         return "it does not call our attention"
     linears = [m for m in inner if m in facts.linears and m in seen.outputs]
@@ -209,7 +209,8 @@ def find_attention(module: nn.Module, seen: Seen, facts: Facts, packed: Packed) 
     attended = attention_forward(call.q, call.k, call.v, None, kind, call.sinks).transpose(1, 2)
     if not same(seen.inputs[outs[0]], attended):
         return "its output projection receives something else than the attention's output"
-    search = _Search(module, seen, ins, [facts.norms[m] for m in inner if m in facts.norms and m in seen.outputs], E)
+    norms = [facts.norms[m] for m in inner if m in facts.norms and m in seen.outputs]
+    search = _Search(module, seen, ins, norms, E, [])
     q, k, v = (search.columns(t, plain=t is call.v) for t in (call.q, call.k, call.v))
     if q is None or k is None or v is None:
         return f"how its {'queries' if q is None else 'keys' if k is None else 'values'} are made was not found"
@@ -229,6 +230,7 @@ class _Search(NamedTuple):
         linears: the linear layers of its input.
         norms: the norms inside it.
         width: E.
+        taken: the columns that were found to be something.
     """
 
     module: nn.Module
@@ -236,17 +238,25 @@ class _Search(NamedTuple):
     linears: Sequence[nn.Module]
     norms: Sequence[NormRule]
     width: int
+    taken: list[Columns]
 
     def columns(self, found: Tensor, plain: bool) -> tuple[Columns, Rotary | None] | None:
-        """The columns and the rotation that give `found`, [1, heads, N, E]; `plain`: without norm and rotation."""
+        """The columns and the rotation that give `found`, [1, heads, N, E]; `plain`: without norm and rotation.
+
+        Layers may have the same weights: one that nothing was found in comes first, and columns are found once.
+        """
         heads, target = found.shape[1], found[0].transpose(0, 1)
-        for linear in self.linears:
+        used = [columns.linear for columns in self.taken]
+        for linear in sorted(self.linears, key=lambda linear: linear in used):
             x = self.seen.outputs[linear].flatten(0, -2)
             for columns in _places(linear, heads, x.shape[-1], self.width):
                 raw = columns.of(x, self.width)
+                if columns in self.taken:
+                    continue
                 for normed, value in [(columns, raw)] if plain else self._normed(columns, raw):
                     for rotary in [None] if plain else self._rotaries():
                         if same(self._rotated(value, rotary), target):
+                            self.taken.append(columns)
                             return normed, rotary
         return None
 

@@ -1,5 +1,6 @@
 """Whole blocks pulled back by hand, against plain autograd in float64 of each prompt alone."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,16 @@ def test_a_part_without_a_rule_is_left_to_autograd_alone(device):
     told = known_of(model).ran(block("hunyuan", 0), "auto")
     assert told is not None
     assert told["rules"].endswith("; in 2 of them self_attn by autograd: how its queries are made was not found")
+
+
+def test_projections_with_equal_weights_are_told_apart():
+    model = fresh("qwen3", torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.v_proj.weight)
+            layer.self_attn.q_proj.weight[: len(layer.self_attn.k_proj.weight)] = layer.self_attn.k_proj.weight
+    assert worst(model, copy.deepcopy(model).double(), [0], prompts(LENGTHS), top_k=4) < 5e-6
+    assert [rule.by_autograd() for rule in known_of(model).parts.rules.values()] == [{}] * 4
 
 
 def swapped_columns(rule):
