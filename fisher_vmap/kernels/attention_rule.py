@@ -106,8 +106,8 @@ class Columns:
     def of(self, x: Tensor, width: int) -> Tensor:
         """[..., heads, E]: these columns of x, [..., C], as a view."""
         if self.joined:
-            return x.unflatten(-1, (self.heads, self.joined, width))[..., self.start, :]
-        return x[..., self.start : self.start + self.heads * width].unflatten(-1, (self.heads, width))
+            return x.view(*x.shape[:-1], self.heads, self.joined, width)[..., self.start, :]
+        return x[..., self.start : self.start + self.heads * width].view(*x.shape[:-1], self.heads, width)
 
     def norm_rows(self, seen: Seen, width: int) -> NormRows | None:
         """The factors of the norm's pullback at each position, [N, 1, heads, E] or [N, 1, heads E]."""

@@ -280,8 +280,7 @@ class _Search(NamedTuple):
     def _rotaries(self) -> Iterator[Rotary | None]:
         yield None
         rotary = self.seen.calls[self.module][1].get("position_embeddings")
-        known = isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)
-        if known and rotary[0].dim() == 3:
+        if isinstance(rotary, tuple | list) and len(rotary) == 2 and all(_may_rotate(t) for t in rotary):
             for way in (Rotary(*way) for way in WAYS):
                 columns = way.factors(*rotary)[0].shape[-1]
                 if columns <= self.width and columns % 2 == 0:
@@ -292,6 +291,10 @@ class _Search(NamedTuple):
             return value
         cos, sin = rotary.factors(*(t[0] for t in rotary_of(self.seen, self.module)))
         return rotary.apply(value, cos[:, None], sin[:, None])
+
+
+def _may_rotate(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3
 
 
 def _places(linear: nn.Module, heads: int, C: int, width: int) -> Iterator[Columns]:

@@ -31,8 +31,11 @@ from fisher_vmap.model.recording import BlockCall
 
 Forward = Callable[..., Any]
 
-# How many bytes of forward results are kept for the pullback; blocks for which there is no room run again.
+# How many bytes of forward results are kept for the pullback of MANY cotangents; blocks for which there is no room run
+# again. Fewer cotangents take less memory themselves and running a block again costs as much as pulling back one, so
+# that more is kept for them.
 KEPT_BYTES = {"cpu": 3 * 2**25}
+MANY = 10
 KEPT_SHARE_OF_GPU = 1 / 8  # of its free memory
 # If all blocks' results are more than this many times that, nothing is kept: it would save little time for much memory,
 # which is scarce with long prompts.
@@ -241,21 +244,24 @@ def _pull_side_by_side(
 Rules = dict[nn.Module, BlockRule]
 
 
-def kept_room(kind: str) -> int:
-    """How many bytes of forward results may be kept for the pullback on a device of this type."""
+def kept_room(kind: str, vectors: int | None) -> int:
+    """How many bytes of forward results may be kept for the pullback of so many vectors on a device of this type."""
     if kind == "cuda":
         return int(KEPT_SHARE_OF_GPU * torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
-    return KEPT_BYTES.get(kind, 0)
+    return KEPT_BYTES.get(kind, 0) * max(1, MANY // (vectors or MANY))
 
 
 @contextmanager
-def keeping(rules: Rules, calls: list[BlockCall], most: int, live: Tensor | None) -> Iterator[None]:
+def keeping(
+    rules: Rules, calls: list[BlockCall], most: int, live: Tensor | None, vectors: int | None
+) -> Iterator[None]:
     """Within the context results of the blocks with a rule are kept in `calls` while there is room.
 
     `calls` is the list of a recording, which has an entry for a call before the block runs. Results are kept for the
     first `most` calls only, since the last block is pulled back in another way, and at the `live` rows; None: all.
+    `vectors` is how many will be pulled back.
     """
-    room = {kind: kept_room(kind) for kind in (*KEPT_BYTES, "cuda")}
+    room = {kind: kept_room(kind, vectors) for kind in (*KEPT_BYTES, "cuda")}
 
     def begin(block: nn.Module) -> Seen | None:
         wanted = room and packed_now() is not None and calls and calls[-1].block is block and len(calls) <= most

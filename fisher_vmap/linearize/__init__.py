@@ -1,7 +1,8 @@
 """The linear map from a bias to the head's input: its products, and their comparison with plain autograd.
 
 linear_map  LinearMap, the base class: J^T u (pull) and J v (push); KernelOptions; the contexts it runs in
-block       the products through one decoder block at a time, and the last block at the last rows
+block       the products through one decoder block at a time, at the live rows
+last_block  the last block, from the targets to the live rows
 blockwise   Blockwise: the linear map one block at a time, from a recorded forward
 whole       Whole and Loop: the linear map in one piece, by `torch.func` or by plain autograd
 output      the next-token distribution: log p, the gradients of log p, the output metric C

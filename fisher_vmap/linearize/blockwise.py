@@ -59,7 +59,9 @@ class Blockwise(LinearMap):
         first = min(parts.call_order.index(layer) for layer in self.layers) + 1
         needless = self._precision != "mixed" and parts.call_order[-1] not in self.layers and not is_offloaded(model)
         if needless and layout.packed and parts.top_places is not None:
-            recording = record_forward(model, parts, layout, first, self._precision, live, stop_before_last=True)
+            recording = record_forward(
+                model, parts, layout, first, self._precision, live, self._vectors, stop_before_last=True
+            )
             call = recording.calls[-1]
             try:
                 if places_of(call, layout) == parts.top_places:
@@ -70,7 +72,7 @@ class Blockwise(LinearMap):
                     return recording
             except NotPositionwise as reason:
                 self.note("forward cut", f"the last block's forward runs at all positions: {reason}")
-        return record_forward(model, parts, layout, first, self._precision, live)
+        return record_forward(model, parts, layout, first, self._precision, live, self._vectors)
 
     def _last_block(self, recording: Recording) -> LastBlock | None:
         """The last block at the targets; None if it is run like any other."""
@@ -85,7 +87,7 @@ class Blockwise(LinearMap):
 
     def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
         parts, live = self._parts, self.live
-        recording = self._recording if self._once else self._recording.copy()
+        recording = self._recording.copy() if self._vectors is None else self._recording
         rows_KMD = unit_KMX.to(recording.dtype)
         chunk_size = self._at_a_time(len(rows_KMD))
         with forwards_set(parts.fused):
@@ -98,7 +100,7 @@ class Blockwise(LinearMap):
                     recording.cut(last.call.hidden)
                     if parts.call_order[-1] in self.layers:
                         yield Arrived(parts.call_order[-1], live.at_targets(rows_KMD))
-            if self._once:
+            if self._vectors is not None:
                 del last
                 self._last = None
             yield from pullback_blocks(recording, cotangents, set(self.layers), chunk_size, parts.rules, self._rows)
@@ -128,18 +130,20 @@ def record_forward(
     first: int,
     precision: str,
     live: Tensor | None = None,
+    vectors: int | None = None,
     stop_before_last: bool = False,
 ) -> Recording:
     """Record the calls from number `first` on; with precision "mixed" the forward alone is in float32.
 
     With the columns of the `live` rows, the keys and values of all rows are kept with each call, for replays at these.
+    `vectors` is how many will be pulled back; None: unknown.
     """
 
     @contextmanager
     def around(calls: list[BlockCall]) -> Iterator[None]:
         keys = keeping_keys(lambda kept: calls[-1].keys.append(kept) if calls else None)
-        rules = parts.rules if precision != "mixed" else {}
-        with nullcontext() if live is None else keys, keeping(rules, calls, len(parts.call_order) - first - 1, live):
+        rules, most = parts.rules if precision != "mixed" else {}, len(parts.call_order) - first - 1
+        with nullcontext() if live is None else keys, keeping(rules, calls, most, live, vectors):
             yield
 
     if precision != "mixed":
@@ -269,7 +273,7 @@ def pull_memory(
     B, N, K, (D, V, M, _, G, _, linear, above, layers) = len(lengths), sum(lengths), cotangents, widths
     chunk = min(K, chunk_size or cotangents_at_a_time(K, N, device) or K)
     kept, blocks = N * widths.kept * itemsize, max(0, above - 1)
-    room = kept_room(device.type)
+    room = kept_room(device.type, K)
     held = {
         "recorded": N * D * (above + 1) * itemsize,  # each block's input and the hooked output
         "kept": kept * min(blocks, room // max(kept, 1)) if M and kept * blocks <= WORTH_KEEPING * room else 0,

@@ -195,16 +195,16 @@ class LinearMap(ABC):
         layers: Sequence[str],
         options: KernelOptions,
         *,
-        once: bool = False,
+        vectors: int | None = None,
     ) -> None:
         """Prepare a map; `open` runs the model.
 
         `attention` is the implementation that the model runs under, None for its own. The precision of `options` must
-        be resolved. `once` announces a single pull and no push, so that memory can be freed on the way.
+        be resolved. `vectors` announces a single pull, of so many, and no push: memory is freed on the way.
         """
         self.layout, self.live, self.layers = layout, layout, list(layers)
         self._model, self._parts, self._attention = model, parts, attention
-        self._chunk_size, self._precision, self._once = options.chunk_size, options.precision, once
+        self._chunk_size, self._precision, self._vectors = options.chunk_size, options.precision, vectors
         self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # reports a slower path taken
 
     def open(self) -> None:

@@ -56,12 +56,12 @@ def opened(
     layers: Sequence[str],
     options: KernelOptions,
     *,
-    once: bool = False,
+    vectors: int | None = None,
 ) -> Iterator[LinearMap]:
     """The linear map of a padded layout in a form; within the context the model is prepared for its products.
 
-    A batch that cannot be packed (a prompt is longer than an attention window) is padded, with the same result. `once`
-    announces a single pull and no push.
+    A batch that cannot be packed (a prompt is longer than an attention window) is padded, with the same result.
+    `vectors` announces a single pull, of so many, and no push.
     """
     parts, attention = known.under(choice.attention).parts, known.attention_of(choice)
     # The rule of a block does not include hooks on the block or inside it.
@@ -69,7 +69,7 @@ def opened(
     parts = parts if len(rules) == len(parts.rules) else replace(parts, rules=rules)
 
     def made(kind: type[LinearMap], laid_out: Layout) -> LinearMap:
-        net = kind(model, parts, attention, laid_out, layers, options, once=once)
+        net = kind(model, parts, attention, laid_out, layers, options, vectors=vectors)
         net.note = partial(known.note, log)
         return net
 
@@ -146,6 +146,12 @@ class Wanted:
     token_ids: Tensor | None = None
     include_rest: bool = False
     probes: Probes | None = None
+
+    @property
+    def vectors(self) -> int:
+        """How many cotangents are pulled back."""
+        tokens = self.top_k if self.token_ids is None else self.token_ids.shape[1]
+        return tokens + (0 if self.probes is None else self.probes.vectors)
 
     def of_prompts(self, prompts: Sequence[int]) -> "Wanted":
         """The same for some prompts of the batch."""
@@ -251,7 +257,7 @@ def run_choice(
     """The scores of a padded batch in one form."""
     parts, groups = [], groups_of(choice, model, layout)
     for group, together in groups:
-        with opened(choice, model, known, together, layers, options, once=True) as net:
+        with opened(choice, model, known, together, layers, options, vectors=wanted.vectors) as net:
             parts.append(scores_of(net, wanted.of_prompts(group)))
     return join_prompts(parts, [group for group, _ in groups])
 

@@ -29,24 +29,26 @@ where that is more). Classes that can be encoders are built as decoders (`is_dec
 **{agree} of the {built} classes that can be built agree to {tolerance:.0e} ({share:.1f}%).** Forms: {forms}.
 
 `packed` and `layerwise` go down one block at a time, `whole` through the upper network in one call; `loop` is K
-backward passes, no faster than plain autograd. Where a form failed, the log warns and says how.
+backward passes, no faster than plain autograd. Where a form failed, the log warns and says how. `rules` says how many
+of the blocks between the first and the last are pulled back by a rule, and which of their parts, or which blocks, are
+left to autograd and why.
 
-| model type | class | blocks | form | why | distance |
-| --- | --- | --- | --- | --- | --- |
+| model type | class | blocks | form | why | rules | distance |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 CANNOT_HEAD = """
 ## Refused, or not built
 
-| model type | class | outcome | reason | |
-| --- | --- | --- | --- | --- |
+| model type | class | outcome | reason | | |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
 def row_of(found: Finding) -> str:
     """One line of the table."""
     if found.outcome in ("refused", "not built"):
-        return f"| {found.kind} | {found.model_class} | {found.outcome} | {plain(found.reason)} | |"
+        return f"| {found.kind} | {found.model_class} | {found.outcome} | {plain(found.reason)} | | |"
     by_choice: dict[tuple[str, str], list[str]] = {}
     for layer, form in found.forms.items():
         by_choice.setdefault((form["form"], form["why"]), []).append(layer)
@@ -58,7 +60,19 @@ def row_of(found: Finding) -> str:
     if found.oracle != "float64":
         why = f"{why}; compared in {found.oracle}" if why else f"compared in {found.oracle}"
     blocks = found.blocks[0].rpartition(".")[0] + ".N"
-    return f"| {found.kind} | {found.model_class} | {blocks} | {forms} | {plain(why)} | {found.distance:.0e} |"
+    cells = found.kind, found.model_class, blocks, forms, plain(why), plain(rules(found)), f"{found.distance:.0e}"
+    return f"| {' | '.join(cells)} |"
+
+
+def rules(found: Finding) -> str:
+    """How many blocks above the lowest packed hook go by rule, and why not all of each."""
+    told = next((form["rules"] for form in found.forms.values() if form["form"] == "packed"), "")
+    if not told:
+        return ""
+    count, *others = told.split("; ")
+    reasons = (re.sub(r"^(not \S+|in \d+ of them) ?", "", line) for line in others)
+    kinds = dict.fromkeys(re.sub(r"[0-9.]+e-[0-9]+ away", "away", line.removeprefix(": ")) for line in reasons)
+    return "; ".join([count.removesuffix(" blocks by rule"), *kinds])
 
 
 def reason(form: str, why: str) -> str:
