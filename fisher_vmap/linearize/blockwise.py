@@ -70,7 +70,7 @@ class Blockwise(LinearMap):
                     recording.cut(call.hidden)
                     self._cut_in_forward = True
                     return recording
-            except NotPositionwise as reason:
+            except (NotPositionwise, UnsupportedAttention) as reason:
                 self.note("forward cut", f"the last block's forward runs at all positions: {reason}")
         return record_forward(model, parts, layout, first, self._precision, live, self._vectors)
 

@@ -7,7 +7,7 @@ from itertools import dropwhile
 
 from torch import nn
 
-from fisher_vmap.kernels.hf_attention import NAME, attention_set_to, prompts_packed
+from fisher_vmap.kernels.hf_attention import NAME, UnsupportedAttention, attention_set_to, prompts_packed
 from fisher_vmap.linearize.blockwise import prove_top
 from fisher_vmap.linearize.compare import Expected, excerpts_for, expected_on, packable, why_wrong
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
@@ -153,7 +153,7 @@ def _prove_top(model: nn.Module, known: ModelInfo, layout: Layout, choice: Choic
             few = pack_rows(packable(model, known.parts, layout))
             with prompts_packed(few):
                 known.parts = replace(known.parts, top_places=prove_top(model, known.parts, few))
-    except (NotPositionwise, StructureChanged) as reason:
+    except (NotPositionwise, StructureChanged, UnsupportedAttention) as reason:
         why = str(reason)
     except Exception as error:
         if is_out_of_memory(error) or is_our_fault(error) or not is_hooked(model):

@@ -12,11 +12,11 @@ from fisher_vmap.kernels.modules import NormRows
 def test_a_norm_is_pulled_back_by_its_formula(centred, K=3, N=7, D=20):
     generator = torch.Generator().manual_seed(0)
     g, total = (torch.randn(N, K, D, generator=generator, dtype=torch.float64) for _ in range(2))
-    scale, along, back, mean, r = (torch.randn(N, 1, D, generator=generator, dtype=torch.float64) for _ in range(5))
-    r = r[..., :1]
+    scale, along, back, r = (torch.randn(N, 1, D, generator=generator, dtype=torch.float64) for _ in range(4))
+    mean, r = torch.randn(D, generator=generator, dtype=torch.float64), r[..., :1]
     expected = g * scale - back * torch.einsum("nkd,nd->nk", g, along[:, 0])[..., None]
     if centred:
-        expected = expected - r * torch.einsum("nkd,nd->nk", g, mean[:, 0])[..., None]
+        expected = expected - r * torch.einsum("nkd,d->nk", g, mean)[..., None]
     shared = NormRows(scale, along, back, mean if centred else None, r)
     scratch = Scratch()
     assert relative(norm_pullback(g, *shared, scratch, "dx"), expected) < 1e-14
