@@ -24,7 +24,7 @@ from benchmarks.workloads import small_llama
 from fisher_vmap import FisherModel
 from fisher_vmap.kernels import attention, autograd
 from fisher_vmap.linearize import block
-from fisher_vmap.model import layout
+from fisher_vmap.model import head, layout
 
 PACKAGE = "/fisher_vmap/"
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "cpu", "numpy"}
@@ -133,7 +133,13 @@ def _flat(x: Any) -> list[Any]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Within the context batches are divided as on a GPU: no chunk for a CPU's caches, prompts attend in groups."""
-    tables = (autograd.ELEMENTS_IN_CACHE, block.ROWS_AT_A_TIME, layout.ALONE_FROM, attention.BLOCK_ELEMENTS)
+    tables = (
+        autograd.ELEMENTS_IN_CACHE,
+        block.ROWS_AT_A_TIME,
+        layout.ALONE_FROM,
+        attention.BLOCK_ELEMENTS,
+        head.VOCABULARY_CHUNK_ELEMENTS,
+    )
     before = [dict(table) for table in tables]
     try:
         for table in tables:

@@ -75,7 +75,7 @@ class Problem:
         self.head = UnembeddingHead(*placed((self.norm, unembedding), device), phi)
 
     def truth(self, dtype: torch.dtype, tokens: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
-        """log p [B, K], and its gradients [K, B, D], by plain autograd in the given dtype, of the rows so many times."""
+        """log p [B, K], and its gradients [K, B, D], by plain autograd in a dtype, of the rows so many times."""
         B, tokens = len(tokens), tokens.repeat(times, 1)
         rows = self.rows.repeat(times, 1).to(dtype).requires_grad_()
         x = torch.nn.functional.layer_norm(rows, rows.shape[1:]) @ self.weight.to(dtype).T
