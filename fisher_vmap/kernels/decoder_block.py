@@ -143,15 +143,17 @@ class BlockRule:
         return len(mixing) == 1 and not later and not self.mixes_by_autograd
 
     def pull_to_live(
-        self, x: Tensor, at: Tensor | None, seen: tuple[Seen, Seen], g_MKD: Tensor, packed: Packed, scratch: Scratch
-    ) -> Tensor:
-        """Cotangents of the live rows of the block's input, [n, K, D], from those of its output at fewer rows.
+        self, x: Tensor, at: Tensor | None, seen: tuple[Seen, Seen], g_MKD: Tensor, total: Tensor, packed: Packed,
+        scratch: Scratch,
+    ) -> None:  # fmt: skip
+        """From cotangents of the block's output at fewer rows than the live ones to those of its input at these.
 
         Args:
             x: [n, D], the live rows of the block's input.
             at: [M] int64, the places of the fewer rows among these; None: they are the same.
             seen: what was seen at the fewer rows, and up to the attention at the live rows.
             g_MKD: the cotangents at the fewer rows, overwritten.
+            total: [n, K, D], zeros; the result goes there.
             packed: the prompts, with queries at the fewer rows.
             scratch: memory.
         """
@@ -159,7 +161,6 @@ class BlockRule:
         for step in reversed(self.steps[1:]):
             self._pull_step(step, None, few, g_MKD, packed, scratch)
         place = torch.arange(len(x), device=x.device) if at is None else at.to(x.device)
-        total = g_MKD.new_zeros(len(x), *g_MKD.shape[1:])
         total[place] = g_MKD
         for branch in self.steps[0]:
             if isinstance(branch.part, AttentionRule):
@@ -177,7 +178,6 @@ class BlockRule:
                 branch.pre.rows(rows).add_pull(into, below, scratch)
             if into is not total:
                 total.index_add_(0, place, into)
-        return total
 
     def _pull(self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
         for number, step in reversed(list(enumerate(self.steps))):

@@ -79,10 +79,12 @@ def _by_rule(rule: BlockRule, call: BlockCall, rows: LiveRows) -> tuple[Tensor, 
 
     def pull(cotangents_KMD: Tensor, chunk_size: int | None) -> Tensor:
         cotangents, scratch = rows.read.at_targets(cotangents_KMD.to(primal.device))[0], Scratch()
-        pieces = cotangents.split(chunk_size or cotangents.shape[1], 1)
+        K, D = cotangents.shape[1:]
+        total, some = x.new_zeros(len(x), K, D), chunk_size or K
         with weights_ready(call.block):
-            pulled = [rule.pull_to_live(x, rows.at, seen, g.contiguous(), packed, scratch) for g in pieces]
-        return torch.cat(pulled, 1)[None]
+            for g, into in zip(cotangents.split(some, 1), total.split(some, 1), strict=True):
+                rule.pull_to_live(x, rows.at, seen, g.contiguous(), into, packed, scratch)
+        return total[None]
 
     return primal, pull
 
