@@ -135,7 +135,7 @@ def group_prompts(
     """
     live = keys if live is None else live
     queries = live if queries is None else queries
-    groups = grouped([stop - start for start, stop in keys], device)
+    groups = grouped([_length(rows) for rows in keys], device, [_length(rows) for rows in queries])
     return tuple(
         _group([keys[b] for b in prompts], [live[b] for b in prompts], [queries[b] for b in prompts], device)
         for prompts in groups

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fisher_vmap.model.validation import check_tensor
 
 PADDING = 1.25  # a group's padded rows may be this many times its real rows
-# Prompts of this many tokens attend alone: on a CPU a call costs less than the copies and the padding of a group.
+# Prompts with this many queries attend alone: on a CPU a call costs less than the copies and the padding of a group.
 ALONE_FROM = {"cpu": 24}
 SCALED_BY_LENGTH = {"dynamic", "longrope"}
 
@@ -334,13 +334,18 @@ def pack_rows(layout: Layout) -> Layout:
     return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)
 
 
-def grouped(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
-    """The numbers of the prompts of each group, the longest prompt first."""
+def grouped(lengths: Sequence[int], device: torch.device, queries: Sequence[int] | None = None) -> list[list[int]]:
+    """The numbers of the prompts of each group, the longest prompt first.
+
+    `queries` is how many queries each prompt has; None: one for each token.
+    """
     groups: list[list[int]] = []
     alone_from, real = ALONE_FROM.get(device.type), 0
+    asking = lengths if queries is None else queries
     for prompt in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
         longest = lengths[groups[-1][0]] if groups else 0
-        near = groups and (alone_from is None or longest < alone_from)
+        most = max([asking[b] for b in [*groups[-1], prompt]]) if groups else 0
+        near = groups and (alone_from is None or most < alone_from)
         if near and longest * (len(groups[-1]) + 1) <= PADDING * (real + lengths[prompt]):
             groups[-1].append(prompt)
             real += lengths[prompt]
