@@ -70,14 +70,17 @@ class Among:
     groups: tuple[Group, ...] | None
 
     @staticmethod
-    def of(every: Layout, live: Layout, columns: Tensor | None, queries: Layout) -> "Among":
-        """The queries and live keys of these layouts; `columns` are those of the live one among all."""
+    def of(every: Layout, live: Layout, columns: Tensor | None, queries: Layout, vectors: int | None = None) -> "Among":
+        """The queries and live keys of these layouts.
+
+        `columns` are those of the live one among all; `vectors` is how many will be pulled back, None: unknown.
+        """
         if not every.packed:
             return Among(columns, None)
         # A prompt's keys end where its live rows do; later rows matter to no target.
         stops = [s + q + n for s, q, n in zip(every.first_row, _ahead(every, live), live.lengths, strict=True)]
         keys = list(zip(every.first_row, stops, strict=True))
-        return Among(columns, group_prompts(keys, every.device, live.ranges(), queries.ranges()))
+        return Among(columns, group_prompts(keys, every.device, live.ranges(), queries.ranges(), vectors))
 
 
 def _ahead(every: Layout, live: Layout) -> list[int]:

@@ -127,12 +127,14 @@ class LiveRows:
         return "", bool(found.isfinite().all())
 
 
-def live_rows(layout: Layout, ours: bool, not_narrow: dict[str, str], note: Callable[[str, str], None]) -> LiveRows:
+def live_rows(
+    layout: Layout, ours: bool, not_narrow: dict[str, str], note: Callable[[str, str], None], vectors: int | None = None
+) -> LiveRows:
     """The live rows of a batch; all of them unless the model runs under our attention, which can take some alone."""
     live, columns = narrowed(layout, first_live(layout)) if ours else (layout, None)
     read, at = narrowed(live, first_target(live)) if ours else (layout, None)
     read_columns = at if columns is None else columns if at is None else columns[at]
-    among_live, among_read = (Among.of(layout, live, columns, queries) for queries in (live, read))
+    among_live, among_read = (Among.of(layout, live, columns, rows, vectors) for rows in (live, read))
     return LiveRows(layout, live, columns, read, read_columns, at, among_live, among_read, not_narrow, note)
 
 

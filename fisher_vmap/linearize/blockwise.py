@@ -42,7 +42,9 @@ class Blockwise(LinearMap):
         parts, layout = self._parts, self.layout
         assert parts.head is not None
         self._last: LastBlock | None = None
-        self._rows = live_rows(layout, self._attention == NAME, parts.not_narrow, lambda *told: self.note(*told))
+        self._rows = live_rows(
+            layout, self._attention == NAME, parts.not_narrow, lambda *told: self.note(*told), self._vectors
+        )
         self.live = self._rows.live
         self._cut_in_forward, self._cannot_be_cut = False, self._rows.at is None
         self._recording = self._record()

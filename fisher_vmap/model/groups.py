@@ -15,6 +15,9 @@ from fisher_vmap.model.layout import grouped, on_device
 
 Ranges = Sequence[tuple[int, int]]
 
+# `ALONE_FROM` was measured for this many cotangents; with fewer, a query counts as a part of one, down to this.
+MANY, LEAST_SHARE = 10, 0.25
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -123,7 +126,11 @@ class Group:
 
 
 def group_prompts(
-    keys: Ranges, device: torch.device, live: Ranges | None = None, queries: Ranges | None = None
+    keys: Ranges,
+    device: torch.device,
+    live: Ranges | None = None,
+    queries: Ranges | None = None,
+    vectors: int | None = None,
 ) -> tuple[Group, ...]:
     """Divide prompts into groups of similar length.
 
@@ -132,10 +139,12 @@ def group_prompts(
         device: of the tensors.
         live: the rows of its live keys, which are its last ones, among the live rows; None: all are live.
         queries: the rows of its queries, which are at its last keys, among the query rows; None: the live rows.
+        vectors: how many cotangents each query has. Of few, more prompts attend together: the copies cost less then.
     """
     live = keys if live is None else live
     queries = live if queries is None else queries
-    groups = grouped([_length(rows) for rows in keys], device, [_length(rows) for rows in queries])
+    share = 1.0 if vectors is None else min(1.0, max(LEAST_SHARE, vectors / MANY))
+    groups = grouped([_length(rows) for rows in keys], device, [share * _length(rows) for rows in queries])
     return tuple(
         _group([keys[b] for b in prompts], [live[b] for b in prompts], [queries[b] for b in prompts], device)
         for prompts in groups

@@ -334,7 +334,7 @@ def pack_rows(layout: Layout) -> Layout:
     return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)
 
 
-def grouped(lengths: Sequence[int], device: torch.device, queries: Sequence[int] | None = None) -> list[list[int]]:
+def grouped(lengths: Sequence[int], device: torch.device, queries: Sequence[float] | None = None) -> list[list[int]]:
     """The numbers of the prompts of each group, the longest prompt first.
 
     `queries` is how many queries each prompt has; None: one for each token.
