@@ -5,7 +5,6 @@ the results of what was timed are compared afterwards. The raw times go to the J
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from benchmarks import peak_memory, roofline
 from benchmarks.claims import HEADING, RANK, TOP_K, Asked, Choices, Line, Outcome
 from benchmarks.loop_rows import compiled_loop_row, heavy_tail_row, last_position_row, qwen_row, smollm2_row
-from benchmarks.timing import Ratio, by_turns, machine
+from benchmarks.timing import Ratio, by_turns, machine, measurement_flags, parsed, write_json
 from benchmarks.workloads import smollm2_file, uniform
 from fisher_vmap import FisherModel
 
@@ -92,17 +91,10 @@ ROWS: dict[str, Callable[[Choices], Outcome]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mixed", action="store_true", help="chat prompts of 31 to 240 tokens instead of 44 to 76")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
-    )
-    parser.add_argument("--threads", type=int)
+    measurement_flags(parser)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parsed(parser)
     choices = Choices(args.device, args.rounds, args.mixed, args.precision)
     written: dict[str, Any] = {"machine": machine(), "choices": choices._asdict(), "rows": {}}
     print(HEADING)
@@ -115,9 +107,7 @@ def main() -> None:
         for line in lines:
             print(line.text(name), flush=True)
         written["rows"][name] = record | {"ratios": [line.stored() for line in lines]}
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(args.json, written)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ by turns with the kernel. Beside it stands the time at the machine's best rate, 
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.package_job import package_loop
-from benchmarks.timing import by_turns, machine, once
+from benchmarks.timing import by_turns, machine, measurement_flags, once, parsed, write_json
 from benchmarks.workloads import Batch, Workload, chat, qwen2_shape, smollm2, uniform
 from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.run.plan_model import Shape, Work, unavoidable
@@ -119,16 +118,9 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, help="random prompts of this length instead of chat prompts")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
-    )
-    parser.add_argument("--threads", type=int)
+    measurement_flags(parser)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parsed(parser)
     if args.model == "smollm2":
         workload, layer = (
             smollm2(device=args.device, precision=args.precision),
@@ -143,9 +135,7 @@ def main() -> None:
         batch = uniform(workload, args.prompts, args.tokens or 64)
     record = measure(workload, batch, layer, args.top_k, args.rounds)
     print(report(record))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), "roofline": record}, indent=1) + "\n")
+    write_json(args.json, {"machine": machine(), "roofline": record})
 
 
 if __name__ == "__main__":

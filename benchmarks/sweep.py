@@ -20,7 +20,7 @@ import torch
 from benchmarks.agreement import distances
 from benchmarks.baselines import Loop, careful_loop, plain_loop
 from benchmarks.package_job import package_loop
-from benchmarks.timing import by_turns, machine, once
+from benchmarks.timing import by_turns, machine, measurement_flags, once, parsed
 from benchmarks.todays_shapes import SHAPES, todays_shape
 from benchmarks.workloads import Batch, Workload, middle, qwen2_shape, small_llama, smollm2, uniform
 from fisher_vmap import fisher_scores
@@ -143,18 +143,11 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what is timed (default: all)")
     parser.add_argument("--budget", type=float, default=900, help="seconds after which no cell is begun (default 900)")
     parser.add_argument("--most", type=float, default=15, help="seconds that one call may take (default 15)")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--axes", nargs="+", choices=("batch", "length", "top_k", "layer"))
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
-    )
-    parser.add_argument("--threads", type=int)
+    measurement_flags(parser, rounds=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sweep.jsonl"))
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parsed(parser)
     workload = models[args.model](dtype=args.dtype, device=args.device, precision=args.precision)
     costs, began = Costs(workload.blocks), time.perf_counter()
     todo = [cell for cell in cells(workload.blocks) if not args.axes or cell.axis in (*args.axes, "centre")]

@@ -1,7 +1,9 @@
 """Times that can be compared: several functions in one run, by turns, so that a drifting machine slows all alike."""
 
+import argparse
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -142,3 +144,28 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
+
+
+def measurement_flags(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
+    """Add the flags of every command that measures: how often, on what, in which precision."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
+    )
+    parser.add_argument("--threads", type=int)
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with torch set to the number of threads asked for."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def write_json(path: Path | None, record: Any) -> None:
+    """Write a record where one was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")

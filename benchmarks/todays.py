@@ -8,18 +8,15 @@ which also stands beside the scores of the last two blocks. The results of what 
 
 import argparse
 import gc
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks import roofline
 from benchmarks.claims import HEADING, TOP_K, Asked, Line, Outcome
 from benchmarks.loop_rows import against_forward, against_loops
-from benchmarks.timing import Ratio, machine
+from benchmarks.timing import Ratio, machine, measurement_flags, parsed, write_json
 from benchmarks.todays_shapes import LONGEST, SHAPES, SHORTEST, todays_shape, unequal
 from benchmarks.workloads import Batch, Workload, middle
 
@@ -83,17 +80,10 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME", help=", ".join(SHAPES)
     )
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="models of each kind and a test's size, on short prompts")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--precision", default="auto", choices=("auto", "model", "float32"), help="of all that is timed"
-    )
-    parser.add_argument("--threads", type=int)
+    measurement_flags(parser)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parsed(parser)
     choices = {"device": args.device, "rounds": args.rounds, "small": args.small, "precision": args.precision}
     written: dict[str, Any] = {"machine": machine(), "choices": choices, "shapes": {}}
     for name in args.shapes:
@@ -108,9 +98,7 @@ def main() -> None:
             for line in lines:
                 print(line.text(row), flush=True)
             rows[row] = record | {"ratios": [line.stored() for line in lines]}
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(written, indent=1) + "\n")
+            write_json(args.json, written)
         del now, workload, measure  # before the next model is made
         gc.collect()
 

@@ -8,11 +8,12 @@ product of every block would go to main memory and back; on two cores that took 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 # Most elements of an intermediate result, over all cotangents, that pass through a chain of products at a time. A CPU
 # then keeps the chain in its caches; fewer rows than LEAST_ROWS would slow the products down. A GPU takes all at once.
@@ -88,6 +89,14 @@ def cotangent_dim(in_dims: tuple[int | None, ...]) -> int:
     if first is None or any(dim is not None for dim in others):
         raise NotImplementedError("only the cotangents can be batched: everything else is shared by all of them")
     return first
+
+
+def pull_each(pull: Callable[[Tensor], tuple[Tensor]], cotangents: Tensor, chunk_size: int | None) -> Tensor:
+    """A pullback of rows, applied to each of K cotangents, [b, n, K, D]."""
+    if cotangents.shape[2] == 1:
+        return pull(cotangents[:, :, 0])[0][:, :, None]
+    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
+    return below  # type: ignore[no-any-return]
 
 
 def norm_pullback(

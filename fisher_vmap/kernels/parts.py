@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
-from torch.func import vjp, vmap
+from torch.func import vjp
 
-from fisher_vmap.kernels.autograd import Scratch
+from fisher_vmap.kernels.autograd import Scratch, pull_each
 from fisher_vmap.kernels.hf_attention import AttentionCall, noting_calls
 from fisher_vmap.model.recording import hidden_of, hooks, map_tensors, output_of, with_hidden
 
@@ -204,16 +204,14 @@ class ByAutograd:
         """Pulls all rows."""
         args, kwargs = seen.calls[self.module]
 
-        def run(x_ND: Tensor) -> Tensor:
-            inner_args, inner_kwargs = with_hidden(args, kwargs, x_ND[None])
+        def run(x: Tensor) -> Tensor:
+            inner_args, inner_kwargs = with_hidden(args, kwargs, x)
             output = output_of(self.module(*inner_args, **inner_kwargs))
             assert output is not None
-            return output.flatten(0, -2)
+            return output.reshape(x.shape)
 
         def pull(g_NKD: Tensor, a: int, z: int) -> Tensor:
-            _, back = vjp(run, seen.inputs[self.module])  # type: ignore[misc]
-            if g_NKD.shape[1] == 1:
-                return back(g_NKD[:, 0])[0][:, None]  # type: ignore[no-any-return]
-            return vmap(back, in_dims=1, out_dims=1)(g_NKD)[0]  # type: ignore[no-any-return]
+            _, back = vjp(run, seen.inputs[self.module][None])  # type: ignore[misc]
+            return pull_each(back, g_NKD[None], None)[0]
 
         return pull

@@ -6,18 +6,19 @@ copies. The forward is the module's own, to the bit. A module gets these rules o
 formula on tokens of the run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.kernels.attention import AttentionKind, attention_forward, pullback_attention, pushforward_attention
+from fisher_vmap.kernels.attention import AttentionKind, attention_forward, pushforward_attention
+from fisher_vmap.kernels.attention_rule import AttentionRule, Columns, Rotary
 from fisher_vmap.kernels.autograd import Derived, Pullback, Pushforward, Scratch, cotangent_dim
-from fisher_vmap.kernels.hf_attention import Packed, packed_now
+from fisher_vmap.kernels.hf_attention import AttentionCall, Packed, packed_now
+from fisher_vmap.kernels.parts import Seen
 from fisher_vmap.kernels.quantized import has_matrix, runs_as_made
-from fisher_vmap.model.groups import Group
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import hooks
 
@@ -110,12 +111,12 @@ class _RotaryAttention(Derived):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx = _ModulePullback.apply(g, *ctx.saved_tensors, *ctx.parts.weights(), ctx.scale, ctx.packed)
+        dx = _ModulePullback.apply(g, *ctx.saved_tensors, ctx.parts, ctx.scale, ctx.packed)
         return dx, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        dy = _ModulePushforward.apply(t, *ctx.saved_tensors, *ctx.parts.weights(), ctx.scale, ctx.packed)
+        dy = _ModulePushforward.apply(t, *ctx.saved_tensors, ctx.parts, ctx.scale, ctx.packed)
         return dy, None, None, None
 
 
@@ -129,73 +130,20 @@ class _ModulePullback(Pullback):
         return _pull(g.movedim(cotangent_dim(in_dims), 2)[0], *_put_together(shared))[None], 2
 
 
-def _put_together(shared: tuple[Any, ...]) -> tuple[Heads, tuple[Tensor, ...], float, Packed]:
-    """The heads, the weights of q, k, v and o, the scale and the prompts; `apply` takes tensors one by one."""
-    scale, packed = shared[9:]
-    return Heads(*shared[:5]), shared[5:9], scale, packed
+def _put_together(shared: tuple[Any, ...]) -> tuple[Heads, AttentionParts, float, Packed]:
+    """The heads, the projections, the scale and the prompts; `apply` takes tensors one by one."""
+    parts, scale, packed = shared[5:]
+    return Heads(*shared[:5]), parts, scale, packed
 
 
-def _pull(g_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float, packed: Packed) -> Tensor:
-    """K cotangents of the module's output to those of its input, [N, K, D]."""
-    w_qkv, w_o = torch.cat(weights[:3]), weights[3]
-    return pullback_groups(g_NKD, heads, (w_qkv, w_o), scale, packed.groups_on(g_NKD.device), Scratch())
-
-
-def pullback_groups(
-    g_nKD: Tensor,
-    heads: Heads,
-    weights: tuple[Tensor, Tensor],
-    scale: float,
-    groups: Sequence[Group],
-    scratch: Scratch,
-) -> Tensor:
-    """The same for groups of prompts, n consecutive positions together, in scratch memory.
-
-    `heads` are those of all positions, `weights` those of queries, keys and values, [(H + 2 G) E, D], and of the
-    output, [D, H E].
-    """
-    w_qkv, w_o = weights
-    q, k, v = heads.q, heads.k, heads.v
-    n, K, D = g_nKD.shape
-    H, G, E, first = q.shape[1], k.shape[1], q.shape[3], min(group.first for group in groups)
-    alone = AttentionKind(scale, causal=True)
-    dO = torch.mm(g_nKD.reshape(n * K, D), w_o, out=scratch("dO", (n * K, H * E), g_nKD)).view(n, K, H, E)
-    dqkv = scratch("dqkv", (n, K, H + 2 * G, E), g_nKD)
-    for group in groups:
-        if group.single is None:
-            _pull_group(group, dO, heads, alone, dqkv)
-            continue
-        a, z = group.single
-        here = slice(a - first, z - first)
-        cotangents = scratch("dO of a prompt", (H, z - a, K, E), dO).copy_(dO[here].permute(2, 0, 1, 3))
-        dq, dk, dv = pullback_attention(cotangents[None], q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], None, alone)
-        c, s = heads.cos[0, a:z, None], heads.sin[0, a:z, None]
-        out = dqkv[here].permute(2, 0, 1, 3)
-        _unrotate(dq[0], c, s, out[:H])
-        _unrotate(dk[0], c, s, out[H : H + G])
-        out[H + G :].copy_(dv[0])
-    return torch.mm(dqkv.view(n * K, -1), w_qkv, out=scratch("dn", (n * K, D), g_nKD)).view(n, K, D)
-
-
-def _pull_group(group: Group, dO: Tensor, heads: Heads, kind: AttentionKind, dqkv: Tensor) -> None:
-    """The pullback of a group's attention, from dO [N, K, H, E] of all positions to dqkv [N, K, H + 2 G, E]."""
-    q, k, v = (group.keys.take(t) for t in (heads.q, heads.k, heads.v))
-    cotangents = group.queries.take_rows(dO) * group.queries.real[:, :, None, None, None]
-    dq, dk, dv = pullback_attention(cotangents.permute(0, 3, 1, 2, 4), q, k, v, None, kind)
-    c, s = (group.keys.take_rows(t[0])[:, None, :, None] for t in (heads.cos, heads.sin))
-    out = torch.empty(dq.shape[0], dq.shape[1] + 2 * dk.shape[1], *dq.shape[2:], dtype=dq.dtype, device=dq.device)
-    _unrotate(dq, c, s, out[:, : dq.shape[1]])
-    _unrotate(dk, c, s, out[:, dq.shape[1] : -dv.shape[1]])
-    out[:, -dv.shape[1] :].copy_(dv)
-    group.queries.put_rows(dqkv, out.permute(0, 2, 3, 1, 4))
-
-
-def _unrotate(g: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """The transpose of x * cos + rotate_half(x) * sin, applied to g [..., E] and written to out."""
-    half = g.shape[-1] // 2
-    torch.mul(g, cos, out=out)
-    out[..., :half].addcmul_(g[..., half:], sin[..., half:])
-    out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
+def _pull(g_NKD: Tensor, heads: Heads, parts: AttentionParts, scale: float, packed: Packed) -> Tensor:
+    """K cotangents of the module's output to those of its input, [N, K, D], as in the rule of a whole block."""
+    H, G, name = heads.q.shape[1], heads.k.shape[1], parts.o
+    q, k, v = (Columns(linear, 0, n) for linear, n in ((parts.q, H), (parts.k, G), (parts.v, G)))
+    rule = AttentionRule(name, q, k, v, parts.o, Rotary(pairs=False, given="each"), parts.head)
+    call = AttentionCall(name, heads.q, heads.k, heads.v, AttentionKind(scale, causal=True), None)
+    seen = Seen(calls={name: ((), {"position_embeddings": (heads.cos, heads.sin)})}, attention={name: call})
+    return rule.pull_from(seen, Scratch(), packed)(g_NKD, 0, len(g_NKD))
 
 
 class _ModulePushforward(Pushforward):
@@ -208,9 +156,9 @@ class _ModulePushforward(Pushforward):
         return _push(t.movedim(cotangent_dim(in_dims), 2)[0], *_put_together(shared))[None], 2
 
 
-def _push(t_NKD: Tensor, heads: Heads, weights: tuple[Tensor, ...], scale: float, packed: Packed) -> Tensor:
+def _push(t_NKD: Tensor, heads: Heads, parts: AttentionParts, scale: float, packed: Packed) -> Tensor:
     """K tangents of the module's input to those of its output, [N, K, D]."""
-    (w_q, w_k, w_v, w_o), (cos, sin, q, k, v) = weights, heads
+    (w_q, w_k, w_v, w_o), (cos, sin, q, k, v) = parts.weights(), heads
     N, K, D = t_NKD.shape
     rows = t_NKD.reshape(N * K, D)
     tq, tk, tv = ((rows @ w.T).view(N, K, x.shape[1], -1) for w, x in ((w_q, q), (w_k, k), (w_v, v)))
@@ -232,7 +180,7 @@ def parts_of(module: nn.Module) -> AttentionParts | None:
     head = getattr(module, "head_dim", None)
     if not all(has_matrix(part) and runs_as_made(part) for part in (q, k, v, o)) or not isinstance(head, int):
         return None
-    if len(list(module.children())) != 4 or "forward" in vars(module):
+    if len(list(module.children())) != 4 or "forward" in vars(module):  # `children` names each once
         return None  # norms of queries and keys, gates, sinks
     assert (
         isinstance(q, nn.Linear) and isinstance(k, nn.Linear) and isinstance(v, nn.Linear) and isinstance(o, nn.Linear)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.kernels.autograd import Scratch
+from fisher_vmap.kernels.autograd import Scratch, pull_each
 from fisher_vmap.kernels.decoder_block import BlockRule, Rules, seen_again
 from fisher_vmap.kernels.hf_attention import Among, Packed, attending_among
 from fisher_vmap.model.layout import (
@@ -224,14 +224,6 @@ def pullback_block(
         cotangents, every = rows.spread(cotangents.to(primal.device)), rows.every.input_ids.numel()
         chunk_size = chunk_size or cotangents_at_a_time(cotangents.shape[2], every, primal.device)
         return rows.take(pull_each(pull, cotangents, chunk_size))
-
-
-def pull_each(pull: Callable[[Tensor], tuple[Tensor]], cotangents: Tensor, chunk_size: int | None) -> Tensor:
-    """A pullback of rows, applied to each of K cotangents, [b, n, K, D]."""
-    if cotangents.shape[2] == 1:
-        return pull(cotangents[:, :, 0])[0][:, :, None]
-    (below,) = vmap(pull, in_dims=2, out_dims=2, chunk_size=chunk_size)(cotangents)
-    return below  # type: ignore[no-any-return]
 
 
 def pushforward_blocks(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fisher_vmap.kernels.autograd import Scratch
+from fisher_vmap.kernels.autograd import Scratch, pull_each
 from fisher_vmap.kernels.decoder_block import BlockRule, seen_again
 from fisher_vmap.kernels.hf_attention import KeysCaptured, Packed, capturing_keys
-from fisher_vmap.linearize.block import LiveRows, pull_each, push_function, replay_at
+from fisher_vmap.linearize.block import LiveRows, push_function, replay_at
 from fisher_vmap.model.layout import NotPositionwise, take_columns
 from fisher_vmap.model.offload import weights_ready
 from fisher_vmap.model.recording import BlockCall, KeptKeys, check_primal, primals_checked_together
