@@ -3,7 +3,7 @@
 autograd          base classes of the rules, norm and softmax pullbacks, memory that is reused
 attention         scaled dot-product attention
 hf_attention      transformers' models made to call it; packed prompts kept apart
-rotary_attention  attention modules for pushes and for blocks without a rule: projections, rotary embedding and attention
+rotary_attention  attention modules for pushes, and for blocks without a rule
 modules           norms
 parts             what a block's rule is put together from, and what a pullback needs of the forward
 mlp               MLPs, gated or not
