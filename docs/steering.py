@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fisher_vmap import load_model, measured_kl, open_results, steer
-from fisher_vmap.data.tokenize import Renderer
+from fisher_vmap.data.render import Renderer
 from fisher_vmap.demo import demo_model, most_torn
 from fisher_vmap.demo import main as run_demo
 

@@ -14,7 +14,7 @@ import torch
 
 from fisher_vmap import load_model, open_results, steer
 from fisher_vmap.cli import start_logging
-from fisher_vmap.data.tokenize import Renderer
+from fisher_vmap.data.render import Renderer
 from fisher_vmap.demo import PROMPTS, demo_model
 from fisher_vmap.model.recording import output_of
 from fisher_vmap.run.__main__ import run

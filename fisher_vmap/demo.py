@@ -176,7 +176,7 @@ def kl_both_ways(loaded: "Loaded", text: str, layer: str, steps: np.ndarray) -> 
     import torch
 
     from fisher_vmap import measured_kl
-    from fisher_vmap.data.tokenize import Renderer
+    from fisher_vmap.data.render import Renderer
 
     ids = torch.tensor(Renderer(loaded.tokenizer).render(text).ids, device=next(loaded.model.parameters()).device)
     both = torch.tensor(np.concatenate([steps, -steps]), dtype=torch.float32)

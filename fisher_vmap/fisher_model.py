@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_windows, numbers_of
-from fisher_vmap.data.tokenize import MAX_LENGTH, Pieces, Renderer, SkippedPrompt, TokenizedPrompt, check_prompts
+from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
+from fisher_vmap.data.pieces import Pieces
+from fisher_vmap.data.render import MAX_LENGTH, Renderer, TokenizedPrompt
 from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, fisher_full, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard

@@ -11,7 +11,7 @@ from models import block, fresh, padded, prompts, tiny
 from oracles import plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_full, fisher_scores, measured_kl
-from fisher_vmap.data.tokenize import Pieces
+from fisher_vmap.data.pieces import Pieces
 
 LENGTHS = (9, 4, 7)
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
+from fisher_vmap.data.conversations import SkippedPrompt
+from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
 from fisher_vmap.estimators import Estimate
 from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fisher_vmap.data.datasets import SUFFIXES, Table, check_suffix, spelt_as_path, table_of_files
-from fisher_vmap.data.tokenize import Message, SkippedPrompt, extract_prompt
+from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
+from fisher_vmap.data.files import SUFFIXES, Table, check_suffix, spelt_as_path, table_of_files
 from fisher_vmap.errors import UserError, listed
 
 _log = logging.getLogger(__name__)

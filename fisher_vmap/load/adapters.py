@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fisher_vmap.data.datasets import spelt_as_path
+from fisher_vmap.data.files import spelt_as_path
 from fisher_vmap.errors import UserError
 from fisher_vmap.kernels.quantized import quantized_linears
 from fisher_vmap.model.offload import is_offloaded

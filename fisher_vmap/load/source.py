@@ -19,7 +19,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
-from fisher_vmap.data.datasets import spelt_as_path
+from fisher_vmap.data.files import spelt_as_path
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
 

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.folder import RETIRED
-from fisher_vmap.run.settings import Expected, RunOptions, Settings
+from fisher_vmap.run.setting_types import Expected
+from fisher_vmap.run.settings import RunOptions, Settings
 
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fisher_vmap.data.batching import PromptNumbers, pack
+from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import SourcePrompt
-from fisher_vmap.data.tokenize import Pieces
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.audit import ShardForms
 from fisher_vmap.linearize.select import NoFormAgrees

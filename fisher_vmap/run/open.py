@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fisher_vmap.data.batching import pack
+from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
-from fisher_vmap.data.tokenize import Renderer, SkippedPrompt, TokenizedPrompt
+from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.load.model import Loaded, load_model

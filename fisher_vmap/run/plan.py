@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from fisher_vmap.data.batching import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import PromptSource, SourcePrompt
-from fisher_vmap.data.tokenize import Pieces, Renderer
+from fisher_vmap.data.render import Renderer
 from fisher_vmap.load.model import Loaded, choose_device
 from fisher_vmap.model.precision import Precision, faster_precision, product_rates, product_widths
 from fisher_vmap.model.validation import most_positions

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fisher_vmap.data.datasets import SUFFIXES, spelt_as_path
+from fisher_vmap.data.files import SUFFIXES, spelt_as_path
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher import check_inputs
 from fisher_vmap.linearize.linear_map import undisturbed

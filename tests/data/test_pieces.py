@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fisher_vmap.data.tokenize import Pieces
+from fisher_vmap.data.pieces import Pieces
 
 TEXTS = ("Hello there,  two spaces", "naïve café, 世界 🙂!", "🙂", " leading", "\n\ttabs\n", "<|user|>hi<|end|>")
 

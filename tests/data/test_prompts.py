@@ -18,8 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fisher_vmap.data.conversations import SkippedPrompt, extract_prompt
 from fisher_vmap.data.prompts import SourcePrompt, read_prompts
-from fisher_vmap.data.tokenize import SkippedPrompt, extract_prompt
 from fisher_vmap.errors import UserError
 
 ROWS = [{"id": number, "prompt": f"prompt {number}, “quoted”\nwith a second line"} for number in range(20)]

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fisher_vmap.data.tokenize import Renderer, SkippedPrompt
+from fisher_vmap.data.conversations import SkippedPrompt
+from fisher_vmap.data.render import Renderer
 from fisher_vmap.errors import UserError
 
 TEMPLATE = (

@@ -24,7 +24,7 @@ PROMPTS = ["The capital of France is", "Water boils at a temperature of", "def a
 def test_gemma_3_against_plain_autograd_in_float64(tmp_path, monkeypatch):
     """Windows, norms of queries and keys, norms after attention, 262,144 tokens: all that the demo's model lacks."""
     from fisher_vmap import load_model
-    from fisher_vmap.data.tokenize import Renderer
+    from fisher_vmap.data.render import Renderer
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     weights = importlib.import_module(PACKAGE).assemble(tmp_path / "gemma-3-270m.gguf")

@@ -351,7 +351,7 @@ def test_four_prompts_on_the_demo_model(tmp_path):
 def test_the_demo_model_against_plain_autograd_in_float64(tmp_path, dtype, monkeypatch):
     """With the default precision; bfloat16 weights as on a processor that has no arithmetic for them."""
     from fisher_vmap import load_model
-    from fisher_vmap.data.tokenize import Renderer
+    from fisher_vmap.data.render import Renderer
     from fisher_vmap.demo import demo_model
     from fisher_vmap.model import precision
 
