@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from fisher_vmap.decomposition import compress as compress
     from fisher_vmap.errors import UserError as UserError
     from fisher_vmap.estimators import Estimate as Estimate
-    from fisher_vmap.estimators import fisher_full as fisher_full
     from fisher_vmap.fisher import fisher_scores as fisher_scores
     from fisher_vmap.fisher_model import FisherModel as FisherModel
+    from fisher_vmap.full_matrix import fisher_full as fisher_full
+    from fisher_vmap.full_matrix import fisher_sampled as fisher_sampled
     from fisher_vmap.linearize.network import LinearizedNetwork as LinearizedNetwork
     from fisher_vmap.linearize.scores import Scores as Scores
     from fisher_vmap.load.model import load_model as load_model
@@ -41,7 +42,8 @@ _HOMES = {
     "Scores": "linearize.scores",
     "UserError": "errors",
     "compress": "decomposition",
-    "fisher_full": "estimators",
+    "fisher_full": "full_matrix",
+    "fisher_sampled": "full_matrix",
     "fisher_scores": "fisher",
     "load_model": "load.model",
     "measured_kl": "verify.kl",

@@ -1,54 +1,57 @@
-"""Low-rank Fisher matrices as factors, F = A^T A: of the top-k tokens, or close to the best for the whole vocabulary.
+"""Low-rank Fisher matrices as factors, F = A^T A: of the top-k tokens, close to the whole vocabulary's best, or drawn.
 
-`full` is a Nystrom approximation of F = J^T C J. Leading eigenvectors U of the output metric C are pulled back; the
-range of J^T U, orthonormal rows Q, is pushed forward, Z = J Q; and with M = Z C Z^T,
+`full` is a Nystrom approximation of F = J^T C J. With several targets a prompt, J is that of all of them, one below the
+other, and C is block diagonal. Leading eigenvectors U of the output metric C are pulled back; the range of J^T U,
+orthonormal rows Q, is pushed forward, Z = J Q; and with M = Z C Z^T,
 
     F  ~  (J^T C Z) M^-1 (J^T C Z)^T  =  A^T A,        A = (M^-1/2 Z C) J
 
 With F = L^T L, L = C^(1/2) J, this is L^T P L for the orthogonal projection P on the range of C^(1/2) Z: for any Z it
 never exceeds F, and rounding errors of the push enter only to second order. With as many vectors as h is wide, no
 search is needed: with Z = 1 the formula is F itself, by one pullback of C^(1/2).
+
+With several targets U is a random sketch of the root of C, each vector at all targets at once, so that the number of
+vectors does not depend on that of the targets. With as many vectors as theta is wide, the result is F itself.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fisher_vmap.fisher import broken_off, check_inputs, join_layers, prompt_seeds
-from fisher_vmap.linearize.linear_map import KernelOptions, LinearMap, Options, Summed, as_it_is, differentiable
-from fisher_vmap.linearize.network import LinearizedNetwork, OneAtATime, linearize
+from fisher_vmap.decomposition import compress
+from fisher_vmap.fisher import join_layers
+from fisher_vmap.linearize.linear_map import LinearMap, Summed
+from fisher_vmap.linearize.network import LinearizedNetwork
 from fisher_vmap.linearize.output import (
     Asked,
     Distribution,
     Probes,
-    Reading,
     distribution,
+    drawn_tokens,
     leading_vectors,
     orthonormal,
+    random_root,
 )
-from fisher_vmap.linearize.probe import probe
-from fisher_vmap.linearize.scores import Scores, join_prompts
-from fisher_vmap.linearize.select import choose_forms, give_up
-from fisher_vmap.model.layers import resolve_layers
-from fisher_vmap.model.layout import batches_apart, lay_out, select
-from fisher_vmap.model.recording import StructureChanged
+from fisher_vmap.linearize.scores import Scores
+from fisher_vmap.model.targets import NO_TOKEN, TargetGrid, Targets, grid_of, target_seeds, targets_read
 from fisher_vmap.model.validation import check_whole, in_float64
-from fisher_vmap.model.wrappers import names_inside, unwrapped
 
 TRACE_SAMPLES = 4  # random vectors for estimator full, a twelfth of its cost
+SCORE_SAMPLES = 64  # drawn scores of estimator sampled
 START_ITERATIONS = 1  # iterations of the subspace iteration for C's leading eigenvectors
 
 
 class Estimate(NamedTuple):
     """Fisher matrices of a batch, one factor for each layer: F ~ A^T A.
 
-    float32, or float64 for a float64 model.
+    float32, or float64 for a float64 model. With several targets a prompt, m at most, the tokens of all of them stand
+    one after the other, and K is m times the number of tokens, padded as in `Scores`.
 
     Attributes:
-        log_probs: [B, K], of the likeliest next tokens, highest first, in nats.
+        log_probs: [B, K], of the likeliest next tokens, highest first at each target, in nats.
         token_ids: [B, K] int64.
         factors: for each layer, A, [B, m, D].
         loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows. Empty if
@@ -57,6 +60,10 @@ class Estimate(NamedTuple):
             minus A^T A.
         position_energy: for each layer, [B, T] in the caller's columns: the trace of each position's own A^T A.
         residual_norm: for each layer, [B]: the mean norm of its output over the prompt's tokens.
+        targets: columns, log p of the token that follows, and entropy, [B, m] each.
+        target_trace: for each layer, [B, m]: the part of the trace that each target adds; of `full` and `sampled` in
+            the span of the vectors that were pushed. Zero where it pads.
+        trace_error: for each layer, [B]: the standard error of the trace of A^T A, where A is a sample; else empty.
     """
 
     log_probs: Tensor
@@ -66,6 +73,9 @@ class Estimate(NamedTuple):
     remainder: dict[str, Tensor]
     position_energy: dict[str, Tensor]
     residual_norm: dict[str, Tensor]
+    targets: Targets
+    target_trace: dict[str, Tensor]
+    trace_error: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +83,13 @@ class EstimatorOptions:
     """Which matrix is estimated, and how.
 
     Attributes:
-        estimator: "topk", the matrix of the K likeliest tokens, or "full", close to the best approximation of the
-            whole vocabulary's matrix with the rank asked for.
+        estimator: "topk", the matrix of the K likeliest tokens; "full", close to the best approximation of the whole
+            vocabulary's matrix with the rank asked for; or "sampled", an unbiased estimate of that matrix.
         include_rest: for topk: treat "any other token" as one more outcome.
         oversampling: for full: vectors beyond the rank.
         passes: for full: rounds of push and pull.
-        trace_samples: random vectors for estimating what the matrix lacks; None: 4 for full, 0 for topk.
+        trace_samples: random vectors for estimating what the matrix lacks; None: 4 for full, else 0.
+        score_samples: for sampled: S, the number of drawn scores.
 
     Raises:
         ValueError: a value is not one of these, or two of them exclude each other.
@@ -89,14 +100,18 @@ class EstimatorOptions:
     oversampling: int = 6
     passes: int = 1
     trace_samples: int | None = None
+    score_samples: int = SCORE_SAMPLES
 
     def __post_init__(self) -> None:
         """Check the values that need no model."""
-        if self.estimator not in ("topk", "full"):
-            raise ValueError(f"estimator is {self.estimator!r}; expected 'topk' or 'full'")
+        if self.estimator not in ("topk", "full", "sampled"):
+            raise ValueError(f"estimator is {self.estimator!r}; expected 'topk', 'full' or 'sampled'")
         check_whole("oversampling", self.oversampling, 0)
         check_whole("passes", self.passes, 1)
         check_whole("trace_samples", self.samples, 0)
+        check_whole("score_samples", self.score_samples, 2)
+        if self.estimator == "sampled" and self.trace_samples:
+            raise ValueError("estimator sampled lacks nothing that trace_samples could estimate; leave it at auto")
 
     @property
     def samples(self) -> int:
@@ -108,183 +123,200 @@ class EstimatorOptions:
 
 def check_fit(how: EstimatorOptions, kernel: str) -> None:
     """Raise ValueError for settings that exclude each other."""
-    if how.estimator == "full" and kernel == "loop":
-        raise ValueError("estimator full needs forward derivatives, which kernel loop does not have; use auto or whole")
-    if how.estimator == "full" and how.include_rest:
-        raise ValueError("estimator full includes every token: include_rest is for estimator topk; leave it false")
+    name = how.estimator
+    if name != "topk" and kernel == "loop":
+        raise ValueError(
+            f"estimator {name} needs forward derivatives, which kernel loop does not have; use auto or whole"
+        )
+    if name != "topk" and how.include_rest:
+        raise ValueError(f"estimator {name} includes every token: include_rest is for estimator topk; leave it false")
 
 
 def topk(scores: Scores) -> Estimate:
     """The matrix of the outcomes that have scores: A = diag(sqrt p) G."""
     factors = {layer: scores.factor(layer) for layer in scores.gradients}
+    B, m = scores.targets.columns.shape
     return Estimate(
-        scores.log_probs, scores.token_ids, factors, {}, scores.remainder, scores.position_energy, scores.residual_norm
+        scores.log_probs,
+        scores.token_ids,
+        factors,
+        {},
+        scores.remainder,
+        scores.position_energy,
+        scores.residual_norm,
+        scores.targets,
+        {layer: A_BKD.square().sum(2).view(B, m, -1).sum(2) for layer, A_BKD in factors.items()},
+        {},
     )
 
 
+class Drawing(NamedTuple):
+    """What the random numbers and the tables of a batch depend on.
+
+    Attributes:
+        seeds: one for each prompt.
+        most_targets: the most targets of a prompt of the batch that these prompts belong to.
+    """
+
+    seeds: Sequence[int]
+    most_targets: int
+
+
 def full(
-    net: LinearizedNetwork, *, vectors: int, passes: int = 1, top_k: int = 10, probes: Probes | None = None
+    net: LinearizedNetwork, *, vectors: int, drawing: Drawing, passes: int = 1, top_k: int = 10, samples: int = 0
 ) -> Estimate:
     """Close to the best low-rank approximation of the whole vocabulary's Fisher matrix; see the module.
 
-    `vectors` is m, a few more than the rank wanted. Each of the `passes` rounds of push and pull starts from the range
-    of the previous result. `probes` are random vectors for the remainder.
+    `vectors` is a few more than the rank wanted. Each of the `passes` rounds of push and pull starts from the range of
+    the previous result. `samples` is the number of random vectors for the remainder.
     """
-    found = [_full_of(one, vectors, passes, top_k, probes) for one in net.maps()]
+    found = [_full_of(one, vectors, drawing, passes, top_k, samples) for one in net.maps()]
     return join_layers(found, net.layers)
 
 
-def _full_of(net: LinearMap, vectors: int, passes: int, top_k: int, probes: Probes | None) -> Estimate:
+class _At(NamedTuple):
+    """The distribution at the targets of a linear map, and the place of each target."""
+
+    net: LinearMap
+    c: Distribution
+    grid: TargetGrid
+
+    def by_prompt(self, x_M: Tensor) -> Tensor:
+        """[B, ...]: the sum over each prompt's targets of [M, ...]."""
+        prompt_M = self.net.layout.prompt_of_target(x_M.device)
+        if prompt_M is None:
+            return x_M
+        return x_M.new_zeros(self.grid.shape[0], *x_M.shape[1:]).index_add_(0, prompt_M, x_M)
+
+    def of_target(self, x_B: Tensor) -> Tensor:
+        """[M, ...]: each target's prompt's row of [B, ...]."""
+        prompt_M = self.net.layout.prompt_of_target(x_B.device)
+        return x_B if prompt_M is None else x_B[prompt_M]
+
+    def token_rows(self) -> Tensor:
+        """sqrt(p_t) a_t of the tokens that were read, [M, K, X]."""
+        reading = self.c.reading
+        return reading.cotangents.transpose(0, 1) * (reading.log_probs / 2).exp()[:, :, None]
+
+    def estimate(
+        self, layer: str, factor: Summed, loadings_MKm: Tensor, remainder_BSD: Tensor, trace_M: Tensor
+    ) -> Estimate:
+        """The estimate for one layer, from its factor and numbers of its targets."""
+        reading, grid, net = self.c.reading, self.grid, self.net
+        return Estimate(
+            grid.spread(reading.log_probs, -torch.inf).flatten(1),
+            grid.spread(reading.token_ids, NO_TOKEN).flatten(1),
+            {layer: factor.gradients},
+            {layer: grid.spread(loadings_MKm, 0).flatten(1, 2)},
+            {layer: remainder_BSD},
+            {layer: factor.energy},
+            {layer: net.residual_norm[layer]},
+            targets_read(net.layout, grid, self.c.log_probs),
+            {layer: grid.spread(trace_M, 0)},
+            {},
+        )
+
+
+def _full_of(net: LinearMap, vectors: int, drawing: Drawing, passes: int, top_k: int, samples: int) -> Estimate:
     """The estimate for the layers of one linear map."""
+    layout, one_target = net.layout, net.layout.targets is None
     with net.prepared():
-        exact = vectors >= net.rows.shape[1]
-        c = distribution(net.head, net.rows, Asked(top_k, probes=None if exact else probes))
+        exact = one_target and vectors >= net.rows.shape[1]
+        grid = grid_of(layout, drawing.most_targets)
+        seeds = target_seeds(layout, grid, drawing.seeds)
+        probes = Probes(samples, seeds) if samples and not exact else None
+        at = _At(net, distribution(net.head, net.rows, Asked(top_k, probes=probes)), grid)
         if exact:
-            return _exact_of(net, c, 0 if probes is None else probes.vectors)
-        start_BmX = leading_vectors(c, vectors, START_ITERATIONS)
-        random_BSX = c.reading.random.transpose(0, 1)
-        first = net.pull(torch.cat([start_BmX, random_BSX.to(start_BmX)], 1))
+            return _exact_of(at, samples)
+        start_MmX = (
+            leading_vectors(at.c, vectors, START_ITERATIONS) if one_target else random_root(at.c, vectors, seeds)
+        )
+        random_MSX = at.c.reading.random.transpose(0, 1)
+        first = net.pull(torch.cat([start_MmX, random_MSX.to(start_MmX)], 1))
         found = []
         for layer in net.layers:
             pulled, random_BSD = first[layer].gradients[:, :vectors], first[layer].gradients[:, vectors:]
             for _ in range(passes):
-                z_BmX, cz_BmX = _whitened(c, net.push(orthonormal(pulled).to(pulled), layer))
-                last = net.pull(cz_BmX, [layer])[layer]
+                z_MmX, cz_MmX, trace_M = _whitened(at, net.push(orthonormal(pulled).to(pulled), layer))
+                last = net.pull(cz_MmX, [layer])[layer]
                 pulled = last.gradients
-            remainder_BSD = random_BSD - (random_BSX.to(z_BmX) @ z_BmX.mT) @ pulled
-            found.append(_estimate(net, layer, c.reading, z_BmX, last, remainder_BSD))
+            remainder_BSD = random_BSD - at.by_prompt(random_MSX.to(z_MmX) @ z_MmX.mT) @ pulled
+            loadings_MKm = at.token_rows().to(z_MmX) @ z_MmX.mT
+            found.append(at.estimate(layer, last, loadings_MKm, remainder_BSD, trace_M))
         return join_layers(found, net.layers)
 
 
-def _exact_of(net: LinearMap, c: Distribution, samples: int) -> Estimate:
+def _exact_of(at: _At, samples: int) -> Estimate:
     """F itself at every layer, by the pullback of C^(1/2), with zero remainder."""
-    B, X = net.rows.shape
-    z_BXX, cz_BXX = _whitened(c, torch.eye(X, device=net.rows.device).expand(B, X, X))
-    found = [
-        _estimate(net, layer, c.reading, z_BXX, last, last.gradients.new_zeros(B, samples, net.widths[layer]))
-        for layer, last in net.pull(cz_BXX).items()
-    ]
+    net, (B, X) = at.net, at.net.rows.shape
+    z_BXX, cz_BXX, _ = _whitened(at, torch.eye(X, device=net.rows.device).expand(B, X, X))
+    loadings_BKX = at.token_rows().to(z_BXX) @ z_BXX.mT
+    found = []
+    for layer, last in net.pull(cz_BXX).items():
+        remainder_BSD = last.gradients.new_zeros(B, samples, net.widths[layer])
+        trace_B = last.gradients.square().sum((1, 2))
+        found.append(at.estimate(layer, last, loadings_BKX, remainder_BSD, trace_B))
     return join_layers(found, net.layers)
 
 
-def _whitened(c: Distribution, z_BmX: Tensor) -> tuple[Tensor, Tensor]:
-    """M^-1/2 Z and M^-1/2 Z C, M = Z C Z^T: the new Z has Z C Z^T = 1, except for rows that are zero to rounding."""
-    cz_BmX = c.product(z_BmX)
-    z_BmX = z_BmX.to(cz_BmX)
-    whiten_Bmm = _inverse_root(z_BmX, cz_BmX)
-    return whiten_Bmm @ z_BmX, whiten_Bmm @ cz_BmX
+def _whitened(at: _At, z_MmX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """M^-1/2 Z and M^-1/2 Z C, M = Z C Z^T, and each target's part of tr M, [M].
+
+    M is a prompt's, a sum over its targets. The new Z has M = 1, except for rows that are zero to rounding.
+    """
+    cz_MmX = at.c.product(z_MmX)
+    z_MmX = z_MmX.to(cz_MmX)
+    gram_Mmm = in_float64(z_MmX) @ in_float64(cz_MmX).mT
+    whiten_Mmm = at.of_target(_inverse_root(at.by_prompt(gram_Mmm), z_MmX.dtype).to(z_MmX.device))
+    trace_M = gram_Mmm.diagonal(dim1=1, dim2=2).sum(1)
+    return whiten_Mmm @ z_MmX, whiten_Mmm @ cz_MmX, trace_M.to(z_MmX.dtype).to(z_MmX.device)
 
 
-def _estimate(
-    net: LinearMap, layer: str, reading: Reading, z_BmX: Tensor, last: Summed, remainder_BSD: Tensor
-) -> Estimate:
-    """The estimate for one layer; `last` is A = Z C J, with Z C Z^T = 1."""
-    token_rows_BKX = reading.cotangents.transpose(0, 1) * (reading.log_probs / 2).exp()[:, :, None]
-    return Estimate(
-        reading.log_probs,
-        reading.token_ids,
-        {layer: last.gradients},
-        {layer: token_rows_BKX.to(z_BmX) @ z_BmX.mT},
-        {layer: remainder_BSD},
-        {layer: last.energy},
-        {layer: net.residual_norm[layer]},
-    )
-
-
-def _inverse_root(z_BmX: Tensor, cz_BmX: Tensor) -> Tensor:
-    """M^-1/2 of M = Z C Z^T, [B, m, m], by its eigenvectors; rows of eigenvalues that are zero to rounding are zero.
+def _inverse_root(M_Bmm: Tensor, dtype: torch.dtype) -> Tensor:
+    """M^-1/2, [B, m, m], by its eigenvectors; rows of eigenvalues that are zero to rounding are zero.
 
     M is symmetric up to rounding, which may be coarser than the dtype (a norm may compute in float32). Its asymmetry
     measures the rounding, and so which eigenvalues count as zero.
     """
-    m = z_BmX.shape[1]
-    M_Bmm = in_float64(z_BmX) @ in_float64(cz_BmX).mT
+    m = M_Bmm.shape[1]
     finite_B11 = M_Bmm.isfinite().all(2).all(1)[:, None, None]
     M_Bmm = torch.where(finite_B11, M_Bmm, 0)
     mu_Bm, X_Bmm = torch.linalg.eigh((M_Bmm + M_Bmm.mT) / 2)
     rounding_B = torch.linalg.matrix_norm(M_Bmm - M_Bmm.mT)[:, None]
-    least_B = torch.maximum(m * torch.finfo(z_BmX.dtype).eps * mu_Bm[:, -1:], 4 * rounding_B).clamp(min=0)
+    least_B = torch.maximum(m * torch.finfo(dtype).eps * mu_Bm[:, -1:], 4 * rounding_B).clamp(min=0)
     inverse_Bm = torch.where(mu_Bm > least_B, mu_Bm, torch.inf).rsqrt()
-    return (
-        torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(z_BmX.dtype).to(z_BmX.device)
-    )
+    return torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(dtype)
 
 
-def fisher_full(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    layers: str | int | Sequence[str | int],
-    rank: int = 10,
-    oversampling: int = 6,
-    passes: int = 1,
-    top_k: int = 10,
-    trace_samples: int = 4,
-    **options: Unpack[Options],
-) -> Estimate:
-    """Close to the best rank-R approximation of the Fisher matrix of the whole vocabulary, for a batch of prompts.
+def sampled(net: LinearizedNetwork, *, samples: int, rank: int, drawing: Drawing, top_k: int = 10) -> Estimate:
+    """An unbiased estimate of the whole vocabulary's Fisher matrix: the mean of g g^T over S drawn scores g.
 
-    F = sum over all tokens of p_t g_t g_t^T = J^T C J, by two pullbacks and one pushforward of rank + oversampling
-    vectors for each pass [Halko, Martinsson and Tropp, SIAM Review 2011]. With several layers the first pullback is
-    shared; each layer has its own push and second pull. If rank + oversampling is D or more, the result is F itself,
-    for all layers by one pullback of D vectors.
+    g = sum_j J_j^T a_{j, y_j}, with y_j drawn from the distribution at target j. The a of different targets are
+    independent with mean zero, so E[g g^T] = sum_j J_j^T C_j J_j. The relative error of the trace falls as 1 / sqrt(S).
 
-    Args:
-        model: as for `fisher_scores`.
-        input_ids: [B, T] int64, padded on either side.
-        attention_mask: [B, T], 1 for real tokens; None: no padding.
-        layers: as for `fisher_scores`.
-        rank: R, the rank wanted; `compress(factor, rank)` cuts the result to it.
-        oversampling: vectors beyond R; more of them bring the result closer to the best possible.
-        passes: rounds of push and pull.
-        top_k: K, how many of the likeliest tokens to report as well.
-        trace_samples: S, random vectors for estimating the remainder; they join the first pullback.
-        options: positions, kernel ("auto", "layerwise" or "whole"), chunk_size, precision and audit, as for
-            `fisher_scores`.
-
-    Returns:
-        Estimate, with factors [B, R + oversampling, D].
-
-    Raises:
-        ValueError: an argument is not as described, or the model has no forward derivatives.
+    `samples` is S. The tokens' shares come from a push of the `rank` leading directions.
     """
-    how = KernelOptions(**options)
-    bounds = (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1), ("top_k", top_k, 1))
-    for name, value, least in (*bounds, ("trace_samples", trace_samples, 0)):
-        check_whole(name, value, least)
-    if how.kernel == "loop":
-        raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use auto or whole")
-    layout = lay_out(input_ids, attention_mask, how.positions)
-    given, model = model, unwrapped(model)
-    how = how.on(model)
-    with torch.inference_mode(False), torch.no_grad(), as_it_is(model, how.precision):
-        with differentiable(model):
-            names = resolve_layers(model, names_inside(given, model, layers))
-            check_inputs(model, layout)
-            known = probe(model, layout)
+    found = [_sampled_of(one, samples, rank, drawing, top_k) for one in net.maps()]
+    return join_layers(found, net.layers)
 
-        def of_group(group: list[int]) -> Estimate:
-            part = select(layout, group)
-            probes = Probes(trace_samples, prompt_seeds(part)) if trace_samples else None
 
-            def run() -> Estimate:
-                products = 2 * passes * (rank + oversampling) + trace_samples
-                net = linearize(model, known, part, names, how, products)
-                return full(net, vectors=rank + oversampling, passes=passes, top_k=top_k, probes=probes)
-
-            try:
-                return run()
-            except StructureChanged as reason:
-                with differentiable(model):
-                    forms = choose_forms(model, known, part, names, how.kernel)
-                    give_up(model, known, part, how.kernel, broken_off(known, forms, names, how.kernel, reason))
-                return run()
-
-        groups = batches_apart(model, layout.lengths)
-        try:
-            parts = [of_group(group) for group in groups]
-        except OneAtATime:
-            groups = [[b] for b in range(len(layout.lengths))]
-            parts = [of_group(group) for group in groups]
-        return join_prompts(parts, groups)
+def _sampled_of(net: LinearMap, samples: int, rank: int, drawing: Drawing, top_k: int) -> Estimate:
+    grid = grid_of(net.layout, drawing.most_targets)
+    with net.prepared():
+        at = _At(net, distribution(net.head, net.rows, Asked(top_k)), grid)
+        drawn_MS = drawn_tokens(at.c, samples, target_seeds(net.layout, grid, drawing.seeds))
+        equal_BS = at.c.probs.new_full((grid.shape[0], samples), 1 / samples)
+        pulled = net.pull(at.c.rows(drawn_MS), None, equal_BS)
+        found = []
+        for layer, g in pulled.items():
+            A_BSD = g.gradients / samples**0.5
+            low = compress(A_BSD, rank)
+            z_MRX = net.push(low.vectors.to(A_BSD), layer)
+            inverse_BR = torch.where(low.singular_values > 0, low.singular_values, torch.inf).rsqrt()
+            back_BRS = (inverse_BR[:, :, None] * low.left_vectors.mT).to(z_MRX)
+            loadings_MKS = at.token_rows().to(z_MRX) @ z_MRX.mT @ at.of_target(back_BRS)
+            trace_M = (z_MRX * at.c.product(z_MRX).to(z_MRX)).sum((1, 2))
+            one = at.estimate(layer, Summed(A_BSD, g.energy), loadings_MKS, A_BSD[:, :0], trace_M)
+            error_B = g.gradients.square().sum(2).std(1) / samples**0.5
+            found.append(one._replace(trace_error={layer: error_B}))
+        return join_layers(found, net.layers)

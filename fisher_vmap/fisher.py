@@ -24,6 +24,7 @@ from fisher_vmap.model.layers import layers_of, resolve_layers
 from fisher_vmap.model.layout import Layout, lay_out
 from fisher_vmap.model.offload import input_device
 from fisher_vmap.model.recording import StructureChanged
+from fisher_vmap.model.targets import at_one_target, most_targets
 from fisher_vmap.model.validation import check_tensor, check_whole, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked, names_inside, unwrapped
 
@@ -45,8 +46,10 @@ def fisher_scores(
     """The scores g_t = d log p_t / d theta of the likeliest next tokens, for a whole batch of prompts in one call.
 
     theta is a bias vector, zero, added to the output of a hooked module; p is the distribution of the token after the
-    last token of each prompt. The Fisher matrix of a prompt is F = sum_t p_t g_t g_t^T. A prompt's scores do not depend
-    on the other prompts of its batch. The model's mode, requires_grad, hooks and attention are restored afterwards.
+    last token of each prompt, or after each of its targets. The Fisher matrix of a prompt is F = sum_t p_t g_t g_t^T.
+    With several targets it is the sum of their matrices, and `top_k` vectors are pulled back for each of them. A
+    prompt's scores do not depend on the other prompts of its batch. The model's mode, requires_grad, hooks and
+    attention are restored afterwards.
 
     Args:
         model: a causal LM of transformers, or a PeftModel, nnsight's LanguageModel or a TransformerBridge around one.
@@ -60,6 +63,8 @@ def fisher_scores(
         trace_samples: S, how many random vectors to use for estimating the trace of what these outcomes leave out.
         options: how it is computed, any of the following.
         positions: where the bias is added: "all" (the default), "last" (the last real token) or a mask [B, T].
+        targets: the positions whose next-token distribution is read: "last" (the default), "all", or a mask [B, T]. The
+            position before a token is the one that predicts it.
         kernel: "auto" (the default), or a form by name: "layerwise", "whole" or "loop".
         chunk_size: how many cotangents to pull back at a time; None (the default): as many as suit the device.
         precision: the format to compute in, from the same weights: "model", their own; "float32"; "mixed", only the
@@ -70,7 +75,8 @@ def fisher_scores(
 
     Returns:
         Scores: log_probs [B, K] in nats, token_ids [B, K], and for each layer gradients [B, K, D] and
-        position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one larger.
+        position_energy [B, T]; float32, or float64 for a float64 model. With `include_rest`, K is one larger; with
+        several targets, K is theirs together (see `Scores`).
 
     Raises:
         ValueError: an argument is not as described, the kernel asked for cannot be trusted with this model, or no
@@ -86,26 +92,54 @@ def fisher_scores(
     with torch.inference_mode(False), torch.no_grad(), as_it_is(model, how.precision):
         with differentiable(model):
             names = resolve_layers(model, names_inside(given, model, layers))
-            layout = lay_out(input_ids, attention_mask, how.positions)
+            layout = lay_out(input_ids, attention_mask, how.positions, how.targets)
+            _check_several(layout, token_ids, include_rest)
+            last = layout._replace(targets=None)  # forms are chosen on these
             check_inputs(model, layout)
-            known = probe(model, layout)
+            known = probe(model, last)
             _check_chosen(token_ids, layout, known.parts.vocabulary)
-            forms = choose_forms(model, known, layout, names, how.kernel)
+            forms = choose_forms(model, known, last, names, how.kernel)
         probes = Probes(trace_samples, prompt_seeds(layout)) if trace_samples else None
-        wanted = Wanted(top_k, token_ids, include_rest, probes)
+        wanted = Wanted(top_k, token_ids, include_rest, probes, most_targets(layout))
         while True:
             results, wrong = _computed(model, known, layout, names, forms, wanted, how)
             if not wrong:
-                plan = plan_audit(model, known, layout, forms, top_k + trace_samples, how.audit)
+                plan = plan_audit(model, known, layout, forms, wanted.vectors, how.audit)
                 for scores in results:
-                    norms, likeliest = scores.residual_norm, token_ids is None
-                    found = Found(scores.log_probs, scores.token_ids, scores.gradients, norms, likeliest)
-                    wrong |= why_wrong(model, known, layout, found, plan)
+                    wrong |= why_wrong(model, known, *_to_audit(scores, layout, token_ids is None), plan)
             if not wrong:
                 remember_reach(known, how.kernel, forms, layout, plan)
                 return join_layers(results, names)
             with differentiable(model):
-                forms |= give_up(model, known, layout, how.kernel, wrong)
+                forms |= give_up(model, known, last, how.kernel, wrong)
+
+
+def _to_audit(scores: Scores, layout: Layout, likeliest: bool) -> tuple[Layout, Found]:
+    """What an audit compares: of several targets the one that each prompt's matrix hangs on most."""
+    m = most_targets(layout)
+    if m == 1:
+        one = at_one_target(layout, [0] * len(layout.lengths))
+        return one, Found(scores.log_probs, scores.token_ids, scores.gradients, scores.residual_norm, likeliest)
+    B, O = scores.log_probs.shape
+    first = next(iter(scores.gradients.values()))
+    weight_BO = scores.log_probs.exp() * first.square().sum(2).to(scores.log_probs)
+    rank_B = weight_BO.nan_to_num().view(B, m, O // m).sum(2).argmax(1)
+
+    def taken(x: Tensor) -> Tensor:
+        return x.view(B, m, O // m, *x.shape[2:])[torch.arange(B, device=x.device), rank_B.to(x.device)]
+
+    gradients = {layer: taken(x) for layer, x in scores.gradients.items()}
+    found = Found(taken(scores.log_probs), taken(scores.token_ids), gradients, scores.residual_norm, likeliest)
+    return at_one_target(layout, rank_B.tolist()), found
+
+
+def _check_several(layout: Layout, token_ids: Tensor | None, include_rest: bool) -> None:
+    """Raise ValueError for what has no meaning with several targets."""
+    if layout.targets is not None and max(map(len, layout.targets)) > 1:
+        if token_ids is not None:
+            raise ValueError("token_ids are those of one target, and some prompt has several; leave token_ids out")
+        if include_rest:
+            raise ValueError("include_rest is for one target, and some prompt has several; leave it out, or use full")
 
 
 def _computed(

@@ -18,8 +18,9 @@ from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_window
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer, TokenizedPrompt
-from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, fisher_full, topk
+from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
+from fisher_vmap.full_matrix import fisher_full
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable, undisturbed
@@ -383,9 +384,9 @@ class FisherModel:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
         with torch.inference_mode(False), torch.no_grad(), as_it_is(self.model, self.precision):
-            layout = lay_out(input_ids, attention_mask, self.options.positions)
+            layout = lay_out(input_ids, attention_mask, self.options.positions, self.options.targets)
             check_inputs(self.model, layout)
             with differentiable(self.model):
-                known = probe(self.model, layout)
+                known = probe(self.model, layout._replace(targets=None))
             network = linearize(self.model, known, layout, self.layers, self.options)
         yield network

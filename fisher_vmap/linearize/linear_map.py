@@ -26,11 +26,12 @@ from fisher_vmap.kernels.quantized import quantized_pullbacks
 from fisher_vmap.linearize.block import Arrived
 from fisher_vmap.linearize.model_info import Parts
 from fisher_vmap.model.head import Head
-from fisher_vmap.model.layout import Layout, forget_lengths
+from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.offload import placed, weights_ready
 from fisher_vmap.model.patches import OldFunction, autocast_off, experts_apart, modernised, one_at_a_time, own_forwards
 from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.recording import primals_checked_together
+from fisher_vmap.model.rope_scaling import forget_lengths
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.widening import in_float32
 
@@ -100,6 +101,7 @@ class KernelOptions:
 
     Attributes:
         positions: where the bias is added: "all", "last" (the last real token) or a mask [B, T].
+        targets: whose next-token distribution is read: "last", "all" or a mask [B, T].
         kernel: "auto", or a form by name: "layerwise", "whole" or "loop".
         chunk_size: how many vectors to pull or push at a time; None: as many as suit the device.
         precision: the format to compute in, from the same weights: "model", their own; "float32"; "mixed", only the
@@ -112,6 +114,7 @@ class KernelOptions:
     """
 
     positions: str | Tensor = "all"
+    targets: str | Tensor = "last"
     kernel: str = "auto"
     chunk_size: int | None = None
     precision: str = "auto"
@@ -135,6 +138,7 @@ class Options(TypedDict, total=False):
     """`KernelOptions` as keyword arguments."""
 
     positions: str | Tensor
+    targets: str | Tensor
     kernel: str
     chunk_size: int | None
     precision: str

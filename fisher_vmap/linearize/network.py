@@ -18,9 +18,11 @@ from fisher_vmap.linearize.output import Asked, Distribution, distribution
 from fisher_vmap.linearize.probe import excerpt
 from fisher_vmap.linearize.scores import groups_of, opened
 from fisher_vmap.linearize.select import choose_forms, give_up
-from fisher_vmap.model.layout import Layout, batches_apart
+from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.recording import StructureChanged
+from fisher_vmap.model.rope_scaling import batches_apart
+from fisher_vmap.model.targets import at_one_target, grid_of
 from fisher_vmap.model.validation import check_tensor, in_float64, is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import is_hooked
 
@@ -36,7 +38,8 @@ class LinearizedNetwork:
     """J = dh / dtheta of one batch of prompts, for each hooked layer; made by `FisherModel.linearize`.
 
     theta is the bias at the hooked layer, h the last token's residual stream after the last block, before the final
-    norm.
+    norm. With several targets a prompt, h has a row for each target, prompt by prompt: what is [B, ...] on the side of h
+    below is then [M, ...].
     """
 
     def __init__(self, maps: Mapping[str, LinearMap]) -> None:
@@ -75,7 +78,7 @@ class LinearizedNetwork:
             raise ValueError("pullback takes either cotangents or token_ids; give one of the two")
         if cotangents is None:
             cotangents = self._token_rows(name, token_ids)
-        self._check(cotangents, self._maps[name].rows.shape[-1])
+        self._check(cotangents, len(self.output), self._maps[name].rows.shape[-1])
         return self._maps[name].pull(cotangents, [name])[name].gradients
 
     @autocast_off()
@@ -94,7 +97,7 @@ class LinearizedNetwork:
             ValueError: wrong shapes, or a layer that is not hooked.
         """
         name = self._layer(layer)
-        self._check(tangents, self._maps[name].widths[name])
+        self._check(tangents, len(self._maps[name].layout.lengths), self._maps[name].widths[name])
         moved_BKX = self._maps[name].push(tangents, name)
         if token_ids is None:
             return moved_BKX
@@ -134,8 +137,7 @@ class LinearizedNetwork:
             raise ValueError(f"layer is {layer!r}; expected one of the hooked layers, {self.layers}")
         return layer
 
-    def _check(self, vectors: Tensor, width: int) -> None:
-        B = len(self.output)
+    def _check(self, vectors: Tensor, B: int, width: int) -> None:
         check_tensor("the vectors", vectors, f"[{B}, K, {width}]")
         if vectors.dim() != 3 or vectors.shape[0] != B or vectors.shape[2] != width:
             raise ValueError(f"the vectors have shape {tuple(vectors.shape)}; expected [{B}, K, {width}]")
@@ -152,7 +154,7 @@ def linearize(
         OneAtATime: the prompts can only be computed one at a time.
         ValueError: no form of the model has both products, or they are not adjoint to each other.
     """
-    options = options.on(model)
+    options, last = options.on(model), layout._replace(targets=None)  # forms are chosen on the last tokens
     if len(batches_apart(model, layout.lengths)) > 1:
         raise ValueError(
             "this model's rotary embedding depends on the longest prompt of a batch, which would change these prompts' "
@@ -160,29 +162,35 @@ def linearize(
         )
     while True:
         with differentiable(model):
-            forms = choose_forms(model, known, layout, layers, options.kernel)
-            _prove(model, known, layout, layers, forms, options)
+            forms = choose_forms(model, known, last, layers, options.kernel)
+            _prove(model, known, last, layers, forms, options)
         net = _opened(model, known, layout, layers, forms, options)
         plan = plan_audit(model, known, layout, forms, vectors, options.audit)
         wrong: dict[str, str] = {}
         if plan.scores or plan.log_probs:
             for one in net.maps():
-                wrong |= why_wrong(model, known, layout, _found(one, scores=bool(plan.scores)), plan)
+                wrong |= why_wrong(model, known, *_to_audit(one, layout, scores=bool(plan.scores)), plan)
         if not wrong:
             remember_reach(known, options.kernel, forms, layout, plan)
             return net
         with differentiable(model):
-            give_up(model, known, layout, options.kernel, wrong)
+            give_up(model, known, last, options.kernel, wrong)
 
 
-def _found(net: LinearMap, scores: bool) -> Found:
-    """The likeliest tokens of each prompt, and if asked for their scores, for the audit."""
+def _to_audit(net: LinearMap, layout: Layout, scores: bool) -> tuple[Layout, Found]:
+    """The likeliest tokens at one target of each prompt, the least certain, and if asked for their scores."""
     with net.prepared():
         reading = distribution(net.head, net.rows, Asked(AUDITED)).reading
-        summed = net.pull(reading.cotangents.transpose(0, 1)) if scores else {}
+        grid = grid_of(net.layout)
+        rank_B = grid.spread(-reading.log_probs[:, 0], -torch.inf).nan_to_num().argmax(1).tolist()
+        chosen = [i for i, (b, rank) in enumerate(zip(grid.prompts, grid.ranks, strict=True)) if rank == rank_B[b]]
+        u_MKX = torch.zeros_like(reading.cotangents.transpose(0, 1))
+        u_MKX[chosen] = reading.cotangents.transpose(0, 1)[chosen]
+        summed = net.pull(u_MKX) if scores else {}
     device = net.layout.device
-    gradients = {layer: summed[layer].gradients if scores else net.rows[:, :0] for layer in net.layers}
-    return Found(reading.log_probs.to(device), reading.token_ids.to(device), gradients, net.residual_norm, True)
+    gradients = {layer: summed[layer].gradients if scores else net.rows[:0] for layer in net.layers}
+    log_probs, token_ids = reading.log_probs[chosen].to(device), reading.token_ids[chosen].to(device)
+    return at_one_target(layout, rank_B), Found(log_probs, token_ids, gradients, net.residual_norm, True)
 
 
 def _opened(

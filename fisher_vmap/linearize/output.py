@@ -13,7 +13,7 @@ is never formed.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fisher_vmap.model.head import Head, Rest, UnembeddingHead, check_top_k, lik
 from fisher_vmap.model.validation import in_float64
 
 START_TOKENS = 8  # the search for leading eigenvectors starts from this many likeliest tokens for each vector
+SKETCH_ELEMENTS = 2**24  # most numbers of the tokens' rows that a sketch gathers at a time
 
 
 class Probes(NamedTuple):
@@ -38,12 +39,12 @@ class Probes(NamedTuple):
 
     def signs(self, vocabulary: int) -> Tensor:
         """[B, S, V] int8."""
-        shape = (self.vectors, vocabulary)
-        drawn = [
-            torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8, device="cpu")
-            for seed in self.seeds
-        ]
-        return torch.stack(drawn).mul_(2).sub_(1)
+        return torch.stack([_signs((self.vectors, vocabulary), seed) for seed in self.seeds])
+
+
+def _signs(shape: tuple[int, int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device="cpu").mul_(2).sub_(1)
 
 
 class Asked(NamedTuple):
@@ -100,6 +101,9 @@ class Distribution(Protocol):
 
     def rows(self, token_ids_BK: Tensor) -> Tensor:
         """a_v of these tokens, [B, K, X]."""
+
+    def sketch(self, token_ids_BK: Tensor, weights_BmK: Tensor) -> Tensor:
+        """sum_k w_k a_k over these tokens, for m sets of weights, [B, m, X]."""
 
 
 def distribution(head: Head, rows_BX: Tensor, asked: Asked | None = None) -> Distribution:
@@ -176,6 +180,21 @@ class _Unembedded:
             rows_BKD *= self._slope_BV.gather(1, token_ids_BK)[:, :, None]
         return self._back_through_norm(rows_BKD - self._mean_BD[:, None])
 
+    def sketch(self, token_ids_BK: Tensor, weights_BmK: Tensor) -> Tensor:
+        """sum_k w_k a_k, without the rows of all tokens at once."""
+        at, w = token_ids_BK.to(self._mean_BD.device), weights_BmK.to(self._mean_BD)
+        mixed = []
+        for ids_bK, w_bmK, slope_bK in zip(*self._in_pieces(at, w), strict=True):
+            w_bmK = w_bmK if slope_bK is None else w_bmK * slope_bK[:, None]
+            mixed.append(w_bmK @ self._head.weight[ids_bK].to(w_bmK))
+        return self._back_through_norm(torch.cat(mixed) - w.sum(2, keepdim=True) * self._mean_BD[:, None])
+
+    def _in_pieces(self, at_BK: Tensor, w_BmK: Tensor) -> tuple[Sequence[Any], ...]:
+        size = max(1, SKETCH_ELEMENTS // (at_BK.shape[1] * self._head.weight.shape[1]))
+        slopes = None if self._slope_BV is None else self._slope_BV.gather(1, at_BK).split(size)
+        ids = at_BK.split(size)
+        return ids, w_BmK.split(size), [None] * len(ids) if slopes is None else slopes
+
     def _through_norm(self, x_BmX: Tensor) -> Tensor:
         def push(x_BX: Tensor) -> Tensor:
             return jvp(self._head.norm, (self._rows_BD,), (x_BX,))[1]  # type: ignore[no-any-return]
@@ -225,6 +244,12 @@ class _Logits:
         at_BK1 = token_ids_BK.to(self.probs.device)[:, :, None]
         return rows_BKV.scatter_add_(2, at_BK1, torch.ones_like(rows_BKV[:, :, :1]))
 
+    def sketch(self, token_ids_BK: Tensor, weights_BmK: Tensor) -> Tensor:
+        """sum_k w_k e_k - (sum_k w_k) p"""
+        w = weights_BmK.to(self.probs)
+        at_BmK = token_ids_BK.to(w.device)[:, None].expand_as(w)
+        return (-w.sum(2, keepdim=True) * self.probs[:, None]).scatter_add_(2, at_BmK, w)
+
 
 def _check(asked: Asked, vocabulary: int) -> None:
     """Raise ValueError if more tokens are asked for than there are, or a rest without tokens."""
@@ -272,6 +297,32 @@ def leading_vectors(c: Distribution, count: int, iterations: int) -> Tensor:
     for _ in range(iterations):
         u_BmX = orthonormal(c.product(u_BmX)).to(a_BnX)
     return u_BmX
+
+
+def random_root(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
+    """Random vectors x at each row of a distribution, [M, count, X], independent of those at the others.
+
+    They are signs over the likeliest tokens, x = sum_v +-sqrt(p_v) a_v, so that E[x x^T] is these tokens' part of C.
+
+    Args:
+        c: the distribution at M rows.
+        count: how many.
+        seeds: one for each row.
+    """
+    n = min(c.probs.shape[1], START_TOKENS * count)
+    token_ids_Mn = likeliest(c.probs, n)
+    root_Mn = c.probs.gather(1, token_ids_Mn).sqrt()
+    signs_Mmn = torch.stack([_signs((count, n), seed) for seed in seeds])
+    return c.sketch(token_ids_Mn, signs_Mmn.to(root_Mn) * root_Mn[:, None])
+
+
+def drawn_tokens(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
+    """Tokens drawn from the distribution at each row, [M, count] int64; `seeds` has one for each row."""
+    drawn = [
+        torch.multinomial(in_float64(p_V).cpu(), count, True, generator=torch.Generator().manual_seed(seed))
+        for p_V, seed in zip(c.probs, seeds, strict=True)
+    ]
+    return torch.stack(drawn).to(c.probs.device)
 
 
 def orthonormal(rows_BmX: Tensor) -> Tensor:

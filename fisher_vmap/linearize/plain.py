@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from fisher_vmap.linearize.linear_map import residual_norm
 from fisher_vmap.linearize.whole import rows_from_logits
 from fisher_vmap.model.layers import Place, decoder_blocks, hooked
-from fisher_vmap.model.layout import Layout, alone, as_given, forget_lengths
+from fisher_vmap.model.layout import Layout, alone, as_given
 from fisher_vmap.model.offload import is_offloaded, small_graph
 from fisher_vmap.model.recording import forwards_set, hooks, inputs_of, output_of, with_output
+from fisher_vmap.model.rope_scaling import forget_lengths
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import hook_behind, is_hooked
 

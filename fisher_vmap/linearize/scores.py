@@ -28,7 +28,9 @@ from fisher_vmap.linearize.linear_map import Derived, KernelOptions, LinearMap
 from fisher_vmap.linearize.model_info import Choice, ModelInfo
 from fisher_vmap.linearize.output import Asked, Probes, Reading, distribution
 from fisher_vmap.linearize.whole import Loop, Whole
-from fisher_vmap.model.layout import Layout, as_given, batches_apart, pack_rows, select
+from fisher_vmap.model.layout import Layout, as_given, pack_rows, select
+from fisher_vmap.model.rope_scaling import batches_apart
+from fisher_vmap.model.targets import NO_TOKEN, TargetGrid, Targets, grid_of, target_seeds, targets_read
 from fisher_vmap.model.wrappers import has_hooks
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 Record = TypeVar("Record", bound=NamedTuple)
 
 REST = -1  # the token id of "any other token"
+FIELD_ELEMENTS = 2**27  # most numbers of the cotangents at all rows that are pulled back in one pass
 
 
 def groups_of(choice: Choice, model: nn.Module, layout: Layout) -> list[tuple[list[int], Layout]]:
@@ -98,14 +101,19 @@ class Scores(NamedTuple):
 
     float32, or float64 where the model is float64. log p is in nats, scores in nats per unit of residual stream.
 
+    With several targets a prompt the outcomes of all its m targets stand one after the other: K is m times the number
+    of tokens, outcome j K / m + t is token t at target j, and a prompt with fewer targets than others is padded with
+    log p = -inf, token id -2 and gradient 0. F = sum p g g^T holds as before.
+
     Attributes:
-        log_probs: [B, K], highest first.
+        log_probs: [B, K], highest first at each target.
         token_ids: [B, K] int64.
         gradients: for each hooked layer, [B, K, D].
         position_energy: for each hooked layer, [B, T] in the caller's columns: sum_t p_t |g_t at this position|^2.
         residual_norm: for each hooked layer, [B]: the mean norm of its output over the prompt's tokens.
         remainder: for each hooked layer, [B, S, D]: S random vectors r, as many as were asked for, with E[r r^T] = the
             Fisher matrix of the whole vocabulary minus that of the K tokens.
+        targets: the positions whose next-token distribution was read: columns, log p of the next token and entropy.
     """
 
     log_probs: Tensor
@@ -114,6 +122,7 @@ class Scores(NamedTuple):
     position_energy: dict[str, Tensor]
     residual_norm: dict[str, Tensor]
     remainder: dict[str, Tensor]
+    targets: Targets
 
     def factor(self, layer: str | None = None) -> Tensor:
         """A = diag(sqrt p) G, [B, K, D]: the Fisher matrix of each prompt is A^T A.
@@ -137,20 +146,23 @@ class Wanted:
 
     Attributes:
         top_k: the number of likeliest tokens.
-        token_ids: [B, K], tokens chosen by the caller; None: the likeliest.
+        token_ids: [B, m K], tokens chosen by the caller for each of m targets; None: the likeliest.
         include_rest: whether "any other token" is an outcome as well.
-        probes: random vectors for the part of the Fisher matrix that the outcomes leave out; None: none.
+        probes: random vectors for the part of the Fisher matrix that the outcomes leave out, with a seed a prompt;
+            None: none.
+        most_targets: m, the most targets of a prompt.
     """
 
     top_k: int
     token_ids: Tensor | None = None
     include_rest: bool = False
     probes: Probes | None = None
+    most_targets: int = 1
 
     @property
     def vectors(self) -> int:
         """How many cotangents are pulled back."""
-        tokens = self.top_k if self.token_ids is None else self.token_ids.shape[1]
+        tokens = self.top_k * self.most_targets if self.token_ids is None else self.token_ids.shape[1]
         return tokens + (0 if self.probes is None else self.probes.vectors)
 
     def of_prompts(self, prompts: Sequence[int]) -> "Wanted":
@@ -229,20 +241,65 @@ def outcomes_of(reading: Reading, include_rest: bool) -> Outcomes:
 
 
 def scores_of(net: LinearMap, wanted: Wanted) -> Scores:
-    """The scores from one pull of an open linear map."""
-    asked = Asked(wanted.top_k, wanted.token_ids, wanted.include_rest, wanted.probes, of_rest=True)
-    outcomes = outcomes_of(distribution(net.head, net.rows, asked).reading, wanted.include_rest)
-    found = net.pull(outcomes.cotangents.transpose(0, 1), None, outcomes.weights(), outcomes.derivation())
-    device = net.layout.device
-    scores = {layer: outcomes.scores(found[layer].gradients) for layer in net.layers}
+    """The scores from an open linear map: one pull, or several if there are many targets."""
+    layout = net.layout
+    grid = grid_of(layout, wanted.most_targets)
+    probes = wanted.probes and wanted.probes._replace(seeds=target_seeds(layout, grid, wanted.probes.seeds))
+    token_ids = wanted.token_ids
+    if token_ids is not None:  # [B, m K] -> [M, K]
+        token_ids = token_ids.view(*grid.shape, -1)[list(grid.prompts), list(grid.ranks)]
+    c = distribution(net.head, net.rows, Asked(wanted.top_k, token_ids, wanted.include_rest, probes, True))
+    targets = targets_read(layout, grid, c.log_probs)
+    if wanted.most_targets == 1:
+        outcomes = outcomes_of(c.reading, wanted.include_rest)
+        found = net.pull(outcomes.cotangents.transpose(0, 1), None, outcomes.weights(), outcomes.derivation())
+        scores = {layer: outcomes.scores(found[layer].gradients) for layer in net.layers}
+        log_probs, token_ids = outcomes.log_probs, outcomes.token_ids
+        energy = {layer: found[layer].energy for layer in net.layers}
+    else:
+        log_probs, token_ids, scores, energy = _of_several(net, c.reading, grid)
+    device = layout.device
     return Scores(
-        outcomes.log_probs.to(device),
-        outcomes.token_ids.to(device),
+        log_probs.to(device),
+        token_ids.to(device),
         {layer: gradients for layer, (gradients, _) in scores.items()},
-        {layer: found[layer].energy for layer in net.layers},
+        energy,
         net.residual_norm,
         {layer: random for layer, (_, random) in scores.items()},
+        targets,
     )
+
+
+def _of_several(
+    net: LinearMap, reading: Reading, grid: TargetGrid
+) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Log p and ids of the outcomes of several targets, [B, m K]; each layer's scores and random vectors; its energy.
+
+    A field of cotangents is one token's at one target of each prompt, and zero at the others.
+    """
+    K, M, X = reading.cotangents.shape
+    m = grid.shape[1]
+    log_p_BO = grid.spread(reading.log_probs, -torch.inf).flatten(1)
+    token_ids_BO = grid.spread(reading.token_ids, NO_TOKEN).flatten(1)
+    cotangents_MKX = reading.cotangents.transpose(0, 1)
+    together = max(1, FIELD_ELEMENTS // (K * max(net.layout.input_ids.numel(), M) * X))
+    gradients: dict[str, list[Tensor]] = {layer: [] for layer in net.layers}
+    energy: dict[str, Tensor] = {}
+    for first in range(0, m, together):
+        stop = min(m, first + together)
+        fields = cotangents_MKX.new_zeros(M, stop - first, K, X)
+        for i in grid.with_ranks(first, stop):
+            fields[i, grid.ranks[i] - first] = cotangents_MKX[i]
+        weights_BK = log_p_BO[:, first * K : stop * K].exp()
+        fields = fields.flatten(1, 2)
+        if stop == m:
+            fields = torch.cat([fields, reading.random.transpose(0, 1)], 1)
+            weights_BK = torch.nn.functional.pad(weights_BK, (0, len(reading.random)))
+        for layer, found in net.pull(fields, None, weights_BK).items():
+            gradients[layer].append(found.gradients)
+            energy[layer] = energy[layer] + found.energy if layer in energy else found.energy
+    joined = {layer: torch.cat(parts, 1) for layer, parts in gradients.items()}
+    return log_p_BO, token_ids_BO, {layer: (g[:, : m * K], g[:, m * K :]) for layer, g in joined.items()}, energy
 
 
 def run_choice(
@@ -256,8 +313,9 @@ def run_choice(
 ) -> Scores:
     """The scores of a padded batch in one form."""
     parts, groups = [], groups_of(choice, model, layout)
+    vectors = wanted.vectors if wanted.most_targets == 1 else None  # several targets may take several pulls
     for group, together in groups:
-        with opened(choice, model, known, together, layers, options, vectors=wanted.vectors) as net:
+        with opened(choice, model, known, together, layers, options, vectors=vectors) as net:
             parts.append(scores_of(net, wanted.of_prompts(group)))
     return join_prompts(parts, [group for group, _ in groups])
 
@@ -271,6 +329,8 @@ def join_prompts(parts: list[Record], groups: list[list[int]]) -> Record:
     def joined(pieces: Any) -> Any:
         if isinstance(pieces[0], dict):
             return {layer: joined([piece[layer] for piece in pieces]) for layer in pieces[0]}
+        if isinstance(pieces[0], Targets):
+            return Targets(*(joined(fields) for fields in zip(*pieces, strict=True)))
         return torch.cat(pieces)[order.to(pieces[0].device)]
 
     return type(parts[0])(*(joined(pieces) for pieces in zip(*parts, strict=True)))

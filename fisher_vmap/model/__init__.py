@@ -1,14 +1,16 @@
 """The model and its inputs: layers, prompts as it sees them, its head, and the conditions it runs under.
 
-layers      decoder blocks and other modules that can be hooked; where their output has prompts and positions
-layout      prompts padded or packed, targets, biased positions and live rows
-groups      packed prompts that attend together
-head        the head in float32: final norm, unembedding, function of each logit
-recording   a forward that records the calls of the decoder blocks, and replays of them
-offload     weights on several devices, or offloaded by accelerate
-widening    a model with narrow weights computed in float32
-precision   which precision is faster on this processor
-patches     autocast, compiled and wrapped forwards, old autograd functions, experts: undone during a call; `Remembered`
-wrappers    the transformers model inside PEFT, nnsight, TransformerLens and others; the user's hooks
-validation  checks of arguments; kinds of errors
+layers        decoder blocks and other modules that can be hooked; where their output has prompts and positions
+layout        prompts padded or packed, targets, biased positions and live rows
+targets       the positions whose next-token distribution is read
+groups        packed prompts that attend together
+rope_scaling  rotary frequencies that depend on the batch
+head          the head in float32: final norm, unembedding, function of each logit
+recording     a forward that records the calls of the decoder blocks, and replays of them
+offload       weights on several devices, or offloaded by accelerate
+widening      a model with narrow weights computed in float32
+precision     which precision is faster on this processor
+patches       autocast, compiled and wrapped forwards, autograd functions, experts: undone in a call; `Remembered`
+wrappers      the transformers model inside PEFT, nnsight, TransformerLens and others; the user's hooks
+validation    checks of arguments; kinds of errors
 """

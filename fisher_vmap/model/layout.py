@@ -11,24 +11,19 @@ To the rest of the package all three are rows of tokens, of which prompt b owns 
 A derivative matters only at the live rows of a prompt, from the first position of the bias (or the first target, if
 that is earlier) to the last target.
 `narrowed` lays out these, or the targets alone, by themselves.
-
-The frequencies of some rotary embeddings depend on the longest prompt of the batch: "dynamic" and "longrope" scaling
-switch them for the whole batch if a sequence is longer than in the model's original training. A prompt's scores must
-not depend on the rest of its batch, so such a prompt is computed alone (`batches_apart`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_vmap.model.validation import check_tensor
 
 PADDING = 1.25  # a group's padded rows may be this many times its real rows
 # Prompts with this many queries attend alone: on a CPU a call costs less than the copies and the padding of a group.
 ALONE_FROM = {"cpu": 24}
-SCALED_BY_LENGTH = {"dynamic", "longrope"}
 
 
 class NotPositionwise(Exception):
@@ -167,17 +162,23 @@ def select(layout: Layout, prompts: list[int]) -> Layout:
     )
 
 
-def lay_out(input_ids: Tensor, attention_mask: Tensor | None, positions: str | Tensor = "all") -> Layout:
+def lay_out(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: str | Tensor = "all",
+    targets: str | Tensor = "last",
+) -> Layout:
     """Lay prompts on the left of a padded tensor, whichever side they were padded on.
 
     Args:
         input_ids: [B, T] int64.
         attention_mask: [B, T], nonzero for real tokens, which must be contiguous; None: every token is real.
         positions: where the bias is added: "all", "last", or a mask [B, T].
+        targets: whose next-token distribution is read: "last", "all", or a mask [B, T].
 
     Raises:
-        ValueError: shapes or dtypes are not these, a prompt is empty, its real tokens have a gap, or `positions`
-            selects no real token of a prompt.
+        ValueError: shapes or dtypes are not these, a prompt is empty, its real tokens have a gap, or `positions` or
+            `targets` selects no real token of a prompt.
     """
     check_tensor("input_ids", input_ids, "[B, T] int64")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.numel() == 0:
@@ -209,7 +210,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None, positions: str | T
     given = Given(input_ids, attention_mask.to(input_ids.device))
     layout = Layout(ids_BT, None, tuple(lengths.tolist()), first_rows, tuple(start.tolist()), W, given)
     _check_positions(positions, layout)
-    return layout._replace(positions=positions)
+    return layout._replace(positions=positions, targets=_target_places(targets, layout))
 
 
 def _check_positions(positions: str | Tensor, layout: Layout) -> None:
@@ -227,6 +228,26 @@ def _check_positions(positions: str | Tensor, layout: Layout) -> None:
         check_tensor("positions", positions, "[B, T], or 'all' or 'last'")
     if positions not in ("all", "last"):
         raise ValueError(f"positions is {positions!r}; expected 'all', 'last' or a mask [B, T]")
+
+
+def _target_places(targets: str | Tensor, layout: Layout) -> tuple[tuple[int, ...], ...] | None:
+    """The targets of each prompt, counted from its first token; None if each is the last token alone."""
+    if isinstance(targets, str):
+        if targets not in ("all", "last"):
+            raise ValueError(f"targets is {targets!r}; expected 'all', 'last' or a mask [B, T]")
+        places = [range(length - 1 if targets == "last" else 0, length) for length in layout.lengths]
+    else:
+        check_tensor("targets", targets, "[B, T], or 'all' or 'last'")
+        expected = (len(layout.lengths), layout.width)
+        if targets.shape != expected:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}; expected that of input_ids, {expected}")
+        real = zip((targets != 0).cpu(), layout.start, layout.lengths, strict=True)
+        chosen = [mask_W[start : start + length].nonzero()[:, 0].tolist() for mask_W, start, length in real]
+        if not all(chosen):
+            raise ValueError("targets selects no real token of some prompt; give at least one for each")
+        places = chosen
+    found = tuple(tuple(each) for each in places)
+    return None if found == tuple((length - 1,) for length in layout.lengths) else found
 
 
 def alone(layout: Layout, b: int) -> Layout:
@@ -359,39 +380,3 @@ def on_device(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """Numbers made on the host, int64 unless a tensor, copied to a device without waiting for its work."""
     here = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64, device="cpu")
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
-
-
-def batches_apart(model: nn.Module, lengths: tuple[int, ...]) -> list[list[int]]:
-    """The prompts of a batch in groups that may share a forward pass; for most models a single group."""
-    limit = min((_limit(module) for module in _length_dependent(model)), default=max(lengths))
-    together = [b for b, length in enumerate(lengths) if length <= limit]
-    return ([together] if together else []) + [[b] for b, length in enumerate(lengths) if length > limit]
-
-
-def forget_lengths(model: nn.Module) -> None:
-    """Reset rotary embeddings to the frequencies of training; they keep those of the longest sequence seen."""
-    for module in _length_dependent(model):
-        for name in [n for n in (*vars(module), *module._buffers) if n.endswith("original_inv_freq")]:
-            kind = name.removesuffix("original_inv_freq")
-            current = getattr(module, kind + "inv_freq")
-            setattr(module, kind + "inv_freq", getattr(module, name).to(current.device))
-            if hasattr(module, kind + "max_seq_len_cached"):
-                setattr(module, kind + "max_seq_len_cached", _limit(module))
-
-
-def _length_dependent(model: nn.Module) -> list[Any]:
-    found = []
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
-        if kinds & SCALED_BY_LENGTH:
-            found.append(module)
-    return found
-
-
-def _limit(module: Any) -> int:
-    """The longest sequence that uses the frequencies of training."""
-    parameters = getattr(module.config, "rope_parameters", None) or {}
-    sets = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
-    given = [p["original_max_position_embeddings"] for p in sets if p.get("original_max_position_embeddings")]
-    return int(min(given, default=getattr(module, "original_max_seq_len", module.config.max_position_embeddings)))
