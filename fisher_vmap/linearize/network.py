@@ -38,7 +38,7 @@ class LinearizedNetwork:
     """J = dh / dtheta of one batch of prompts, for each hooked layer; made by `FisherModel.linearize`.
 
     theta is the bias at the hooked layer, h the last token's residual stream after the last block, before the final
-    norm. With several targets a prompt, h has a row for each target, prompt by prompt: what is [B, ...] on the side of h
+    norm. With several targets a prompt, h has a row for each, prompt by prompt: what is [B, ...] on the side of h
     below is then [M, ...].
     """
 

@@ -23,6 +23,7 @@ from fisher_vmap.load.model import Loaded
 from fisher_vmap.model.layers import hooked, resolve_layers
 from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.precision import choose_precision
+from fisher_vmap.model.targets import most_targets
 from fisher_vmap.model.validation import check_tensor
 from fisher_vmap.model.wrappers import names_inside, unwrapped
 from fisher_vmap.progress import bar, passing, step
@@ -42,11 +43,14 @@ def measured_kl(
     steps: Tensor,
     positions: str | Tensor = "all",
     precision: str = "auto",
+    targets: str | Tensor = "last",
 ) -> Tensor:
-    """KL(p_0 || p_step) of one prompt for each step added to the residual stream.
+    """KL(p_0 || p_step) of one prompt for each step added to the residual stream, summed over its targets.
 
     To second order it is 1/2 step^T F step with the Fisher matrix F of the whole vocabulary. It is summed in float64 as
     sum_v p_v (e^d - 1 - d) with d = log p_step - log p_0: no term is negative, so that small values do not cancel.
+    The tokens of the prompt are given: each target's distribution is that after the same tokens, with the step and
+    without.
 
     Args:
         model: a causal LM.
@@ -55,6 +59,7 @@ def measured_kl(
         steps: [N, D], the steps.
         positions: where they are added: "all", "last", or a mask [1, T].
         precision: as for `fisher_scores`; "float32" if small steps are to be seen.
+        targets: the positions whose next-token distribution is read: "last", "all", or a mask [1, T].
 
     Returns:
         [N] float64, in nats.
@@ -68,7 +73,7 @@ def measured_kl(
             raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected {shape}, of one prompt")
     given, model = model, unwrapped(model)
     precision = choose_precision(model, precision).name
-    T, prompt = len(input_ids), lay_out(input_ids[None], None, positions)
+    T, prompt = len(input_ids), lay_out(input_ids[None], None, positions, targets)
     with undisturbed(model, precision):
         (name,) = resolve_layers(model, names_inside(given, model, layer))
         check_inputs(model, prompt)
@@ -78,19 +83,20 @@ def measured_kl(
     where_1T1 = (torch.ones(T) if mask_T is None else mask_T).to(input_ids.device)[None, :, None]
 
     def log_p(steps_nD: Tensor) -> Tensor:
-        layout = lay_out(input_ids.expand(len(steps_nD), T), None)
+        n = len(steps_nD)
+        layout = lay_out(input_ids.expand(n, T), None)._replace(targets=prompt.targets and prompt.targets * n)
         function = with_biases(rows_from_logits(model, layout, gather=True), modules)
         biases = steps_nD.to(input_ids.device)[:, None] * where_1T1.to(steps_nD.dtype)
-        return function({name: biases}).double().log_softmax(1)
+        return function({name: biases}).double().log_softmax(1).view(n, most_targets(prompt), -1)
 
     with torch.no_grad(), undisturbed(model, precision):
         modules = hooked(model, [name])
-        (origin_V,) = log_p(torch.zeros_like(steps[:1]))
+        (origin_mV,) = log_p(torch.zeros_like(steps[:1]))
         found = []
         for some in steps.split(max(1, ROWS_AT_A_TIME // T)):
-            change_nV = log_p(some) - origin_V
-            terms_nV = origin_V.exp() * (torch.expm1(change_nV) - change_nV)
-            found.append(torch.where(origin_V > -torch.inf, terms_nV, 0).sum(1))  # a banned token stays banned
+            change_nmV = log_p(some) - origin_mV
+            terms_nmV = origin_mV.exp() * (torch.expm1(change_nmV) - change_nmV)
+            found.append(torch.where(origin_mV > -torch.inf, terms_nmV, 0).sum((1, 2)))  # a banned token stays banned
     return torch.cat(found).cpu()
 
 
