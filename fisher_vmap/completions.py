@@ -8,9 +8,11 @@ prompts that are computed with it, but for rounding.
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 
 from fisher_vmap.model.offload import input_device
 from fisher_vmap.model.patches import autocast_off
+from fisher_vmap.model.validation import check_whole
 
+TOGETHER = 16  # completions that a model writes at a time
 _NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "cache_implementation")  # what a model's own settings keep
 
 
@@ -73,6 +77,63 @@ def complete(
             for module in training:
                 module.training = True
     return [_up_to_end(row, ends) for row in written[:, longest:].tolist()]
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Which completions a model writes to each prompt.
+
+    Attributes:
+        targets: "last", "completion" or "all": it writes none; a number: it writes so many tokens.
+        samples: S, how many completions of a prompt.
+        temperature: of these; None: the likeliest tokens for one completion, 1 for several; 0: the likeliest.
+        seed: of the completions that are drawn.
+
+    Raises:
+        ValueError: a value is not one of these, or two of them exclude each other.
+    """
+
+    targets: str | int = "last"
+    samples: int = 1
+    temperature: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        targets, written = self.targets, isinstance(self.targets, int) and not isinstance(self.targets, bool)
+        if not (written and int(targets) >= 1) and targets not in ("last", "completion", "all"):
+            raise ValueError(
+                f"targets is {targets!r}; expected 'last', 'completion', 'all' or a number of tokens to write"
+            )
+        check_whole("samples", self.samples, 1)
+        check_whole("seed", self.seed, 0)
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature!r}; expected 0, for the likeliest tokens, or more")
+        if not written and (self.samples > 1 or self.temperature is not None):
+            raise ValueError(
+                f"samples and temperature are of completions that the model writes, and targets is {targets!r}; give a "
+                "number of tokens as targets, or leave them out"
+            )
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples is {self.samples}, but at temperature 0 all are equal; give a temperature above")
+
+    def write(self, model: nn.Module, prompts_ids: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """The completions of each prompt, S lists of token ids; of `targets` tokens at most.
+
+        A completion depends on its prompt's tokens, the seed and its number; on the other prompts by rounding only.
+        """
+        temperature = self.temperature if self.temperature is not None else float(self.samples > 1)
+        rows = [(b, number) for b in range(len(prompts_ids)) for number in range(self.samples)]
+        rows.sort(key=lambda row: -len(prompts_ids[row[0]]))  # stable: a prompt's completions stay in order
+        found: list[list[list[int]]] = [[] for _ in prompts_ids]
+        for start in range(0, len(rows), TOGETHER):
+            some = rows[start : start + TOGETHER]
+            ids = [prompts_ids[b] for b, _ in some]
+            seeds = [completion_seed(prompts_ids[b], self.seed, number) for b, number in some] if temperature else None
+            written = complete(model, ids, int(self.targets), seeds=seeds, temperature=temperature or 1.0)
+            for (b, _), tokens in zip(some, written, strict=True):
+                found[b].append(tokens)
+        return found
 
 
 def completion_seed(ids: Sequence[int], seed: int, number: int) -> int:

@@ -150,6 +150,44 @@ def topk(scores: Scores) -> Estimate:
     )
 
 
+def mean_over_samples(found: Estimate, samples: int) -> Estimate:
+    """The mean matrix of every `samples` consecutive rows of a batch: completions of one prompt.
+
+    F = 1/S sum_s A_s^T A_s, so that the factors of S rows stand one below the other, divided by sqrt(S), and the tokens
+    of all S rows are outcomes. `trace_error` is the standard error of the mean over the rows.
+    """
+    if samples == 1:
+        return found
+    S = samples
+
+    def beside(x: Tensor) -> Tensor:  # [B S, n, ...] -> [B, S n, ...]
+        return x.reshape(len(x) // S, S * x.shape[1], *x.shape[2:])
+
+    def mean(x: Tensor) -> Tensor:
+        return x.reshape(len(x) // S, S, *x.shape[1:]).mean(1)
+
+    def block_diagonal(x_NOm: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*rows) for rows in x_NOm.split(S)]) * S**0.5
+
+    trace = {layer: A.square().sum((1, 2)).view(-1, S) for layer, A in found.factors.items()}
+    loadings = found.loadings or {
+        layer: torch.eye(A.shape[1], device=A.device, dtype=A.dtype).expand(len(A), -1, -1)
+        for layer, A in found.factors.items()
+    }
+    return Estimate(
+        beside(found.log_probs),
+        beside(found.token_ids),
+        {layer: beside(A) / S**0.5 for layer, A in found.factors.items()},
+        {layer: block_diagonal(x) for layer, x in loadings.items()},
+        {layer: beside(x) for layer, x in found.remainder.items()},
+        {layer: mean(x) for layer, x in found.position_energy.items()},
+        {layer: mean(x) for layer, x in found.residual_norm.items()},
+        Targets(*(beside(x) for x in found.targets)),
+        {layer: beside(x) for layer, x in found.target_trace.items()},
+        {layer: x.std(1) / S**0.5 for layer, x in trace.items()},
+    )
+
+
 class Drawing(NamedTuple):
     """What the random numbers and the tables of a batch depend on.
 

@@ -1,26 +1,25 @@
-"""`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices.
-
-`FisherRecord` holds one prompt's Fisher matrices, as `FisherModel.fisher` yields them.
-"""
+"""`FisherModel`: a model and its tokenizer, opened and probed once, from prompts to low-rank Fisher matrices."""
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisher_vmap.completions import Completions
 from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_windows, numbers_of
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
-from fisher_vmap.data.render import MAX_LENGTH, Renderer, TokenizedPrompt
+from fisher_vmap.data.render import MAX_LENGTH, Renderer
+from fisher_vmap.data.sequences import Tokens, tokens_of
 from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
-from fisher_vmap.full_matrix import fisher_full
+from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
+from fisher_vmap.full_matrix import fisher_full, fisher_sampled
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable, undisturbed
@@ -34,75 +33,17 @@ from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.validation import check_whole, forget_freed, is_out_of_memory, most_positions
 from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
-from fisher_vmap.results.record import LayerResult, PromptRecord, covered_mass, how_good
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class FisherRecord:
-    """One prompt's Fisher matrices: a `PromptRecord` (S, V, U, Q, matrix(), matvec(x), scores()) for each layer."""
-
-    index: int
-    layers: dict[str, PromptRecord]
-
-    def __getattr__(self, name: str) -> Any:
-        """The attributes of the only layer's record; with several layers, use `record.layers[name]`."""
-        if name.startswith("_") or len(self.layers) != 1:
-            raise AttributeError(f"{name}: this record has {len(self.layers)} layers; use record.layers[layer].{name}")
-        return getattr(next(iter(self.layers.values())), name)
+PAIRS_A_TOKEN = 4  # of several targets, this many times top_k (target, token) pairs are kept
 
 
-def record_of(
-    index: int, prompt: TokenizedPrompt, numbers: PromptNumbers, pieces: Pieces | None, status: str = "failed"
-) -> FisherRecord:
-    """The record of a prompt's numbers and tokens; `status` is the status of numbers with a reason."""
-    row: dict[str, Any] = {
-        "text": prompt.text,
-        "status": "ok" if numbers.reason is None else status,
-        "reason": numbers.reason,
-        "tokens": len(prompt.ids),
-        "truncated": prompt.truncated,
-        "mass": covered_mass(numbers.log_probs, numbers.token_ids),
-        "top_tokens": None if pieces is None else [pieces.single(int(token)) for token in numbers.token_ids],
-        "prompt_tokens": None if pieces is None else pieces.each(prompt.ids),
-        **{f"{layer}/trace": result.trace for layer, result in numbers.layers.items()},
-        **{
-            f"{layer}/{name}": value
-            for layer, result in numbers.layers.items()
-            for name, value in how_good(result).items()
-        },
-    }
-    records = {
-        layer: PromptRecord(
-            index=index,
-            layer=layer,
-            S=result.S,
-            V=result.V,
-            Q=result.Q,
-            residual_norm=result.residual_norm,
-            position_energy=result.position_energy,
-            token_ids=numbers.token_ids,
-            log_probs=numbers.log_probs,
-            row=row,
-        )
-        for layer, result in numbers.layers.items()
-    }
-    return FisherRecord(index, records)
-
-
-def empty_record(index: int, reason: str, widths: Mapping[str, int], outcomes: int, rank: int) -> FisherRecord:
-    """The record of a prompt that was not computed: NaN everywhere, and the reason; K is `outcomes`."""
-
-    def nan(*shape: int) -> np.ndarray:
-        return np.full(shape, np.nan, np.float32)
-
-    layers = {
-        layer: LayerResult(nan(rank), nan(rank, D), nan(outcomes, rank), float("nan"), nan(0), float("nan"))
-        for layer, D in widths.items()
-    }
-    numbers = PromptNumbers(np.full(outcomes, -1), nan(outcomes), layers, reason)
-    return record_of(index, TokenizedPrompt([], "", False), numbers, None, status="skipped")
+def _sequences(prompt: Sequence[int] | Tokens | Sequence[Tokens]) -> list[Tokens]:
+    if isinstance(prompt, Tokens):
+        return [prompt]
+    given = list(prompt)
+    return given if isinstance(given[0], Tokens) else [Tokens(given)]  # type: ignore[list-item, return-value]
 
 
 class ModelOptions(Options, total=False):
@@ -113,6 +54,7 @@ class ModelOptions(Options, total=False):
     oversampling: int
     passes: int
     trace_samples: int | None
+    score_samples: int
 
 
 class FisherModel:
@@ -137,6 +79,10 @@ class FisherModel:
         batch_size: int | None = 8,
         max_batch_tokens: int | None = None,
         renderer: Renderer | None = None,
+        targets: str | int = "last",
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int = 0,
         **options: Unpack[ModelOptions],
     ) -> None:
         """Open a model: resolve its layers and check everything that needs no prompt.
@@ -150,15 +96,24 @@ class FisherModel:
                 `max_batch_tokens` allows.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: turns prompts into tokens; None: uses the tokenizer's chat template if it has one.
-            options: positions ("all" or "last"), kernel, chunk_size, precision (the one chosen is an attribute) and
-                audit, as for `fisher_scores`; and any of the following.
-            estimator: "topk" (the default), the matrix of the K likeliest tokens, or "full", close to the best
-                approximation of the whole vocabulary's matrix with the rank asked for.
+            targets: the positions whose next-token distribution is read: "last" (the default); "completion", those that
+                predict the tokens of a given completion; "all"; or a number N: the model writes N tokens itself, and
+                the positions that predict these are read.
+            samples: with a number as targets: S, how many completions the model writes to each prompt. The matrix is
+                their mean.
+            temperature: of these; None: the likeliest tokens for one completion, 1 for several. 0 is the likeliest too.
+            seed: of the completions that are drawn.
+            options: kernel, chunk_size, precision (the one chosen is an attribute) and audit, as for `fisher_scores`;
+                and any of the following.
+            positions: where the bias is added: "all" (the default), "last", "prompt" or "completion".
+            estimator: "topk" (the default), the matrix of the K likeliest tokens of each target; "full", close to the
+                best approximation of the whole vocabulary's matrix with the rank asked for, at a price that hardly
+                grows with the targets; or "sampled", an unbiased estimate of that matrix from drawn scores.
             include_rest: for topk: treat "any other token" as one more outcome.
             oversampling: for full: vectors beyond the rank (6).
             passes: for full: rounds of push and pull (1).
-            trace_samples: random vectors for estimating what the matrix lacks; None (the default): 4 for full, 0 for
-                topk.
+            trace_samples: random vectors for estimating what the matrix lacks; None (the default): 4 for full, else 0.
+            score_samples: for sampled: how many scores are drawn (64).
 
         Raises:
             ValueError: a layer that the model does not have or whose output is not [B, T, D], top_k above V, or
@@ -174,8 +129,16 @@ class FisherModel:
         for name, value in {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}.items():
             if value is not None:
                 check_whole(name, value, 1)
-        if self.options.positions not in ("all", "last"):
-            raise ValueError(f"positions is {self.options.positions!r}; expected 'all' or 'last'")
+        self.score_samples, self.targets = how.score_samples, targets
+        self.completions = Completions(targets, samples, temperature, seed)
+        if self.options.positions not in ("all", "last", "prompt", "completion"):
+            raise ValueError(
+                f"positions is {self.options.positions!r}; expected 'all', 'last', 'prompt' or 'completion'"
+            )
+        if self.options.positions == "completion" and targets == "last":
+            raise ValueError("positions is 'completion', and with targets 'last' there is none; set targets as well")
+        if self.several and how.include_rest:
+            raise ValueError("include_rest is for one target; leave it out, or use estimator full")
         given, model = model, unwrapped(model)
         if isinstance(tokenizer, nn.Module):
             raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}, a model; expected the model's tokenizer")
@@ -261,7 +224,18 @@ class FisherModel:
         self, input_ids: Tensor, attention_mask: Tensor | None, rank: int, options: KernelOptions
     ) -> Estimate:
         if self.estimator == "topk":
-            return topk(self.scores(input_ids, attention_mask, chunk_size=options.chunk_size))
+            return topk(self.scores(input_ids, attention_mask, **vars(options)))
+        if self.estimator == "sampled":
+            return fisher_sampled(
+                self.model,
+                input_ids,
+                attention_mask,
+                layers=self.layers,
+                samples=self.score_samples,
+                rank=rank,
+                top_k=self.top_k,
+                **vars(options),
+            )
         return fisher_full(
             self.model,
             input_ids,
@@ -275,12 +249,33 @@ class FisherModel:
             **vars(options),
         )
 
+    def sequences(self, prompts: Sequence[Tokens]) -> list[list[Tokens]]:
+        """The sequences of each prompt: itself, or with each of the completions that the model writes to it."""
+        if not isinstance(self.targets, int):
+            return [[prompt] for prompt in prompts]
+        written = self.completions.write(self.model, [prompt.ids for prompt in prompts])
+        return [
+            [Tokens([*prompt.ids, *ids], len(prompt.ids)) for ids in each]
+            for prompt, each in zip(prompts, written, strict=True)
+        ]
+
+    @property
+    def several(self) -> bool:
+        """Whether a prompt may have several targets."""
+        return self.targets != "last"
+
+    @property
+    def outcomes(self) -> int:
+        """How many outcomes of a prompt are kept: tokens of its target, or (target, token) pairs of several."""
+        return PAIRS_A_TOKEN * self.top_k if self.several else self.top_k + self.include_rest
+
     @autocast_off()
-    def numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int) -> list[PromptNumbers]:
+    def numbers(self, prompts: Sequence[Sequence[int] | Tokens | Sequence[Tokens]], rank: int) -> list[PromptNumbers]:
         """One batch from token ids to compressed matrices.
 
         Args:
-            prompts_ids: the token ids of each prompt of the batch, of any lengths.
+            prompts: of each prompt of the batch the token ids, of any length; these with a completion; or a list of
+                sequences that differ in their completions, as many for each prompt.
             rank: R, how many singular values to keep.
 
         A single prompt that runs out of memory is tried again with half as many cotangents at a time, down to one.
@@ -288,18 +283,19 @@ class FisherModel:
         Returns:
             For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
         """
-        chunk = self.options.chunk_size
+        chunk, sequences = self.options.chunk_size, [_sequences(prompt) for prompt in prompts]
         while True:
             try:
-                numbers = self._numbers(prompts_ids, rank, chunk)
+                numbers = self._numbers(sequences, rank, chunk)
                 if chunk != self.options.chunk_size:
-                    tokens = len(prompts_ids[0])
+                    tokens = len(sequences[0][0].ids)
                     log.warning("out of memory on a prompt of %d tokens: cotangent_chunk %d was used", tokens, chunk)
                 return numbers
             except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
                 vectors = self._vectors(rank)
-                whole = chunk or cotangents_at_a_time(vectors, sum(map(len, prompts_ids)), self.device) or vectors
-                if not is_out_of_memory(error) or len(prompts_ids) > 1 or whole <= 1:
+                rows = sum(map(tokens_of, sequences))
+                whole = chunk or cotangents_at_a_time(vectors, rows, self.device) or vectors
+                if not is_out_of_memory(error) or len(sequences) > 1 or whole <= 1:
                     raise
             # Outside of the handler, whose traceback keeps the tensors alive.
             chunk = (whole + 1) // 2
@@ -311,29 +307,47 @@ class FisherModel:
 
     def _vectors(self, rank: int) -> int:
         """How many vectors of a prompt are pulled back together."""
-        return (self.top_k if self.estimator == "topk" else rank + self.oversampling) + self.trace_samples
+        targets = self.targets if isinstance(self.targets, int) else 1  # of data: not known beforehand
+        vectors = {"topk": self.top_k * targets, "full": rank + self.oversampling, "sampled": self.score_samples}
+        return vectors[self.estimator] + self.trace_samples
 
-    def _numbers(self, prompts_ids: Sequence[Sequence[int]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
-        lengths = [len(ids) for ids in prompts_ids]
-        input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64, device="cpu")
+    def _numbers(self, prompts: Sequence[Sequence[Tokens]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
+        rows = [row for sequences in prompts for row in sequences]
+        width, samples = max(len(row.ids) for row in rows), len(prompts[0])
+        input_ids = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(input_ids)
-        for b, ids in enumerate(prompts_ids):
-            input_ids[b, : len(ids)], mask[b, : len(ids)] = torch.tensor(ids, device="cpu"), 1
-        options = replace(self.options, chunk_size=chunk_size)
+        for b, row in enumerate(rows):
+            input_ids[b, : len(row.ids)], mask[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu"), 1
+        options = self._options_of(rows, width, chunk_size)
         found = self._estimate(input_ids.to(self.device), mask.to(self.device), rank, options)
-        return numbers_of(found, lengths, rank)
+        # Completions differ, so that of several only the prompt's own positions have a mean.
+        lengths = [len(one.ids) if samples == 1 else one.start or len(one.ids) for one, *_ in prompts]
+        pairs = self.outcomes if self.several else None
+        return numbers_of(found, lengths, rank, samples=samples, pairs=pairs, unbiased=self.estimator == "sampled")
 
-    def _in_halves(self, prompts_ids: list[list[int]], rank: int) -> list[PromptNumbers]:
+    def _options_of(self, rows: Sequence[Tokens], width: int, chunk_size: int | None) -> KernelOptions:
+        """The options of a batch, with masks in place of the parts of a text."""
+
+        def mask(part: str) -> Tensor:
+            return torch.tensor([row.mask(width, part) for row in rows], device=self.device)
+
+        positions, targets = self.options.positions, self.targets
+        if positions in ("prompt", "completion"):
+            positions = mask(str(positions))
+        where = targets if targets in ("last", "all") else mask("targets")
+        return replace(self.options, chunk_size=chunk_size, positions=positions, targets=where)  # type: ignore[arg-type]
+
+    def _in_halves(self, prompts: list[list[Tokens]], rank: int) -> list[PromptNumbers]:
         """The numbers of a batch; out of memory it is halved."""
         try:
-            return self.numbers(prompts_ids, rank)
+            return self.numbers(prompts, rank)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(prompts_ids) == 1:
+            if not is_out_of_memory(error) or len(prompts) == 1:
                 raise
-        log.warning("out of memory on %d prompts of up to %d tokens", len(prompts_ids), max(map(len, prompts_ids)))
+        log.warning("out of memory on %d prompts of up to %d tokens", len(prompts), max(map(tokens_of, prompts)))
         forget_freed()
-        half = (len(prompts_ids) + 1) // 2
-        return self._in_halves(prompts_ids[:half], rank) + self._in_halves(prompts_ids[half:], rank)
+        half = (len(prompts) + 1) // 2
+        return self._in_halves(prompts[:half], rank) + self._in_halves(prompts[half:], rank)
 
     def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
@@ -364,27 +378,42 @@ class FisherModel:
         self, prompts: Iterable[str | Sequence[dict[str, str]]], renderer: Renderer, rank: int
     ) -> Iterator[FisherRecord]:
         found = in_windows(
-            prompts, renderer, lambda ids: self._in_halves(ids, rank), self.batch_size, self.max_batch_tokens
+            prompts,
+            renderer,
+            lambda batch: self._in_halves(batch, rank),
+            self.sequences,
+            self.batch_size,
+            self.max_batch_tokens,
         )
         for index, prompt in enumerate(found):
             if isinstance(prompt, SkippedPrompt):
-                yield empty_record(index, str(prompt), self.widths, self.top_k + self.include_rest, rank)
+                yield empty_record(index, str(prompt), self.widths, self.outcomes, rank)
             else:
-                yield record_of(index, prompt.tokenized, prompt.numbers, self.pieces)
+                yield record_of(index, prompt.tokenized, prompt.numbers, self.pieces, prompt.sequences)
 
     @contextmanager
-    def linearize(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[LinearizedNetwork]:
+    def linearize(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: str | Tensor | None = None,
+        targets: str | Tensor = "last",
+    ) -> Iterator[LinearizedNetwork]:
         """The linear map of a batch, for products by any vectors within the context.
 
         Args:
             input_ids: [B, T] int64, padded on either side.
             attention_mask: [B, T], 1 for real tokens.
+            positions: where the bias is added, as for `fisher_scores`; None: as this model was opened.
+            targets: the positions whose h is the output, as for `fisher_scores`.
 
         Raises:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
         """
         with torch.inference_mode(False), torch.no_grad(), as_it_is(self.model, self.precision):
-            layout = lay_out(input_ids, attention_mask, self.options.positions, self.options.targets)
+            where = self.options.positions if positions is None else positions
+            layout = lay_out(input_ids, attention_mask, where, targets)
             check_inputs(self.model, layout)
             with differentiable(self.model):
                 known = probe(self.model, layout._replace(targets=None))

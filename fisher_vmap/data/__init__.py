@@ -6,5 +6,6 @@ conversations  the prompt in a cell: a text, or turns
 prompts        the prompts of a run, and of each of its shards
 render         prompts to token ids, by the chat template
 pieces         token ids to text
+sequences      prompts with their completions, and their targets
 batching       which prompts are computed together, and their results
 """

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
+from fisher_vmap.data.sequences import TargetNumbers, Tokens, tokens_of
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
-from fisher_vmap.estimators import Estimate
+from fisher_vmap.estimators import Estimate, mean_over_samples
 from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of
 from fisher_vmap.model.layers import block_numbers, decoder_blocks, layers_of
 from fisher_vmap.model.offload import model_dtype
+from fisher_vmap.model.targets import NO_TOKEN
 from fisher_vmap.results.record import LayerResult
 
 # On a CPU larger batches gain nothing and no longer fit into its caches; on a GPU memory is the limit.
 CPU_BATCH_TOKENS = 1024
 GPU_MEMORY_SHARE = 0.6  # the rest is for what the allocator holds without use, and for an audit's plain autograd
+NO_LOG_PROB = -100.0  # nats, of an outcome that pads: its share of every direction is zero
 SHORT_PROMPT = 32  # tokens; with shorter prompts a batch takes more memory for its logits, and is halved if need be
 
 
@@ -91,41 +94,96 @@ def most_tokens(limit: int, widths: Widths, vectors: int, itemsize: int, device:
 class PromptNumbers(NamedTuple):
     """One prompt's results as arrays on the CPU: token_ids [K], log_probs [K], and each layer's low-rank matrix.
 
-    `reason` says which numbers are not finite, or is None.
+    `reason` says which numbers are not finite, or is None. `targets` are there if several may be.
     """
 
     token_ids: np.ndarray
     log_probs: np.ndarray
     layers: dict[str, LayerResult]
     reason: str | None
+    targets: TargetNumbers | None = None
 
 
-def numbers_of(found: Estimate, lengths: Sequence[int], rank: int) -> list[PromptNumbers]:
+def numbers_of(
+    found: Estimate,
+    lengths: Sequence[int],
+    rank: int,
+    *,
+    samples: int = 1,
+    pairs: int | None = None,
+    unbiased: bool = False,
+) -> list[PromptNumbers]:
     """Compress a batch's factors, all layers in one batch.
 
     Args:
-        found: the batch's estimate.
-        lengths: the number of tokens of each prompt; the position energy is padded on the right.
+        found: the batch's estimate, of every `samples` rows one prompt.
+        lengths: the number of positions of each prompt's energy, which is padded on the right.
         rank: R, singular values to keep.
+        samples: S, completions of a prompt.
+        pairs: how many (target, token) pairs to keep of several targets; None: there is one target.
+        unbiased: whether the matrix before its cut is an unbiased estimate of the whole vocabulary's.
     """
+    m = found.targets.columns.shape[1]
+    found = mean_over_samples(found, samples)
     low_ranks = compress_layers(found.factors, rank)
-    tensors = {layer: _layer_tensors(found, layer, low_rank) for layer, low_rank in low_ranks.items()}
+    tensors = {layer: _layer_tensors(found, layer, low_rank, unbiased) for layer, low_rank in low_ranks.items()}
+    of_targets = [*found.targets, *found.target_trace.values(), *found.trace_error.values()]
     every = [found.token_ids, found.log_probs.float(), *(x.float() for of in tensors.values() for x in of)]
-    token_ids, log_probs, *rest = _on_host(every)
+    token_ids, log_probs, *rest = _on_host([*every, *of_targets])
     arrays = {layer: [rest.pop(0) for _ in of] for layer, of in tensors.items()}
+    columns, next_log_probs, entropy = (rest.pop(0) for _ in found.targets)
+    traces = {layer: rest.pop(0) for layer in found.target_trace}
+    errors = {layer: rest.pop(0) for layer in found.trace_error}
     numbers = []
     for b, length in enumerate(lengths):
         layers = {
-            layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], *(float(x[b]) for x in rest))
-            for layer, (S, V, Q, norm, energy, *rest) in arrays.items()
+            layer: LayerResult(S[b], V[b], Q[b], float(norm[b]), energy[b, :length], *(float(x[b]) for x in more))
+            for layer, (S, V, Q, norm, energy, *more) in arrays.items()
         }
-        numbers.append(PromptNumbers(token_ids[b], log_probs[b], layers, _not_finite(log_probs[b], layers)))
+        if pairs is None:
+            numbers.append(PromptNumbers(token_ids[b], log_probs[b], layers, _not_finite(log_probs[b], layers)))
+            continue
+        kept = _weightiest(layers, log_probs[b], pairs)
+        there = columns[b] >= 0
+        number = np.cumsum(there) - 1  # of each target among those that are there
+        of_outcome = number[kept // (len(token_ids[b]) // len(columns[b]))]
+        targets = TargetNumbers(
+            columns[b][there],
+            (np.arange(len(columns[b])) // m)[there],
+            next_log_probs[b][there],
+            entropy[b][there],
+            np.pad(of_outcome, (0, pairs - len(kept)), constant_values=-1),
+            {layer: x[b][there] for layer, x in traces.items()},
+            {layer: float(errors[layer][b]) if layer in errors else np.nan for layer in layers},
+        )
+        layers = {layer: result._replace(Q=_some(result.Q, kept, pairs, 0)) for layer, result in layers.items()}
+        ids, log_p = _some(token_ids[b], kept, pairs, NO_TOKEN), _some(log_probs[b], kept, pairs, NO_LOG_PROB)
+        numbers.append(PromptNumbers(ids, log_p, layers, _not_finite(log_p, layers), targets))
     return numbers
 
 
-def _layer_tensors(found: Estimate, layer: str, low: LowRank) -> tuple[Tensor, ...]:
+def _weightiest(layers: Mapping[str, LayerResult], log_probs: np.ndarray, pairs: int) -> np.ndarray:
+    """The outcomes that the stored matrices weigh most, over all layers, heaviest first."""
+    weight = np.zeros(len(log_probs))
+    for result in layers.values():
+        part = np.nan_to_num(result.Q.astype(np.float64)) ** 2 @ np.nan_to_num(result.S.astype(np.float64))
+        weight += part / max(part.sum(), np.finfo(np.float64).tiny)
+    weight[~np.isfinite(log_probs)] = -1
+    heaviest = np.argsort(-weight, kind="stable")[:pairs]
+    return heaviest[weight[heaviest] >= 0]
+
+
+def _some(x: np.ndarray, chosen: np.ndarray, count: int, fill: float) -> np.ndarray:
+    """Chosen entries of the first dimension, padded to `count`."""
+    padding = [(0, count - len(chosen)), *[(0, 0)] * (x.ndim - 1)]
+    return np.pad(x[chosen], padding, constant_values=fill)
+
+
+def _layer_tensors(found: Estimate, layer: str, low: LowRank, unbiased: bool) -> tuple[Tensor, ...]:
     """S, V, Q, residual norm, position energy, and then the numbers of a `LayerResult` in their order."""
     how_good = quality(found.factors[layer], low, found.remainder[layer])
+    if unbiased:
+        how_good = how_good._replace(trace_full=low.trace, trace_full_error=found.trace_error[layer])
     Q_BKR = low.left_vectors
     if layer in found.loadings:
         Q_BKR = found.loadings[layer].to(Q_BKR) @ Q_BKR
@@ -154,16 +212,18 @@ WINDOW = 32  # prompts that are sorted by length at a time
 
 
 class Computed(NamedTuple):
-    """A prompt's tokens and its numbers."""
+    """A prompt's tokens, its sequences and its numbers."""
 
     tokenized: TokenizedPrompt
+    sequences: list[Tokens]
     numbers: PromptNumbers
 
 
 def in_windows(
     prompts: Iterable[str | Sequence[dict[str, str]]],
     renderer: Renderer,
-    compute: Callable[[list[list[int]]], list[PromptNumbers]],
+    compute: Callable[[list[list[Tokens]]], list[PromptNumbers]],
+    sequences: Callable[[list[Tokens]], list[list[Tokens]]],
     batch_size: int,
     max_batch_tokens: int,
 ) -> Iterator[Computed | SkippedPrompt]:
@@ -172,23 +232,25 @@ def in_windows(
     Args:
         prompts: texts or lists of messages.
         renderer: makes a prompt's tokens, or says why it has none.
-        compute: computes a batch, from each prompt's token ids.
+        compute: computes a batch, from the sequences of each prompt.
+        sequences: a prompt's sequences: itself, or with the completions that the model writes.
         batch_size: most prompts in a batch.
         max_batch_tokens: most tokens in a batch, padding included.
 
     Yields:
-        Each prompt's tokens and numbers, or why it is skipped.
+        Each prompt's tokens, sequences and numbers, or why it is skipped.
     """
     stream = iter(prompts)
     while window := [_rendered(prompt, renderer) for prompt in islice(stream, WINDOW)]:
         tokenized = {i: prompt for i, prompt in enumerate(window) if not isinstance(prompt, SkippedPrompt)}
         places = list(tokenized)
+        made = dict(zip(places, sequences([Tokens(tokenized[i].ids, tokenized[i].start) for i in places]), strict=True))
         numbers: dict[int, PromptNumbers] = {}
-        for batch in pack([len(tokenized[i].ids) for i in places], batch_size, max_batch_tokens):
+        for batch in pack([tokens_of(made[i]) for i in places], batch_size, max_batch_tokens):
             members = [places[j] for j in batch]
-            numbers.update(zip(members, compute([tokenized[i].ids for i in members]), strict=True))
+            numbers.update(zip(members, compute([made[i] for i in members]), strict=True))
         for i, prompt in enumerate(window):
-            yield prompt if isinstance(prompt, SkippedPrompt) else Computed(prompt, numbers[i])
+            yield prompt if isinstance(prompt, SkippedPrompt) else Computed(prompt, made[i], numbers[i])
 
 
 def _rendered(prompt: str | Sequence[dict[str, str]], renderer: Renderer) -> TokenizedPrompt | SkippedPrompt:

@@ -41,11 +41,15 @@ class TokenizedPrompt(NamedTuple):
         ids: token ids with special tokens; never empty.
         text: the text that was used, without template and system turn; of several turns, each after its role.
         truncated: whether the end of the last user's text was cut off.
+        start: the number of the first token of the completion, which the ids end with; None: there is none.
+        completion: its text.
     """
 
     ids: list[int]
     text: str
     truncated: bool
+    start: int | None = None
+    completion: str | None = None
 
 
 class Renderer:

@@ -79,6 +79,8 @@ class ShardLayout(Stored):
     """R; matrices of lower rank are filled with zeros."""
     include_rest: bool = False
     """Whether "any other token" is one more outcome, the last, with token id -1."""
+    pairs: NonNegativeInt = 0
+    """How many (target, token) pairs a prompt has, of several targets; 0: the last token is the only target."""
     vectors_dtype: Literal["float32", "float16"] = "float32"
     store_text: bool = True
     keep_columns: tuple[str, ...] = ()
@@ -88,7 +90,7 @@ class ShardLayout(Stored):
     @property
     def outcomes(self) -> int:
         """How many token ids, log-probabilities and rows of Q a prompt has: K, or K + 1 with `include_rest`."""
-        return self.top_k + self.include_rest
+        return self.pairs or self.top_k + self.include_rest
 
     @property
     def layers(self) -> tuple[str, ...]:

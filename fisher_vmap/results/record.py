@@ -122,10 +122,27 @@ class PromptResult:
     log_probs: FloatArray | None = None
     """[K] float32 nats, highest first."""
     layers: dict[str, LayerResult] = field(default_factory=dict)
+    targets: dict[str, Any] = field(default_factory=dict)
+    """Of several targets: the columns that describe them and the completions."""
     top_tokens: list[str] | None = None
     """The K tokens as text."""
     prompt_tokens: list[str] | None = None
     """The prompt's tokens as text, those of the chat template included; stored only if the text is."""
+
+
+class RecordTargets(NamedTuple):
+    """The n targets of a prompt: the positions whose next-token distribution was read, one completion after the other."""
+
+    positions: NDArray[np.int64]
+    """[n] the place of each in the tokens of prompt and completion, from 0."""
+    samples: NDArray[np.int64]
+    """[n] the number of its completion."""
+    log_probs: FloatArray
+    """[n] nats, log p of the token that follows it; NaN if none does."""
+    entropy: FloatArray
+    """[n] nats, of the distribution of the token that follows."""
+    trace: FloatArray
+    """[n] the part of the matrix's trace that each adds at this layer; of one of several completions, to its own."""
 
 
 class Stack(NamedTuple):
@@ -202,8 +219,55 @@ class PromptRecord:
 
     @property
     def mass(self) -> float:
-        """The probability that the K tokens cover, sum exp(log p); NaN without numbers."""
+        """The probability that the K tokens cover, sum exp(log p); NaN without numbers, or with several targets."""
         return nan if self.row["mass"] is None else float(self.row["mass"])
+
+    @property
+    def targets(self) -> RecordTargets | None:
+        """The targets, if the run asked for others than the last token; else None."""
+        row, trace = self.row, self.row.get(f"{self.layer}/target_trace")
+        if trace is None:
+            return None
+        log_probs = [nan if x is None else x for x in row["target_log_probs"]]
+        numbers = (np.array(row[name], np.int64) for name in ("target_positions", "target_samples"))
+        return RecordTargets(*numbers, *(np.array(x, float) for x in (log_probs, row["target_entropy"], trace)))
+
+    @property
+    def target_trace(self) -> FloatArray | None:
+        """[n] the part of the trace that each target adds; None if the last token is the only one."""
+        return None if self.targets is None else self.targets.trace
+
+    @property
+    def token_targets(self) -> NDArray[np.int64] | None:
+        """[K] the number of the target, in `targets`, of each token in `token_ids`; None if there is only one."""
+        found = self.row.get("token_targets")
+        return None if found is None else np.array(found, np.int64)
+
+    @property
+    def completions(self) -> tuple[str, ...] | None:
+        """The text of each completion; None without one."""
+        found = self.row.get("completions")
+        return None if found is None else tuple(found)
+
+    @property
+    def completion_ids(self) -> tuple[tuple[int, ...], ...] | None:
+        """The token ids of each completion; None without one."""
+        found = self.row.get("completion_ids")
+        return None if found is None else tuple(tuple(ids) for ids in found)
+
+    @property
+    def trace_error(self) -> float:
+        """The standard error of `trace` over completions that the model has drawn; NaN of a single one."""
+        return self._number("trace_error")
+
+    def attribution(self) -> Float32:
+        """How much the output hangs on each position, [T]: the trace of the position's own J^T C J.
+
+        The bias is added at that position alone; of a layer above the embedding it is the residual stream there that
+        counts, which knows earlier tokens too. Hook the embedding for a number of each token itself. The last entries
+        are the tokens of the completion, if there is a single one.
+        """
+        return self.position_energy
 
     @property
     def trace(self) -> float:

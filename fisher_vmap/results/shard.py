@@ -15,6 +15,10 @@ effective_rank, and share_kept (sum of S / trace). If the whole vocabulary's mat
 trace_full_error (its standard error), share_full (sum of S / trace_full) and relative_error (of the stored matrix, in
 the Frobenius norm).
 
+If the run asked for other targets than the last token: targets (their number), mean_entropy and mean_log_prob in nats,
+a list for each of the other properties of a target and of the completions (`TARGET_COLUMNS`), and for every layer
+target_trace and trace_error.
+
 A shard's own table also has a CRC-32 of each row's arrays ("crc32" for the tokens, "<layer>/crc32"), so that a single
 row can be read and checked without the rest of its shard.
 """
@@ -38,6 +42,23 @@ from fisher_vmap.results.index import SHARD_FOLDER, ShardEntry, ShardLayout, rea
 from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good
 
 
+# Of several targets, the columns of every prompt and of every layer: see `RecordTargets` and `PromptRecord`.
+TARGET_COLUMNS = {
+    "targets": pa.int64(),
+    "mean_entropy": pa.float64(),
+    "mean_log_prob": pa.float64(),
+    "target_positions": pa.list_(pa.int32()),
+    "target_samples": pa.list_(pa.int32()),
+    "target_log_probs": pa.list_(pa.float32()),
+    "target_entropy": pa.list_(pa.float32()),
+    "token_targets": pa.list_(pa.int32()),
+    "completions": pa.list_(pa.string()),
+    "completion_ids": pa.list_(pa.list_(pa.int32())),
+    "completion_tokens": pa.list_(pa.list_(pa.string())),
+}
+OF_LAYER = {"target_trace": pa.list_(pa.float32()), "trace_error": pa.float64()}
+
+
 def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: dict[str, list[int]]) -> pa.Table:
     """One shard's rows. `checksums` has a list of CRC-32 for "crc32" and for each "<layer>/crc32"."""
     columns: dict[str, pa.Array] = {
@@ -47,7 +68,7 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
     }
     for column in layout.keep_columns:
         columns[column] = _kept_column([r.kept.get(column) for r in results])
-    masses = [covered_mass(r.log_probs, r.token_ids) if r.status == "ok" else None for r in results]
+    masses = [None if r.status != "ok" or layout.pairs else covered_mass(r.log_probs, r.token_ids) for r in results]
     columns |= {
         "status": pa.array([r.status for r in results], pa.string()),
         "reason": pa.array([_encodable(r.reason) for r in results], pa.string()),
@@ -58,6 +79,9 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         "top_tokens": _texts([r.top_tokens if r.status == "ok" else None for r in results]),
         "prompt_tokens": _texts([r.prompt_tokens if layout.store_text else None for r in results]),
     }
+    if layout.pairs:
+        kinds = TARGET_COLUMNS | {f"{layer}/{name}": kind for layer in layout.layers for name, kind in OF_LAYER.items()}
+        columns |= {name: pa.array([r.targets.get(name) for r in results], kind) for name, kind in kinds.items()}
     for layer in layout.layers:
         numbers = [_layer_numbers(r, layer) for r in results]
         for name in ("trace", "trace_norm2", "effective_rank", *QUALITY):
