@@ -37,6 +37,12 @@ TABLE_COLUMNS = (
     *("top_tokens", "prompt_tokens"),
 )
 
+# And of a run with other targets than the last token.
+TARGET_COLUMNS = (
+    *("targets", "mean_entropy", "mean_log_prob", "target_positions", "target_samples", "target_log_probs"),
+    *("target_entropy", "token_targets", "completions", "completion_ids", "completion_tokens"),
+)
+
 _ENTRY_NAME = re.compile(r"shard-(\d{5,})\.json")
 _NO_CHECKSUM = "0" * 64
 _HEAD = re.compile(rb'\{\s*"checksum":\s*"([0-9a-f]{64})"')
@@ -106,7 +112,7 @@ class ShardLayout(Stored):
             if not layer or layer.startswith("__") or any(character in layer for character in "/\\:\0\n"):
                 raise UserError(f"layer name {layer!r} cannot be part of a file name; hook a module with a plain name")
         for column in self.keep_columns:
-            if column in TABLE_COLUMNS or "/" in column:
+            if column in TABLE_COLUMNS or "/" in column or (self.pairs and column in TARGET_COLUMNS):
                 raise UserError(f"keep_columns has {column!r}, a name that prompts.parquet uses; rename it in the data")
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise UserError(f"keep_columns names a column twice: {', '.join(self.keep_columns)}")

@@ -131,7 +131,7 @@ class PromptResult:
 
 
 class RecordTargets(NamedTuple):
-    """The n targets of a prompt: the positions whose next-token distribution was read, one completion after the other."""
+    """The n targets of a prompt, whose next-token distribution was read, one completion after the other."""
 
     positions: NDArray[np.int64]
     """[n] the place of each in the tokens of prompt and completion, from 0."""

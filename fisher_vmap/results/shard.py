@@ -38,25 +38,30 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fisher_vmap.results.files import Staged, check_size, folder_lock, passes, staged
-from fisher_vmap.results.index import SHARD_FOLDER, ShardEntry, ShardLayout, read_entry, shard_names, write_entry
+from fisher_vmap.results.index import (
+    SHARD_FOLDER,
+    TARGET_COLUMNS,
+    ShardEntry,
+    ShardLayout,
+    read_entry,
+    shard_names,
+    write_entry,
+)
 from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good
 
-
+_INTS, _FLOATS, _WORDS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
 # Of several targets, the columns of every prompt and of every layer: see `RecordTargets` and `PromptRecord`.
-TARGET_COLUMNS = {
-    "targets": pa.int64(),
-    "mean_entropy": pa.float64(),
-    "mean_log_prob": pa.float64(),
-    "target_positions": pa.list_(pa.int32()),
-    "target_samples": pa.list_(pa.int32()),
-    "target_log_probs": pa.list_(pa.float32()),
-    "target_entropy": pa.list_(pa.float32()),
-    "token_targets": pa.list_(pa.int32()),
-    "completions": pa.list_(pa.string()),
-    "completion_ids": pa.list_(pa.list_(pa.int32())),
-    "completion_tokens": pa.list_(pa.list_(pa.string())),
+_TARGET_TYPES: dict[str, pa.DataType] = {
+    **dict.fromkeys(("targets",), pa.int64()),
+    **dict.fromkeys(("mean_entropy", "mean_log_prob"), pa.float64()),
+    **dict.fromkeys(("target_positions", "target_samples", "token_targets"), _INTS),
+    **dict.fromkeys(("target_log_probs", "target_entropy"), _FLOATS),
+    "completions": _WORDS,
+    "completion_ids": pa.list_(_INTS),
+    "completion_tokens": pa.list_(_WORDS),
 }
-OF_LAYER = {"target_trace": pa.list_(pa.float32()), "trace_error": pa.float64()}
+assert set(_TARGET_TYPES) == set(TARGET_COLUMNS)
+_OF_LAYER = {"target_trace": _FLOATS, "trace_error": pa.float64()}
 
 
 def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: dict[str, list[int]]) -> pa.Table:
@@ -80,8 +85,11 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         "prompt_tokens": _texts([r.prompt_tokens if layout.store_text else None for r in results]),
     }
     if layout.pairs:
-        kinds = TARGET_COLUMNS | {f"{layer}/{name}": kind for layer in layout.layers for name, kind in OF_LAYER.items()}
-        columns |= {name: pa.array([r.targets.get(name) for r in results], kind) for name, kind in kinds.items()}
+        of_layers = {f"{layer}/{name}": kind for layer in layout.layers for name, kind in _OF_LAYER.items()}
+        for name, kind in (_TARGET_TYPES | of_layers).items():
+            texts = name in ("completions", "completion_tokens")
+            values = [None if texts and not layout.store_text else r.targets.get(name) for r in results]
+            columns[name] = pa.array([_encodable_all(value) for value in values] if texts else values, kind)
     for layer in layout.layers:
         numbers = [_layer_numbers(r, layer) for r in results]
         for name in ("trace", "trace_norm2", "effective_rank", *QUALITY):
@@ -147,6 +155,10 @@ def _kept_column(values: list[Any]) -> pa.Array:
 
 def _texts(values: list[list[str] | None]) -> pa.Array:
     return pa.array([v if v is None else [_encodable(text) for text in v] for v in values], pa.list_(pa.string()))
+
+
+def _encodable_all(value: Any) -> Any:
+    return [_encodable_all(one) for one in value] if isinstance(value, list) else _encodable(value)
 
 
 def _json_text(value: Any) -> str | None:

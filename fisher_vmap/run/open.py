@@ -14,7 +14,7 @@ from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.errors import UserError
-from fisher_vmap.fisher_model import FisherModel
+from fisher_vmap.fisher_model import PAIRS_A_TOKEN, FisherModel
 from fisher_vmap.load.model import Loaded, load_model
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
@@ -84,6 +84,7 @@ def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
         widths=widths,
         top_k=settings.top_k_tokens,
         include_rest=settings.include_rest,
+        pairs=PAIRS_A_TOKEN * settings.top_k_tokens if settings.targets != "last" else 0,
         rank=settings.num_singular_values,
         vectors_dtype=settings.vectors_dtype,
         store_text=settings.store_text,
@@ -120,6 +121,11 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             oversampling=settings.oversampling,
             passes=settings.passes,
             trace_samples=None if settings.trace_samples == "auto" else settings.trace_samples,
+            score_samples=settings.score_samples,
+            targets=settings.targets,
+            samples=settings.samples,
+            temperature=settings.temperature,
+            seed=settings.completion_seed,
             precision=loaded.precision.name,
             audit=settings.audit,
         )

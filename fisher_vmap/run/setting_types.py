@@ -190,6 +190,16 @@ AutoOrCountFromZero = Annotated[Literal["auto"] | int, _whole(0, 10**6, "auto")]
 AllOrCount = Annotated[Literal["all"] | int, _whole(1, 10**12, "all")]
 Offset = Annotated[int, _whole(0, 10**12)]
 Seed = Annotated[int | None, _whole(0, 2**32 - 1, "none")]
+SeedNumber = Annotated[int, _whole(0, 2**32 - 1)]
+ScoreSamples = Annotated[int, _whole(2, 10**6)]
+Targets = Annotated[
+    Literal["last", "completion", "all"] | Annotated[int, Field(ge=1, le=10**6)],
+    Expected("last, completion, all, or a whole number of tokens to write", _number),
+]
+Temperature = Annotated[
+    Annotated[float, Field(ge=0, le=1000)] | None,
+    Expected("none, or a number from 0 (the likeliest tokens)", lambda value: _none_word(_number(value))),
+]
 _LINE, _QUOTES = "a text of one line", " (a number or date goes in quotes)"
 Name = Annotated[str, Expected(_LINE + _QUOTES, check=_one_line)]
 PathName = Annotated[str, Expected(_LINE, check=_path)]

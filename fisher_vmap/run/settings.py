@@ -32,8 +32,12 @@ from fisher_vmap.run.setting_types import (
     PlanRate,
     Quantization,
     RayWorkers,
+    ScoreSamples,
     Seed,
+    SeedNumber,
     Share,
+    Targets,
+    Temperature,
     TrueOrFalse,
 )
 
@@ -131,6 +135,9 @@ class Settings(BaseModel):
     prompt_template: OptionalPassage = _setting(
         None, r'A prompt out of several columns, such as "{instruction}\n\n{input}"; none: by the form of the data.'
     )
+    completion_column: OptionalName = _setting(
+        None, "Column with the completion; none: the last assistant turn, or a column that is known for it."
+    )
     keep_columns: Columns = _setting(None, "Further columns copied into prompts.parquet, as a list.")
     conversation: Literal["first_turn", "full"] = _setting(
         "first_turn", "What to take of a conversation: its first user turn, or all turns up to its last user turn."
@@ -159,8 +166,22 @@ class Settings(BaseModel):
         "model.layers.15",
         "Where the bias is added: a module's name, a layer's number (negative from the top), a list, or all.",
     )
-    estimator: Literal["topk", "full"] = _setting(
-        "topk", "topk: the matrix of the likeliest tokens; full: nearly the best of its rank for the whole vocabulary."
+    targets: Targets = _setting(
+        "last",
+        "Whose next-token distribution is read: last, completion (the positions that predict it), all, or N tokens to "
+        "write.",
+    )
+    samples: Count = _setting(
+        1, "With N tokens to write: how many completions of each prompt; the matrix is their mean."
+    )
+    temperature: Temperature = _setting(
+        None, "Of the completions that are written; none: the likeliest tokens for one, 1 for several."
+    )
+    completion_seed: SeedNumber = _setting(0, "Seed of the completions that are drawn.")
+    estimator: Literal["topk", "full", "sampled"] = _setting(
+        "topk",
+        "topk: the matrix of the likeliest tokens; full: nearly the best of its rank for the whole vocabulary; "
+        "sampled: an unbiased estimate of that.",
     )
     top_k_tokens: Count = _setting(10, "How many of the likeliest next tokens the matrix sums over.")
     include_rest: TrueOrFalse = _setting(False, "topk: count all other tokens as one more outcome, with token id -1.")
@@ -171,10 +192,13 @@ class Settings(BaseModel):
     trace_samples: AutoOrCountFromZero = _setting(
         "auto", "Random vectors that estimate what a matrix leaves out; auto: 4 for full, none for topk."
     )
+    score_samples: ScoreSamples = _setting(64, "sampled: how many scores are drawn.")
     num_singular_values: Count = _setting(
         10, "How many singular values and vectors to keep; beyond the matrix's rank they are zero."
     )
-    bias_positions: Literal["all", "last"] = _setting("all", "Add the bias at all positions, or at the last one only.")
+    bias_positions: Literal["all", "last", "prompt", "completion"] = _setting(
+        "all", "Where the bias is added: at all positions, the last one, those of the prompt, or of the completion."
+    )
 
     # The computation
     batch_size: AutoOrCount = _setting(
