@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.model.offload import input_device
 from fisher_vmap.model.patches import autocast_off
-from fisher_vmap.model.validation import check_whole
+from fisher_vmap.model.validation import check_whole, forget_freed, is_out_of_memory
 
 TOGETHER = 16  # completions that a model writes at a time
 _NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "cache_implementation")  # what a model's own settings keep
@@ -130,10 +130,29 @@ class Completions:
             some = rows[start : start + TOGETHER]
             ids = [prompts_ids[b] for b, _ in some]
             seeds = [completion_seed(prompts_ids[b], self.seed, number) for b, number in some] if temperature else None
-            written = complete(model, ids, int(self.targets), seeds=seeds, temperature=temperature or 1.0)
+            written = _in_halves(model, ids, int(self.targets), seeds, temperature or 1.0)
             for (b, _), tokens in zip(some, written, strict=True):
                 found[b].append(tokens)
         return found
+
+
+def _in_halves(
+    model: nn.Module, ids: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int] | None, temperature: float
+) -> list[list[int]]:
+    """`complete`; out of memory a batch is halved."""
+    try:
+        return complete(model, ids, tokens, seeds=seeds, temperature=temperature)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(ids) == 1:
+            raise
+    forget_freed()
+    half = (len(ids) + 1) // 2
+    parts = (slice(None, half), slice(half, None))
+    return [
+        written
+        for part in parts
+        for written in _in_halves(model, ids[part], tokens, seeds and seeds[part], temperature)
+    ]
 
 
 def completion_seed(ids: Sequence[int], seed: int, number: int) -> int:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fisher_vmap.data.batching import PromptNumbers, pack
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import SourcePrompt
+from fisher_vmap.data.sequences import Tokens, completions_of, target_columns, tokens_of
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.audit import ShardForms
 from fisher_vmap.linearize.select import NoFormAgrees
@@ -251,38 +252,43 @@ def compute_shard(
         if max(prompt.ids) >= size
     }
     places = [i for i in shard.rendered if i not in numbers]
-    lengths = [len(shard.rendered[i].ids) for i in places]
+    prompts = [Tokens(shard.rendered[i].ids, shard.rendered[i].start) for i in places]
+    made = dict(zip(places, fisher.sequences(prompts), strict=True))
+    lengths = [tokens_of(sequences) for sequences in made.values()]
     report(Progress(len(shard.prompts) - len(places), 0, len(places), sum(lengths)))
     batches = pack(lengths, fisher.batch_size, fisher.max_batch_tokens)
     audited = None
     if batches:
         with fisher.one_shard(shard.number, [[lengths[j] for j in batch] for batch in batches]) as forms:
-            ids = [{places[j]: shard.rendered[places[j]].ids for j in batch} for batch in batches]
-            numbers |= _compute_batches(fisher, ids, rank, notes, report, forms)
+            each = [{places[j]: made[places[j]] for j in batch} for batch in batches]
+            numbers |= _compute_batches(fisher, each, rank, notes, report, forms)
             given_up = forms.given_up()
         for layer, (form, why) in given_up.items():
             notes.store("audits", [shard.number, layer, form, why])
         audited = "; ".join(f"{layer} by the {form} form: {why}" for layer, (form, why) in given_up.items()) or None
-    return [_result(shard, prompt, numbers.get(prompt.index), fisher.pieces, audited) for prompt in shard.prompts]
+    return [
+        _result(shard, prompt, numbers.get(prompt.index), made.get(prompt.index, []), fisher.pieces, audited)
+        for prompt in shard.prompts
+    ]
 
 
 def _compute_batches(
     fisher: FisherModel,
-    batches: Sequence[dict[int, list[int]]],
+    batches: Sequence[dict[int, list[Tokens]]],
     rank: int,
     notes: Notes,
     report: Report,
     forms: ShardForms,
 ) -> dict[int, PromptNumbers | str]:
-    """Compute the batches, given as token ids by prompt index; again from the first one when a form is given up."""
+    """Compute the batches, given as sequences by prompt index; again from the first one when a form is given up."""
     reported = 0
     while True:
         forms.begin()
         numbers: dict[int, PromptNumbers | str] = {}
-        for number, ids in enumerate(batches):
-            numbers.update(compute_batch(fisher, ids, rank, notes))
+        for number, prompts in enumerate(batches):
+            numbers.update(compute_batch(fisher, prompts, rank, notes))
             if number >= reported:
-                report(Progress(len(ids), sum(map(len, ids.values()))))
+                report(Progress(len(prompts), sum(map(tokens_of, prompts.values()))))
                 reported += 1
             if forms.changed():
                 break
@@ -291,27 +297,27 @@ def _compute_batches(
 
 
 def compute_batch(
-    fisher: FisherModel, prompts_ids: dict[int, list[int]], rank: int, notes: Notes
+    fisher: FisherModel, prompts: dict[int, list[Tokens]], rank: int, notes: Notes
 ) -> dict[int, PromptNumbers | str]:
     """Compute a batch; out of memory it is halved, and a single prompt that does not fit gets a reason."""
-    members = list(prompts_ids)
+    members = list(prompts)
     if tuple(members) not in notes.splits:
         try:
-            return dict(zip(members, fisher.numbers(list(prompts_ids.values()), rank), strict=True))
+            return dict(zip(members, fisher.numbers(list(prompts.values()), rank), strict=True))
         except NoFormAgrees as error:
             return dict.fromkeys(members, str(error))
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler, whose traceback keeps the tensors alive.
-        longest = max(map(len, prompts_ids.values()))
+        longest = max(map(tokens_of, prompts.values()))
         log.warning("out of memory on %d prompts of up to %d tokens", len(members), longest)
         forget_freed()
         if len(members) == 1:
             return {members[0]: f"out of memory on {longest} tokens"}
         notes.split(members)
     half = (len(members) + 1) // 2
-    halves = ({i: prompts_ids[i] for i in part} for part in (members[:half], members[half:]))
+    halves = ({i: prompts[i] for i in part} for part in (members[:half], members[half:]))
     return {i: numbers for part in halves for i, numbers in compute_batch(fisher, part, rank, notes).items()}
 
 
@@ -319,6 +325,7 @@ def _result(
     shard: PreparedShard,
     prompt: SourcePrompt,
     numbers: PromptNumbers | str | None,
+    sequences: Sequence[Tokens],
     pieces: Pieces | None,
     audited: str | None,
 ) -> PromptResult:
@@ -327,15 +334,19 @@ def _result(
         return PromptResult(**common, status="skipped", reason=shard.skipped[prompt.index])
     rendered = shard.rendered[prompt.index]
     common |= {"audit": audited, "text": rendered.text, "truncated": rendered.truncated}
-    common |= {"num_tokens": len(rendered.ids)}
+    own = rendered.ids[: rendered.start]
+    common |= {"num_tokens": len(own)}
     if pieces is not None:
-        common["prompt_tokens"] = pieces.each(rendered.ids)
+        common["prompt_tokens"] = pieces.each(own)
     if isinstance(numbers, str):
         return PromptResult(**common, status="failed", reason=numbers)
     if reason := numbers.reason or _not_finite(numbers):
         return PromptResult(**common, status="failed", reason=reason)
     if pieces is not None:
         common["top_tokens"] = [pieces.single(int(token)) for token in numbers.token_ids]
+    if numbers.targets is not None:
+        written = completions_of(sequences, rendered, pieces)
+        common["targets"] = target_columns(numbers.targets) | ({} if written is None else written._asdict())
     return PromptResult(**common, token_ids=numbers.token_ids, log_probs=numbers.log_probs, layers=numbers.layers)
 
 
