@@ -297,7 +297,8 @@ def _check_kl(arguments: argparse.Namespace) -> int:
     """Print and plot how well the matrices predict; returns 1 if they do not, else 0."""
     with step("loading the libraries"):
         from fisher_vmap.results.reader import open_results
-        from fisher_vmap.verify.kl import check_kl, plot_kl
+        from fisher_vmap.verify.kl import check_kl
+        from fisher_vmap.verify.kl_report import plot_kl
 
     prompts = PROMPTS if arguments.prompts is None else arguments.prompts
     if prompts < 1:

@@ -6,14 +6,15 @@ directions v and random ones. The measured KL divergence is compared with 1/2 ep
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fisher_vmap.completions import Completions
 from fisher_vmap.data.files import SUFFIXES, spelt_as_path
+from fisher_vmap.data.sequences import Tokens
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher import check_inputs
 from fisher_vmap.linearize.linear_map import undisturbed
@@ -32,6 +33,7 @@ from fisher_vmap.results.reader import Results
 from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.run.open import make_renderer, model_of, source_of
 from fisher_vmap.run.settings import Settings
+from fisher_vmap.verify.kl_report import PREDICTED, Directions, KlCheck, Numbers
 
 ROWS_AT_A_TIME = 1024  # tokens of the steps that go through the model together
 
@@ -100,129 +102,8 @@ def measured_kl(
     return torch.cat(found).cpu()
 
 
-# The KL divergences, in nats, that F predicts for the steps. Smaller ones drown in float32's rounding.
-PREDICTED = np.array([1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
-# How far the median ratio of leading directions may be from 1, by the precision of the folder's gradients. On SmolLM2
-# it was 1.00 in float32, 0.997 in mixed and 0.995 in bfloat16, where single directions were up to 5% off.
-ALLOWED = {"float64": 0.01, "float32": 0.01, "mixed": 0.03, "float16": 0.05, "bfloat16": 0.1}
-
-Numbers = NDArray[np.float64]
-
-
-class Directions(NamedTuple):
-    """The effect of steps along n directions: the leading ones of every prompt, or the random ones.
-
-    Attributes:
-        predicted: [n, E] nats, 1/2 eps^2 v^T F v.
-        measured: [n, E] nats, the mean of +eps and -eps, whose odd terms cancel.
-        eps: [n, E].
-        residual_norm: [n], of the residual stream where the step was added.
-    """
-
-    predicted: Numbers
-    measured: Numbers
-    eps: Numbers
-    residual_norm: Numbers
-
-    @property
-    def ratio(self) -> Numbers:
-        """Predicted / measured, [n, E]."""
-        return self.predicted / self.measured
-
-    def quadratic_until(self) -> Numbers:
-        """[n]: the largest eps, in units of the residual stream's norm, up to which KL / eps^2 stays within 10%."""
-        curvature = self.measured / self.eps**2
-        near = np.abs(curvature / curvature[:, :1] - 1) < 0.1
-        last = np.minimum.accumulate(near, axis=1).sum(1) - 1
-        longest: Numbers = self.eps[np.arange(len(last)), last] / self.residual_norm
-        return longest
-
-
-class KlCheck(NamedTuple):
-    """The outcome of the check of one layer.
-
-    Attributes:
-        layer: its name.
-        leading: the leading stored directions.
-        random: random directions.
-        estimator: of the folder.
-        precision: of the folder's gradients, a key of `ALLOWED`.
-        share_full: median share of the whole vocabulary's trace that is stored, if it was estimated.
-    """
-
-    layer: str
-    leading: Directions
-    random: Directions
-    estimator: str
-    precision: str
-    share_full: float | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether predictions are not above the measurements and, for estimator full, not below them either."""
-        median, allowed = float(np.median(self.leading.ratio[:, 0])), ALLOWED[self.precision]
-        return median < 1 + allowed and (self.estimator != "full" or median > 1 - allowed)
-
-    def lines(self) -> list[str]:
-        """The report of this layer."""
-        lines = [
-            f"{'ok  ' if self.ok else 'BAD '} KL at {self.layer}: {len(self.leading.eps)} leading and "
-            f"{len(self.random.eps)} random directions; predicted / measured, median (10% to 90%):",
-            "     predicted, nats      leading directions           random directions",
-        ]
-        for e, kl in enumerate(PREDICTED):
-            both = (_spread(d.ratio[:, e]) for d in (self.leading, self.random))
-            lines.append(f"     {kl:<16g} {'    '.join(f'{text:>24}' for text in both)}")
-        for name, directions in (("leading", self.leading), ("random", self.random)):
-            until = directions.quadratic_until()
-            most = np.quantile(until, [0.1, 0.5, 0.9])
-            lines.append(
-                f"     KL grows as eps^2, to 10%, up to {most[1]:.2g} of the residual stream's norm ({most[0]:.1g} to "
-                f"{most[2]:.1g}) along {name} directions"
-            )
-        return [*lines, f"     {self._expected()}"]
-
-    def _expected(self) -> str:
-        allowed = f"{self.precision} gradients allow {ALLOWED[self.precision]:.0%}"
-        if self.estimator == "full":
-            return f"estimator full: 1 is expected along leading directions for small steps, and {allowed}"
-        share = "" if self.share_full is None else f" (median share of the trace held: {self.share_full:.0%})"
-        return f"estimator topk: the ratio falls short of 1 by what the tail of the vocabulary holds{share}; {allowed}"
-
-
-def plot_kl(check: KlCheck, path: Path) -> None:
-    """Draw predicted against measured KL divergences.
-
-    Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("a plot needs matplotlib: pip install 'fisher_vmap[report]'") from error
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(PREDICTED[[0, -1]], PREDICTED[[0, -1]], color="0.6", linewidth=1, label="as predicted")
-    for directions, name, mark in (
-        (check.leading, "leading directions", "o"),
-        (check.random, "random directions", "x"),
-    ):
-        axes.plot(directions.predicted.ravel(), directions.measured.ravel(), mark, alpha=0.6, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="predicted KL, 1/2 eps² vᵀFv (nats)", ylabel="measured KL (nats)")
-    axes.set_title(f"{check.layer}, estimator {check.estimator}, {check.precision}", fontsize="medium")
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the plot cannot be written to {path}: {' '.join(str(error).split())}") from error
-
-
-def _spread(values: Numbers) -> str:
-    low, median, high = np.quantile(values, [0.1, 0.5, 0.9])
-    return f"{median:.3f} ({low:.2f} to {high:.2f})"
-
-
 LEADING, RANDOM = 3, 1  # directions of each prompt
+FRESH, FRESH_STEP = 16, 3  # completions drawn anew for each prompt, and which of PREDICTED their step is of
 
 
 def check_kl(
@@ -255,17 +136,19 @@ def check_kl(
     if (now := plain_values(loaded.identity)) != (then := results.index.fingerprint.get("model")):
         raise UserError(f"the model at {settings.model_path} is not the folder's: {now} here, {then} there")
     with step("reading the prompts"):
-        ids = _token_ids(results, settings, loaded, chosen)
+        sequences = _sequences(results, settings, loaded, chosen)
     model = _widened(loaded, settings)
-    leading, random = [], []
+    leading, random, fresh = [], [], []
     with bar(len(chosen), "prompts", "running the model") as advance:
         for i in passing(chosen, advance):
             record = results[i]
             shown = _directions(record, i)
-            found = _steps(model, record, ids[i], shown, settings.bias_positions)
+            found = _steps(model, record, sequences[i], shown, settings)
             split = len(shown) - RANDOM
             leading.append(Directions(*(x[:split] for x in found)))
             random.append(Directions(*(x[split:] for x in found)))
+            if _draws_from_the_model(settings):
+                fresh.append(_fresh(model, record, sequences[i][0], shown[:1], settings))
     mixed = settings.precision == "mixed" and settings.dtype in ("bfloat16", "float16")
     shares = [results[i].row.get(f"{results.layer}/share_full") for i in chosen]
     known = [share for share in shares if share is not None]
@@ -276,6 +159,8 @@ def check_kl(
         settings.estimator,
         "mixed" if mixed else settings.dtype,
         float(np.median(known)) if known else None,
+        settings.targets != "last",
+        np.array(fresh) if fresh else None,
     )
 
 
@@ -318,25 +203,27 @@ def _widened(loaded: Loaded, settings: Settings) -> Any:
         ) from error
 
 
-def _token_ids(results: Results, settings: Settings, loaded: Loaded, chosen: Sequence[int]) -> dict[int, list[int]]:
-    """The token ids of the prompts, read and rendered again."""
+def _sequences(results: Results, settings: Settings, loaded: Loaded, chosen: Sequence[int]) -> dict[int, list[Tokens]]:
+    """The sequences of the prompts, read and rendered again, with the completions that were stored."""
     source = source_of(settings.model_copy(update={"num_prompts": max(chosen) + 1}))
     date = (results.index.resolved or {}).get("template_date")
     renderer = make_renderer(settings, loaded, source, date)
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[Tokens]] = {}
     for prompt in source:
         if prompt.index in chosen:
             if prompt.messages_or_text is None:
                 raise UserError(
                     f"prompt {prompt.index} of {settings.dataset_name} is not the folder's: it is empty now"
                 )
-            rendered, row = renderer.render(prompt.messages_or_text), results[prompt.index].row
-            if len(rendered.ids) != row["tokens"] or row["text"] not in (None, rendered.text):
+            rendered, record = renderer.render(prompt.messages_or_text), results[prompt.index]
+            own, row = rendered.ids[: rendered.start], record.row
+            if len(own) != row["tokens"] or row["text"] not in (None, rendered.text):
                 raise UserError(
-                    f"prompt {prompt.index} of {settings.dataset_name} is not the folder's: it has {len(rendered.ids)} "
+                    f"prompt {prompt.index} of {settings.dataset_name} is not the folder's: it has {len(own)} "
                     f"tokens now, {row['tokens']} then; the data set has changed"
                 )
-            found[prompt.index] = rendered.ids
+            completions = record.completion_ids or ((),)
+            found[prompt.index] = [Tokens([*own, *ids], len(own) if ids else None) for ids in completions]
     if missing := set(chosen) - set(found):
         raise UserError(f"{settings.dataset_name} has no prompt {min(missing)} any more; the data set has changed")
     return found
@@ -350,16 +237,54 @@ def _directions(record: PromptRecord, seed: int) -> Numbers:
 
 
 def _steps(
-    model: Any, record: PromptRecord, ids: Sequence[int], directions: Numbers, positions: str
+    model: Any, record: PromptRecord, sequences: Sequence[Tokens], directions: Numbers, settings: Settings
 ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     along_F = np.stack([v @ record.matvec(v).astype(np.float64) for v in directions])
     eps = np.sqrt(2 * PREDICTED / np.maximum(along_F, np.finfo(np.float32).tiny)[:, None])
+    kl = np.mean([_measured(model, record, one, directions, eps, settings) for one in sequences], 0)
+    return np.broadcast_to(PREDICTED, eps.shape).copy(), kl, eps, np.full(len(eps), record.residual_norm)
+
+
+def _measured(
+    model: Any, record: PromptRecord, one: Tokens, directions: Numbers, eps: Numbers, settings: Settings
+) -> Numbers:
+    """[n, E] nats: the mean of steps of +eps and -eps along each direction, of one sequence."""
     steps = (eps[:, :, None] * directions[:, None]).reshape(-1, directions.shape[1])
     both = torch.from_numpy(np.concatenate([steps, -steps])).to(next(model.parameters()).dtype)
-    place = next(model.parameters()).device
-    kl = measured_kl(model, torch.tensor(ids, device=place), record.layer, both.to(place), positions).numpy()
-    measured = kl.reshape(2, *eps.shape).mean(0)
-    return np.broadcast_to(PREDICTED, eps.shape).copy(), measured, eps, np.full(len(eps), record.residual_norm)
+    place, T = next(model.parameters()).device, len(one.ids)
+
+    def where(asked: str | int, part: str, words: tuple[str, ...]) -> str | Tensor:
+        return str(asked) if asked in words else torch.tensor([one.mask(T, part)], device=place)
+
+    positions = where(settings.bias_positions, settings.bias_positions, ("all", "last"))
+    targets = where(settings.targets, "targets", ("all", "last"))
+    ids = torch.tensor(one.ids, device=place)
+    kl = measured_kl(model, ids, record.layer, both.to(place), positions, targets=targets).numpy()
+    measured: Numbers = kl.reshape(2, *eps.shape).mean(0)
+    return measured
+
+
+def _draws_from_the_model(settings: Settings) -> bool:
+    """Whether the matrices are of sequences that were drawn from the model's own distribution."""
+    drawn = 1.0 if settings.temperature is None and settings.samples > 1 else settings.temperature
+    return isinstance(settings.targets, int) and drawn == 1.0
+
+
+def _fresh(model: Any, record: PromptRecord, one: Tokens, direction_1D: Numbers, settings: Settings) -> list[float]:
+    """Predicted nats, the KL divergence of whole sequences along the leading direction, and its standard error.
+
+    The KL of sequences is the mean, over sequences drawn from the model, of the sum over their positions: of completions
+    drawn anew, which the matrix has not seen.
+    """
+    prompt, N = one.ids[: one.start], int(settings.targets)
+    drawn = Completions(N, FRESH, 1.0, settings.completion_seed + 1).write(model, [prompt])[0]
+    predicted = PREDICTED[FRESH_STEP : FRESH_STEP + 1]
+    eps = np.sqrt(2 * predicted / np.maximum(record.quadratic(direction_1D[0]), np.finfo(np.float32).tiny))[None]
+    kl = [
+        float(_measured(model, record, Tokens([*prompt, *ids], len(prompt)), direction_1D, eps, settings)[0, 0])
+        for ids in drawn
+    ]
+    return [float(predicted[0]), float(np.mean(kl)), float(np.std(kl, ddof=1) / len(kl) ** 0.5)]
 
 
 def _joined(parts: Sequence[Directions]) -> Directions:

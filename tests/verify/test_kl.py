@@ -11,7 +11,8 @@ from oracles import bias_added, log_probabilities
 
 from fisher_vmap import open_results
 from fisher_vmap.verify.__main__ import main
-from fisher_vmap.verify.kl import PREDICTED, Directions, check_kl, measured_kl
+from fisher_vmap.verify.kl import check_kl, measured_kl
+from fisher_vmap.verify.kl_report import PREDICTED, Directions
 
 
 @pytest.fixture(scope="module")
