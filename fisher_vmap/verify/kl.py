@@ -273,8 +273,8 @@ def _draws_from_the_model(settings: Settings) -> bool:
 def _fresh(model: Any, record: PromptRecord, one: Tokens, direction_1D: Numbers, settings: Settings) -> list[float]:
     """Predicted nats, the KL divergence of whole sequences along the leading direction, and its standard error.
 
-    The KL of sequences is the mean, over sequences drawn from the model, of the sum over their positions: of completions
-    drawn anew, which the matrix has not seen.
+    The KL of sequences is the mean, over sequences drawn from the model, of the sum over their positions: here of
+    completions drawn anew, which the matrix has not seen.
     """
     prompt, N = one.ids[: one.start], int(settings.targets)
     drawn = Completions(N, FRESH, 1.0, settings.completion_seed + 1).write(model, [prompt])[0]
