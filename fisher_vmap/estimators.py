@@ -36,7 +36,15 @@ from fisher_vmap.linearize.output import (
     random_root,
 )
 from fisher_vmap.linearize.scores import Scores
-from fisher_vmap.model.targets import NO_TOKEN, TargetGrid, Targets, grid_of, target_seeds, targets_read
+from fisher_vmap.model.targets import (
+    NO_TOKEN,
+    TargetGrid,
+    Targets,
+    grid_of,
+    most_targets,
+    target_seeds,
+    targets_read,
+)
 from fisher_vmap.model.validation import check_whole, in_float64
 
 TRACE_SAMPLES = 4  # random vectors for estimator full, a twelfth of its cost
@@ -257,7 +265,7 @@ class _At(NamedTuple):
 
 def _full_of(net: LinearMap, vectors: int, drawing: Drawing, passes: int, top_k: int, samples: int) -> Estimate:
     """The estimate for the layers of one linear map."""
-    layout, one_target = net.layout, net.layout.targets is None
+    layout, one_target = net.layout, most_targets(net.layout) == 1
     with net.prepared():
         exact = one_target and vectors >= net.rows.shape[1]
         grid = grid_of(layout, drawing.most_targets)

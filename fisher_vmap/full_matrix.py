@@ -13,7 +13,7 @@ from fisher_vmap.linearize.probe import probe
 from fisher_vmap.linearize.scores import join_prompts
 from fisher_vmap.linearize.select import choose_forms, give_up
 from fisher_vmap.model.layers import resolve_layers
-from fisher_vmap.model.layout import lay_out, select
+from fisher_vmap.model.layout import Layout, lay_out, select
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.rope_scaling import batches_apart
 from fisher_vmap.model.targets import most_targets
@@ -153,10 +153,19 @@ def _by_groups(
                     give_up(model, known, last, how.kernel, broken_off(known, forms, names, how.kernel, reason))
                 return run()
 
-        groups = batches_apart(model, layout.lengths)
+        groups = _alike(batches_apart(model, layout.lengths), layout)
         try:
             parts = [of_group(group) for group in groups]
         except OneAtATime:
             groups = [[b] for b in range(len(layout.lengths))]
             parts = [of_group(group) for group in groups]
         return join_prompts(parts, groups)
+
+
+def _alike(groups: list[list[int]], layout: Layout) -> list[list[int]]:
+    """The same groups, with prompts of one target apart: the search starts from other vectors for several."""
+    if layout.targets is None:
+        return groups
+    several = [len(places) > 1 for places in layout.targets]
+    parts = [[b for b in group if several[b] == kind] for group in groups for kind in (True, False)]
+    return [part for part in parts if part]

@@ -1,5 +1,7 @@
 """Fisher matrices of several targets a prompt: against the sum of single-target matrices by plain autograd."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from devices import on
@@ -10,8 +12,8 @@ from fisher_vmap import FisherModel, fisher_full, fisher_sampled, fisher_scores
 from fisher_vmap.estimators import Drawing, sampled
 from fisher_vmap.model.layout import Layout
 
-LENGTHS, TARGETS = (6, 3, 8), ((1, 4, 5), (2,), (0, 6))
-FAMILIES = ("gpt2", "gpt_neox", "gemma2", "qwen3_moe", "mamba")
+LENGTHS, TARGETS = (6, 3, 8), ((1, 4, 5), (2,), (0, 7))
+FAMILIES = ("gpt2", "gpt_neox", "gemma2", "olmo2", "mamba")
 EXACT = {"gpt2": 1e-8, "gpt_neox": 1e-6}
 FULL = 1e-5  # of a family that computes its norms or attention in float32 whatever the dtype
 
@@ -130,12 +132,8 @@ def test_the_estimated_trace_of_what_is_missing_is_that_of_all_targets():
 def test_drawn_scores_are_unbiased():
     model, layer, rows = tiny("gpt2"), block("gpt2", 1), prompts(LENGTHS)
     ids, mask = padded(rows, "right")
-    options = {"layers": layer, "targets": "last"}
-    with FisherModel(model, **options).linearize(ids, mask):
-        pass  # the forms are proven
-    fm = FisherModel(model, layers=layer, targets=mask_of(TARGETS, ids, mask))
     repeats, found = 200, []
-    with fm.linearize(ids, mask) as net:
+    with FisherModel(model, layers=layer).linearize(ids, mask, targets=mask_of(TARGETS, ids, mask)) as net:
         for seed in range(repeats):
             drawing = Drawing([1000 * seed + b for b in range(len(rows))], 3)
             one = sampled(net, samples=8, rank=2, drawing=drawing)
@@ -173,8 +171,10 @@ def test_the_loadings_are_the_tokens_rows(estimator):
         found = fisher_sampled(model, ids, mask, samples=WIDTH + 10, rank=WIDTH, **options)
     plain = fisher_scores(model, ids, mask, **options)
     assert torch.equal(found.token_ids, plain.token_ids)
-    tokens = found.loadings[layer] @ found.factors[layer]
-    assert relative(tokens, plain.factor(layer)) < 1e-6
+    for A, loadings, rows in zip(found.factors[layer], found.loadings[layer], plain.factor(layer), strict=True):
+        seen = rows @ torch.linalg.pinv(A, rtol=1e-8) @ A  # as far as the drawn scores reach
+        assert relative(loadings @ A, seen) < 1e-6
+        assert estimator == "sampled" or relative(seen, rows) < 1e-6
 
 
 def test_what_is_known_of_each_target():
@@ -228,7 +228,7 @@ def test_many_targets_are_pulled_in_several_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("estimate", [fisher_scores, fisher_full], ids=["topk", "full"])
-def test_an_audit_sees_a_target_that_is_off_by_one(estimate, monkeypatch):
+def test_an_audit_sees_a_target_that_is_off_by_one(estimate, monkeypatch, caplog):
     model, layer, rows = fresh("gpt2"), block("gpt2", 1), prompts(LENGTHS)
     ids, mask = padded(rows, "right")
     targets = mask_of(((1, 4), (2,), (3, 6)), ids, mask)
@@ -240,8 +240,9 @@ def test_an_audit_sees_a_target_that_is_off_by_one(estimate, monkeypatch):
         return rows_M - 1 if len(layout.lengths) > 1 and layout.targets is not None else rows_M
 
     monkeypatch.setattr(Layout, "target_rows", shifted)
-    with pytest.raises(ValueError, match="audit"):
+    with suppress(ValueError):  # no form is left, or one that computes each prompt by itself
         estimate(model, ids, mask, layers=layer, targets=targets, audit="always", kernel="whole")
+    assert "is given up from here on: the audit found" in caplog.text
 
 
 @pytest.mark.parametrize(
