@@ -172,7 +172,8 @@ def mean_over_samples(found: Estimate, samples: int) -> Estimate:
         return x.reshape(len(x) // S, S * x.shape[1], *x.shape[2:])
 
     def mean(x: Tensor) -> Tensor:
-        return x.reshape(len(x) // S, S, *x.shape[1:]).mean(1)
+        averaged: Tensor = x.reshape(len(x) // S, S, *x.shape[1:]).mean(1)
+        return averaged
 
     def block_diagonal(x_NOm: Tensor) -> Tensor:
         return torch.stack([torch.block_diag(*rows) for rows in x_NOm.split(S)]) * S**0.5

@@ -22,7 +22,7 @@ from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
 from fisher_vmap.full_matrix import fisher_full, fisher_sampled
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
 from fisher_vmap.linearize.block import cotangents_at_a_time
-from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable, undisturbed
+from fisher_vmap.linearize.linear_map import CommonOptions, KernelOptions, as_it_is, differentiable, undisturbed
 from fisher_vmap.linearize.network import LinearizedNetwork, linearize
 from fisher_vmap.linearize.probe import known_of, layer_widths, probe, signature
 from fisher_vmap.linearize.scores import Scores
@@ -43,10 +43,10 @@ def _sequences(prompt: Sequence[int] | Tokens | Sequence[Tokens]) -> list[Tokens
     if isinstance(prompt, Tokens):
         return [prompt]
     given = list(prompt)
-    return given if isinstance(given[0], Tokens) else [Tokens(given)]  # type: ignore[list-item, return-value]
+    return given if isinstance(given[0], Tokens) else [Tokens(given)]  # type: ignore[arg-type, return-value]
 
 
-class ModelOptions(Options, total=False):
+class ModelOptions(CommonOptions, total=False):
     """The options of a `FisherModel` as keyword arguments."""
 
     estimator: str
@@ -119,7 +119,7 @@ class FisherModel:
             ValueError: a layer that the model does not have or whose output is not [B, T, D], top_k above V, or
                 settings that exclude each other.
         """
-        own = {name: value for name, value in options.items() if name in Options.__annotations__}
+        own = {name: value for name, value in options.items() if name in CommonOptions.__annotations__}
         others = {name: value for name, value in options.items() if name not in own}
         self.options, how = KernelOptions(**own), EstimatorOptions(**others)  # type: ignore[arg-type]
         self.estimator, self.include_rest = how.estimator, how.include_rest

@@ -134,15 +134,20 @@ class KernelOptions:
         return replace(self, precision=choose_precision(model, self.precision).name)
 
 
-class Options(TypedDict, total=False):
-    """`KernelOptions` as keyword arguments."""
+class CommonOptions(TypedDict, total=False):
+    """`KernelOptions` as keyword arguments, without targets."""
 
     positions: str | Tensor
-    targets: str | Tensor
     kernel: str
     chunk_size: int | None
     precision: str
     audit: str
+
+
+class Options(CommonOptions, total=False):
+    """`KernelOptions` as keyword arguments."""
+
+    targets: str | Tensor
 
 
 class Summed(NamedTuple):

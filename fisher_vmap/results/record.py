@@ -229,8 +229,11 @@ class PromptRecord:
         if trace is None:
             return None
         log_probs = [nan if x is None else x for x in row["target_log_probs"]]
-        numbers = (np.array(row[name], np.int64) for name in ("target_positions", "target_samples"))
-        return RecordTargets(*numbers, *(np.array(x, float) for x in (log_probs, row["target_entropy"], trace)))
+        return RecordTargets(
+            np.array(row["target_positions"], np.int64),
+            np.array(row["target_samples"], np.int64),
+            *(np.array(x, float) for x in (log_probs, row["target_entropy"], trace)),
+        )
 
     @property
     def target_trace(self) -> FloatArray | None:
