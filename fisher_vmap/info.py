@@ -6,8 +6,9 @@ from itertools import groupby
 from operator import itemgetter
 
 from fisher_vmap.cli import command, folder_command
+from fisher_vmap.data.files import Count, Extent
 from fisher_vmap.progress import readable
-from fisher_vmap.results.index import sum_name
+from fisher_vmap.results.index import Index, sum_name
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import RUN, natural, several
 from fisher_vmap.run.settings import Settings
@@ -32,8 +33,10 @@ def describe(results: Results) -> Iterator[str]:
     """
     index, metadata = results.index, results.metadata
     failed, skipped = metadata["failed_prompts"], metadata["skipped_prompts"]
-    total = "an unknown number of" if index.num_prompts is None else f"{index.num_prompts:,}"
-    yield f"{results.folder}: {'complete' if index.complete else f'unfinished, of {total} prompts'}"
+    extent = extent_of(index)
+    total = "an unknown number of prompts" if extent.taken is None else str(extent)
+    complete = "complete" if extent.is_whole else f"complete: {extent}"
+    yield f"{results.folder}: {complete if index.complete else f'unfinished, of {total}'}"
     ok = len(results) - len(failed) - len(skipped)
     yield f"prompts   {len(results):,}: {ok:,} with results, {len(failed):,} failed, {len(skipped):,} skipped"
     forms = (index.resolved or {}).get("forms", {})
@@ -68,6 +71,15 @@ def describe(results: Results) -> Iterator[str]:
             yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
+
+
+def extent_of(index: Index) -> Extent:
+    """Which part of its data set a run takes, as far as its folder tells."""
+    rows, settings = (index.resolved or {}).get("data_rows"), index.settings or {}
+    limit, offset = settings.get("num_prompts"), settings.get("offset") or 0
+    shuffled = settings.get("shuffle_seed") is not None
+    limited = isinstance(limit, int) and index.num_prompts is not None and limit <= index.num_prompts
+    return Extent(index.num_prompts, Count(**rows) if rows else None, offset, shuffled, limited)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Data sets, their prompts, and tokens in batches.
 
-files          rows of local files
+local_files    what a local file is, its bytes and lines; a folder's data files
+files          rows of local files; tables, and how much of one a run takes
 datasets       rows of folders, and of data sets of the hub
 conversations  the prompt in a cell: a text, or turns
 prompts        the prompts of a run, and of each of its shards

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
-from fisher_vmap.data.files import SUFFIXES, Table, check_suffix, spelt_as_path, table_of_files
+from fisher_vmap.data.files import Count, Extent, Table, spelt_as_path, table_of_files
+from fisher_vmap.data.local_files import EXPECTED, check_suffix, kind_of, refuse_results
 from fisher_vmap.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
@@ -39,11 +40,12 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
         UserError: no such data set, one that cannot be read, or a choice that this kind of data set does not have.
     """
     path, exists = Path(name), os.path.exists(name)  # unlike Path.exists, it accepts any name
-    if exists or path.suffix.lower() in SUFFIXES or spelt_as_path(name):
+    if exists or kind_of(path) is not None or spelt_as_path(name):
         if not exists:
             raise UserError(f"{name}: no such file or folder; correct dataset_name")
         if revision is not None:
             raise UserError(f"{name}: a local data set has no revisions; leave dataset_revision at none")
+        refuse_results(name, path)
         if path.is_dir():
             from fisher_vmap.data.datasets import open_folder
 
@@ -55,9 +57,8 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
         check_suffix(path)
         return table_of_files(name, [path])
     if name in _FORMATS or not _HUB_ID.fullmatch(name):
-        kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{name}: not a data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a {kinds} file"
+            f"{name}: not a data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a file: {EXPECTED}"
         )
     if name in _MISSPELT:
         _log.info("dataset_name %s is taken for %s", name, _MISSPELT[name])
@@ -124,6 +125,8 @@ class PromptSource:
         self._conversation = conversation
         self._offset = offset
         self._stop = None if limit is None else offset + limit
+        self._shuffled = shuffle_seed is not None
+        self._count: Count | None = None  # of the table's rows, once it is known
         self._order: np.ndarray | None = None
         self._begun: Iterator[tuple[int, object]] | None = None
         if table.local:
@@ -131,6 +134,8 @@ class PromptSource:
             if shuffle_seed is not None:
                 # NumPy promises that this older generator's numbers never change: a run can be resumed years later.
                 self._order = np.random.RandomState(shuffle_seed).permutation(count)[offset : self._stop]
+            if self._stop is None or self._shuffled or count < self._stop:
+                self._count = Count(count, exact=True)
             self.total = max(0, (count if self._stop is None else min(count, self._stop)) - offset)
             if self.total == 0:
                 raise UserError(f"{table.name}: offset {offset} leaves no prompts of {count} rows; lower offset")
@@ -141,6 +146,20 @@ class PromptSource:
                 after = f" after offset {offset}; lower offset" if offset else "; expected at least one prompt"
                 raise UserError(f"{table.name}: holds no rows{after}")
             self._begun = chain([first], rows)  # starting a stream twice is expensive
+
+    def extent(self, taken: int | None = None) -> Extent:
+        """Which part of the data set the run takes; this may count the rows of local files, for a few seconds at most.
+
+        Args:
+            taken: the number of prompts, where the end of a stream has been read.
+        """
+        self._count = self._count or self._table.count()
+        limit = None if self._stop is None else self._stop - self._offset
+        taken = self.total if taken is None else taken
+        if taken is None:
+            left = None if self._count is None else max(0, self._count.rows - self._offset)
+            taken = min((count for count in (limit, left) if count is not None), default=None)
+        return Extent(taken, self._count, self._offset, self._shuffled, limited=limit is not None and taken == limit)
 
     def __iter__(self) -> Iterator[SourcePrompt]:
         """Yield the prompts in order, skipped ones included.
@@ -261,7 +280,7 @@ def read_prompts(
     run's rows in memory. The order of a seed does not depend on `num_prompts`.
 
     Args:
-        dataset_name: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file (one prompt a line).
+        dataset_name: a hub id, a folder, or a file of one of `local_files.SUFFIXES` (.txt: one prompt a line).
         dataset_config: configuration (subset) of a hub data set or folder.
         dataset_split: split of a hub data set or folder.
         dataset_revision: branch, tag or commit of a hub data set.

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def push_to_hub(
         with step(f"uploading {size} to {place.repo_id}"):
             api.upload_folder(
                 folder_path=source,
-                allow_patterns=names,
+                allow_patterns=[escape(name) for name in names],  # a layer's name may look like a pattern
                 # Files of an earlier upload would not match the index.
                 delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
                 commit_message="Fisher matrices",

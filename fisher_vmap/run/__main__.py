@@ -14,6 +14,7 @@ from fisher_vmap.run.cli_args import load_command
 from fisher_vmap.run.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
+    from fisher_vmap.data.files import Extent
     from fisher_vmap.load.model import Loaded
     from fisher_vmap.run.compute import Summary
 
@@ -101,6 +102,9 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
     check_save(settings)
     with step("opening the data set"):
         source = source_of(settings)
+        extent = source.extent()
+    if not extent.is_whole:
+        log.info("the run takes %s", extent)
     if settings.engine == "ray":
         with step("loading the libraries"):
             from fisher_vmap.run.ray import run_on_ray
@@ -124,12 +128,13 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
                     settings.output_dir,
                 )
             summary = run_prompts(opened, report, share)
-    tell(summary, settings)
+    # At the end of a stream it is known how many prompts there were; a share of the shards does not tell.
+    tell(summary, settings, source.extent(summary.prompts if shards is None else None))
     return summary
 
 
-def tell(summary: "Summary", settings: Settings) -> None:
-    """Log what was done, how fast, what went wrong, and where the results are."""
+def tell(summary: "Summary", settings: Settings, extent: "Extent") -> None:
+    """Log what was done, how fast, what went wrong, which part of the data it is, and where the results are."""
     computed = summary.prompts - summary.stored_before
     if computed:
         seconds = max(summary.seconds, 1e-9)
@@ -154,6 +159,8 @@ def tell(summary: "Summary", settings: Settings) -> None:
             summary.skipped,
             Path(settings.output_dir, "metadata.yaml"),
         )
+    if not extent.is_whole:
+        log.info("these are %s%s", extent, "; a higher num_prompts adds to them" if extent.can_grow else "")
     log.info("results in %s", settings.output_dir)
     if summary.without_results is not None:
         none = summary.failed + summary.skipped

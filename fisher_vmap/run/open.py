@@ -265,6 +265,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
             "threads": torch.get_num_threads(),
             "forms": forms,
             "precision": loaded.precision.stored(),
+            "data_rows": stored.get("data_rows") if found else source.extent().stored(),
         },
         settings=settings.model_dump(),
         overwrite=settings.overwrite,

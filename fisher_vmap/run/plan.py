@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import cycle, islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fisher_vmap.data.batching import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.data.files import Extent
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import PromptSource, SourcePrompt
 from fisher_vmap.data.render import Renderer
@@ -54,12 +55,14 @@ class Sample(NamedTuple):
 
     Attributes:
         total: prompts of the run.
+        extent: which part of the data set they are.
         shards: the sample, in shards of the run's size.
         exact: whether the sample is the whole run.
         first_alone: whether it is the first prompts, not spread over the data.
     """
 
     total: int
+    extent: Extent
     shards: list[PreparedShard]
     exact: bool
     first_alone: bool
@@ -80,12 +83,10 @@ def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> S
     if source.total is None:
         with step("reading the prompts"):
             chosen = list(islice(iter(source), MOST_TOKENISED + 1))
-        more = len(chosen) > MOST_TOKENISED
-        if settings.num_prompts == "all" and more:
+        total = len(chosen)
+        if total > MOST_TOKENISED:
             with step("counting the prompts"):
-                total = sum(1 for _ in source)
-        else:
-            total = int(settings.num_prompts) if more and settings.num_prompts != "all" else len(chosen)
+                total = sum(1 for _ in source) if settings.num_prompts == "all" else settings.num_prompts
         chosen = chosen[:MOST_TOKENISED]
     else:
         total = source.total
@@ -97,7 +98,7 @@ def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> S
     with bar(len(parts), "shards", "tokenising a sample") as advance:
         shards = [prepare(renderer, number, part) for number, part in enumerate(passing(parts, advance))]
     exact = len(chosen) == total
-    return Sample(total, shards, exact, source.total is None and not exact)
+    return Sample(total, source.extent(total), shards, exact, source.total is None and not exact)
 
 
 def table_bytes(sample: Sample, layout: ShardLayout, pieces: Pieces) -> int:
@@ -127,11 +128,9 @@ def _random_result(
     shard: PreparedShard, prompt: SourcePrompt, layout: ShardLayout, pieces: Pieces, rng: np.random.Generator
 ) -> PromptResult:
     rendered = shard.rendered.get(prompt.index)
+    known: dict[str, Any] = {"index": prompt.index, "source_row": prompt.source_row, "kept": prompt.kept}
     if rendered is None:
-        reason = shard.skipped[prompt.index]
-        return PromptResult(
-            index=prompt.index, source_row=prompt.source_row, kept=prompt.kept, status="skipped", reason=reason
-        )
+        return PromptResult(**known, status="skipped", reason=shard.skipped[prompt.index])
     K, R = layout.outcomes, layout.rank
     token_ids = rng.choice(rendered.ids, K)
     empty = np.zeros((0,), np.float32)
@@ -141,10 +140,8 @@ def _random_result(
         for layer in layout.layers
     }
     return PromptResult(
-        index=prompt.index,
-        source_row=prompt.source_row,
+        **known,
         text=rendered.text,
-        kept=prompt.kept,
         num_tokens=len(rendered.ids),
         truncated=rendered.truncated,
         token_ids=token_ids,
@@ -337,7 +334,8 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     """The lines that are printed."""
     sample, layers = found.sample, list(skeleton.widths)
     shards = -(-sample.total // settings.shard_size)
-    yield f"prompts     {sample.total:,} in {shards:,} shards of {settings.shard_size}"
+    part = f"{sample.total:,}" if sample.extent.is_whole else str(sample.extent)
+    yield f"prompts     {part} in {shards:,} shards of {settings.shard_size}"
     shown = layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
     widths = "/".join(f"{width:,}" for width in sorted(set(skeleton.widths.values())))
     yield f"matrices    {shown}, width {widths}, rank {settings.num_singular_values}, estimator {settings.estimator}"

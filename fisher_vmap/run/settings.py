@@ -113,7 +113,8 @@ class Settings(BaseModel):
 
     # The prompts
     dataset_name: PathName = _setting(
-        "lmsys/lmsys-chat-1m", "The prompts: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file."
+        "lmsys/lmsys-chat-1m",
+        "The prompts: a hub id, a folder, or a file: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt (or .gz, .zst).",
     )
     dataset_config: OptionalName = _setting(None, "Configuration (subset) of the data set; none: its default one.")
     dataset_split: Name = _setting("train", "Split of the data set.")

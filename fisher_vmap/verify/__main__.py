@@ -289,7 +289,8 @@ def _print(line: str) -> None:
 
 
 def _without_results(folder: Path) -> str:
-    status = pq.read_table(folder / TABLE_NAME, columns=["status"])["status"].to_pylist()
+    with pq.ParquetFile(folder / TABLE_NAME) as table:  # `read_table` would look for columns in the path
+        status = table.read(columns=["status"])["status"].to_pylist()
     return "" if "ok" in status else f", but none of its {len(status)} prompts has results"
 
 
