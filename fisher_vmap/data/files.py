@@ -32,7 +32,7 @@ from fisher_vmap.errors import UserError
 _log = logging.getLogger(__name__)
 
 _BATCH = 256  # rows that are made Python objects at a time
-_COUNTED_JSON = 100 * 2**20  # bytes of a .json file, at most, that is parsed only to count its rows
+_COUNTED_JSON = 100 * 2**20  # bytes of a JSON document, at most, that is parsed only to count its rows
 COUNT_S = 2.0  # how long rows are counted beyond those that are read
 
 
@@ -48,8 +48,10 @@ def _read_txt(path: Path) -> Iterator[object]:
 
 
 def _read_json(path: Path, tell: Tell) -> Iterator[object]:
-    rows, lines = _opened_json(path, tell)
-    yield from rows or ()
+    is_document, lines = _begun_json(path)
+    if is_document:
+        yield from _document(path, lines, tell)
+        return
     for number, line in lines:
         if not line.strip():
             continue
@@ -60,8 +62,8 @@ def _read_json(path: Path, tell: Tell) -> Iterator[object]:
             raise UserError(f"{path}: line {number} is not JSON ({reason}); write one JSON object a line") from error
 
 
-def _opened_json(path: Path, tell: Tell) -> tuple[list[Any] | None, Iterator[tuple[int, str]]]:
-    """The rows of a JSON document; or None, and the lines of a file with one value a line."""
+def _begun_json(path: Path) -> tuple[bool, Iterator[tuple[int, str]]]:
+    """Whether a JSON file is one document, not one value a line, and all its lines."""
     lines = lines_of(path)
     begun: list[tuple[int, str]] = []
 
@@ -75,13 +77,14 @@ def _opened_json(path: Path, tell: Tell) -> tuple[list[Any] | None, Iterator[tup
 
     first = next_line()
     # Many files named .json hold JSON lines, and some of the others a list.
-    document = first.startswith("[{") or first in ("[", "{")
-    if check_suffix(path).suffix == ".json" and not document:
-        document = first.startswith("[") or (first.startswith("{") and (_goes_on(first) or not next_line()))
-    if not document:
-        return None, chain(begun, lines)
+    starts = ("[", "{") if check_suffix(path).suffix == ".json" else ("[{",)
+    is_document = first in ("[", "{") or (first.startswith(starts) and (_goes_on(first) or not next_line()))
+    return is_document, chain(begun, lines)
+
+
+def _document(path: Path, lines: Iterator[tuple[int, str]], tell: Tell) -> list[Any]:
     try:
-        value = json.loads("".join(text for _, text in chain(begun, lines)))
+        value = json.loads("".join(text for _, text in lines))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: line {error.lineno} is not JSON ({error.msg}); expected a list of objects, one object, or one "
@@ -89,7 +92,7 @@ def _opened_json(path: Path, tell: Tell) -> tuple[list[Any] | None, Iterator[tup
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({type(error).__name__}); expected a list of objects") from error
-    return rows_of_document(path, value, tell), iter(())
+    return rows_of_document(path, value, tell)
 
 
 def _goes_on(line: str) -> bool:
@@ -243,13 +246,11 @@ def _row_counts(path: Path) -> Iterator[int | None]:
             with _arrow_source(path) as source:
                 yield from (batch.num_rows for batch in _arrow_batches(source))
             return
-        if suffix == ".json" and path.stat().st_size > _COUNTED_JSON:
-            yield None
-            return
         if suffix not in (*DELIMITERS, ".txt"):
-            rows, _ = _opened_json(path, lambda line: None)
-            if rows is not None:
-                yield len(rows)
+            is_document, begun = _begun_json(path)
+            if is_document:
+                small = path.stat().st_size <= _COUNTED_JSON
+                yield len(_document(path, begun, lambda line: None)) if small else None
                 return
         with opened(path) as lines:
             yield from _records(lines, delimited=suffix in DELIMITERS)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from fisher_vmap.errors import UserError, listed
-from fisher_vmap.results.index import INDEX_NAME, SHARD_FOLDER, TABLE_NAME, is_index
+from fisher_vmap.results.index import INDEX_NAME, SHARD_FOLDER, TABLE_COLUMNS, TABLE_NAME, is_index
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -206,6 +206,10 @@ _OF_MODELS = re.compile(
 )
 
 
+# How the vectors begin that `fisher-vmap export` writes for Neuronpedia.
+_VECTORS = re.compile(rb'\[\s*\{\s*"modelId":\s*"[^"]*",\s*"layerNumber":')
+
+
 class FoundFiles(NamedTuple):
     """The data files of a folder, in order of their names, and what beside them is not data, by why."""
 
@@ -214,13 +218,13 @@ class FoundFiles(NamedTuple):
 
 
 def find_data_files(folder: Path) -> FoundFiles:
-    """The files of a folder and the folders below it that may be data; results folders and models' files are not.
+    """The files of a folder and the folders below it that may be data; results, exports and models' files are not.
 
     Hidden files and folders, and those that begin with two underscores, are passed over. Links to folders are not
     followed.
     """
     files: list[Path] = []
-    results, models = [], []
+    results, models, vectors = [], [], []
     for root, folders, names in os.walk(folder):
         here = Path(root)
         kept = []
@@ -237,10 +241,19 @@ def find_data_files(folder: Path) -> FoundFiles:
                 continue
             if beside_a_model and _OF_MODELS.fullmatch(name):
                 models.append(str(path.relative_to(folder)))
+            elif _has_vectors(path):
+                vectors.append(str(path.relative_to(folder)))
             else:
                 files.append(path)
-    left_out = {"results of fisher_vmap": results, "a model's files": models}
+    left_out = {"results of fisher_vmap": results, "exported vectors": vectors, "a model's files": models}
     return FoundFiles(sorted(files), {why: names for why, names in left_out.items() if names})
+
+
+def _has_vectors(path: Path) -> bool:
+    if path.suffix.lower() != ".json":
+        return False
+    with readable_errors(path), path.open("rb") as file:
+        return _VECTORS.match(file.read(400)) is not None
 
 
 def is_results(folder: Path) -> bool:
@@ -261,3 +274,12 @@ def refuse_results(name: str, path: Path) -> None:
                 raise UserError(f"{name} is a results folder of fisher_vmap, not data; correct dataset_name")
             if inside[0] in (SHARD_FOLDER, TABLE_NAME, INDEX_NAME):
                 raise UserError(f"{name} belongs to {home}, a results folder of fisher_vmap; correct dataset_name")
+
+
+def refuse_results_table(name: str, columns: Sequence[str]) -> None:
+    """Raise UserError if a table has all columns of the prompts table of a results folder, wherever it lies now."""
+    if set(TABLE_COLUMNS) - {"crc32", "top_tokens", "prompt_tokens", "audit"} <= set(columns):
+        raise UserError(
+            f"{name} is the table of a results folder of fisher_vmap, not data; correct dataset_name (the run's "
+            "metadata.yaml tells what it read)"
+        )

@@ -16,7 +16,7 @@ import numpy as np
 
 from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
 from fisher_vmap.data.files import Count, Extent, Table, spelt_as_path, table_of_files
-from fisher_vmap.data.local_files import EXPECTED, check_suffix, kind_of, refuse_results
+from fisher_vmap.data.local_files import EXPECTED, check_suffix, kind_of, refuse_results, refuse_results_table
 from fisher_vmap.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
@@ -300,6 +300,7 @@ def read_prompts(
     table = open_table(
         dataset_name, config=dataset_config, split=dataset_split, revision=dataset_revision, shuffle_seed=shuffle_seed
     )
+    refuse_results_table(table.name, table.columns)
     column = _prompt_column(table, prompt_column)
     for name in keep_columns or ():
         _check_column(table, name, "keep_columns")

@@ -471,6 +471,21 @@ def test_results_of_ours_are_refused(place, by, tmp_path, monkeypatch):
     assert "results folder of fisher_vmap" in line and "dataset_name" in line
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "folder"])
+def test_a_copy_of_a_results_table_is_refused(name, tmp_path):
+    columns = ("prompt_index", "source_row", "text", "status", "reason", "audit", "tokens", "truncated", "mass")
+    rows = [dict.fromkeys((*columns, "top_tokens", "kind"), "x")] * 9
+    assert "table of a results folder" in refusal(str(WRITERS[name](tmp_path / name, rows)))
+
+
+def test_exported_vectors_are_no_data(tmp_path, caplog):
+    vectors = [{"modelId": "gemma-2-2b", "layerNumber": 3, "hookType": "hook_resid_post", "vector": [0.5] * 40}]
+    (write_folder(tmp_path / "f") / "mean.json").write_text(json.dumps(vectors, indent=1))
+    with caplog.at_level(logging.INFO):
+        assert read_prompts(str(tmp_path / "f")).total == 20
+    assert "mean.json (exported vectors)" in caplog.text
+
+
 def test_a_file_of_ones_own_in_a_results_folder_is_read(tmp_path):
     assert read_prompts(str(write_jsonl(write_results(tmp_path / "out") / "mine.jsonl"))).total == 20
 
