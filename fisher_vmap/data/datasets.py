@@ -196,7 +196,9 @@ def _show(files: Sequence[Path], folder: Path, shown: Path) -> dict[str, Path]:
     """Make empty files for the library to see, and tell which file each of them stands for."""
     real: dict[str, Path] = {}
     for path in files:
-        name = path.relative_to(folder).as_posix().replace(":", "_")  # a colon may be the mark of an address
+        name = (
+            path.relative_to(folder).as_posix().replace("::", "\ua789\ua789")
+        )  # the library takes "::" for an address
         if not any(f".{part}" in _LIBRARY_SUFFIXES for part in Path(name).name.split(".")[1:]):
             name += ".jsonl" if _kind_of_reader(path) == "JSON" else check_suffix(path).suffix
         while str(shown / name) in real:

@@ -84,7 +84,7 @@ def _begun_json(path: Path) -> tuple[bool, Iterator[tuple[int, str]]]:
 
 def _document(path: Path, lines: Iterator[tuple[int, str]], tell: Tell) -> list[Any]:
     try:
-        value = json.loads("".join(text for _, text in lines))
+        value = json.loads("".join(text for _, text in lines).rstrip())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: line {error.lineno} is not JSON ({error.msg}); expected a list of objects, one object, or one "

@@ -153,8 +153,10 @@ class PromptSource:
         Args:
             taken: the number of prompts, where the end of a stream has been read.
         """
-        self._count = self._count or self._table.count()
         limit = None if self._stop is None else self._stop - self._offset
+        if taken is not None and (limit is None or taken < limit):  # the data have ended, whatever the hub says
+            self._count = Count(self._offset + taken, exact=True)
+        self._count = self._count or self._table.count()
         taken = self.total if taken is None else taken
         if taken is None:
             left = None if self._count is None else max(0, self._count.rows - self._offset)

@@ -150,7 +150,7 @@ def test_a_file_in_several_compressed_parts(tmp_path):
         ("a.jsonl", b"", ["no rows", "empty"]),
         ("a.csv", b"", ["no rows", "empty"]),
         ("a.txt.gz", gzip.compress(b""), ["no rows"]),
-        ("a.json", b"{\n", ["line 2", "not JSON"]),
+        ("a.json", b"{\n\n", ["line 1", "not JSON"]),
         ("a.json", b'{\n "prompt": "a",\n "id" 1\n}', ["line 3", "not JSON"]),
         ("a.json", b'{"prompt": "a"}\n{"prompt" "b"}\n', ["line 2", "one JSON object a line"]),
         ("a.json", b'{"prompt": "a}\n{"prompt": "b"}\n', ["line 1", "one JSON object a line"]),

@@ -34,6 +34,7 @@ def test_a_second_run_in_a_folder_reads_the_same_prompts(below, model, tmp_path,
     for number, out in enumerate(outs):
         assert run_here(model, ".", out, hook_layer_name=number) == 0
         assert texts_of(out) == texts(5)
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         assert run_here(model, ".", outs[0], hook_layer_name=0) == 0  # the same command carries on
     assert "5 prompts were stored already" in said(caplog)
