@@ -131,7 +131,7 @@ def open_hub(name: str, *, config: str | None, split: str, revision: str | None,
     fingerprint = f"hub {name} commit:{builder.hash} config:{builder.config.name} split:{split}"
     rows = getattr((builder.info.splits or {}).get(split), "num_examples", None)
     count = Count(rows, exact=True) if rows else None
-    return Table(f"data set {name}", fingerprint, columns, read, local=False, count=lambda: count)
+    return Table(f"data set {name}", fingerprint, columns, read, local=False, counted=lambda: count)
 
 
 def open_folder(folder: Path, *, config: str | None, split: str) -> Table:
@@ -233,7 +233,7 @@ def _open_saved(folder: Path, *, config: str | None, split: str) -> Table:
 
     fingerprint = f"arrow sha256:{content_hash([Path(file['filename']) for file in saved.cache_files])}"
     rows = Count(len(saved), exact=True)
-    return Table(str(folder), fingerprint, saved.column_names, read, local=True, count=lambda: rows)
+    return Table(str(folder), fingerprint, saved.column_names, read, local=True, counted=lambda: rows)
 
 
 def _chosen_split(folder: Path, splits: Any, split: str) -> Any:

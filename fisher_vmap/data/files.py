@@ -286,7 +286,7 @@ class Table(NamedTuple):
         read: reads the named columns (None: all) from the start; yields one row after the other, a dict unless a JSON
             file holds something else.
         local: whether reading it again is cheap, so that the rows can be checked and counted first.
-        count: counts the rows in a few seconds at most; None: they are not known.
+        counted: counts the rows in a few seconds at most; None: they are not known.
     """
 
     name: str
@@ -294,7 +294,7 @@ class Table(NamedTuple):
     columns: Sequence[str]
     read: Callable[[Sequence[str] | None], Iterator[object]]
     local: bool
-    count: Callable[[], Count | None]
+    counted: Callable[[], Count | None]
 
 
 def table_of_files(name: str, paths: Sequence[Path]) -> Table:
@@ -316,7 +316,7 @@ def table_of_files(name: str, paths: Sequence[Path]) -> Table:
     def read(chosen: Sequence[str] | None) -> Iterator[object]:
         return read_rows(paths, chosen)
 
-    return Table(name, fingerprint, list(columns), read, local=True, count=lambda: count_rows(paths))
+    return Table(name, fingerprint, list(columns), read, local=True, counted=lambda: count_rows(paths))
 
 
 class Extent(NamedTuple):

@@ -81,7 +81,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
             yield io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
         elif compression:
-            open_packed = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression]
+            open_packed: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression]
             with open_packed(file) as unpacked:
                 yield cast(IO[bytes], unpacked)
         else:

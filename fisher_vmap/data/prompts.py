@@ -156,7 +156,7 @@ class PromptSource:
         limit = None if self._stop is None else self._stop - self._offset
         if taken is not None and (limit is None or taken < limit):  # the data have ended, whatever the hub says
             self._count = Count(self._offset + taken, exact=True)
-        self._count = self._count or self._table.count()
+        self._count = self._count or self._table.counted()
         taken = self.total if taken is None else taken
         if taken is None:
             left = None if self._count is None else max(0, self._count.rows - self._offset)

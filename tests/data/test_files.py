@@ -113,7 +113,7 @@ def test_the_rows_of_every_form(name, content, rows, said, packer, tmp_path, cap
         table = table_of_files(str(path), [path])
     assert list(table.read(None)) == rows
     assert table.columns == list(dict.fromkeys(key for row in rows for key in row))
-    assert table.count() == Count(len(rows), exact=True)
+    assert table.counted() == Count(len(rows), exact=True)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == (said is not None)  # once, however often it is read
     assert said is None or (said in lines[0] and lines[0].startswith(f"{path}: "))
