@@ -106,7 +106,7 @@ def turns_and_tools(value: object) -> tuple[list[object], list[Any] | None]:
     """
     tools: object = value.tools if isinstance(value, Conversation) else None
     if isinstance(value, Mapping) and "messages" in value:
-        value, tools = value["messages"], value.get("tools")
+        tools, value = value.get("tools"), value["messages"]
     if hasattr(value, "tolist"):  # numpy's array, as pandas reads a list from parquet
         value = value.tolist()
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
