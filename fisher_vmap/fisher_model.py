@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_windows, numbers_of
+from fisher_vmap.data.batching import Prompt, PromptNumbers, batch_tokens_for, in_windows, numbers_of
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer, TokenizedPrompt
@@ -136,6 +136,7 @@ class FisherModel:
         batch_size: int | None = 8,
         max_batch_tokens: int | None = None,
         renderer: Renderer | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[ModelOptions],
     ) -> None:
         """Open a model: resolve its layers and check everything that needs no prompt.
@@ -149,6 +150,7 @@ class FisherModel:
                 `max_batch_tokens` allows.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: turns prompts into tokens; None: uses the tokenizer's chat template if it has one.
+            chat_template_kwargs: for renderer None: variables of the template, such as {"enable_thinking": False}.
             options: positions ("all" or "last"), kernel, chunk_size, precision (the one chosen is an attribute) and
                 audit, as for `fisher_scores`; and any of the following.
             estimator: "topk" (the default), the matrix of the K likeliest tokens, or "full", close to the best
@@ -191,7 +193,7 @@ class FisherModel:
         self.top_k = top_k
         self.batch_size = sys.maxsize if batch_size is None else batch_size
         self.max_batch_tokens = max_batch_tokens or self.batch_tokens(rank=top_k)
-        self._renderer = renderer
+        self._renderer, self._template_kwargs = renderer, chat_template_kwargs
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
         if self.include_rest and top_k == self.vocabulary:
@@ -334,13 +336,14 @@ class FisherModel:
         half = (len(prompts_ids) + 1) // 2
         return self._in_halves(prompts_ids[:half], rank) + self._in_halves(prompts_ids[half:], rank)
 
-    def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
+    def fisher(self, prompts: Iterable[Prompt], rank: int = 10) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
 
         A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command.
 
         Args:
-            prompts: an iterable of texts or lists of messages ({"role": ..., "content": ...}).
+            prompts: an iterable of texts, lists of messages ({"role": ..., "content": ...}), such lists as JSON, or
+                mappings of "messages" and "tools".
             rank: R, how many singular values to keep.
 
         Yields:
@@ -356,12 +359,11 @@ class FisherModel:
             if self.tokenizer is None:
                 raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
             rooms = (MAX_LENGTH, most_positions(self.model), layers_of(self.model).positions)
-            self._renderer = Renderer(self.tokenizer, max_length=min(room for room in rooms if room is not None))
-        return self._records(prompts, self._renderer, rank)
+            room = min(room for room in rooms if room is not None)
+            self._renderer = Renderer(self.tokenizer, max_length=room, chat_template_kwargs=self._template_kwargs)
+        return self._records(map(self._renderer.given, prompts), self._renderer, rank)
 
-    def _records(
-        self, prompts: Iterable[str | Sequence[dict[str, str]]], renderer: Renderer, rank: int
-    ) -> Iterator[FisherRecord]:
+    def _records(self, prompts: Iterable[Prompt], renderer: Renderer, rank: int) -> Iterator[FisherRecord]:
         found = in_windows(
             prompts, renderer, lambda ids: self._in_halves(ids, rank), self.batch_size, self.max_batch_tokens
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os.path
 import re
@@ -16,6 +15,7 @@ import numpy as np
 
 from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
 from fisher_vmap.data.files import Count, Extent, Table, spelt_as_path, table_of_files
+from fisher_vmap.data.formats import Form, check_column, form_of
 from fisher_vmap.data.local_files import EXPECTED, check_suffix, kind_of, refuse_results, refuse_results_table
 from fisher_vmap.errors import UserError, listed
 
@@ -68,10 +68,6 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
     return open_hub(name, config=config, split=split, revision=revision, shuffle_seed=shuffle_seed)
 
 
-# Columns that are looked for, in this order; "conversations" is ShareGPT's name of the first.
-PROMPT_COLUMNS = ("conversation", "messages", "conversations", "prompt", "instruction", "question", "text")
-
-
 @dataclass(frozen=True, slots=True)
 class SourcePrompt:
     """One prompt as it stands in the data set.
@@ -95,7 +91,7 @@ class PromptSource:
     """The prompts of a run, made by `read_prompts`. Each iteration reads the data set from the start.
 
     Attributes:
-        column: the name of the column that holds the prompts.
+        column: the name of the column that holds the prompts; of several, their names in one text.
         fingerprint: the same text for the same data, another for other data; without the choice of rows and columns.
         total: the number of prompts; None for a data set of the hub, where it is only known at the end.
     """
@@ -104,7 +100,7 @@ class PromptSource:
         self,
         table: Table,
         *,
-        column: str,
+        form: Form,
         keep_columns: Sequence[str],
         conversation: Literal["first_turn", "full"],
         offset: int,
@@ -116,11 +112,12 @@ class PromptSource:
         Raises:
             UserError: there is no prompt to read, or a row on the way to the last one cannot be read.
         """
-        self.column = column
+        self.column = form.column
         self.fingerprint = table.fingerprint
         self.total: int | None = None
         self._table = table
-        self._columns = list(dict.fromkeys([column, *keep_columns]))
+        self._columns = list(dict.fromkeys([*form.columns, *keep_columns]))
+        self._form = form
         self._keep_columns = keep_columns
         self._conversation = conversation
         self._offset = offset
@@ -145,6 +142,7 @@ class PromptSource:
             if first is None:
                 after = f" after offset {offset}; lower offset" if offset else "; expected at least one prompt"
                 raise UserError(f"{table.name}: holds no rows{after}")
+            form.check(table.name, first[1])
             self._begun = chain([first], rows)  # starting a stream twice is expensive
 
     def extent(self, taken: int | None = None) -> Extent:
@@ -175,7 +173,7 @@ class PromptSource:
             if isinstance(row, dict):
                 kept = {name: _storable(row.get(name)) for name in self._keep_columns}
                 try:
-                    prompt = extract_prompt(row.get(self.column), self._conversation)
+                    prompt = extract_prompt(self._form.prompt(row), self._conversation)
                 except SkippedPrompt as reason:
                     skipped = str(reason)
             else:
@@ -243,26 +241,6 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _check_column(table: Table, name: str, setting: str) -> None:
-    if name not in table.columns:
-        near = difflib.get_close_matches(name, table.columns, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"correct {setting}"
-        raise UserError(f"{table.name}: has no column {name!r}; its columns are: {listed(table.columns, 20)}; {hint}")
-
-
-def _prompt_column(table: Table, asked: str) -> str:
-    if asked != "auto":
-        _check_column(table, asked, "prompt_column")
-        return asked
-    for name in PROMPT_COLUMNS:
-        if name in table.columns:
-            return name
-    raise UserError(
-        f"{table.name}: no column is named {', '.join(PROMPT_COLUMNS)}; "
-        f"set prompt_column to one of: {listed(table.columns, 20)}"
-    )
-
-
 def read_prompts(
     dataset_name: str,
     *,
@@ -273,6 +251,7 @@ def read_prompts(
     offset: int = 0,
     shuffle_seed: int | None = None,
     prompt_column: str = "auto",
+    prompt_template: str | None = None,
     keep_columns: Sequence[str] | None = None,
     conversation: Literal["first_turn", "full"] = "first_turn",
 ) -> PromptSource:
@@ -289,7 +268,8 @@ def read_prompts(
         num_prompts: how many rows make up the run.
         offset: rows to skip first, after shuffling.
         shuffle_seed: seed of a random order: of all rows of a local data set; for the hub, within a moving window.
-        prompt_column: the column, or "auto" for the first of `PROMPT_COLUMNS` that exists.
+        prompt_column: the column, or "auto": the format is recognised by the columns (`formats.py`).
+        prompt_template: a prompt out of several columns, such as "{context} {question}".
         keep_columns: further columns that are kept with each prompt.
         conversation: as for `extract_prompt`.
 
@@ -303,13 +283,23 @@ def read_prompts(
         dataset_name, config=dataset_config, split=dataset_split, revision=dataset_revision, shuffle_seed=shuffle_seed
     )
     refuse_results_table(table.name, table.columns)
-    column = _prompt_column(table, prompt_column)
+    form = form_of(table.name, table.columns, prompt_column, prompt_template)
     for name in keep_columns or ():
-        _check_column(table, name, "keep_columns")
-    _log.info("prompts are read from column %r of %s", column, table.name)
+        check_column(table.name, table.columns, name, "keep_columns")
+    if table.local:
+        form.check(table.name, next(iter(table.read(form.columns)), None))
+    unused = [name for name in table.columns if name not in {*form.columns, *(keep_columns or ())}]
+    _log.info(
+        "prompts are read from column%s %s of %s%s%s",
+        "s" if len(form.columns) > 1 else "",
+        " and ".join(map(repr, form.columns)),
+        table.name,
+        f" ({form.words})" if form.words else "",
+        f"; not used: {listed(unused)} (prompt_column or prompt_template takes others)" if unused else "",
+    )
     return PromptSource(
         table,
-        column=column,
+        form=form,
         keep_columns=tuple(keep_columns or ()),
         conversation=conversation,
         offset=offset,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisher_vmap.data.batching import pack
+from fisher_vmap.data.chat_template import content_mark
 from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
@@ -34,7 +35,13 @@ NOT_IN_FINGERPRINT = {
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
     *("vectors_dtype", "store_text", "keep_columns", "save"),  # part of the layout, which is compared as well
     "prompt_column",  # the column that it led to is in the fingerprint
+    "chat_template_file",  # its content is in the fingerprint
     *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
+}
+# Settings that came later: at their defaults they are left out, so that folders from before are still resumed.
+LATER = {
+    *("prompt_template", "system_turns", "chat_template_kwargs", "special_tokens_in_text"),
+    *("attn_implementation", "quantization", "model_kwargs"),
 }
 
 
@@ -49,6 +56,7 @@ def source_of(settings: Settings) -> PromptSource:
         offset=settings.offset,
         shuffle_seed=settings.shuffle_seed,
         prompt_column=settings.prompt_column,
+        prompt_template=settings.prompt_template,
         keep_columns=settings.keep_columns,
         conversation=settings.conversation,
     )
@@ -150,6 +158,10 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
         system_prompt=settings.system_prompt,
         prefill=settings.prefill,
         date=date,
+        chat_template_file=settings.chat_template_file,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        system_turns=settings.system_turns,
+        special_tokens_in_text=settings.special_tokens_in_text,
     )
 
 
@@ -369,7 +381,11 @@ def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen
 
 def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
     """Everything that a prompt's results depend on: settings, and what they led to."""
-    chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
+    later = {name for name in LATER if getattr(settings, name) == Settings.model_fields[name].default}
+    left_out = NOT_IN_FINGERPRINT | later
+    chosen = {name: value for name, value in settings.model_dump().items() if name not in left_out}
+    if settings.chat_template_file is not None:
+        chosen["chat_template_file"] = content_mark(settings.chat_template_file)
     return chosen | {
         "model": loaded.identity,
         "layers": fisher.layers,

@@ -127,7 +127,7 @@ class Settings(BaseModel):
         None, "Seed of a random order of the rows; none: in order; hub data are shuffled in a window of 10,000 rows."
     )
     prompt_column: Name = _setting(
-        "auto", "Column with the prompt; auto: conversation, messages, prompt, instruction, question or text."
+        "auto", "Column with the prompt; auto: by the columns, as Alpaca, ShareGPT, messages, prompt, question or text."
     )
     prompt_template: OptionalPassage = _setting(
         None, r'A prompt out of several columns, such as "{instruction}\n\n{input}"; none: by the form of the data.'
@@ -150,7 +150,9 @@ class Settings(BaseModel):
         "parse", "Names of special tokens in a prompt's text: parse them as those tokens, or take them literally."
     )
     system_prompt: OptionalPassage = _setting(None, "System turn of every prompt; it replaces the prompt's own.")
-    prefill: OptionalPassage = _setting(None, "Start of the answer, put after the chat template's generation prompt.")
+    prefill: OptionalPassage = _setting(
+        None, "Start of the answer, put after the chat template's generation prompt; white space counts."
+    )
     max_length: Count = _setting(
         2048, "Most tokens of a prompt; of a longer one the end of the user's text is cut off, and truncated is true."
     )
