@@ -95,9 +95,8 @@ def model_files(folder: Path, *, pickled: bool = False) -> list[Path]:
         folder: of the model.
         pickled: whether its .bin files are read even if there are .safetensors files.
     """
-    weights = [] if pickled else sorted(folder.glob("*.safetensors"))
-    weights = weights or sorted(folder.glob("pytorch_model*.bin"))
-    weights = [path for path in weights if not path.name.startswith("adapter_")]
+    safe = [] if pickled else [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    weights = safe or list(folder.glob("pytorch_model*.bin"))
     others = {path for pattern in ("config.json", "*.py") for path in folder.glob(pattern)}
     return sorted(path for path in {*weights, *others, *tokenizer_files(folder)} if path.is_file())
 

@@ -39,7 +39,9 @@ def quantized_by_the_library(folder, bits, dtype=torch.float32):
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_a_model_quantised_when_loaded(model, tmp_path, caplog, bits, dequantize):
     caplog.set_level(logging.INFO)
-    _, oracle = quantized_by_the_library(model, bits)
+    packed_model, oracle = quantized_by_the_library(model, bits)
+    if bits == 8 and not dequantize:
+        oracle = packed_model  # it rounds its inputs as well, and its own gradient is straight through
     out = run(model, tmp_path, quantization=f"{bits}bit", dequantize=dequantize)
     # Its kernels round to bfloat16, or their inputs to 8 bits; unpacked weights are an ordinary model.
     agrees(out, oracle, 2e-3 if dequantize else 0.08)
@@ -106,7 +108,7 @@ def test_what_quantization_cannot_be_combined_with(model, tmp_path, capsys, monk
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_plan_knows_what_packed_weights_take(tmp_path, quantization, family):
     sizes = {
-        "llama": {"hidden_size": 64, "intermediate_size": 128},
+        "llama": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
         "gpt2": {"n_embd": 64, "n_head": 4, "n_inner": 128},
     }
     folder = save_model(tmp_path / "model", tiny(family, torch.float32, vocab_size=VOCABULARY, **sizes[family]))
@@ -114,7 +116,8 @@ def test_a_plan_knows_what_packed_weights_take(tmp_path, quantization, family):
     held = sum(p.numel() * p.element_size() for p in loaded.parameters())
     for layer in quantized_linears(loaded).values():
         state = getattr(layer.weight, "quant_state", None)
-        scales = layer.weight.SCB if state is None else state.absmax
+        scales = state.absmax if state is not None else layer.weight.SCB
+        scales = layer.state.SCB if scales is None else scales  # where its first forward has put them
         held += scales.numel() * scales.element_size()
     settings = Settings(model_path=str(folder), hook_layer_name=1, quantization=quantization, device="cpu",
                         dataset_name=str(write_prompts(tmp_path / "a.jsonl", PROMPTS)))  # fmt: skip
@@ -136,7 +139,7 @@ def test_the_attention_that_audits_compare_with_is_told(model, tmp_path, caplog,
     assert form["audit_attention"] == ran
 
 
-@pytest.mark.parametrize("given", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("given", ["eager", "sdpa", None])
 def test_a_model_that_was_loaded_with_another_attention(model, given):
     import transformers
 
@@ -145,10 +148,10 @@ def test_a_model_that_was_loaded_with_another_attention(model, given):
     opened = FisherModel(loaded, layers=1, top_k=3)
     scores = opened.scores(ids)
     (layer,) = opened.layers
-    assert opened.forms[layer]["audit_attention"] == given
+    assert opened.forms[layer]["audit_attention"] == (given or "sdpa")
     plain = plain_scores(base(), ids[0], layer, token_ids=scores.token_ids[0])
     assert relative(scores.gradients[layer][0], plain.gradients) < 2e-4
-    assert loaded.config._attn_implementation == given
+    assert loaded.config._attn_implementation == (given or "sdpa")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,7 @@ def test_a_model_that_was_loaded_with_another_attention(model, given):
         ("flash_attention_2", ["flash_attention_2 needs a GPU", "sdpa or eager"]),
         ("flash_attention_3", ["flash_attention_3 needs a GPU"]),
         ("paged|sdpa", ["'paged|sdpa'"]),
+        ("flex_attention", ["FlexAttention does not support backward on CPU"]),
         ("fisher_vmap", ["'fisher_vmap'"]),
     ],
 )
