@@ -20,6 +20,7 @@ from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer, TokenizedPrompt
 from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, fisher_full, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
+from fisher_vmap.kernels.hf_attention import attention_of
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable, undisturbed
@@ -205,14 +206,16 @@ class FisherModel:
 
         "form" is the kernel's form and "why" the reason for it; "attention", "prompts" (how they are laid out), "rules"
         (the blocks pulled back by a rule, and why others are not), "last_block" (whether only its last row is run),
-        "precision", and "audit" (how many batches were compared with plain autograd).
+        "precision", "audit" (how many batches were compared with plain autograd), and "audit_attention" (the attention
+        of transformers that the unchanged model ran with in that comparison).
         """
         with undisturbed(self.model, self.precision):
             known = known_of(self.model)
             if known is None or known.made_of != signature(self.model):
                 return {}
             ran = {layer: known.ran(layer, self.options.kernel) for layer in self.layers}
-        return {layer: {**found, "precision": self.precision} for layer, found in ran.items() if found is not None}
+        told = {"precision": self.precision, "audit_attention": attention_of(self.model)}
+        return {layer: {**found, **told} for layer, found in ran.items() if found is not None}
 
     @contextmanager
     def one_shard(self, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:

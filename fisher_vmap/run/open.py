@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.load.model import Loaded, load_model
+from fisher_vmap.load.options import LoadOptions, kwargs_of_results
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
@@ -62,6 +63,12 @@ def source_of(settings: Settings) -> PromptSource:
     )
 
 
+def loading_of(settings: Settings) -> dict[str, Any]:
+    """The arguments of `load_model` and `LoadOptions` that settings hold."""
+    same = {field.name for field in fields(LoadOptions)} & set(Settings.model_fields)
+    return {name: getattr(settings, name) for name in same} | {"revision": settings.model_revision}
+
+
 def model_of(settings: Settings) -> Loaded:
     """Load the model of the settings; errors as `load_model`.
 
@@ -71,19 +78,7 @@ def model_of(settings: Settings) -> Loaded:
     if precision == "auto" and not settings.overwrite and (stored := stored_precision(Path(settings.output_dir))):
         log.info("precision: %s, as in %s", stored, settings.output_dir)
         precision = stored
-    return load_model(
-        settings.model_path,
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        max_memory=settings.max_memory,
-        adapter_path=settings.adapter_path,
-        adapter_revision=settings.adapter_revision,
-        dequantize=settings.dequantize,
-        precision=precision,
-    )
+    return load_model(settings.model_path, **loading_of(settings) | {"precision": precision})
 
 
 def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
@@ -387,6 +382,7 @@ def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher
     if settings.chat_template_file is not None:
         chosen["chat_template_file"] = content_mark(settings.chat_template_file)
     return chosen | {
+        "model_kwargs": kwargs_of_results(settings.model_kwargs),
         "model": loaded.identity,
         "layers": fisher.layers,
         "data": source.fingerprint,

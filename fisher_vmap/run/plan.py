@@ -339,21 +339,21 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     shown = layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
     widths = "/".join(f"{width:,}" for width in sorted(set(skeleton.widths.values())))
     yield f"matrices    {shown}, width {widths}, rank {settings.num_singular_values}, estimator {settings.estimator}"
-    each = found.tokens / max(1, sample.total)
     if sample.exact:
         how = "all prompts tokenised"
     else:
         which = "the first" if sample.first_alone else "every n-th,"
         how = f"{which} {sample.tokenised:,} prompts tokenised, standard error {found.tokens_error / found.tokens:.1%}"
-    longest = max(sample.lengths, default=0)
-    yield f"tokens      {found.tokens:,.0f}, {each:.1f} a prompt, the longest {longest:,} ({how})"
+    each = f"{found.tokens / max(1, sample.total):.1f} a prompt, the longest {max(sample.lengths, default=0):,}"
+    yield f"tokens      {found.tokens:,.0f}, {each} ({how})"
     operations = ", ".join(f"{kind} {count:.2e}" for kind, count in found.operations.items())
     yield f"operations  {sum(found.operations.values()):.2e} floating-point, in matrix products ({operations})"
     parts = ", ".join(f"{name} {readable(size)}" for name, size in found.storage.parts.items() if size)
     yield f"storage     {readable(found.storage.total)} ({parts})"
     for change, storage in _otherwise(settings, skeleton, found):
         yield f"            {readable(storage.total):>8} with {change}"
-    kept = " (more than its packed weights take)" if skeleton.quantized and not settings.dequantize else ""
+    packed = skeleton.quantized and not settings.dequantize
+    kept = f" ({skeleton.quantization or 'more than its packed weights take'})" if packed else ""
     which = f"the largest batch{'' if sample.exact else ' of those'} {readable(found.batch.total)}"
     size = f"{found.batch.prompts} prompts, {found.batch.tokens:,} tokens"
     yield f"memory      a worker: weights {readable(found.weights)}{kept}, {which} ({size})"
@@ -370,8 +370,7 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
             shown = f"{found.product_rate / 1e9:.0f} GFLOP/s"
             yield f"            at least {_duration(least)} on a machine like this one, whose products run at {shown}"
         return
-    hours = found.tokens / found.rate / 3600
-    times = ", ".join(f"{_duration(hours / count)} on {count}" for count in WORKERS)
+    times = ", ".join(f"{_duration(found.tokens / found.rate / 3600 / count)} on {count}" for count in WORKERS)
     rate = sum(found.operations.values()) / found.tokens * found.rate
     yield f"time        at {found.rate:,.0f} tokens a second a worker ({rate:.2e} operations a second): {times}"
 

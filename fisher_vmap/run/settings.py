@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from fisher_vmap.run.setting_types import (
     AllOrCount,
@@ -36,6 +36,8 @@ from fisher_vmap.run.setting_types import (
     Share,
     TrueOrFalse,
 )
+
+NOT_STORED = ("token", "cache_dir", "offload_folder")  # of model_kwargs
 
 
 class RunOptions(BaseModel):
@@ -110,6 +112,11 @@ class Settings(BaseModel):
     model_kwargs: Mapping = _setting(
         None, "Further arguments of from_pretrained, as a mapping such as {rope_theta: 500000.0}."
     )
+
+    @field_serializer("model_kwargs")
+    def _without_secrets(self, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What a folder may keep: no password of the user and no path of this machine."""
+        return {name: value for name, value in (given or {}).items() if name not in NOT_STORED} or None
 
     # The prompts
     dataset_name: PathName = _setting(

@@ -72,6 +72,10 @@ def test_the_environment_is_not_read(tmp_path, monkeypatch):
         (["--chat_template", "true"], "chat_template", True),
         (["--export_npz"], "export_npz", True),
         (["--hook_layer_name", "3"], "hook_layer_name", 3),
+        (["--model_kwargs", "{rope_theta: 5.0, token: hf_x}"], "model_kwargs", {"rope_theta": 5.0, "token": "hf_x"}),
+        (["--model_kwargs", "none"], "model_kwargs", None),
+        (["--quantization", "4bit"], "quantization", "4bit"),
+        (["--attn_implementation", "eager"], "attn_implementation", "eager"),
         (["--hook_layer_name", "all"], "hook_layer_name", "all"),
         (["--hook_layer_name", "3,5"], "hook_layer_name", (3, 5)),
         (
