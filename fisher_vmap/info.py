@@ -1,6 +1,12 @@
 """`python -m fisher_vmap.info DIR`: what a results folder holds, on one screen."""
 
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("info"))
+
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -19,9 +25,7 @@ SHOWN = 5  # failed prompts, and skipped ones
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a finished or unfinished results folder holds; returns the exit code."""
     what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."
-    return folder_command(
-        "info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv, long=False
-    )
+    return folder_command("info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv)
 
 
 def describe(results: Results) -> Iterator[str]:
@@ -68,7 +72,3 @@ def describe(results: Results) -> Iterator[str]:
             yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
