@@ -66,6 +66,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
                 progress.hide()
                 if sys.stdout is not None:  # None if the shell has closed it
                     sys.stdout.flush()  # here, where the error can still be caught
+                if failure := _stdout_failure():
+                    raise failure
         except (UserError, WorkerError) as error:
             return user_mistake(error) if isinstance(error, UserError) else worker_failed(error)
         except KeyboardInterrupt:
@@ -76,7 +78,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
                     raise  # another pipe
                 _leave_stdout()
                 return 141
-            if not _stdout_fails():
+            if error is not _stdout_failure():
                 raise
             _leave_stdout()
             reason = (error.strerror or str(error)).lower()
@@ -94,19 +96,18 @@ def _stdout_is_closed() -> bool:
     return bool(poll.poll(0))
 
 
-def _stdout_fails() -> bool:
-    """Whether standard output could not be written: what it holds still cannot."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
+def _stdout_failure() -> OSError | None:
+    """The error of standard output, if it could not be written: see `progress.prepare_streams`."""
+    failure: OSError | None = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failure", None)
+    return failure
 
 
 def _leave_stdout() -> None:
     """Let what standard output still holds go nowhere, or Python would fail once more at its exit."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if _stdout_failure():
+        sys.stdout.buffer.raw.failure = None  # type: ignore[attr-defined] # it has been told
 
 
 def say(text: str) -> None:
@@ -210,7 +211,9 @@ class Parser(argparse.ArgumentParser):
         name = _plain(flag)
         if name in self.hints:
             return UserError(f"unknown flag {shown(flag)}; {self.hints[name]}")
-        near = nearest(name, self._own_names())
+        own = self._own_names()
+        near = nearest(name, [*own, *(alias for alias, ours in ALIASES.items() if ours in own)])
+        near = near if near in own else ALIASES.get(near or "")
         return UserError(f"unknown flag {shown(flag)}; {f'did you mean {near!r}?' if near else self.help_line()}")
 
     def help_line(self) -> str:
@@ -223,7 +226,9 @@ class Parser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """As argparse, which takes the value "--" away where a flag has it."""
-        return self._get_value(action, "--") if arg_strings == ["--"] else super()._get_values(action, arg_strings)
+        if action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
     def _own_names(self) -> dict[str, str]:
         """Names of flags, with underscores -> as they were defined."""

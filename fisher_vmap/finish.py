@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     sys.exit(start("finish"))
 
+import os.path
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def finish(folder: Path) -> Index:
     Raises:
         UserError: this is not a results folder, a shard is missing or damaged, or the folder cannot be written.
     """
+    folder = Path(os.path.expanduser(folder))
     index = read_index(folder)
     if index.settings is None or index.num_prompts is None:
         raise UserError(f"{folder} does not say yet how many prompts its run has; give the command of its run again")

@@ -355,6 +355,19 @@ class _Droppable(io.RawIOBase):
         return size
 
 
+class _Remembering(io.FileIO):
+    """Standard output that remembers what it failed with: argparse and others pass over it."""
+
+    failure: OSError | None = None
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
 def prepare_streams() -> None:
     """Make standard output take any character, and standard error any fault.
 
@@ -370,6 +383,10 @@ def prepare_streams() -> None:
         encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
         below = io.BufferedWriter(_Droppable(2))
         sys.stderr = io.TextIOWrapper(below, encoding, "backslashreplace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        how = {"line_buffering": sys.stdout.line_buffering, "write_through": sys.stdout.write_through}
+        out = io.BufferedWriter(_Remembering(1, "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(out, sys.stdout.encoding, "backslashreplace", **how)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -228,5 +228,7 @@ def _meant(key: str) -> str:
     name = key.replace("-", "_")
     if name in _HINTS:
         return _HINTS[name]
-    near = ALIASES.get(name) if ALIASES.get(name) in Settings.model_fields else nearest(name, Settings.model_fields)
+    fields = Settings.model_fields
+    near = nearest(name, [*fields, *(alias for alias, ours in ALIASES.items() if ours in fields)])
+    near = near if near in fields else ALIASES.get(near or "")
     return f"did you mean {near!r}?" if near else "--help lists every setting"
