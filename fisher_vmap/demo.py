@@ -1,11 +1,16 @@
 """`python -m fisher_vmap.demo`: a run on a small real model and prompts that come with the package, and a result."""
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("demo"))
+
 import importlib.util
 import json
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,13 +20,14 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
+from fisher_vmap.cli import Parser, add_quiet, command, stopped
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
-from fisher_vmap.results.folder import inspect_folder
+from fisher_vmap.results.folder import check_writable, inspect_folder
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.run.__main__ import run
+from fisher_vmap.run.cli_args import settings_of
 from fisher_vmap.run.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,33 +48,33 @@ RANDOM = 8  # directions to compare with; a single one may differ by an order of
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of its command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.demo",
+    parser = Parser(
+        "demo",
         description="Compute a small real model on prompts that come with the package, and show a result.",
-        epilog="example: python -m fisher_vmap.demo --output_dir demo_results",
+        epilog="example: fisher-vmap demo --output_dir demo_results",
     )
-    parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
+    parser.add_argument("--output_dir", metavar="DIR", default="demo_results", help="folder of the results")
     parser.add_argument(
-        "--num_prompts", "--num-prompts", choices=("auto", "all"), default="auto",
+        "--num_prompts", choices=("auto", "all"), default="auto",
         help="auto: as many of the 64 as take about a minute with the rest; all, however long that is",
     )  # fmt: skip
     precisions = get_args(Settings.model_fields["precision"].annotation)
     parser.add_argument("--precision", choices=precisions, default="auto", help="as for a run")
     add_quiet(parser)
-    arguments = parser.parse_args(argv)
-    start_logging(quiet=arguments.quiet)
+    arguments = parser.read(argv)
+    settings = settings_of(
+        model_path=str(demo_model()),
+        dataset_name=str(PROMPTS),
+        hook_layer_name=LAYER,
+        num_prompts="all",
+        keep_columns=("kind",),
+        output_dir=arguments.output_dir,
+        precision=arguments.precision,
+        overwrite=True,
+    )
+    inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading
+    check_writable(Path(settings.output_dir))
     try:
-        settings = Settings(
-            model_path=str(demo_model()),
-            dataset_name=str(PROMPTS),
-            hook_layer_name=LAYER,
-            num_prompts="all",
-            keep_columns=("kind",),
-            output_dir=arguments.output_dir,
-            precision=arguments.precision,
-            overwrite=True,
-        )
-        inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading
         with step("loading the libraries"):
             from fisher_vmap.run.open import model_of
         loaded = model_of(settings)
@@ -77,14 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 settings = settings.model_copy(update={"num_prompts": affordable(settings, loaded)})
         run(settings, loaded=loaded)
         with step("looking for a prompt to show"):
-            found = finding(open_results(arguments.output_dir), loaded)
+            found = finding(open_results(settings.output_dir), loaded)
         print(found)
-        print(how_to_open(arguments.output_dir, settings.model_path))
-    except UserError as error:
-        return user_mistake(error)
+        print(how_to_open(settings.output_dir, settings.model_path))
     except KeyboardInterrupt:
-        print("\nfisher_vmap: the demo was stopped; the same command begins it again", file=sys.stderr)
-        return 130
+        return stopped("the demo was stopped; the same command begins it again")
     return 0
 
 
@@ -199,7 +202,3 @@ The same model on prompts of your own:
 
     fisher-vmap run --model_path {shlex.quote(model_path)} --dataset_name prompts.jsonl --hook_layer_name 15
 """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

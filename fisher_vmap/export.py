@@ -5,11 +5,17 @@ type, `controlvector.layer_count`, and for block N, counted from 0, a tensor "di
 add it to the output of block N, where `steer(model, "model.layers.N", ...)` does; llama.cpp cannot steer block 0.
 """
 
+import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("export"))
+
 import argparse
 import importlib.util
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import save_file
 
-from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
+from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.results.files import readable_write_errors
@@ -45,7 +51,7 @@ def save_directions(path: str | os.PathLike[str], directions: Mapping[str, Array
         UserError: numbers that are not finite, or the file cannot be written.
     """
     arrays = {name: _finite(name, values) for name, values in directions.items()}
-    with _in_place_of(Path(path)) as temporary:
+    with _in_place_of(path) as temporary:
         save_file(arrays, temporary, metadata=dict(notes) | {"format": "np"})
 
 
@@ -70,7 +76,7 @@ def save_control_vector(path: str | os.PathLike[str], vectors: Mapping[str, Arra
     numbered = {_block_number(name): _finite(name, vector) for name, vector in vectors.items()}
     if bad := [vector.shape for vector in numbered.values() if vector.ndim != 1]:
         raise UserError(f"a control vector has one direction a layer, [D]; this one has the shape {bad[0]}")
-    with _in_place_of(Path(path)) as temporary:
+    with _in_place_of(path) as temporary:
         writer = GGUFWriter(temporary, "controlvector")
         writer.add_string("controlvector.model_hint", model_type)
         writer.add_uint32("controlvector.layer_count", len(numbered))
@@ -99,8 +105,9 @@ def _finite(name: str, values: ArrayLike) -> NDArray[np.float32]:
 
 
 @contextmanager
-def _in_place_of(path: Path) -> Iterator[str]:
-    """A temporary path for a library that writes by name; at the end the file is moved to `path`."""
+def _in_place_of(given: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary path for a library that writes by name; at the end the file is moved to the given one."""
+    path = Path(os.path.expanduser(given))
     with readable_write_errors(path), tempfile.TemporaryDirectory(prefix=f".{path.name}~", dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         yield str(temporary)
@@ -116,22 +123,17 @@ EXAMPLES = """what OUT says:
   hf://datasets/A/B    the whole folder, to the hub
 
 examples:
-  python -m fisher_vmap.export fisher_results mean.safetensors --directions 5
-  python -m fisher_vmap.export fisher_results prompt3.gguf --prompt 3 --scale 0.05
-  python -m fisher_vmap.export fisher_results code.gguf --where kind=code --against rest --scale -0.05
-  python -m fisher_vmap.export fisher_results all.npz --layer model.layers.15
-  python -m fisher_vmap.export fisher_results hf://datasets/me/fisher --no-text"""
+  fisher-vmap export fisher_results mean.safetensors --directions 5
+  fisher-vmap export fisher_results prompt3.gguf --prompt 3 --scale 0.05
+  fisher-vmap export fisher_results code.gguf --where kind=code --against rest --scale -0.05
+  fisher-vmap export fisher_results all.npz --layer model.layers.15
+  fisher-vmap export fisher_results hf://datasets/me/fisher --no-text"""
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; returns the exit code: 0 done, 2 a user's mistake."""
-    arguments = _parser().parse_args(argv)
-    start_logging(quiet=arguments.quiet)
-    try:
-        print(export(arguments))
-    except UserError as error:
-        return user_mistake(error)
+    print(export(_parser().read(argv)))
     return 0
 
 
@@ -255,15 +257,14 @@ def _model(results: Results) -> str:
     return str(results.metadata["settings"].get("model_path", ""))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.export",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> Parser:
+    parser = Parser(
+        "export",
         description="Write directions of a results folder, its npz, or the whole folder, for other programs.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
-    parser.add_argument("out", metavar="OUT", help="where to; its ending says what")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="the results folder, such as fisher_results")
+    parser.add_argument("out", metavar="OUT", type=os.path.expanduser, help="where to; its ending says what")
     parser.add_argument("--layer", action="append", help="a layer's name or number; may be repeated; by default all")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--prompt", type=int, metavar="I", help="the directions of this prompt")
@@ -286,7 +287,3 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--no-text", dest="text", action="store_false", help="to the hub: leave the prompts' text out")
     add_quiet(parser)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

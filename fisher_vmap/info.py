@@ -1,6 +1,12 @@
 """`python -m fisher_vmap.info DIR`: what a results folder holds, on one screen."""
 
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("info"))
+
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -20,9 +26,7 @@ SHOWN = 5  # failed prompts, and skipped ones
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a finished or unfinished results folder holds; returns the exit code."""
     what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."
-    return folder_command(
-        "info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv, long=False
-    )
+    return folder_command("info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv)
 
 
 def describe(results: Results) -> Iterator[str]:
@@ -80,7 +84,3 @@ def extent_of(index: Index) -> Extent:
     shuffled = settings.get("shuffle_seed") is not None
     limited = isinstance(limit, int) and index.num_prompts is not None and limit <= index.num_prompts
     return Extent(index.num_prompts, Count(**rows) if rows else None, offset, shuffled, limited)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -79,7 +79,7 @@ def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command([name, "--help"])
     assert stop.value.code == 0
-    assert f"python -m fisher_vmap.{name}" in capsys.readouterr().out.split("example")[-1]
+    assert f"fisher-vmap {name}" in capsys.readouterr().out.split("example")[-1]
 
 
 def test_the_words_of_the_console_script(capsys):

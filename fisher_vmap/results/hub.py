@@ -104,7 +104,7 @@ def push_to_hub(
 
     place = address(repo)
     if not index.complete:
-        raise UserError(f"{folder} is unfinished; run the same command again to finish it, then push it")
+        raise UserError(f"{folder} is unfinished; give the command of its run again to finish it, then push it")
     api = HfApi(token=token)
     with step("looking for the prompts' text"):
         texts = _has_text(folder, index)

@@ -46,13 +46,13 @@ def open_results(
         raise UserError(f"check is {check!r}, expected 'sizes', 'full' or 'none'")
     if str(folder).startswith("hf://"):
         folder = download(str(folder), everything=check == "full")
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     index = read_index(folder)
     if not index.complete and not allow_incomplete:
         total = "an unknown number of" if index.num_prompts is None else index.num_prompts
         raise UserError(
-            f"{folder} is unfinished: {index.prompts} of {total} prompts are stored; run "
-            "the same command again to carry on, or pass allow_incomplete=True"
+            f"{folder} is unfinished: {index.prompts} of {total} prompts are stored; give "
+            "the command of its run again to carry on, or in Python allow_incomplete=True"
         )
     results = Results(folder, index, verify=check != "none")
     for reader in results.shards() if check != "none" else ():

@@ -278,8 +278,8 @@ class ResultsWriter:
             if missing := index.missing(total):
                 numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
                 raise UserError(
-                    f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; run the same command "
-                    f"again, with num_prompts {total} or more"
+                    f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; give the command of its "
+                    f"run again, with num_prompts {total} or more"
                 )
             names = product_names(index, save, export_npz)
             index = fold(folder, index, least=1)

@@ -1,14 +1,21 @@
 """`python -m fisher_vmap.run`: compute a data set's Fisher matrices into a results folder."""
 
-import logging
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("run"))
+
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisher_vmap.cli import command, start_logging, user_mistake
-from fisher_vmap.errors import UserError, WorkerError
+from fisher_vmap.cli import command, start_logging
+from fisher_vmap.cli import stopped as say_stopped
+from fisher_vmap.errors import UserError
 from fisher_vmap.progress import hide, step
 from fisher_vmap.run.cli_args import load_command
 from fisher_vmap.run.settings import RunOptions, Settings
@@ -42,14 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(plan(settings, options.plan_rate)))
             return 0
         summary = run(settings, options)
-    except UserError as error:
-        return user_mistake(error)
-    except WorkerError as error:
-        user_mistake(error)
-        return 1
     except KeyboardInterrupt:
-        print(f"\nfisher_vmap: {stopped(settings)}", file=sys.stderr)
-        return 130
+        return say_stopped(stopped(settings))
     return 3 if settings.strict and summary.failed else 0
 
 
@@ -78,7 +79,7 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
         UserError: the settings, the model, the data or the folder are wrong.
         WorkerError: with engine ray, a worker failed.
     """
-    from fisher_vmap.results.folder import inspect_folder
+    from fisher_vmap.results.folder import check_writable, inspect_folder
 
     shards = None if options is None else options.shards
     if shards is not None and settings.overwrite:
@@ -88,6 +89,7 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
     if shards is not None and settings.engine != "local":
         raise UserError(f"--shards is for engine local, but engine is {settings.engine}; leave one of the two out")
     inspect_folder(Path(settings.output_dir), overwrite=settings.overwrite)  # before minutes of loading
+    check_writable(Path(settings.output_dir))
     if settings.engine == "ray":
         from fisher_vmap.run.ray import require_ray
 
@@ -165,7 +167,3 @@ def tell(summary: "Summary", settings: Settings, extent: "Extent") -> None:
     if summary.without_results is not None:
         none = summary.failed + summary.skipped
         log.warning("none of %d prompts has results: %s", none, summary.without_results)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
