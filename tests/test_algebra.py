@@ -173,7 +173,7 @@ def test_a_mean_that_is_cut_says_how_much():
     exact = np.linalg.eigvalsh(mean)[::-1]
     assert found.share < 0.99
     lost = found.trace - found.S.sum()
-    assert (found.S <= exact[: len(found.S)] + 1e-12).all() and (found.S >= exact[: len(found.S)] - lost - 1e-12).all()
+    assert (exact[: len(found.S)] + 1e-12 >= found.S).all() and (exact[: len(found.S)] - lost - 1e-12 <= found.S).all()
     assert math.isclose(found.S[0], exact[0], rel_tol=1e-3) and abs(found.V[0] @ shared) > 0.9999
 
 

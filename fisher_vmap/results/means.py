@@ -47,6 +47,16 @@ def dense_layers(layout: ShardLayout) -> dict[str, int]:
     return {layer: D for layer, D in layout.widths.items() if D <= DENSE_WIDTH}
 
 
+def why_no_mean(layout: ShardLayout) -> list[str]:
+    """A line for each layer that is too wide for a dense mean."""
+    return [
+        f"{layer} has the width {D:,}, and above {DENSE_WIDTH:,} no mean is written: results.directions() and contrast() "
+        "work from the prompts' factors"
+        for layer, D in layout.widths.items()
+        if D > DENSE_WIDTH
+    ]
+
+
 def check_dense(layout: ShardLayout, layer: str) -> None:
     """Raise UserError if a layer is too wide for a dense mean."""
     if layer not in dense_layers(layout):

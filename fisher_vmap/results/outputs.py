@@ -197,7 +197,8 @@ def finish_memory(layout: ShardLayout, shard_size: int, prompts: int, save: Save
         # The sum, a shard's product and its rows; then the sum, the mean, and the mean in float32.
         parts["mean"] = max(16 * D * D + 16 * n * layout.rank * D, 20 * D * D)
     if export_npz:
-        parts["npz"] = 5 * n * layout.rank * max(layout.widths.values()) + 3 * 500 * prompts
+        # A shard's vectors as read and in float32 beside those of the shard before; and the table of contents.
+        parts["npz"] = 12 * n * layout.rank * max(layout.widths.values()) + 3 * 500 * prompts
     return parts
 
 

@@ -257,8 +257,8 @@ def _by_array(where: Any, entries: list[ShardEntry], shards: Callable[[], Iterab
     values = several_of(where)
     if gaps := sum(map(is_missing, values)):
         raise UserError(f"where has {gaps} missing of {len(values)} values; fill them, such as by .fillna(False)")
-    kind = "bool" if str(getattr(where, "dtype", "")).removeprefix("torch.") in ("bool", "boolean") else ""
-    if kind or (values and all(isinstance(value, bool | np.bool_) for value in values)):
+    of_booleans = str(getattr(where, "dtype", "")).removeprefix("torch.") in ("bool", "boolean")
+    if all(isinstance(value, bool | np.bool_) for value in values) and (values or of_booleans):
         if pandas is not None and isinstance(where, pandas.Series):
             mask = _by_label(where.index, values, stored, shards)
         elif len(values) == n and not isinstance(where, set | frozenset):
@@ -282,7 +282,7 @@ def _by_label(
     """Of a Series: each value is about the prompt of its label. It may lack prompts without numbers alone."""
     place = {int(prompt): i for i, prompt in enumerate(stored)}
     names = list(labels)
-    strange = [name for name in names if isinstance(name, bool) or name not in place]
+    strange = [name for name in names if isinstance(name, bool | np.bool_) or name not in place]
     if strange or len(set(names)) < len(names):
         what = f"{strange[0]!r:.40} is no prompt number" if strange else "a label is there twice"
         raise UserError(

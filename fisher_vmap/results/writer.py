@@ -35,7 +35,7 @@ from fisher_vmap.results.index import (
     remove_entries,
     write_index,
 )
-from fisher_vmap.results.means import DENSE_WIDTH, check_means_only, dense_layers, fold, sum_is_intact
+from fisher_vmap.results.means import check_means_only, fold, sum_is_intact, why_no_mean
 from fisher_vmap.results.outputs import Save, product_names, write_product
 from fisher_vmap.results.record import PromptResult
 from fisher_vmap.results.shard import check_sizes, stage_shard
@@ -296,10 +296,8 @@ class ResultsWriter:
                 index = index.model_copy(update={"complete": False, "num_prompts": total, "files": files})
                 write_index(folder, index)
                 used = (index.settings or {}) if settings is None else settings
-                for layer in [name for name in index.layers if name not in dense_layers(index.layout)]:
-                    logger.info("%s has the width %s, and above %s no mean is written: results.directions() and "
-                                "contrast() work from the prompts' factors", layer,
-                                f"{index.layout.widths[layer]:,}", f"{DENSE_WIDTH:,}")  # fmt: skip
+                for line in why_no_mean(index.layout):
+                    logger.info(line)
                 for name in names:
                     if name not in files:
                         files = dict(sorted({**files, name: write_product(folder, name, index, used)}.items()))

@@ -10,12 +10,11 @@ from report_cases import planted, write_factors
 from results_cases import make_layout, make_prompt, open_writer, write_folder
 
 from fisher_vmap import algebra
+from fisher_vmap.cli import main as command
 from fisher_vmap.errors import UserError
 from fisher_vmap.export import main as export
 from fisher_vmap.finish import main as finish
 from fisher_vmap.info import main as info
-from fisher_vmap.report.__main__ import main as report
-from fisher_vmap.report.data import Sampling, survey
 from fisher_vmap.results import means
 from fisher_vmap.results.outputs import finish_memory
 from fisher_vmap.results.reader import open_results
@@ -115,7 +114,10 @@ def test_the_mean_alone_is_refused_before_anything_is_computed(narrow, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.needs("plotly", "matplotlib", "scipy")
 def test_the_report_is_that_of_the_dense_mean(monkeypatch, tmp_path):
+    from fisher_vmap.report.data import Sampling, survey
+
     factors = {"lm_head": planted("private", 3, count=60, width=64)[0]}
     results = write_factors(tmp_path / "out", factors, keep_columns=("kind",))
     plain = survey(results, Sampling()).layers[0]
@@ -125,9 +127,10 @@ def test_the_report_is_that_of_the_dense_mean(monkeypatch, tmp_path):
     assert wide.mean_trace == pytest.approx(plain.mean_trace, rel=1e-5)
     assert [outlier.index for outlier in wide.outliers] == [outlier.index for outlier in plain.outliers]
     np.testing.assert_allclose(wide.scores.distance, plain.scores.distance, atol=1e-4)
-    assert report([str(results.folder), "--output", str(tmp_path / "r.html")]) == 0
+    assert command(["report", str(results.folder), "--output", str(tmp_path / "r.html")]) == 0
 
 
+@pytest.mark.needs("plotly", "matplotlib", "scipy")
 @pytest.mark.parametrize("layers", ["lm_head", "lm_head,1"])
 def test_a_run_that_hooks_the_unembedding(monkeypatch, tmp_path, capsys, layers):
     monkeypatch.setattr(means, "DENSE_WIDTH", VOCABULARY - 1)
@@ -141,7 +144,7 @@ def test_a_run_that_hooks_the_unembedding(monkeypatch, tmp_path, capsys, layers)
     np.testing.assert_allclose(results.directions(2).S, np.linalg.eigvalsh(mean)[::-1][:2], rtol=1e-4)
     assert finish([str(out)]) == 0 and verify([str(out)]) == 0 and info([str(out)]) == 0
     assert export([str(out), str(tmp_path / "d.safetensors"), "--directions", "2"]) == 0
-    assert report([str(out), "--output", str(tmp_path / "r.html")]) == 0
+    assert command(["report", str(out), "--output", str(tmp_path / "r.html")]) == 0
     capsys.readouterr()
     assert run_here(model, data, tmp_path / "mean", hook_layer_name=layers, save="mean") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
