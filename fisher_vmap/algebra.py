@@ -40,7 +40,7 @@ __all__ = [  # noqa: RUF022, the order of the reference
 Float64 = NDArray[np.float64]
 
 ROWS_BYTES = 256 * 2**20  # of the directions that `mean_factors` keeps; it needs about four times as much at its end
-LEAST_ROWS = 64
+LEAST_ROWS, MOST_ROWS = 64, 2048  # their number
 NOISE = 1e-11  # of the largest eigenvalue: below it, an eigenvector of a Gram matrix is no longer orthogonal to others
 
 _BLOCK_ROWS = 2048  # rows of V multiplied at a time: [2048, 2048] products of float64 are 32 MB
@@ -169,7 +169,7 @@ def mean_factors(matrices: Iterable[Any], width: int, most: int | None = None) -
     Args:
         matrices: low-rank matrices of the same D, or parts of many: S [n, R], V [n, R, D].
         width: D.
-        most: m; None: what `ROWS_BYTES` hold in float64, at least `LEAST_ROWS`.
+        most: m; None: what `ROWS_BYTES` hold in float64, from `LEAST_ROWS` to `MOST_ROWS`, no more than D.
 
     Returns:
         S [at most 2 m], V, the trace of the whole mean and the number of matrices.
@@ -177,7 +177,7 @@ def mean_factors(matrices: Iterable[Any], width: int, most: int | None = None) -
     Raises:
         ValueError: something is no low-rank matrix of that width, or not finite.
     """
-    m = max(LEAST_ROWS, ROWS_BYTES // (8 * width)) if most is None else most
+    m = min(max(LEAST_ROWS, ROWS_BYTES // (8 * width)), MOST_ROWS, width) if most is None else most
     rows, filled, trace, count = np.empty((2 * m, width)), 0, 0.0, 0
     for matrix in matrices:
         S, V = factors(matrix)

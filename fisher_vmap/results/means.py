@@ -50,8 +50,8 @@ def dense_layers(layout: ShardLayout) -> dict[str, int]:
 def why_no_mean(layout: ShardLayout) -> list[str]:
     """A line for each layer that is too wide for a dense mean."""
     return [
-        f"{layer} has the width {D:,}, and above {DENSE_WIDTH:,} no mean is written: results.directions() and contrast() "
-        "work from the prompts' factors"
+        f"{layer} has the width {D:,}, and above {DENSE_WIDTH:,} no mean is written: results.directions() and "
+        "contrast() work from the prompts' factors"
         for layer, D in layout.widths.items()
         if D > DENSE_WIDTH
     ]

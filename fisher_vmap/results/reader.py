@@ -294,7 +294,13 @@ class Results:
         return total.mean(), total.prompts
 
     def _mean_by_factors(self, name: str, chosen: Chooser) -> algebra.MeanFactors:
-        found = algebra.mean_factors(self._matrices(name, chosen), self.index.layout.widths[name])
+        D = self.index.layout.widths[name]
+        if not self.is_wide(name) and (total := add_shards(None, self.shards(), name, chosen)).prompts:
+            mean = total.mean()
+            S, V = algebra.eigenvectors(mean, D)
+            rank = int((algebra.NOISE * S[0] < S).sum())
+            return algebra.MeanFactors(S[:rank], V[:rank], float(np.trace(mean)), total.prompts)
+        found = algebra.mean_factors(self._matrices(name, chosen), D)
         if found.share < 1 - 1e-6:
             logger.info(
                 "the mean at %s is kept as its %s leading directions, %.1f%% of its trace: those of all its %s prompts "
