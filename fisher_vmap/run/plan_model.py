@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,10 +144,9 @@ def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     with torch.no_grad(), hooks(*(model.get_submodule(name).register_forward_hook(look(name)) for name in names)):
-        try:
+        # An error means that it reads numbers in its forward pass.
+        with suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
             model(input_ids=ids, use_cache=False)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            pass  # it reads numbers in its forward pass
     return widths
 
 
