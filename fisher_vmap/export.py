@@ -17,12 +17,12 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import save_file
 
@@ -31,10 +31,13 @@ from fisher_vmap.errors import UserError, listed
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.results.files import readable_write_errors
 from fisher_vmap.results.hub import HUB
+from fisher_vmap.results.kept import is_missing, wanted
 from fisher_vmap.results.outputs import write_npz
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import several, was
 from fisher_vmap.results.shard_reader import Where
+
+NOTHING = ("", "none", "null", "nan", "nat")  # what people type for a missing value
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)$")
 
@@ -233,7 +236,9 @@ def _directions(view: Results, arguments: argparse.Namespace, count: int) -> Flo
 
 
 def condition(results: Results, text: str | None) -> Where:
-    """The choice of prompts for COLUMN=VALUE, compared as text; None chooses all.
+    """The choice of prompts for COLUMN=VALUE, the value read as the column's type; None chooses all.
+
+    An empty value, or one of the words for it, chooses the prompts without a value where the column has no such text.
 
     Raises:
         UserError: no such column, no such value, or no "=".
@@ -246,11 +251,14 @@ def condition(results: Results, text: str | None) -> Where:
         kept = results.index.layout.keep_columns  # usually chosen by these
         names = [*kept, *(name for name in table.schema.names if name not in kept and "/" not in name)]
         raise UserError(f"{text!r} does not choose prompts; expected COLUMN=VALUE, of {listed(names)}")
-    values = {str(found) for found in table.column(column).unique().to_pylist()}
-    if value not in values:
-        raise UserError(f"no prompt has {column} {value!r}; there is {listed(sorted(values))}")
-    chosen: Callable[[dict[str, Any]], bool] = lambda row: str(row[column]) == value  # noqa: E731
-    return chosen
+    there, kind = table.column(column).to_pylist(), table.schema.field(column).type
+    nothing = value.lower() in NOTHING and any(map(is_missing, there))
+    if (not nothing or pa.types.is_string(kind)) and any(map(wanted(column, value, kind).holds, there)):
+        return {column: value}
+    if nothing:
+        return {column: None}
+    shown = sorted({str(other) for other in there})
+    raise UserError(f"no prompt has {column} {value!r}; there is {listed(shown)}")
 
 
 def _model(results: Results) -> str:

@@ -52,6 +52,8 @@ def describe(results: Results) -> Iterator[str]:
         names = [layer for layer, _ in alike]
         for name in names if len(names) < RUN else [several(names)]:
             yield f"layer     {name}: {what}"
+    if wide := [layer for layer in index.layers if results.is_wide(layer)]:
+        yield f"mean      none at {several(wide)}, which is too wide; directions() and contrast() do without"
     yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
     shards = sum(shard.table_bytes + (0 if shard.folded else shard.bytes) for shard in index.shards)
     sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}

@@ -257,9 +257,14 @@ def survey(results: Results, sampling: Sampling) -> Survey:
 
 def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> LayerSurvey:
     width = results.index.layout.widths[layer]
-    mean = results.mean(layer)
-    finite = np.isfinite(mean).all()
-    values = algebra.eigenvectors(mean, min(MEAN_RANK, width)).S if finite else np.zeros(0)
+    if results.is_wide(layer):
+        factors = results.mean_factors(layer)
+        values, mean_trace = factors.S[:MEAN_RANK], factors.trace
+    else:
+        mean = results.mean(layer)
+        finite = np.isfinite(mean).all()
+        values = algebra.eigenvectors(mean, min(MEAN_RANK, width)).S if finite else np.zeros(0)
+        mean_trace = float(np.trace(mean))
     alone = results.index.layout.means_only
     S = [np.zeros((0, results.index.layout.rank), np.float32)]
     S += [] if alone else [reader.stack(layer).S[is_ok(reader)] for reader in results.shards()]
@@ -268,7 +273,7 @@ def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> 
         name=layer,
         width=width,
         mean_values=values,
-        mean_trace=float(np.trace(mean)),
+        mean_trace=mean_trace,
         S=None if alone else np.concatenate(S),
         similarity=None if alone or len(compared) < 2 else compare_prompts(results, layer, compared),
         scores=scores,

@@ -35,6 +35,7 @@ from fisher_vmap.results.index import (
     sum_name,
     write_index,
 )
+from fisher_vmap.results.means import dense_layers
 from fisher_vmap.results.outputs import metadata_of, table_of, write_metadata, write_table
 from fisher_vmap.results.shard_reader import ShardReader, readers
 
@@ -227,6 +228,9 @@ def _data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str,
     whole = index.fingerprint.get("estimator") == "full"
     of_what = "of the whole vocabulary" if whole else f"summed over the {layout.top_k} likeliest tokens"
     kept = "" if layout.means_only else "results[0].S, results[0].V      # singular values [R], directions [R, D]\n"
+    mean = "results.mean()                    # the mean matrix, [D, D]"
+    if layout.layers[0] not in dense_layers(layout):
+        mean = "results.directions(5)             # the mean's leading directions"
     versions = ", ".join(f"{name} {number}" for name, number in index.versions.items())
     asked = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
     return f"""---
@@ -251,7 +255,7 @@ values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the resi
 from fisher_vmap import open_results
 
 results = open_results("hf://datasets/{repo_id}")
-{kept}results.mean()                    # the mean matrix, [D, D]
+{kept}{mean}
 results.to_pandas()               # a row a prompt
 ```
 

@@ -10,5 +10,6 @@ bar            the progress bar
 ray            the driver of a run on a Ray cluster
 ray_worker     its workers
 plan           `--plan`, what a run will take
+plan_folder    the bytes of the folder that it leaves, and the memory of finishing it
 plan_model     the operations and memory of a model, from its shapes
 """

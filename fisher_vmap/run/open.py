@@ -22,6 +22,7 @@ from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
 from fisher_vmap.results.index import ShardLayout, stored_precision
+from fisher_vmap.results.means import check_means_only
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.settings import Settings
 
@@ -244,6 +245,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     check_save(settings)
     with step("finding the layers"):
         fisher = open_model(settings, loaded)
+    check_means_only(layout_of(settings, fisher.widths))
     if settings.max_batch_tokens == "auto" and device_share < 1:
         fisher.max_batch_tokens = max(256, int(device_share * fisher.max_batch_tokens))
     marks = fingerprint(settings, loaded, source, fisher)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fisher_vmap.run.settings import Settings
 
 ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
+WIDTH_OF = ("out_features", "embedding_dim", "nf")  # of a linear layer, an embedding, GPT-2's linear layer
 FUSED_INPUTS = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")  # the same in one with the queries
 
 
@@ -127,9 +129,11 @@ def _layers(model: nn.Module, blocks: dict[str, nn.Module], wanted: int | str | 
 
 
 def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
-    """D of each hooked module from its output's shape; the model's width if it cannot run without weights."""
-    width = int(model.config.get_text_config().hidden_size)
-    widths = dict.fromkeys(names, width)
+    """D of each hooked module from its output's shape; from what it is if the model cannot run without weights."""
+    modules = [model.get_submodule(name) for name in names]
+    declared = [next(filter(None, (getattr(m, word, None) for word in WIDTH_OF)), None) for m in modules]
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    widths = {name: int(D or hidden_size) for name, D in zip(names, declared, strict=True)}
 
     def look(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -141,10 +145,9 @@ def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     with torch.no_grad(), hooks(*(model.get_submodule(name).register_forward_hook(look(name)) for name in names)):
-        try:
+        # An error means that it reads numbers in its forward pass.
+        with suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
             model(input_ids=ids, use_cache=False)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it reads numbers in its forward pass
-            return dict.fromkeys(names, width)
     return widths
 
 

@@ -41,7 +41,8 @@ from fisher_vmap.results.index import (
     read_index,
     sum_name,
 )
-from fisher_vmap.results.outputs import npz_arrays, read_mean, running_sum, sum_is_intact
+from fisher_vmap.results.means import read_mean, running_sum, sum_is_intact
+from fisher_vmap.results.outputs import npz_arrays
 from fisher_vmap.results.record import Stack, covered_mass, natural
 from fisher_vmap.results.shard import common_schema, in_schema
 from fisher_vmap.results.shard_reader import ShardReader, is_ok, readers
@@ -91,9 +92,10 @@ def checks(folder: Path) -> Iterator[Check]:
     if TABLE_NAME in index.files:
         size = 2 * (index.files[TABLE_NAME].bytes + tables)
         yield Check(f"{TABLE_NAME} = the shards' rows", partial(_check_table, folder, index), size=size)
-    for layer in index.layers if MEAN_NAME in index.files else ():
+    means = index.files[MEAN_NAME].tensors if MEAN_NAME in index.files else {}
+    for layer in [name for name in index.layers if name in means]:  # a wide layer has none
         kind = f"{MEAN_NAME}, the mean of each layer"
-        size = index.files[MEAN_NAME].bytes // len(index.layers)
+        size = index.files[MEAN_NAME].bytes // len(means)
         yield Check(f"{MEAN_NAME}, {layer}", partial(_check_mean, folder, index, layer), kind, size)
     for name, layer in archives.items():
         if name in index.files:
