@@ -6,6 +6,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from fisher_vmap.cli import command, folder_command
+from fisher_vmap.escape import short, visible
 from fisher_vmap.progress import readable
 from fisher_vmap.results.index import sum_name
 from fisher_vmap.results.reader import Results, open_results
@@ -13,6 +14,7 @@ from fisher_vmap.results.record import RUN, natural, several
 from fisher_vmap.run.settings import Settings
 
 SHOWN = 5  # failed prompts, and skipped ones
+VALUE = 200  # characters of a setting's value
 
 
 @command
@@ -44,7 +46,7 @@ def describe(results: Results) -> Iterator[str]:
     for what, alike in groupby(described, key=itemgetter(1)):
         names = [layer for layer, _ in alike]
         for name in names if len(names) < RUN else [several(names)]:
-            yield f"layer     {name}: {what}"
+            yield f"layer     {visible(name, spaces=False)}: {what}"
     yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
     shards = sum(shard.table_bytes + (0 if shard.folded else shard.bytes) for shard in index.shards)
     sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}
@@ -60,12 +62,12 @@ def describe(results: Results) -> Iterator[str]:
         yield f"{'' if number else 'on disk':9} {readable(size):>8}  {name}"
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     changed = {name: value for name, value in metadata["settings"].items() if value != defaults.get(name)}
-    shown = ", ".join(f"{name} {value}" for name, value in changed.items())
+    shown = ", ".join(f"{name} {short(visible(str(value), spaces=False), VALUE)}" for name, value in changed.items())
     yield f"settings  {shown or ('the defaults' if index.complete else 'not stored before the end')}"
     yield "versions  " + ", ".join(f"{name} {number}" for name, number in index.versions.items())
     for word, prompts in (("failed", failed), ("skipped", skipped)):
         for prompt in prompts[:SHOWN]:
-            yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
+            yield f"{word:9} prompt {prompt['index']}: {visible(str(prompt['reason']), spaces=False)}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
 
