@@ -91,9 +91,7 @@ def _characters(family: str) -> set[int]:
     """The code points of the characters that a font has; none if it is not on this machine."""
     try:
         path = findfont(FontProperties(family=[family]), fallback_to_default=False)
-        face: dict[str, Any] = (
-            {"face_index": path.face_index} if hasattr(path, "face_index") else {}
-        )  # since matplotlib 3.11
+        face: dict[str, Any] = {"face_index": path.face_index} if hasattr(path, "face_index") else {}
         return set(FT2Font(path, **face).get_charmap())
     except (OSError, RuntimeError, ValueError):
         return set()
