@@ -22,6 +22,7 @@ import numpy as np
 
 from fisher_vmap.cli import Parser, add_quiet, command, stopped
 from fisher_vmap.errors import UserError
+from fisher_vmap.escape import visible
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import check_writable, inspect_folder
 from fisher_vmap.results.reader import Results, open_results
@@ -124,21 +125,22 @@ def demo_model() -> Path:
 
 def finding(results: Results, loaded: "Loaded") -> str:
     """What one prompt's leading direction does to the next token, and how well F predicts it."""
-    tokenizer, record = loaded.tokenizer, most_torn(results, LEAST)
+    record = most_torn(results, LEAST)
     per_unit = record.scores() @ record.V[0]  # d log p_t along the leading direction, nats per unit
     order = np.argsort(per_unit)
-    quote = (record.text or "").strip().replace("\n", " ")
+    quote = " ".join((record.text or "").split())
     lines = [
         "",
         f"The prompt of the first {LEAST} whose leading direction trades most probability:",
-        f'"{quote[:90]}{"..." if len(quote) > 90 else ""}"',
+        f'"{visible(quote[:90], spaces=False)}{"..." if len(quote) > 90 else ""}"',
         f"The model hesitates between a few openings. A push of the residual stream at {record.layer} along the",
         "leading direction v of its Fisher matrix trades them against each other (d log p for a step of length 1):",
         "",
     ]
+    names = record.top_tokens or [f"<id {token}>" for token in record.token_ids]
     for t in [*order[::-1][:3], *order[:3][::-1]]:
-        token = tokenizer.decode([int(record.token_ids[t])])
-        lines.append(f"    {token!r:>16}   p = {np.exp(record.log_probs[t]):5.1%}   {per_unit[t]:+.3f} nats")
+        also = f"   id {record.token_ids[t]}" if names.count(names[t]) > 1 else ""
+        lines.append(f"    {names[t]!r:>16}   p = {np.exp(record.log_probs[t]):5.1%}   {per_unit[t]:+.3f} nats{also}")
     v = record.V[0].astype(np.float64)
     random = np.random.default_rng(0).standard_normal((RANDOM, len(v)))
     directions = np.stack([v, *(random / np.linalg.norm(random, axis=1, keepdims=True))])

@@ -13,6 +13,7 @@ from operator import itemgetter
 
 from fisher_vmap.cli import command, folder_command
 from fisher_vmap.data.files import Count, Extent
+from fisher_vmap.escape import short, visible
 from fisher_vmap.progress import readable
 from fisher_vmap.results.index import Index, sum_name
 from fisher_vmap.results.reader import Results, open_results
@@ -20,6 +21,7 @@ from fisher_vmap.results.record import RUN, natural, several
 from fisher_vmap.run.settings import Settings
 
 SHOWN = 5  # failed prompts, and skipped ones
+VALUE = 200  # characters of a setting's value
 
 
 @command
@@ -51,7 +53,7 @@ def describe(results: Results) -> Iterator[str]:
     for what, alike in groupby(described, key=itemgetter(1)):
         names = [layer for layer, _ in alike]
         for name in names if len(names) < RUN else [several(names)]:
-            yield f"layer     {name}: {what}"
+            yield f"layer     {visible(name, spaces=False)}: {what}"
     if wide := [layer for layer in index.layers if results.is_wide(layer)]:
         yield f"mean      none at {several(wide)}, which is too wide; directions() and contrast() do without"
     yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
@@ -69,12 +71,12 @@ def describe(results: Results) -> Iterator[str]:
         yield f"{'' if number else 'on disk':9} {readable(size):>8}  {name}"
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     changed = {name: value for name, value in metadata["settings"].items() if value != defaults.get(name)}
-    shown = ", ".join(f"{name} {value}" for name, value in changed.items())
+    shown = ", ".join(f"{name} {short(visible(str(value), spaces=False), VALUE)}" for name, value in changed.items())
     yield f"settings  {shown or ('the defaults' if index.complete else 'not stored before the end')}"
     yield "versions  " + ", ".join(f"{name} {number}" for name, number in index.versions.items())
     for word, prompts in (("failed", failed), ("skipped", skipped)):
         for prompt in prompts[:SHOWN]:
-            yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
+            yield f"{word:9} prompt {prompt['index']}: {visible(str(prompt['reason']), spaces=False)}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
 

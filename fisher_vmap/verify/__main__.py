@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
+from fisher_vmap.escape import visible
 from fisher_vmap.progress import aside, bar, step
 from fisher_vmap.results.files import check_sha256, damaged
 from fisher_vmap.results.index import (
@@ -291,7 +292,7 @@ def _carry_out(alike: Sequence[Check], advance: Callable[[int], None]) -> int:
 
 def _print(line: str) -> None:
     with aside():
-        print(line, flush=True)
+        print(visible(line, spaces=False), flush=True)
 
 
 def _without_results(folder: Path) -> str:

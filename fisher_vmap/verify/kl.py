@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fisher_vmap.data.files import spelt_as_path
 from fisher_vmap.data.local_files import kind_of
 from fisher_vmap.errors import UserError
+from fisher_vmap.escape import visible
 from fisher_vmap.fisher import check_inputs
 from fisher_vmap.linearize.linear_map import undisturbed
 from fisher_vmap.linearize.probe import layer_widths
@@ -160,9 +161,10 @@ class KlCheck(NamedTuple):
 
     def lines(self) -> list[str]:
         """The report of this layer."""
+        outcome, layer = "ok  " if self.ok else "BAD ", visible(self.layer, spaces=False)
         lines = [
-            f"{'ok  ' if self.ok else 'BAD '} KL at {self.layer}: {len(self.leading.eps)} leading and "
-            f"{len(self.random.eps)} random directions; predicted / measured, median (10% to 90%):",
+            f"{outcome} KL at {layer}: {len(self.leading.eps)} leading and {len(self.random.eps)} random directions; "
+            "predicted / measured, median (10% to 90%):",
             "     predicted, nats      leading directions           random directions",
         ]
         for e, kl in enumerate(PREDICTED):
@@ -204,7 +206,12 @@ def plot_kl(check: KlCheck, path: Path) -> None:
     ):
         axes.plot(directions.predicted.ravel(), directions.measured.ravel(), mark, alpha=0.6, label=name)
     axes.set(xscale="log", yscale="log", xlabel="predicted KL, 1/2 eps² vᵀFv (nats)", ylabel="measured KL (nats)")
-    axes.set_title(f"{check.layer}, estimator {check.estimator}, {check.precision}", fontsize="medium")
+    # A name is no mathematics: matplotlib would read what stands between two dollar signs.
+    axes.set_title(
+        f"{visible(check.layer, spaces=False)}, estimator {check.estimator}, {check.precision}",
+        fontsize="medium",
+        parse_math=False,
+    )
     axes.legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)
