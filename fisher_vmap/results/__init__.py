@@ -9,5 +9,7 @@ shard_reader  reading a shard; choosing prompts by `where`
 outputs       the files made from all shards: mean, table, npz, metadata
 writer        ResultsWriter: open or resume a folder, store shards, finish
 reader        open_results and Results: prompts, stacks, means
+local_paths   paths of this machine in settings, and settings without them
+card          the data card
 hub           upload to and download from the Hugging Face hub
 """

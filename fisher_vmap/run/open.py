@@ -20,6 +20,7 @@ from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
 from fisher_vmap.results.index import ShardLayout, stored_precision
+from fisher_vmap.results.local_paths import RECORD, found_here
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.settings import Settings
 
@@ -252,6 +253,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     with step("proving the kernel"):
         forms = _prove(fisher, excerpts)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    local_paths = found_here(settings.model_dump())
     writer = ResultsWriter.open(
         settings.output_dir,
         layout=layout_of(settings, fisher.widths),
@@ -265,11 +267,14 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
             "threads": torch.get_num_threads(),
             "forms": forms,
             "precision": loaded.precision.stored(),
+            RECORD: local_paths,
         },
         settings=settings.model_dump(),
         overwrite=settings.overwrite,
     )
     resolved = writer.resolved or {}
+    if not set(local_paths) <= set(resolved.get(RECORD, [])):  # a resumed run, of files that lie elsewhere now
+        writer.note(RECORD, local_paths)
     # Another process may have opened the run in the meantime: its choices hold.
     _compare_forms(settings.output_dir, resolved.get("forms"), forms)
     fisher.max_batch_tokens = resolved["max_batch_tokens"]
