@@ -15,6 +15,7 @@ from fisher_vmap.report.data import LayerSurvey, Survey
 from fisher_vmap.report.figures import layer_figures, layers_figure
 from fisher_vmap.report.outliers import FEW, WORTH_A_LOOK
 from fisher_vmap.results.files import replacing
+from fisher_vmap.results.local_paths import without_local_paths
 from fisher_vmap.results.record import PromptRecord
 
 NAME = 80  # characters of a model's or a data set's name in the title
@@ -37,8 +38,8 @@ def render_page(survey: Survey) -> str:
     asset = {name: (files("fisher_vmap.report") / name).read_text("utf-8") for name in ("page.css", "page.js")}
     template = (files("fisher_vmap.report") / "page.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    settings = survey.results.metadata["settings"]
-    model, data = (_last_part(settings.get(name)) for name in ("model_path", "dataset_name"))
+    settings = without_local_paths(survey.results.metadata["settings"], survey.results.index)
+    model, data = (short(visible(str(settings.get(name) or "")), NAME) for name in ("model_path", "dataset_name"))
     title = f"{len(survey.rows.index):,} prompts of {data} in {model}" if model else visible(survey.results.folder.name)
     layers = survey.layers[0].name if len(survey.layers) == 1 else f"{len(survey.layers)} layers"
     versions = survey.results.index.versions
@@ -224,9 +225,3 @@ def _covers(survey: Survey) -> str:
 
 def _percent(x: float) -> str:
     return f"{x:.0%}" if x >= 0.0995 else f"{x:.1%}"
-
-
-def _last_part(path: Any) -> str:
-    text = str(path or "")
-    last = text if text.count("/") == 1 and not text.startswith(("/", ".")) else text.rstrip("/").rpartition("/")[2]
-    return short(visible(last), NAME)

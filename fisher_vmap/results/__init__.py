@@ -11,5 +11,7 @@ means         the mean matrix: running sums, mean.safetensors, and which layers 
 outputs       the files made from all shards: mean, table, npz, metadata
 writer        ResultsWriter: open or resume a folder, store shards, finish
 reader        open_results and Results: prompts, stacks, means
+local_paths   paths of this machine in settings, and settings without them
+card          the data card
 hub           upload to and download from the Hugging Face hub
 """

@@ -4,6 +4,7 @@ __main__       the command
 settings       every setting with its type, default and meaning
 setting_types  what each type of setting accepts
 cli_args       settings read from the command line and config.yaml
+fingerprint    what a folder's results depend on
 open           the model, prompts, renderer and folder of a run, with all checks before it begins
 compute        shards computed and stored, in this process
 bar            the progress bar

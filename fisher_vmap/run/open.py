@@ -10,41 +10,27 @@ import torch
 from torch import Tensor
 
 from fisher_vmap.data.batching import pack
-from fisher_vmap.data.chat_template import content_mark
 from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.load.model import Loaded, load_model
-from fisher_vmap.load.options import LoadOptions, kwargs_of_results
+from fisher_vmap.load.options import LoadOptions
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
 from fisher_vmap.results.index import ShardLayout, stored_precision
+from fisher_vmap.results.local_paths import RECORD, found_here
 from fisher_vmap.results.means import check_means_only
 from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.run.fingerprint import fingerprint
 from fisher_vmap.run.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PROOF_TOKENS = 64  # of each of two prompts, if a whole batch does not fit in memory
 PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
-# Settings that do not change a prompt's results.
-NOT_IN_FINGERPRINT = {
-    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
-    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
-    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
-    *("vectors_dtype", "store_text", "keep_columns", "save"),  # part of the layout, which is compared as well
-    "prompt_column",  # the column that it led to is in the fingerprint
-    "chat_template_file",  # its content is in the fingerprint
-    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
-}
-# Settings that came later: at their defaults they are left out, so that folders from before are still resumed.
-LATER = {
-    *("prompt_template", "system_turns", "chat_template_kwargs", "special_tokens_in_text"),
-    *("attn_implementation", "quantization", "model_kwargs"),
-}
 
 
 def source_of(settings: Settings) -> PromptSource:
@@ -261,6 +247,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     with step("proving the kernel"):
         forms = _prove(fisher, excerpts)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    local_paths = found_here(settings.model_dump())
     writer = ResultsWriter.open(
         settings.output_dir,
         layout=layout_of(settings, fisher.widths),
@@ -275,11 +262,14 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
             "forms": forms,
             "precision": loaded.precision.stored(),
             "data_rows": stored.get("data_rows") if found else source.extent().stored(),
+            RECORD: local_paths,
         },
         settings=settings.model_dump(),
         overwrite=settings.overwrite,
     )
     resolved = writer.resolved or {}
+    if not set(local_paths) <= set(resolved.get(RECORD, [])):  # a resumed run, of files that lie elsewhere now
+        writer.note(RECORD, local_paths)
     # Another process may have opened the run in the meantime: its choices hold.
     _compare_forms(settings.output_dir, resolved.get("forms"), forms)
     fisher.max_batch_tokens = resolved["max_batch_tokens"]
@@ -374,21 +364,3 @@ def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen
                 f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
                 f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
             )
-
-
-def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
-    """Everything that a prompt's results depend on: settings, and what they led to."""
-    later = {name for name in LATER if getattr(settings, name) == Settings.model_fields[name].default}
-    left_out = NOT_IN_FINGERPRINT | later
-    chosen = {name: value for name, value in settings.model_dump().items() if name not in left_out}
-    if settings.chat_template_file is not None:
-        chosen["chat_template_file"] = content_mark(settings.chat_template_file)
-    return chosen | {
-        "model_kwargs": kwargs_of_results(settings.model_kwargs),
-        "model": loaded.identity,
-        "layers": fisher.layers,
-        "data": source.fingerprint,
-        "column": source.column,
-        "device_type": fisher.device.type,
-        "precision": fisher.precision,
-    }
