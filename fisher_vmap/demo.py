@@ -1,11 +1,16 @@
 """`python -m fisher_vmap.demo`: a run on a small real model and prompts that come with the package, and a result."""
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("demo"))
+
 import importlib.util
 import json
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,13 +20,15 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
+from fisher_vmap.cli import Parser, add_quiet, command, stopped
 from fisher_vmap.errors import UserError
+from fisher_vmap.escape import visible
 from fisher_vmap.progress import step
-from fisher_vmap.results.folder import inspect_folder
+from fisher_vmap.results.folder import check_writable, inspect_folder
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.run.__main__ import run
+from fisher_vmap.run.cli_args import settings_of
 from fisher_vmap.run.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,33 +49,33 @@ RANDOM = 8  # directions to compare with; a single one may differ by an order of
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of its command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.demo",
+    parser = Parser(
+        "demo",
         description="Compute a small real model on prompts that come with the package, and show a result.",
-        epilog="example: python -m fisher_vmap.demo --output_dir demo_results",
+        epilog="example: fisher-vmap demo --output_dir demo_results",
     )
-    parser.add_argument("--output_dir", "--output-dir", default="demo_results", help="folder of the results")
+    parser.add_argument("--output_dir", metavar="DIR", default="demo_results", help="folder of the results")
     parser.add_argument(
-        "--num_prompts", "--num-prompts", choices=("auto", "all"), default="auto",
+        "--num_prompts", choices=("auto", "all"), default="auto",
         help="auto: as many of the 64 as take about a minute with the rest; all, however long that is",
     )  # fmt: skip
     precisions = get_args(Settings.model_fields["precision"].annotation)
     parser.add_argument("--precision", choices=precisions, default="auto", help="as for a run")
     add_quiet(parser)
-    arguments = parser.parse_args(argv)
-    start_logging(quiet=arguments.quiet)
+    arguments = parser.read(argv)
+    settings = settings_of(
+        model_path=str(demo_model()),
+        dataset_name=str(PROMPTS),
+        hook_layer_name=LAYER,
+        num_prompts="all",
+        keep_columns=("kind",),
+        output_dir=arguments.output_dir,
+        precision=arguments.precision,
+        overwrite=True,
+    )
+    inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading
+    check_writable(Path(settings.output_dir))
     try:
-        settings = Settings(
-            model_path=str(demo_model()),
-            dataset_name=str(PROMPTS),
-            hook_layer_name=LAYER,
-            num_prompts="all",
-            keep_columns=("kind",),
-            output_dir=arguments.output_dir,
-            precision=arguments.precision,
-            overwrite=True,
-        )
-        inspect_folder(Path(settings.output_dir), overwrite=True)  # before minutes of loading
         with step("loading the libraries"):
             from fisher_vmap.run.open import model_of
         loaded = model_of(settings)
@@ -77,14 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 settings = settings.model_copy(update={"num_prompts": affordable(settings, loaded)})
         run(settings, loaded=loaded)
         with step("looking for a prompt to show"):
-            found = finding(open_results(arguments.output_dir), loaded)
+            found = finding(open_results(settings.output_dir), loaded)
         print(found)
-        print(how_to_open(arguments.output_dir, settings.model_path))
-    except UserError as error:
-        return user_mistake(error)
+        print(how_to_open(settings.output_dir, settings.model_path))
     except KeyboardInterrupt:
-        print("\nfisher_vmap: the demo was stopped; the same command begins it again", file=sys.stderr)
-        return 130
+        return stopped("the demo was stopped; the same command begins it again")
     return 0
 
 
@@ -121,21 +125,22 @@ def demo_model() -> Path:
 
 def finding(results: Results, loaded: "Loaded") -> str:
     """What one prompt's leading direction does to the next token, and how well F predicts it."""
-    tokenizer, record = loaded.tokenizer, most_torn(results, LEAST)
+    record = most_torn(results, LEAST)
     per_unit = record.scores() @ record.V[0]  # d log p_t along the leading direction, nats per unit
     order = np.argsort(per_unit)
-    quote = (record.text or "").strip().replace("\n", " ")
+    quote = " ".join((record.text or "").split())
     lines = [
         "",
         f"The prompt of the first {LEAST} whose leading direction trades most probability:",
-        f'"{quote[:90]}{"..." if len(quote) > 90 else ""}"',
+        f'"{visible(quote[:90], spaces=False)}{"..." if len(quote) > 90 else ""}"',
         f"The model hesitates between a few openings. A push of the residual stream at {record.layer} along the",
         "leading direction v of its Fisher matrix trades them against each other (d log p for a step of length 1):",
         "",
     ]
+    names = record.top_tokens or [f"<id {token}>" for token in record.token_ids]
     for t in [*order[::-1][:3], *order[:3][::-1]]:
-        token = tokenizer.decode([int(record.token_ids[t])])
-        lines.append(f"    {token!r:>16}   p = {np.exp(record.log_probs[t]):5.1%}   {per_unit[t]:+.3f} nats")
+        also = f"   id {record.token_ids[t]}" if names.count(names[t]) > 1 else ""
+        lines.append(f"    {names[t]!r:>16}   p = {np.exp(record.log_probs[t]):5.1%}   {per_unit[t]:+.3f} nats{also}")
     v = record.V[0].astype(np.float64)
     random = np.random.default_rng(0).standard_normal((RANDOM, len(v)))
     directions = np.stack([v, *(random / np.linalg.norm(random, axis=1, keepdims=True))])
@@ -199,7 +204,3 @@ The same model on prompts of your own:
 
     fisher-vmap run --model_path {shlex.quote(model_path)} --dataset_name prompts.jsonl --hook_layer_name 15
 """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,13 @@
 """`python -m fisher_vmap.finish DIR`: finish a folder whose shards are all there, as after an interrupted last step."""
 
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("finish"))
+
+import os.path
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +22,7 @@ from fisher_vmap.results.writer import ResultsWriter
 def main(argv: Sequence[str] | None = None) -> int:
     """Finish a results folder; returns the exit code."""
     what = "Write a results folder's index, table, mean and npz from its shards, once all of them are there."
-    return folder_command("finish", what, _lines, argv, long=True)
+    return folder_command("finish", what, _lines, argv)
 
 
 def _lines(folder: Path) -> Iterator[str]:
@@ -32,13 +39,10 @@ def finish(folder: Path) -> Index:
     Raises:
         UserError: this is not a results folder, a shard is missing or damaged, or the folder cannot be written.
     """
+    folder = Path(os.path.expanduser(folder))
     index = read_index(folder)
     if index.settings is None or index.num_prompts is None:
-        raise UserError(f"{folder} does not say yet how many prompts its run has; run the same command again")
+        raise UserError(f"{folder} does not say yet how many prompts its run has; give the command of its run again")
     save, npz = index.settings["save"], index.settings["export_npz"]
     npz = wants_npz(npz, save, max(index.num_prompts, index.stop))
     return ResultsWriter(folder, index).finish(save=save, export_npz=npz)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Unpack
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.completions import Completions
-from fisher_vmap.data.batching import PromptNumbers, batch_tokens_for, in_windows, numbers_of
+from fisher_vmap.data.batching import Prompt, PromptNumbers, batch_tokens_for, in_windows, numbers_of
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer
@@ -20,6 +20,7 @@ from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
 from fisher_vmap.full_matrix import fisher_full, fisher_sampled
+from fisher_vmap.kernels.hf_attention import attention_of
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.linearize.linear_map import CommonOptions, KernelOptions, as_it_is, differentiable, undisturbed
@@ -83,6 +84,7 @@ class FisherModel:
         samples: int = 1,
         temperature: float | None = None,
         seed: int = 0,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[ModelOptions],
     ) -> None:
         """Open a model: resolve its layers and check everything that needs no prompt.
@@ -96,6 +98,7 @@ class FisherModel:
                 `max_batch_tokens` allows.
             max_batch_tokens: most tokens computed at once, padding included; None: by memory.
             renderer: turns prompts into tokens; None: uses the tokenizer's chat template if it has one.
+            chat_template_kwargs: for renderer None: variables of the template, such as {"enable_thinking": False}.
             targets: the positions whose next-token distribution is read: "last" (the default); "completion", those that
                 predict the tokens of a given completion; "all"; or a number N: the model writes N tokens itself, and
                 the positions that predict these are read.
@@ -155,7 +158,7 @@ class FisherModel:
         self.top_k = top_k
         self.batch_size = sys.maxsize if batch_size is None else batch_size
         self.max_batch_tokens = max_batch_tokens or self.batch_tokens(rank=top_k)
-        self._renderer = renderer
+        self._renderer, self._template_kwargs = renderer, chat_template_kwargs
         if not 1 <= top_k <= self.vocabulary:
             raise ValueError(f"top_k is {top_k}; expected 1 to {self.vocabulary}, the size of this model's vocabulary")
         if self.include_rest and top_k == self.vocabulary:
@@ -167,14 +170,16 @@ class FisherModel:
 
         "form" is the kernel's form and "why" the reason for it; "attention", "prompts" (how they are laid out), "rules"
         (the blocks pulled back by a rule, and why others are not), "last_block" (whether only its last row is run),
-        "precision", and "audit" (how many batches were compared with plain autograd).
+        "precision", "audit" (how many batches were compared with plain autograd), and "audit_attention" (the attention
+        of transformers that the unchanged model ran with in that comparison).
         """
         with undisturbed(self.model, self.precision):
             known = known_of(self.model)
             if known is None or known.made_of != signature(self.model):
                 return {}
             ran = {layer: known.ran(layer, self.options.kernel) for layer in self.layers}
-        return {layer: {**found, "precision": self.precision} for layer, found in ran.items() if found is not None}
+        told = {"precision": self.precision, "audit_attention": attention_of(self.model)}
+        return {layer: {**found, **told} for layer, found in ran.items() if found is not None}
 
     @contextmanager
     def one_shard(self, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:
@@ -349,13 +354,14 @@ class FisherModel:
         half = (len(prompts) + 1) // 2
         return self._in_halves(prompts[:half], rank) + self._in_halves(prompts[half:], rank)
 
-    def fisher(self, prompts: Iterable[str | Sequence[dict[str, str]]], rank: int = 10) -> Iterator[FisherRecord]:
+    def fisher(self, prompts: Iterable[Prompt], rank: int = 10) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
 
         A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command.
 
         Args:
-            prompts: an iterable of texts or lists of messages ({"role": ..., "content": ...}).
+            prompts: an iterable of texts, lists of messages ({"role": ..., "content": ...}), such lists as JSON, or
+                mappings of "messages" and "tools".
             rank: R, how many singular values to keep.
 
         Yields:
@@ -371,12 +377,11 @@ class FisherModel:
             if self.tokenizer is None:
                 raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
             rooms = (MAX_LENGTH, most_positions(self.model), layers_of(self.model).positions)
-            self._renderer = Renderer(self.tokenizer, max_length=min(room for room in rooms if room is not None))
-        return self._records(prompts, self._renderer, rank)
+            room = min(room for room in rooms if room is not None)
+            self._renderer = Renderer(self.tokenizer, max_length=room, chat_template_kwargs=self._template_kwargs)
+        return self._records(map(self._renderer.given, prompts), self._renderer, rank)
 
-    def _records(
-        self, prompts: Iterable[str | Sequence[dict[str, str]]], renderer: Renderer, rank: int
-    ) -> Iterator[FisherRecord]:
+    def _records(self, prompts: Iterable[Prompt], renderer: Renderer, rank: int) -> Iterator[FisherRecord]:
         found = in_windows(
             prompts,
             renderer,

@@ -1,27 +1,34 @@
 """`python -m fisher_vmap.info DIR`: what a results folder holds, on one screen."""
 
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("info"))
+
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 
 from fisher_vmap.cli import command, folder_command
+from fisher_vmap.data.files import Count, Extent
+from fisher_vmap.escape import short, visible
 from fisher_vmap.progress import readable
-from fisher_vmap.results.index import sum_name
+from fisher_vmap.results.index import Index, sum_name
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import RUN, natural, several
 from fisher_vmap.run.settings import Settings
 
 SHOWN = 5  # failed prompts, and skipped ones
+VALUE = 200  # characters of a setting's value
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what a finished or unfinished results folder holds; returns the exit code."""
     what = "Show what a results folder holds: prompts, layers, settings, what failed, and sizes."
-    return folder_command(
-        "info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv, long=False
-    )
+    return folder_command("info", what, lambda folder: describe(open_results(folder, allow_incomplete=True)), argv)
 
 
 def describe(results: Results) -> Iterator[str]:
@@ -32,8 +39,10 @@ def describe(results: Results) -> Iterator[str]:
     """
     index, metadata = results.index, results.metadata
     failed, skipped = metadata["failed_prompts"], metadata["skipped_prompts"]
-    total = "an unknown number of" if index.num_prompts is None else f"{index.num_prompts:,}"
-    yield f"{results.folder}: {'complete' if index.complete else f'unfinished, of {total} prompts'}"
+    extent = extent_of(index)
+    total = "an unknown number of prompts" if extent.taken is None else str(extent)
+    complete = "complete" if extent.is_whole else f"complete: {extent}"
+    yield f"{results.folder}: {complete if index.complete else f'unfinished, of {total}'}"
     ok = len(results) - len(failed) - len(skipped)
     yield f"prompts   {len(results):,}: {ok:,} with results, {len(failed):,} failed, {len(skipped):,} skipped"
     forms = (index.resolved or {}).get("forms", {})
@@ -44,7 +53,9 @@ def describe(results: Results) -> Iterator[str]:
     for what, alike in groupby(described, key=itemgetter(1)):
         names = [layer for layer, _ in alike]
         for name in names if len(names) < RUN else [several(names)]:
-            yield f"layer     {name}: {what}"
+            yield f"layer     {visible(name, spaces=False)}: {what}"
+    if wide := [layer for layer in index.layers if results.is_wide(layer)]:
+        yield f"mean      none at {several(wide)}, which is too wide; directions() and contrast() do without"
     yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
     shards = sum(shard.table_bytes + (0 if shard.folded else shard.bytes) for shard in index.shards)
     sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}
@@ -60,15 +71,20 @@ def describe(results: Results) -> Iterator[str]:
         yield f"{'' if number else 'on disk':9} {readable(size):>8}  {name}"
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     changed = {name: value for name, value in metadata["settings"].items() if value != defaults.get(name)}
-    shown = ", ".join(f"{name} {value}" for name, value in changed.items())
+    shown = ", ".join(f"{name} {short(visible(str(value), spaces=False), VALUE)}" for name, value in changed.items())
     yield f"settings  {shown or ('the defaults' if index.complete else 'not stored before the end')}"
     yield "versions  " + ", ".join(f"{name} {number}" for name, number in index.versions.items())
     for word, prompts in (("failed", failed), ("skipped", skipped)):
         for prompt in prompts[:SHOWN]:
-            yield f"{word:9} prompt {prompt['index']}: {prompt['reason']}"
+            yield f"{word:9} prompt {prompt['index']}: {visible(str(prompt['reason']), spaces=False)}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def extent_of(index: Index) -> Extent:
+    """Which part of its data set a run takes, as far as its folder tells."""
+    rows, settings = (index.resolved or {}).get("data_rows"), index.settings or {}
+    limit, offset = settings.get("num_prompts"), settings.get("offset") or 0
+    shuffled = settings.get("shuffle_seed") is not None
+    limited = isinstance(limit, int) and index.num_prompts is not None and limit <= index.num_prompts
+    return Extent(index.num_prompts, Count(**rows) if rows else None, offset, shuffled, limited)

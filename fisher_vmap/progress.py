@@ -1,17 +1,22 @@
 """Progress on standard error: a live line on a terminal, elsewhere a plain line from time to time.
 
-Only the commands switch it on, with `show`. A background thread updates the line while a step runs.
+Only the commands switch it on, with `show`. A background thread updates the line while a step runs. `prepare_streams`
+makes standard error, and what is printed, bear disks that are full and characters that cannot be encoded.
 """
 
+import io
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def readable(size: float) -> str:
@@ -323,3 +328,65 @@ def _is_terminal(stream: TextIO) -> bool:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except (OSError, ValueError):
         return False
+
+
+class _Droppable(io.RawIOBase):
+    """Standard error that drops what cannot be written: a full disk under a log ends no computation."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        left = bytes(data)
+        size = len(left)
+        with suppress(OSError):
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        return size
+
+
+class _Remembering(io.FileIO):
+    """Standard output that remembers what it failed with: argparse and others pass over it."""
+
+    failure: OSError | None = None
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def prepare_streams() -> None:
+    """Make standard output take any character, and standard error any fault.
+
+    A stream that the shell has closed becomes the null device. Else the next file that is opened would get its number,
+    and with it what libraries write there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
+        below = io.BufferedWriter(_Droppable(2))
+        sys.stderr = io.TextIOWrapper(below, encoding, "backslashreplace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        how = {"line_buffering": sys.stdout.line_buffering, "write_through": sys.stdout.write_through}
+        out = io.BufferedWriter(_Remembering(1, "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(out, sys.stdout.encoding, "backslashreplace", **how)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

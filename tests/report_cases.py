@@ -29,8 +29,12 @@ def planted(kind, seed=0, *, count=200, few=5, width=64, rank=8, share=0.2):
     return factors, who, u
 
 
-def write_factors(folder, layers, *, shard_size=32, texts=None, tokens=True, **options):
-    """A finished folder from {layer: factors [n, K, D]}; texts and tokens of no meaning."""
+def write_factors(folder, layers, *, shard_size=32, texts=None, tokens=True, values=None, words=None, **options):
+    """A finished folder from {layer: factors [n, K, D]}; texts and tokens of no meaning.
+
+    `values` has the values of kept columns, used in turn; `words` the top tokens' texts.
+    """
+    options |= {"keep_columns": tuple(values)} if values else {}
     first = next(iter(layers.values()))
     n, K, _ = first.shape
     layout = make_layout({name: f.shape[2] for name, f in layers.items()}, top_k=K, rank=K, **options)
@@ -47,11 +51,13 @@ def write_factors(folder, layers, *, shard_size=32, texts=None, tokens=True, **o
             }
             text = f"prompt number {i}" if texts is None else texts[i]
             kept = {column: f"{column} {i % 3}" for column in layout.keep_columns}
-            words = {"top_tokens": [f" t{k}" for k in range(K)], "prompt_tokens": [text[:3], *["\n"] * (T - 1)]}
+            kept |= {column: found[i % len(found)] for column, found in (values or {}).items()}
+            top = [f" t{k}" for k in range(K)] if words is None else words
+            stored = {"top_tokens": top, "prompt_tokens": [text[:3], *["\n"] * (T - 1)]}
             prompts.append(
                 PromptResult(
                     index=i, text=text, num_tokens=T, kept=kept, token_ids=np.arange(K), log_probs=log_probs,
-                    layers=found, **(words if tokens else {}),
+                    layers=found, **(stored if tokens else {}),
                 )
             )  # fmt: skip
         writer.add(number, prompts)

@@ -70,15 +70,17 @@ def open_writer(folder, layout=None, shard_size=4, fingerprint=None, **options):
     )
 
 
-def write_folder(folder, num_prompts=10, layout=None, *, finish=True, seed=0, save="both", export_npz=True, **options):
+def write_folder(
+    folder, num_prompts=10, layout=None, *, finish=True, seed=0, save="both", export_npz=True, settings=None, **options
+):
     """What the pipeline does with a folder: open, fill what is missing, finish. Returns the shards it computed."""
     layout = layout or make_layout()
-    writer = open_writer(folder, layout, **options)
+    writer = open_writer(folder, layout, **{"settings": settings, **options})
     missing = writer.missing_shards(num_prompts)
     for number, start, stop in missing:
         writer.add(number, make_prompts(start, stop, layout, seed))
     if finish:
-        writer.finish(settings=SETTINGS, save=save, export_npz=export_npz)
+        writer.finish(settings=settings or SETTINGS, save=save, export_npz=export_npz)
     return [shard.number for shard in missing]
 
 

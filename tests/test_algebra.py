@@ -137,6 +137,65 @@ def test_contrast_finds_what_one_group_has_alone():
     assert abs(found.directions[0] @ alone) > 0.999 and found.outside[0] < 1e-4 < found.inside[0]
 
 
+def factors_of(seed, width=D):
+    return algebra.mean_factors([low_rank(seed, n=1, width=width)], width)
+
+
+def pieces_of(pair, size):
+    return [(pair[0][i : i + size], pair[1][i : i + size]) for i in range(0, len(pair[0]), size)]
+
+
+@pytest.mark.parametrize(("n", "size", "most"), [(1, 1, None), (3, 2, None), (9, 4, 20), (9, 9, 18)])
+def test_a_mean_by_its_factors(n, size, most):
+    many = low_rank(21, n=n, zeros=1)
+    mean = dense(many).mean(0)
+    found = algebra.mean_factors(iter(pieces_of(many, size)), D, most)
+    assert found.prompts == n and math.isclose(found.trace, np.trace(mean), rel_tol=1e-10)
+    assert math.isclose(found.share, 1, rel_tol=1e-9)
+    rank = np.linalg.matrix_rank(mean)
+    S, V = algebra.eigenvectors(mean, rank)
+    np.testing.assert_allclose(found.S, S, rtol=1e-8)
+    np.testing.assert_allclose(found.V, V, atol=1e-6)
+    np.testing.assert_allclose(dense((found.S, found.V)), mean, atol=1e-10)
+    x = np.random.default_rng(0).normal(size=D)
+    assert math.isclose(algebra.quadratic(found, x), x @ mean @ x, rel_tol=1e-9)
+
+
+def test_a_mean_that_is_cut_says_how_much():
+    """60 matrices in an own plane each, but for one direction that all share; 40 rows of 240 are kept."""
+    rng, width = np.random.default_rng(0), 300
+    shared = np.linalg.qr(rng.normal(size=(width, 1)))[0][:, 0]
+    V = np.stack([np.linalg.qr(np.c_[shared, rng.normal(size=(width, 3))])[0].T for _ in range(60)])
+    S = np.tile([1.0, 0.02, 0.02, 0.02], (60, 1))
+    mean = dense((S, V)).mean(0)
+    found = algebra.mean_factors([(S, V)], width, most=20)
+    assert len(found.S) <= 40 and math.isclose(found.trace, 1.06, rel_tol=1e-9)
+    exact = np.linalg.eigvalsh(mean)[::-1]
+    assert found.share < 0.99
+    lost = found.trace - found.S.sum()
+    assert (exact[: len(found.S)] + 1e-12 >= found.S).all() and (exact[: len(found.S)] - lost - 1e-12 <= found.S).all()
+    assert math.isclose(found.S[0], exact[0], rel_tol=1e-3) and abs(found.V[0] @ shared) > 0.9999
+
+
+def test_a_mean_of_nothing_and_what_is_none():
+    empty = algebra.mean_factors([], D)
+    assert empty.S.shape == (0,) and empty.V.shape == (0, D) and math.isnan(empty.trace) and empty.prompts == 0
+    zero = algebra.mean_factors([(np.zeros((2, R)), np.zeros((2, R, D)))], D)
+    assert zero.prompts == 2 and zero.trace == 0 and len(zero.S) == 0
+    for bad in ((np.ones((1, R)), np.full((1, R, D), np.nan)), low_rank(0, n=2, width=D + 1)):
+        with pytest.raises(ValueError, match="not finite, or not of width 13"):
+            algebra.mean_factors([bad], D)
+
+
+@pytest.mark.parametrize(("n", "m", "ridge"), [(2, 2, 0.01), (3, 6, 0.1), (6, 1, 1.0)])
+def test_a_contrast_of_factors_is_that_of_the_dense_means(n, m, ridge):
+    groups = low_rank(22, n=n), low_rank(23, n=m)
+    plain = algebra.contrast(*(dense(group).mean(0) for group in groups), rank=4, ridge=ridge)
+    found = algebra.contrast(*(algebra.mean_factors([group], D) for group in groups), rank=4, ridge=ridge)
+    for one, other in zip(plain, found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
 def test_a_batch_of_factors_and_a_record_will_do():
     A = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0))
     batch = compress(A, 5)
@@ -158,6 +217,9 @@ def test_a_batch_of_factors_and_a_record_will_do():
         (lambda: algebra.contrast(np.eye(3), np.eye(4)), "expected equal ones"),
         (lambda: algebra.contrast(np.eye(3), np.eye(3), ridge=0.0, rank=1), "ridge 0.0; expected"),
         (lambda: algebra.contrast(np.eye(3), np.zeros((3, 3)), rank=1), "nothing to contrast with"),
+        (lambda: algebra.contrast(factors_of(0), factors_of(1), rank=5), "rank is 5 and ridge 0.01; expected 1 to 4"),
+        (lambda: algebra.contrast(factors_of(0), factors_of(1, D + 1)), "have the widths 13 and 14"),
+        (lambda: algebra.contrast(factors_of(0), algebra.mean_factors([], D), rank=1), "nothing to contrast with"),
     ],
 )
 def test_what_cannot_be_computed_is_said_in_one_line(call, message):

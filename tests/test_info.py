@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from command_cases import environment
-from results_cases import make_layout, write_folder
+from results_cases import make_layout, open_writer, without_numbers, write_folder
 
 import fisher_vmap
 from fisher_vmap.cli import COMMANDS
@@ -79,7 +79,7 @@ def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command([name, "--help"])
     assert stop.value.code == 0
-    assert f"python -m fisher_vmap.{name}" in capsys.readouterr().out.split("example")[-1]
+    assert f"fisher-vmap {name}" in capsys.readouterr().out.split("example")[-1]
 
 
 def test_the_words_of_the_console_script(capsys):
@@ -90,3 +90,15 @@ def test_the_words_of_the_console_script(capsys):
     assert capsys.readouterr().out == f"fisher-vmap {fisher_vmap.__version__}\n"
     assert command(["frobnicate"]) == 2
     assert "run, finish, report" in capsys.readouterr().err
+
+
+def test_values_and_reasons_stay_on_their_lines(tmp_path, capsys):
+    writer = open_writer(tmp_path)
+    writer.missing_shards(1)
+    writer.add(0, [without_numbers(0, "failed", "the text\nbegins with \x1b[31m\u202e")])
+    writer.finish(settings={"system_prompt": "one\ntwo\x1b[0m  three", "prefill": "x" * 5000})
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (settings,) = (line for line in lines if line.startswith("settings"))
+    assert "system_prompt one↵two<U+001B>[0m  three" in settings and "…" in settings and len(settings) < 500
+    assert lines[-1] == "failed    prompt 0: the text↵begins with <U+001B>[31m<U+202E>"

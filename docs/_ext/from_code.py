@@ -1,4 +1,4 @@
-"""Pages made from code: {settings} from config.py, {commands} from what --help says, {notebook} from the example."""
+"""Pages made from code: {settings} from config.py, {commands} from what --help says, {notebook} NAME of an example."""
 
 import contextlib
 import importlib
@@ -22,7 +22,7 @@ from fisher_vmap.run.settings import Settings
 
 GROUP_OR_NAME = re.compile(r"^    (?:# (?P<group>.+)|(?P<name>\w+): \w)", re.MULTILINE)
 LINE = "90"  # columns of the help texts
-NOTEBOOK = Path(__file__).parents[2] / "examples" / "fisher_geometry.ipynb"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def settings_text() -> str:
@@ -82,16 +82,19 @@ def help_of(module: str) -> str:
     return said.getvalue()
 
 
-def notebook_text() -> str:
-    """The example notebook: its texts, its code, and what each cell has printed."""
+def notebook_text(name: str) -> str:
+    """An example notebook: its texts, its code, and what each cell has printed and drawn."""
     parts = []
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+    first, *cells = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4).cells
+    for cell in [cells[0], first, *cells[1:]]:  # the title above the cell that installs
         if cell.cell_type == "markdown":
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
         if printed := "".join(output.text for output in cell.outputs if output.get("name") == "stdout"):
             parts.append(f"```text\n{printed.rstrip()}\n```")
+        drawn = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+        parts += [f"![figure](data:image/png;base64,{''.join(png.split())})" for png in drawn]
     return "\n\n".join(parts)
 
 
@@ -101,9 +104,11 @@ TEXTS = {"settings": settings_text, "commands": commands_text, "notebook": noteb
 class FromCode(SphinxDirective):
     """A directive that stands for a text in markdown."""
 
+    optional_arguments = 1
+
     def run(self) -> list[nodes.Node]:
         """The nodes of the text."""
-        return self.parse_text_to_nodes(TEXTS[self.name](), allow_section_headings=True)
+        return self.parse_text_to_nodes(TEXTS[self.name](*self.arguments), allow_section_headings=True)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

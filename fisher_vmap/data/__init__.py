@@ -1,9 +1,12 @@
 """Data sets, their prompts, and tokens in batches.
 
-files          rows of local files
+local_files    what a local file is, its bytes and lines; a folder's data files
+files          rows of local files; tables, and how much of one a run takes
 datasets       rows of folders, and of data sets of the hub
 conversations  the prompt in a cell: a text, or turns
+formats        a row's columns to its prompt, by the known formats or a template
 prompts        the prompts of a run, and of each of its shards
+chat_template  turns to text, and texts that are rendered already
 render         prompts to token ids, by the chat template
 pieces         token ids to text
 sequences      prompts with their completions, and their targets

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.data.conversations import SkippedPrompt
+from fisher_vmap.data.conversations import Message, SkippedPrompt
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.data.sequences import TargetNumbers, Tokens, tokens_of
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
@@ -211,6 +211,10 @@ def _not_finite(log_probs: np.ndarray, layers: dict[str, LayerResult]) -> str | 
 WINDOW = 32  # prompts that are sorted by length at a time
 
 
+Prompt = str | Sequence[Message] | Mapping[str, Any]
+"""A text, a list of messages, or a mapping of "messages" and "tools"."""
+
+
 class Computed(NamedTuple):
     """A prompt's tokens, its sequences and its numbers."""
 
@@ -220,7 +224,7 @@ class Computed(NamedTuple):
 
 
 def in_windows(
-    prompts: Iterable[str | Sequence[dict[str, str]]],
+    prompts: Iterable[Prompt],
     renderer: Renderer,
     compute: Callable[[list[list[Tokens]]], list[PromptNumbers]],
     sequences: Callable[[list[Tokens]], list[list[Tokens]]],
@@ -253,7 +257,7 @@ def in_windows(
             yield prompt if isinstance(prompt, SkippedPrompt) else Computed(prompt, made[i], numbers[i])
 
 
-def _rendered(prompt: str | Sequence[dict[str, str]], renderer: Renderer) -> TokenizedPrompt | SkippedPrompt:
+def _rendered(prompt: Prompt, renderer: Renderer) -> TokenizedPrompt | SkippedPrompt:
     try:
         return renderer.render(prompt)
     except SkippedPrompt as reason:

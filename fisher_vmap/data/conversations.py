@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""One turn: "role", "content" (None beside tool calls), and what else its data set has for the chat template."""
 
-# ShareGPT's words for the two speakers, and other common ones.
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+# ShareGPT's words for the speakers, and other common ones.
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "developer": "system", "observation": "tool", "tool_response": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a turn whose text is a call as JSON
+_NAMES = ("role", "from", "content", "value")  # the two spellings of a turn's speaker and text
+
+# How a list of turns begins as text: JSON, Python's repr, or numpy's.
+_LIST_AS_TEXT = re.compile(r"""\s*(?:array\(|[\[(]\s*(?:[\[({"'\]]|array\()|\{\s*["'])""")
+# What keeps a repr from being a literal: numpy's missing commas, its arrays, and values that have no literal.
+_NOT_LITERAL = re.compile(
+    r"""(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?P<next>\s+(?=['"]))?"""
+    r"""|(?P<turns>\}\s+\{)|(?P<array>\b(?:array|np\.\w+)\()|(?P<dtype>,\s*dtype=[^()\s]+\))"""
+    r"""|(?P<value>\b[A-Za-z_][\w.]*\([^()]*\)|\b(?:nan|NaT|null)\b)""",
+    re.DOTALL,
+)
 
 
 class SkippedPrompt(ValueError):
     """One prompt cannot be used; the message is the reason, which is stored with the results."""
+
+
+class Conversation(list[Message]):
+    """Turns that end with the user's.
+
+    Attributes:
+        tools: the tools that the assistant may call, as JSON schemas; None: no tools.
+    """
+
+    def __init__(self, turns: Iterable[Message] = (), tools: list[Any] | None = None) -> None:
+        super().__init__(turns)
+        self.tools = tools
 
 
 def _valid(text: str) -> str:
@@ -29,12 +60,13 @@ def _not_blank(text: str) -> str:
     return text
 
 
-def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = "full") -> str | list[Message]:
+def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = "full") -> str | Conversation:
     """Take the prompt out of a cell.
 
     Args:
-        value: a text; or a conversation: a list of turns with "role" and "content" (or "from" and "value"), or, as some
-            data sets have it, a mapping of lists.
+        value: a text; or a conversation: a list of turns with "role" and "content" (or "from" and "value"), a mapping
+            with such "messages" and perhaps "tools", or, as some data sets have it, a mapping of lists. Developer
+            turns are system turns, and other entries of a turn, such as "tool_calls", are kept.
         conversation: "first_turn" keeps the first user turn and the system turns before it, "full" all turns up to
             and including the last user turn.
 
@@ -46,15 +78,8 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
     """
     if isinstance(value, str):
         return _not_blank(_valid(value))
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) > 1:
-            raise SkippedPrompt("a conversation whose lists differ in length")
-        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise SkippedPrompt(
-            "null" if value is None else f"neither a text nor a conversation but {type(value).__name__}"
-        )
-    roles = [_role(turn) for turn in value]
+    turns, tools = turns_and_tools(value)
+    roles = [_role(turn) for turn in turns]
     if "user" not in roles:
         raise SkippedPrompt("a conversation without a user turn")
     if conversation == "first_turn":
@@ -63,14 +88,82 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
     else:
         last = len(roles) - 1 - roles[::-1].index("user")
         kept = list(range(last))
-    turns: list[Message] = []
+    found = Conversation(tools=tools)
     for number in kept:
-        role, content = roles[number], _content(value[number], number)
-        if role is None:
-            raise SkippedPrompt(f"turn {number} of the conversation has no role")
-        if role != "system" or content.strip():  # leave out an empty system turn
-            turns.append({"role": role, "content": content})
-    return [*turns, {"role": "user", "content": _not_blank(_content(value[last], last))}]
+        message = _message(turns[number], number)
+        if message["role"] != "system" or message["content"].strip():  # leave out an empty system turn
+            found.append(message)
+    message = _message(turns[last], last)
+    _not_blank(message["content"])
+    return Conversation([*found, message], tools)
+
+
+def turns_and_tools(value: object) -> tuple[list[object], list[Any] | None]:
+    """The turns of a conversation in any of the forms of `extract_prompt`, unchecked, and its tools.
+
+    Raises:
+        SkippedPrompt: it is not a conversation, or its tools are not a list.
+    """
+    tools: object = value.tools if isinstance(value, Conversation) else None
+    if isinstance(value, Mapping) and "messages" in value:
+        tools, value = value.get("tools"), value["messages"]
+    if hasattr(value, "tolist"):  # numpy's array, as pandas reads a list from parquet
+        value = value.tolist()
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) > 1:
+            raise SkippedPrompt("a conversation whose lists differ in length")
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise SkippedPrompt(
+            "null" if value is None else f"neither a text nor a conversation but {type(value).__name__}"
+        )
+    turns = [spelt_out(turn) if isinstance(turn, str) and _LIST_AS_TEXT.match(turn) else turn for turn in value]
+    return turns, _tools(tools)
+
+
+def _tools(value: object) -> list[Any] | None:
+    if value is None or value == "":
+        return None
+    found = spelt_out(value) if isinstance(value, str) else value
+    found = found.tolist() if hasattr(found, "tolist") else found
+    if not isinstance(found, list):
+        raise SkippedPrompt(f"the tools are not a list but {type(value).__name__}")
+    return list(_plain(found)) or None
+
+
+def turns_in_text(text: str) -> object:
+    """The conversation that a text spells as JSON, or as Python, pandas or numpy print it; None: it spells none."""
+    found = spelt_out(text) if _LIST_AS_TEXT.match(text) else None
+    try:
+        turns, _ = turns_and_tools(found)
+    except SkippedPrompt:
+        return None
+    return found if turns and all(_role(turn) is not None for turn in turns) else None
+
+
+def looks_like_turns(text: str) -> bool:
+    """Whether a text begins as a list or mapping does that was written as text."""
+    return _LIST_AS_TEXT.match(text) is not None
+
+
+def spelt_out(text: str) -> object:
+    """The value that a text spells as JSON, or as Python or numpy print it; None: it spells none."""
+
+    def literal(match: re.Match[str]) -> str:
+        if match["string"]:
+            return match["string"] + ("," if match["next"] else "")
+        if match["turns"]:
+            return "},{"
+        return "(" if match["array"] else ")" if match["dtype"] else "None"
+
+    try:
+        return json.loads(text, strict=False)  # line breaks within a text are forgiven
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(_NOT_LITERAL.sub(literal, text.strip()))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
 
 
 def check_prompts(prompts: object) -> None:
@@ -85,13 +178,83 @@ def check_prompts(prompts: object) -> None:
         raise ValueError("prompts is one conversation, a list of messages; give a list of those: fisher([messages])")
 
 
+def arranged(turns: Sequence[Message], system_turns: str, system_prompt: str | None = None) -> list[Message]:
+    """The turns with their system turns as the settings want them.
+
+    Args:
+        turns: messages that end with the user's.
+        system_turns: "keep"; "merge": put their texts before the first user turn's, with a blank line between;
+            "drop": leave out the conversation's own.
+        system_prompt: a system turn in place of the conversation's own; None: there is none.
+    """
+    if system_prompt or system_turns == "drop":
+        turns = [turn for turn in turns if turn["role"] != "system"]
+    if system_prompt:
+        turns = [{"role": "system", "content": system_prompt}, *turns]
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if system_turns != "merge" or not system:
+        return list(turns)
+    merged = [dict(turn) for turn in turns if turn["role"] != "system"]
+    first = next(turn for turn in merged if turn["role"] == "user")
+    first["content"] = "\n\n".join([*system, first["content"]])
+    return merged
+
+
+def text_of(turn: Message) -> str:
+    """A turn's text, and the calls beside or in place of it as `name(arguments)`."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
+    if isinstance(turn.get("function_call"), dict):
+        calls.append(turn["function_call"])
+    spoken = [f"{call.get('name')}({_json(call.get('arguments'))})" for call in calls if isinstance(call, dict)]
+    return "\n".join([*([turn["content"]] if turn.get("content") else []), *spoken])
+
+
+def _json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _message(turn: object, number: int) -> Message:
+    """A turn in OpenAI's spelling, with its other entries.
+
+    Raises:
+        SkippedPrompt: it has no role, or neither text nor calls.
+    """
+    given = turn if isinstance(turn, Mapping) else {}
+    entries = {str(key): _plain(value) for key, value in given.items() if key not in _NAMES and value is not None}
+    for name in ("tool_calls", "function_call"):
+        if isinstance(entries.get(name), str):
+            entries[name] = spelt_out(entries[name])
+        if name in entries and not entries[name]:
+            del entries[name]
+    role, content = _role(turn), _first_of(turn, "content", "value")
+    if role in _CALLS:
+        call = spelt_out(content) if isinstance(content, str) else content
+        role = "assistant"
+        if isinstance(call, Mapping) and "name" in call:
+            entries["tool_calls"], content = [{"type": "function", "function": _plain(call)}], None
+    if role is None:
+        raise SkippedPrompt(f"turn {number} of the conversation has no role")
+    has_calls = role == "assistant" and ("tool_calls" in entries or "function_call" in entries)
+    return {"role": role, "content": None if content is None and has_calls else _content(content, number), **entries}
+
+
+def _plain(value: Any) -> Any:
+    """The value without nulls in its mappings: tables fill in a null where a row lacks a field that others have."""
+    if isinstance(value, str):
+        return _valid(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _role(turn: object) -> str | None:
     role = _first_of(turn, "role", "from")
     return _ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
 
 
-def _content(turn: object, number: int) -> str:
-    content = _first_of(turn, "content", "value")
+def _content(content: object, number: int) -> str:
     if isinstance(content, list):  # parts, as in conversations that may also hold images
         texts = [_first_of(part, "text") for part in content]
         content = "\n".join(text for text in texts if isinstance(text, str)) if None not in texts else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os.path
 import re
@@ -15,7 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
-from fisher_vmap.data.files import SUFFIXES, Table, check_suffix, spelt_as_path, table_of_files
+from fisher_vmap.data.files import Count, Extent, Table, spelt_as_path, table_of_files
+from fisher_vmap.data.formats import Form, check_column, form_of
+from fisher_vmap.data.local_files import EXPECTED, check_suffix, kind_of, refuse_results, refuse_results_table
 from fisher_vmap.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
@@ -39,11 +40,12 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
         UserError: no such data set, one that cannot be read, or a choice that this kind of data set does not have.
     """
     path, exists = Path(name), os.path.exists(name)  # unlike Path.exists, it accepts any name
-    if exists or path.suffix.lower() in SUFFIXES or spelt_as_path(name):
+    if exists or kind_of(path) is not None or spelt_as_path(name):
         if not exists:
             raise UserError(f"{name}: no such file or folder; correct dataset_name")
         if revision is not None:
             raise UserError(f"{name}: a local data set has no revisions; leave dataset_revision at none")
+        refuse_results(name, path)
         if path.is_dir():
             from fisher_vmap.data.datasets import open_folder
 
@@ -55,9 +57,8 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
         check_suffix(path)
         return table_of_files(name, [path])
     if name in _FORMATS or not _HUB_ID.fullmatch(name):
-        kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{name}: not a data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a {kinds} file"
+            f"{name}: not a data set; expected a hub id such as lmsys/lmsys-chat-1m, a folder, or a file: {EXPECTED}"
         )
     if name in _MISSPELT:
         _log.info("dataset_name %s is taken for %s", name, _MISSPELT[name])
@@ -65,10 +66,6 @@ def open_table(name: str, *, config: str | None, split: str, revision: str | Non
     from fisher_vmap.data.datasets import open_hub
 
     return open_hub(name, config=config, split=split, revision=revision, shuffle_seed=shuffle_seed)
-
-
-# Columns that are looked for, in this order; "conversations" is ShareGPT's name of the first.
-PROMPT_COLUMNS = ("conversation", "messages", "conversations", "prompt", "instruction", "question", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +91,7 @@ class PromptSource:
     """The prompts of a run, made by `read_prompts`. Each iteration reads the data set from the start.
 
     Attributes:
-        column: the name of the column that holds the prompts.
+        column: the name of the column that holds the prompts; of several, their names in one text.
         fingerprint: the same text for the same data, another for other data; without the choice of rows and columns.
         total: the number of prompts; None for a data set of the hub, where it is only known at the end.
     """
@@ -103,7 +100,7 @@ class PromptSource:
         self,
         table: Table,
         *,
-        column: str,
+        form: Form,
         keep_columns: Sequence[str],
         conversation: Literal["first_turn", "full"],
         offset: int,
@@ -115,15 +112,18 @@ class PromptSource:
         Raises:
             UserError: there is no prompt to read, or a row on the way to the last one cannot be read.
         """
-        self.column = column
+        self.column = form.column
         self.fingerprint = table.fingerprint
         self.total: int | None = None
         self._table = table
-        self._columns = list(dict.fromkeys([column, *keep_columns]))
+        self._columns = list(dict.fromkeys([*form.columns, *keep_columns]))
+        self._form = form
         self._keep_columns = keep_columns
         self._conversation = conversation
         self._offset = offset
         self._stop = None if limit is None else offset + limit
+        self._shuffled = shuffle_seed is not None
+        self._count: Count | None = None  # of the table's rows, once it is known
         self._order: np.ndarray | None = None
         self._begun: Iterator[tuple[int, object]] | None = None
         if table.local:
@@ -131,6 +131,8 @@ class PromptSource:
             if shuffle_seed is not None:
                 # NumPy promises that this older generator's numbers never change: a run can be resumed years later.
                 self._order = np.random.RandomState(shuffle_seed).permutation(count)[offset : self._stop]
+            if self._stop is None or self._shuffled or count < self._stop:
+                self._count = Count(count, exact=True)
             self.total = max(0, (count if self._stop is None else min(count, self._stop)) - offset)
             if self.total == 0:
                 raise UserError(f"{table.name}: offset {offset} leaves no prompts of {count} rows; lower offset")
@@ -140,7 +142,24 @@ class PromptSource:
             if first is None:
                 after = f" after offset {offset}; lower offset" if offset else "; expected at least one prompt"
                 raise UserError(f"{table.name}: holds no rows{after}")
+            form.check(table.name, first[1])
             self._begun = chain([first], rows)  # starting a stream twice is expensive
+
+    def extent(self, taken: int | None = None) -> Extent:
+        """Which part of the data set the run takes; this may count the rows of local files, for a few seconds at most.
+
+        Args:
+            taken: the number of prompts, where the end of a stream has been read.
+        """
+        limit = None if self._stop is None else self._stop - self._offset
+        if taken is not None and (limit is None or taken < limit):  # the data have ended, whatever the hub says
+            self._count = Count(self._offset + taken, exact=True)
+        self._count = self._count or self._table.counted()
+        taken = self.total if taken is None else taken
+        if taken is None:
+            left = None if self._count is None else max(0, self._count.rows - self._offset)
+            taken = min((count for count in (limit, left) if count is not None), default=None)
+        return Extent(taken, self._count, self._offset, self._shuffled, limited=limit is not None and taken == limit)
 
     def __iter__(self) -> Iterator[SourcePrompt]:
         """Yield the prompts in order, skipped ones included.
@@ -154,7 +173,7 @@ class PromptSource:
             if isinstance(row, dict):
                 kept = {name: _storable(row.get(name)) for name in self._keep_columns}
                 try:
-                    prompt = extract_prompt(row.get(self.column), self._conversation)
+                    prompt = extract_prompt(self._form.prompt(row), self._conversation)
                 except SkippedPrompt as reason:
                     skipped = str(reason)
             else:
@@ -222,26 +241,6 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _check_column(table: Table, name: str, setting: str) -> None:
-    if name not in table.columns:
-        near = difflib.get_close_matches(name, table.columns, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"correct {setting}"
-        raise UserError(f"{table.name}: has no column {name!r}; its columns are: {listed(table.columns, 20)}; {hint}")
-
-
-def _prompt_column(table: Table, asked: str) -> str:
-    if asked != "auto":
-        _check_column(table, asked, "prompt_column")
-        return asked
-    for name in PROMPT_COLUMNS:
-        if name in table.columns:
-            return name
-    raise UserError(
-        f"{table.name}: no column is named {', '.join(PROMPT_COLUMNS)}; "
-        f"set prompt_column to one of: {listed(table.columns, 20)}"
-    )
-
-
 def read_prompts(
     dataset_name: str,
     *,
@@ -252,6 +251,7 @@ def read_prompts(
     offset: int = 0,
     shuffle_seed: int | None = None,
     prompt_column: str = "auto",
+    prompt_template: str | None = None,
     keep_columns: Sequence[str] | None = None,
     conversation: Literal["first_turn", "full"] = "first_turn",
 ) -> PromptSource:
@@ -261,14 +261,15 @@ def read_prompts(
     run's rows in memory. The order of a seed does not depend on `num_prompts`.
 
     Args:
-        dataset_name: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file (one prompt a line).
+        dataset_name: a hub id, a folder, or a file of one of `local_files.SUFFIXES` (.txt: one prompt a line).
         dataset_config: configuration (subset) of a hub data set or folder.
         dataset_split: split of a hub data set or folder.
         dataset_revision: branch, tag or commit of a hub data set.
         num_prompts: how many rows make up the run.
         offset: rows to skip first, after shuffling.
         shuffle_seed: seed of a random order: of all rows of a local data set; for the hub, within a moving window.
-        prompt_column: the column, or "auto" for the first of `PROMPT_COLUMNS` that exists.
+        prompt_column: the column, or "auto": the format is recognised by the columns (`formats.py`).
+        prompt_template: a prompt out of several columns, such as "{context} {question}".
         keep_columns: further columns that are kept with each prompt.
         conversation: as for `extract_prompt`.
 
@@ -281,13 +282,24 @@ def read_prompts(
     table = open_table(
         dataset_name, config=dataset_config, split=dataset_split, revision=dataset_revision, shuffle_seed=shuffle_seed
     )
-    column = _prompt_column(table, prompt_column)
+    refuse_results_table(table.name, table.columns)
+    form = form_of(table.name, table.columns, prompt_column, prompt_template)
     for name in keep_columns or ():
-        _check_column(table, name, "keep_columns")
-    _log.info("prompts are read from column %r of %s", column, table.name)
+        check_column(table.name, table.columns, name, "keep_columns")
+    if table.local:
+        form.check(table.name, next(iter(table.read(form.columns)), None))
+    unused = [name for name in table.columns if name not in {*form.columns, *(keep_columns or ())}]
+    _log.info(
+        "prompts are read from column%s %s of %s%s%s",
+        "s" if len(form.columns) > 1 else "",
+        " and ".join(map(repr, form.columns)),
+        table.name,
+        f" ({form.words})" if form.words else "",
+        f"; not used: {listed(unused)} (prompt_column or prompt_template takes others)" if unused else "",
+    )
     return PromptSource(
         table,
-        column=column,
+        form=form,
         keep_columns=tuple(keep_columns or ()),
         conversation=conversation,
         offset=offset,

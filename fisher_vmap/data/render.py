@@ -8,16 +8,23 @@ never tokenised whole.
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
-from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
+from fisher_vmap.data.chat_template import Frame, open_template
+from fisher_vmap.data.conversations import (
+    Conversation,
+    Message,
+    SkippedPrompt,
+    arranged,
+    extract_prompt,
+    text_of,
+    turns_in_text,
+)
 from fisher_vmap.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +33,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_LENGTH = 2048  # tokens of a prompt, by default
-_MARK = "q7Zx probe"  # a text that no template contains
 _FIRST_CUT = 8  # characters per token of max_length at which the search for a cut begins
-
-# What a template raises: its own error, or that of an operation on a turn of an unexpected form.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
 
 
 class TokenizedPrompt(NamedTuple):
@@ -39,7 +41,8 @@ class TokenizedPrompt(NamedTuple):
 
     Attributes:
         ids: token ids with special tokens; never empty.
-        text: the text that was used, without template and system turn; of several turns, each after its role.
+        text: the text that was used, without template and system turn; of several turns, each after its role; of a
+            prompt that was rendered already, all of it.
         truncated: whether the end of the last user's text was cut off.
         start: the number of the first token of the completion, which the ids end with; None: there is none.
         completion: its text.
@@ -56,7 +59,7 @@ class Renderer:
     """Turns prompts into token ids.
 
     Attributes:
-        uses_template: whether prompts are rendered with the tokenizer's chat template.
+        uses_template: whether prompts are rendered with a chat template.
         template_date: the date that the template writes into every prompt, ISO 8601, or None. As `date` it renders the
             same prompts alike on another day.
     """
@@ -71,6 +74,10 @@ class Renderer:
         system_prompt: str | None = None,
         prefill: str | None = None,
         date: str | None = None,
+        chat_template_file: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        system_turns: Literal["keep", "merge", "drop"] = "keep",
+        special_tokens_in_text: Literal["parse", "literal"] = "parse",
     ) -> None:
         """Choose between the template and plain text, and try the choice on a short prompt.
 
@@ -83,42 +90,73 @@ class Renderer:
             system_prompt: system turn of every prompt; it replaces the prompt's own.
             prefill: text after the template's generation prompt.
             date: today's date for the template, ISO 8601; None: the real one.
+            chat_template_file: a file with a template, in place of the tokenizer's own.
+            chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
+            system_turns: "keep"; "merge": put them before the first user turn's text; "drop": leave out the prompt's
+                own.
+            special_tokens_in_text: "parse": the name of a special token in a prompt's text becomes that token;
+                "literal": it is split as ordinary text is. The template and the prefill are always parsed.
 
         Raises:
             UserError: a template is missing or takes no system turn, or `max_length` leaves no room for a prompt.
         """
         self._tokenizer = tokenizer
+        self._bos: str = getattr(tokenizer, "bos_token", None) or ""
         self._max_length = max_length
-        self._system_turns: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self._system_prompt, self._system_turns = system_prompt, system_turns
         self._prefill = prefill or ""
-        self._template: str | None = None
-        self.template_date: str | None = None
-        if chat_template is True or (chat_template == "auto" and column != "text"):
-            self._template, self.template_date = _usable_template(tokenizer, date, required=chat_template is True)
+        self._said: set[str] = set()
+        self._template, self._frame = None, Frame((), (), (), bos=False)
+        own_file = chat_template_file is not None
+        if own_file and chat_template is False:
+            raise UserError("chat_template is false, but chat_template_file gives one; leave one of the two out")
+        if own_file or chat_template is True or (chat_template == "auto" and column != "text"):
+            self._template = open_template(
+                tokenizer,
+                required=own_file or chat_template is True,
+                file=chat_template_file,
+                variables=chat_template_kwargs,
+                date=date,
+            )
+        self.template_date = self._template.date if self._template else None
         self.uses_template = self._template is not None
         _log.info("prompts are %s", "rendered with the chat template" if self.uses_template else "taken as plain text")
-        if self._template is None and (system_prompt or prefill):
-            setting = "system_prompt" if system_prompt else "prefill"
+        needs = {"system_prompt": system_prompt, "prefill": prefill, "chat_template_kwargs": chat_template_kwargs}
+        if self._template is None and (setting := next((name for name, value in needs.items() if value), None)):
             raise UserError(
                 f"{setting} needs a chat template, and none is in use; remove it or set chat_template: true"
             )
-        if self._template is not None and system_prompt:
-            probe = [{"role": "system", "content": _MARK}, {"role": "user", "content": "a"}]
-            if not _renders_mark(tokenizer, self._template, probe):
-                raise UserError("the chat template takes no system turn; remove system_prompt")
-        least = len(self._ids([*self._system_turns, {"role": "user", "content": "a"}]))
+        if self._template is not None:
+            if system_prompt and system_turns != "merge" and not self._template.takes_system:
+                raise UserError(
+                    "the chat template takes no system turn; set system_turns to merge, or remove system_prompt"
+                )
+            self._frame = self._template.frame()
+        self._literal: _Literal | None = None
+        if special_tokens_in_text == "literal":
+            self._literal = _Literal(tokenizer, self._template.source if self._template else "")
+        least = len(self._ids(self._arranged([{"role": "user", "content": "a"}]), None))
         if least > max_length:
             raise UserError(
                 f"max_length {max_length} leaves no room for a prompt: one letter, with what the template and the "
                 f"tokenizer put around it, takes {least} tokens; raise max_length"
             )
 
+    def given(self, prompt: Any) -> Any:
+        """A prompt as given in Python: a conversation that it spells as text, as JSON or as Python does, is read."""
+        found = turns_in_text(prompt) if isinstance(prompt, str) else None
+        if found is None:
+            return prompt
+        self._say("prompts that spell a list of turns are read as conversations")
+        return found
+
     def render(self, prompt: object) -> TokenizedPrompt:
         """Tokenise one prompt.
 
         Args:
             prompt: a text, which is one user turn of a template; or a conversation, which is used up to its last user
-                turn. Without a template the turns' texts are joined by blank lines.
+                turn. Without a template the turns' texts are joined by blank lines. A text that begins with the
+                beginning-of-text token, or as the template begins, is rendered already and is used as it is.
 
         Returns:
             The token ids, at most `max_length`.
@@ -128,35 +166,84 @@ class Renderer:
                 for the last one.
         """
         extracted = extract_prompt(prompt)
-        turns = [{"role": "user", "content": extracted}] if isinstance(extracted, str) else extracted
-        text = turns[-1]["content"]
-        earlier = turns[:-1]
-        if self._system_turns:
-            earlier = self._system_turns + [turn for turn in earlier if turn["role"] != "system"]
-        length, ids = self._longest_fit(earlier, text)
-        if not ids:
-            raise SkippedPrompt("the text gives no tokens")
+        if isinstance(extracted, str):
+            extracted = Conversation([{"role": "user", "content": extracted}])
+        if self._is_rendered(extracted[-1]["content"]) and all(turn["role"] == "system" for turn in extracted[:-1]):
+            return self._rendered_already(extracted[-1]["content"], system=bool(extracted[:-1] or self._system_prompt))
+        *earlier, last = self._arranged(extracted)
+        text, tools = last["content"], extracted.tools
+        if earlier or tools:
+            self._tell_of_lost_turns([*earlier, {**last, "content": "a"}], tools)
+
+        def ids_with(length: int) -> list[int]:
+            return self._ids([*earlier, {**last, "content": text[:length]}], tools)
+
+        length, ids = self._longest_fit(text, ids_with, before="the turns before the last one" if earlier else None)
         spoken = [turn for turn in earlier if turn["role"] != "system"]
         if spoken:
             shown = [*spoken, {"role": "user", "content": text[:length]}]
-            return TokenizedPrompt(ids, "\n\n".join(f"{t['role']}: {t['content']}" for t in shown), length < len(text))
+            return TokenizedPrompt(ids, "\n\n".join(f"{t['role']}: {text_of(t)}" for t in shown), length < len(text))
         return TokenizedPrompt(ids, text[:length], length < len(text))
 
-    def _longest_fit(self, earlier: list[Message], text: str) -> tuple[int, list[int]]:
-        """The most characters of the last turn that fit into `max_length`, and the prompt's ids with them."""
+    def _arranged(self, turns: Sequence[Message]) -> list[Message]:
+        if self._system_turns != "keep" and any(turn["role"] == "system" for turn in turns):
+            done = "merged into the first user turn" if self._system_turns == "merge" else "dropped"
+            self._say(f"system turns are {done} (system_turns: {self._system_turns})")
+        return arranged(turns, self._system_turns, self._system_prompt)
 
-        def ids_with(length: int) -> list[int]:
-            return self._ids([*earlier, {"role": "user", "content": text[:length]}])
+    def _is_rendered(self, text: str) -> bool:
+        begun = text.lstrip()
+        return (
+            self._literal is None
+            and self._template is not None
+            and (bool(self._bos and begun.startswith(self._bos)) or self._frame.wrote(begun))
+        )
 
+    def _rendered_already(self, text: str, *, system: bool) -> TokenizedPrompt:
+        """The tokens of a text that a template has written; of a long one the template's end stays whole.
+
+        `system` is whether there is a system turn besides, which has no place.
+        """
+        self._say(
+            "prompts that begin as the chat template does, or with the tokenizer's beginning-of-text token, are "
+            "rendered already and taken as they are (special_tokens_in_text: literal renders them as a user's text)"
+        )
+        end = self._frame.end(text)
+        body, tail = text[:end], text[end:]
+        if not tail:
+            self._say(
+                "a rendered prompt does not end where the answer begins"
+                + (f" ({self._frame.closings[-1]!r})" if self._frame.closings else "")
+                + ": nothing is added to it"
+            )
+        if system or (self._prefill and not tail):
+            self._say("a system turn, and a prefill after no such end, are not added to rendered prompts")
+        front = self._bos if self._frame.bos and not body.lstrip().startswith(self._bos) else ""
+        tail += self._prefill if tail else ""
+        length, ids = self._longest_fit(
+            body, lambda length: self._encoded(front + body[:length] + tail, add_special_tokens=False), before=None
+        )
+        return TokenizedPrompt(ids, body[:length] + text[end:], length < len(body))
+
+    def _longest_fit(
+        self, text: str, ids_with: Callable[[int], list[int]], before: str | None
+    ) -> tuple[int, list[int]]:
+        """The most characters of a text that fit into `max_length`, and the prompt's ids with them.
+
+        Args:
+            text: the text that may be cut.
+            ids_with: the ids with so many characters of it.
+            before: what else may leave no room, or None.
+        """
         fits, fitting_ids = 0, list[int]()
         length = min(len(text), _FIRST_CUT * self._max_length)
         while len(ids := ids_with(length)) <= self._max_length:
             if length == len(text):
-                return length, ids
+                return length, _not_empty(ids)
             fits, fitting_ids = length, ids
             length = min(len(text), 2 * length)
-        if earlier and not fits and len(ids_with(1)) > self._max_length:
-            raise SkippedPrompt(f"the turns before the last one leave no room for it in {self._max_length} tokens")
+        if before and not fits and len(ids_with(1)) > self._max_length:
+            raise SkippedPrompt(f"{before} leave no room for it in {self._max_length} tokens")
         too_long = length
         while too_long - fits > 1:
             length = (fits + too_long) // 2
@@ -167,66 +254,125 @@ class Renderer:
                 too_long = length
         if not text[:fits].strip():
             raise SkippedPrompt(f"what fits of the text into {self._max_length} tokens is only white space")
-        return fits, fitting_ids
+        return fits, _not_empty(fitting_ids)
 
-    def _ids(self, turns: list[Message]) -> list[int]:
+    def _ids(self, turns: Sequence[Message], tools: list[Any] | None) -> list[int]:
+        if self._literal is not None:
+            turns, tools = self._literal.hidden(turns), self._literal.hidden(tools)
         if self._template is None:
-            text = "\n\n".join(turn["content"] for turn in turns)
-        else:
-            try:
-                text = _rendered(self._tokenizer, self._template, turns) + self._prefill
-            except _TEMPLATE_ERRORS as error:
-                reason = " ".join(str(error).split())[:200]
-                raise SkippedPrompt(f"the chat template refuses the conversation ({reason})") from error
+            return self._encoded("\n\n".join(map(text_of, turns)), add_special_tokens=True)
+        # A template writes the special tokens itself.
+        return self._encoded(self._template.render(turns, tools) + self._prefill, add_special_tokens=False)
+
+    def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            # A template writes the special tokens itself.
-            encoded = self._tokenizer(
-                text, add_special_tokens=self._template is None, padding=False, truncation=False, verbose=False
-            )
+            if self._literal is not None:
+                ids = self._literal.encode(text, add_special_tokens)
+            else:
+                encoded = self._tokenizer(
+                    text, add_special_tokens=add_special_tokens, padding=False, truncation=False, verbose=False
+                )
+                ids = list(encoded["input_ids"])
         except Exception as error:
             if type(error) is not Exception:  # the `tokenizers` library raises exactly `Exception`
                 raise
             raise SkippedPrompt(f"the tokenizer refuses the text ({error})") from error
-        return list(encoded["input_ids"])
+        while self._bos and ids[:2] == 2 * [self._tokenizer.bos_token_id]:
+            self._say(f"prompts would begin with {self._bos} twice: one is enough")
+            ids = ids[1:]
+        return ids
+
+    def _tell_of_lost_turns(self, turns: Sequence[Message], tools: list[Any] | None) -> None:
+        """Say once for each kind what the template leaves out."""
+        if self._template is None:
+            return
+        text = self._template.render(turns, tools)
+        for turn in turns:
+            content = (turn["content"] or "").strip()
+            if content and content not in text:
+                asked = " (system_turns: merge puts it into the first user turn)" if turn["role"] == "system" else ""
+                self._say(f"the chat template does not write all text of {turn['role']} turns{asked}")
+            for call in turn.get("tool_calls") or []:
+                if str(call.get("function", call).get("name")) not in text:
+                    self._say("the chat template does not write tool calls")
+        names = [tool.get("function", tool).get("name") for tool in tools or [] if isinstance(tool, dict)]
+        if not all(str(name) in text for name in names):
+            self._say("the chat template does not write the tools of a conversation")
+
+    def _say(self, line: str) -> None:
+        """Tell what was decided, once for all prompts."""
+        if line not in self._said:
+            self._said.add(line)
+            _log.info("%s", line)
 
 
-def _usable_template(
-    tokenizer: PreTrainedTokenizerBase, date: str | None, *, required: bool
-) -> tuple[str | None, str | None]:
-    """The tokenizer's chat template if it renders a user turn, and the date that it writes, if any."""
-    try:
-        template = str(tokenizer.get_chat_template())
-    except ValueError as error:  # there is none, or several and no default
-        if required:
-            raise UserError("the tokenizer has no chat template; set chat_template to auto or false") from error
-        return None, None
-    day = datetime.date.today().isoformat() if date is None else date
-    dated = _with_fixed_date(template, day)
-    if not _renders_mark(tokenizer, dated, [{"role": "user", "content": _MARK}]):
-        if required:
-            raise UserError("the tokenizer's chat template does not render a user turn; set chat_template to false")
-        _log.warning("the tokenizer's chat template does not render a user turn and is not used")
-        return None, None
-    return dated, day if dated != template else None
+def _not_empty(ids: list[int]) -> list[int]:
+    if not ids:
+        raise SkippedPrompt("the text gives no tokens")
+    return ids
 
 
-def _with_fixed_date(template: str, day: str) -> str:
-    """Replace a template's call for the date by the date, so that prompts do not change at midnight."""
-    midnight = datetime.datetime.fromisoformat(day)
-    return _DATE_CALL.sub(
-        lambda call: json.dumps(midnight.strftime(call[1] or call[2] or ""), ensure_ascii=False), template
-    )
+class _Literal:
+    """Encodes texts in which the names of special tokens are ordinary text where a prompt has them.
 
+    In a copy of the tokenizer each special token has another name, which no text holds. The template's own special
+    tokens are given that name before encoding; those of a prompt's text are not, so that they match no token. All else
+    is in one piece and unchanged: a text without special tokens has the same ids as ever.
+    """
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Message]) -> str:
-    return str(
-        tokenizer.apply_chat_template(list(turns), chat_template=template, add_generation_prompt=True, tokenize=False)
-    )
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        """Make the copy; `template` holds further names that are tokens of chats, if the tokenizer added them."""
+        from tokenizers import Tokenizer
 
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(core, Tokenizer):
+            raise UserError(
+                f"special_tokens_in_text: literal is not possible with a {type(tokenizer).__name__}, which is none of "
+                "the tokenizers library; set it to parse"
+            )
+        parts = json.loads(core.to_str())
+        salt = secrets.token_hex(4)
+        self._renamed: dict[str, str] = {}
+        for added in parts["added_tokens"]:
+            name = added["content"]
+            if name.strip() and (added["special"] or name in template):
+                self._renamed[name] = added["content"] = f"\uf8f0{salt}{added['id']}\uf8f1"
+        self._ids = {added["content"]: added["id"] for added in parts["added_tokens"]}
+        model = parts["model"]
+        if isinstance(model.get("vocab"), dict):
+            model["vocab"] = {self._renamed.get(name, name): number for name, number in model["vocab"].items()}
+        elif isinstance(model.get("vocab"), list):
+            model["vocab"] = [[self._renamed.get(name, name), score] for name, score in model["vocab"]]
+        if model.get("unk_token") in self._renamed:
+            model["unk_token"] = self._renamed[model["unk_token"]]
+        self._copy = Tokenizer.from_str(json.dumps(parts))
+        self._copy.no_truncation()
+        self._copy.no_padding()
+        names = sorted(self._renamed, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._hidden = {
+            f"q{salt}x{number}z": name for number, name in enumerate(names)
+        }  # letters that any filter keeps
+        self._hiding = {name: hidden for hidden, name in self._hidden.items()}
+        self._marks = re.compile("|".join(self._hidden) or r"(?!)")
+        probe = " Two  words,\n3.5 é\t"
+        same = self._copy.encode(probe).ids == list(tokenizer(probe, verbose=False)["input_ids"])
+        if not same or any(self._copy.token_to_id(name) != number for name, number in self._ids.items()):
+            raise UserError(
+                f"special_tokens_in_text: literal is not possible with this {type(tokenizer).__name__}, whose tokens "
+                "cannot be renamed; set it to parse"
+            )
 
-def _renders_mark(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Message]) -> bool:
-    """Whether the template accepts these turns and its output contains the mark."""
-    try:
-        return _MARK in _rendered(tokenizer, template, turns)
-    except _TEMPLATE_ERRORS:
-        return False
+    def hidden(self, value: Any) -> Any:
+        """Turns or tools with a stand-in for each name of a special token."""
+        if isinstance(value, str):
+            return self._names.sub(lambda match: self._hiding[match[0]], value)
+        if isinstance(value, Mapping):
+            return {key: self.hidden(item) for key, item in value.items()}
+        return [self.hidden(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a rendered text: what is hidden in it as ordinary text, other special tokens as those."""
+        own = self._names.sub(lambda match: self._renamed[match[0]], text)
+        plain = self._marks.sub(lambda match: self._hidden[match[0]], own)
+        return list(self._copy.encode(plain, add_special_tokens=add_special_tokens).ids)

@@ -317,6 +317,11 @@ def supports_ours(model: torch.nn.Module) -> bool:
     return bool(getattr(type(model), "_supports_attention_backend", False))
 
 
+def attention_of(model: torch.nn.Module) -> str:
+    """The attention of transformers that a model is set to, or "its own"."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) or "its own"
+
+
 @contextmanager
 def attention_set_to(model: torch.nn.Module, implementation: str | None) -> Iterator[None]:
     """Within the context the model's attention is `implementation`; None leaves it as it is."""

@@ -31,25 +31,26 @@ class Base(NamedTuple):
     revision: str | None
 
 
-def find_adapter(path: str, revision: str | None) -> Path | None:
+def find_adapter(path: str, revision: str | None, **hub: Any) -> Path | None:
     """The folder of the adapter at a path, downloaded if it is on the hub; None if there is no adapter.
 
     Args:
         path: a folder or a hub id.
         revision: of a hub repository.
+        hub: further arguments of a download, such as `cache_dir`.
     """
     local = Path(path).expanduser()
     if local.is_dir():
         return local if (local / CONFIG).is_file() else None
     if local.exists() or spelt_as_path(path) or path.count("/") > 1:
         return None
-    config = transformers.utils.find_adapter_config_file(path, revision=revision)
+    config = transformers.utils.find_adapter_config_file(path, revision=revision, **hub)
     if config is None:
         return None
     from huggingface_hub import snapshot_download
 
     wanted = ["adapter_*", "*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "config.json"]
-    return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, **hub))
 
 
 def base_of(adapter: Path) -> Base:
@@ -62,7 +63,9 @@ def base_of(adapter: Path) -> Base:
         config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter / CONFIG} cannot be read ({error}); fetch the adapter again") from error
-    if (adapter / "config.json").is_file():
+    weights = (path for kind in ("*.safetensors", "pytorch_model*.bin") for path in adapter.glob(kind))
+    whole = any(not path.name.startswith("adapter_") for path in weights)
+    if whole and (adapter / "config.json").is_file():  # some trainers save the base's configuration alone
         return Base(str(adapter), None)
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(named, str) or not named:
@@ -70,7 +73,7 @@ def base_of(adapter: Path) -> Base:
             f"the adapter in {adapter} names no base model; give that as model_path, and the adapter as adapter_path"
         )
     local = Path(named).expanduser()
-    if local.is_absolute() and not local.exists():
+    if (spelt_as_path(named) or named.count("/") > 1) and not local.exists():
         raise UserError(
             f"the adapter in {adapter} was trained on {named}, which is not there; give the base model as model_path, "
             "and the adapter as adapter_path"
@@ -116,6 +119,8 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             "it; merge the two first, and give the merged model"
         )
     try:
+        if not any((adapter / name).is_file() for name in WEIGHTS):
+            raise UserError(f"the adapter in {adapter} has no {WEIGHTS[0]}; fetch it again")
         config = peft.PeftConfig.from_pretrained(str(adapter))
         if reason := why_not_in_modules(config):
             raise UserError(f"the adapter in {adapter} {reason}; give one of another kind, or the merged model")

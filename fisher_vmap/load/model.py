@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,22 @@ import transformers
 from torch import Tensor, nn
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.kernels.hf_attention import attention_of
 from fisher_vmap.kernels.quantized import CannotDifferentiate, quantized_linears, quantized_pullbacks, unpack
 from fisher_vmap.load.adapters import Base, adapter_files, base_of, find_adapter, with_adapter, without_adapter
+from fisher_vmap.load.options import LoadOptions, attention_argument, quantization_argument
+from fisher_vmap.load.overrides import changed_config
 from fisher_vmap.load.source import (
     explained,
     hashed,
+    local_source,
     log_missing_local,
     quiet_progress,
+    read_tokenizer,
     refuse_empty,
     source_of_model,
     tokenizer_files,
+    without_slash,
 )
 from fisher_vmap.model.layers import sees_ahead
 from fisher_vmap.model.offload import FLOATS
@@ -64,18 +71,16 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def placement_options(
-    model_path: str, config: Any, place: torch.device, device_map: Any, max_memory: dict[Any, Any] | None
-) -> dict[str, Any]:
+def placement_options(model_path: str, config: Any, place: torch.device, options: LoadOptions) -> dict[str, Any]:
     """The device options of `from_pretrained`; none if the model is moved to its device afterwards."""
-    if device_map is None:
-        quantized = getattr(config, "quantization_config", None) is not None
+    if options.device_map is None:
+        quantized = options.quantization is not None or getattr(config, "quantization_config", None) is not None
         return {"device_map": {"": place}} if quantized else {}  # quantised weights are packed for their device
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("device_map needs the package accelerate: pip install accelerate")
-    if device_map == "auto" and max_memory is None and not torch.accelerator.is_available():
+    if options.device_map == "auto" and options.max_memory is None and not torch.accelerator.is_available():
         log.warning("device_map is auto, but torch sees no GPU: all of %s goes to the CPU", model_path)
-    return {"device_map": device_map} | ({"max_memory": max_memory} if max_memory else {})
+    return {"device_map": options.device_map} | ({"max_memory": options.max_memory} if options.max_memory else {})
 
 
 def devices_in_words(model: Any, place: torch.device) -> str:
@@ -100,13 +105,28 @@ def refuse_other_kinds(model_path: str, config: Any) -> None:
         raise UserError(f"{model_path} is a masked LM ({made_for[0]}); expected a decoder-only causal LM")
 
 
-def refuse_foresight(model_path: str, model: Any) -> None:
-    """Raise UserError if the model's attention looks ahead, or if it has no derivatives."""
+def saved_without_head(config: Any) -> str | None:
+    """The class that a checkpoint was saved from, if that has no language model's head; else None."""
+    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    with_head = any(re.search("CausalLM|LMHead|DoubleHeads|ConditionalGeneration|PreTraining", name) for name in names)
+    return None if with_head or not names or getattr(config, "auto_map", None) else names[0]
+
+
+def refuse_foresight(model_path: str, model: Any, attention: str | None) -> None:
+    """Raise UserError if the model's attention looks ahead or does not run here, or if it has no derivatives."""
     try:
         with quantized_pullbacks(model):
             ahead = sees_ahead(model)
     except CannotDifferentiate as error:
         raise UserError(f"{model_path}: {error}") from error
+    except Exception as error:
+        if attention is None:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{model_path} does not run with attn_implementation {attention} here ({type(error).__name__}: {reason}); "
+            "give sdpa or eager"
+        ) from error
     if ahead:
         raise UserError(
             f"{model_path}: {type(model).__name__} sees later tokens from earlier ones; expected a causal LM, "
@@ -162,73 +182,45 @@ class Loaded(NamedTuple):
 
 
 @step("loading the model")
-def load_model(
-    model_path: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str = "bfloat16",
-    device: str = "auto",
-    device_map: str | dict[str, Any] | None = None,
-    max_memory: dict[Any, Any] | None = None,
-    adapter_path: str | None = None,
-    adapter_revision: str | None = None,
-    dequantize: bool = False,
-    precision: str = "model",
-) -> Loaded:
+def load_model(model_path: str, **options: Any) -> Loaded:
     """Load a causal LM.
 
     Args:
         model_path: a hub id ("owner/name"), a folder as `save_pretrained` writes it, a .gguf file (a path, or
             "owner/name/file.gguf" on the hub), or a PEFT adapter (hub id or folder), which is merged into its base.
-        revision: of a hub model: branch, tag or commit.
-        trust_remote_code: whether code that comes with the model may run.
-        dtype: "bfloat16", "float32", "float16" or "float64".
-        device: "auto", or a torch device.
-        device_map: the blocks' devices, as for `from_pretrained`; None: the whole model on `device`.
-        max_memory: most memory that `device_map` may use of each device.
-        adapter_path: a PEFT adapter, hub id or folder, to merge into the model.
-        adapter_revision: of an adapter on the hub.
-        dequantize: whether quantised weights are unpacked to `dtype`.
-        precision: as for `fisher_scores`; for float32 the weights are widened from `dtype` if memory allows.
+        options: the fields of `LoadOptions`, by name.
 
     Returns:
         A named tuple: the model in evaluation mode on its device, its tokenizer, the identity of its weights, and its
         precision with the reason.
 
     Raises:
-        UserError: the model is missing, gated, damaged or not a causal LM; one line that says what to do.
+        UserError: the model is missing, gated, damaged or not a causal LM, or options do not fit it or each other; one
+            line that says what to do.
     """
-    if device_map is not None and device != "auto":
-        raise UserError(f"device is {device!r} and device_map is {device_map!r}; give one of the two")
-    if max_memory is not None and device_map is None:
-        raise UserError("max_memory is for device_map; give device_map: auto as well")
-    place = choose_device(device)
+    how = LoadOptions(**options)
+    place = choose_device(how.device)
+    model_path, adapter_path = without_slash(model_path), how.adapter_path and without_slash(how.adapter_path)
+    attention = attention_argument(how, place)
+    quantization_argument(model_path, None, how)  # its checks, before anything is downloaded
     for path in filter(None, (model_path, adapter_path)):
         log_missing_local(path)
+    named, revision = (adapter_path, how.adapter_revision) if adapter_path else (model_path, how.revision)
     with quiet_progress():
-        adapter = explained(
-            adapter_path or model_path,
-            "adapter",
-            find_adapter,
-            adapter_path or model_path,
-            revision=adapter_revision if adapter_path else revision,
-        )
+        adapter = explained(named, "adapter", find_adapter, named, revision=revision, **how.hub)
     if adapter_path and adapter is None:
         raise UserError(
             f"adapter_path {adapter_path} has no adapter_config.json; expected a PEFT adapter, hub id or folder"
         )
-    base = Base(model_path, revision)
+    base = Base(model_path, how.revision)
     if adapter is not None and not adapter_path:
         base = base_of(adapter)
         log.info("%s is an adapter on %s", model_path, base.model_path)
-    source, identity = source_of_model(base.model_path, base.revision, getattr(torch, dtype))
-    options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": trust_remote_code}
+    source, identity = source_of_model(base.model_path, base.revision, how)
     with quiet_progress(), without_adapter(source) as folder:
-        config = explained(base.model_path, "config", transformers.AutoConfig.from_pretrained, folder, **options)
-        refuse_other_kinds(base.model_path, config)
-        placed = placement_options(base.model_path, config, place, device_map, max_memory)
-        model, tokenizer = _load(base.model_path, folder, getattr(torch, dtype), config, dequantize, options, placed)
+        config = read_config(base, folder, how)
+        placed = placement_options(base.model_path, config, place, how)
+        model, tokenizer = _load(base, folder, config, how, attention | placed)
         if adapter is not None:
             model = with_adapter(model, adapter)
             if (adapter / "tokenizer_config.json").is_file():
@@ -239,61 +231,117 @@ def load_model(
     refuse_empty(model_path, tokenizer)
     if "hub" in identity:
         identity["commit"] = getattr(model.config, "_commit_hash", None) or base.revision
-    if dequantize:
+    if how.dequantize:
         identity["dequantized"] = True
     if not placed:
         model = explained(model_path, "model", model.to, place)
     model = model.eval()
-    log.info("%s: %s, %s, on %s", model_path, type(model).__name__, dtype, devices_in_words(model, place))
+    kind, where = type(model).__name__, devices_in_words(model, place)
+    log.info("%s: %s, %s, attention %s, on %s", model_path, kind, how.dtype, attention_of(model), where)
     try:
-        chosen = choose_precision(model, precision)
+        chosen = choose_precision(model, how.precision)
     except ValueError as error:
         raise UserError(f"{model_path}: {error}") from error
     with in_float32(model) if chosen.name == "float32" and not widen_for_good(model) else nullcontext():
-        refuse_foresight(model_path, model)
+        refuse_foresight(model_path, model, how.attn_implementation)
     return Loaded(model, tokenizer, identity, chosen)
 
 
-def _load(
-    model_path: str,
-    source: str,
-    weights_dtype: torch.dtype,
-    config: Any,
-    dequantize: bool,
-    options: dict[str, Any],
-    placed: dict[str, Any],
-) -> tuple[Any, Any]:
-    tokenizer = explained(model_path, "tokenizer", transformers.AutoTokenizer.from_pretrained, source, **options)
-    if dequantize or _unpacks_itself(model_path, config):
+def read_config(base: Base, source: str, options: LoadOptions, **where: Any) -> Any:
+    """The configuration of a causal LM, with the values that `model_kwargs` changes.
+
+    Args:
+        base: as the user or an adapter names the model.
+        source: a hub id or a folder.
+        options: of the model.
+        where: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: it is missing, or of another kind of model, or `model_kwargs` do not fit it.
+    """
+    where |= {"revision": base.revision, **_at_hub(source, options)}
+    load = transformers.AutoConfig.from_pretrained
+    config = explained(base.model_path, "config", load, source, **where, **options.files)
+    refuse_other_kinds(base.model_path, config)
+    quantization_argument(base.model_path, config, options)  # its check of stored weights
+    if not options.overrides:
+        return config
+    stored, _ = explained(base.model_path, "config", type(config).get_config_dict, source, **where, **options.hub)
+    return changed_config(base.model_path, config, stored, options.overrides)
+
+
+def without_weights(model_path: str, options: LoadOptions) -> tuple[str, Any, Any]:
+    """The name, the configuration and the tokenizer of the model that `load_model` would load; errors as there."""
+    base = Base(without_slash(model_path), options.revision)
+    with quiet_progress():
+        if options.adapter_path is None:
+            found = explained(base.model_path, "adapter", find_adapter, *base, **options.hub)
+            base = base if found is None else base_of(found)
+        local, where = local_source(base.model_path, options.subfolder), {}
+        source = base.model_path if local is None else str(local)
+        if local is not None and local.is_file():
+            source, where = str(local.parent), {"gguf_file": local.name}
+        config = read_config(base, source, options, **where)
+        return base.model_path, config, read_tokenizer(base.model_path, source, base.revision, options, **where)
+
+
+def _at_hub(source: str, options: LoadOptions) -> dict[str, Any]:
+    """The subfolder as an argument; a local source is that folder itself."""
+    return {"subfolder": options.subfolder} if options.subfolder and not Path(source).exists() else {}
+
+
+def _load(base: Base, source: str, config: Any, options: LoadOptions, placed: dict[str, Any]) -> tuple[Any, Any]:
+    model_path, dtype = base.model_path, getattr(torch, options.dtype)
+    tokenizer = read_tokenizer(model_path, source, base.revision, options)
+    if options.dequantize or _unpacks_itself(model_path, config):
         _ask_for_floats(config)
     model, found = explained(
         model_path,
         "model",
         transformers.AutoModelForCausalLM.from_pretrained,
         source,
+        hint=options.to_check,
         config=config,
-        dtype=weights_dtype,
+        revision=base.revision,
+        dtype=dtype,
         output_loading_info=True,
-        **options,
+        **options.files,
+        **options.loading,
+        **_at_hub(source, options),
+        **quantization_argument(model_path, config, options),
         **placed,
     )
+    headless = saved_without_head(config)
     if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
+        why = f"it was saved as {headless}, without a language model's head" if headless else "it is damaged"
+        todo = options.to_check or "fetch it again, or give another model"
         raise UserError(
-            f"the model of {model_path} lacks {len(missing)} weights ({missing[0]} ...): it is damaged, or not a "
-            "causal LM; fetch it again, or give another model"
+            f"the model of {model_path} lacks {len(missing)} weights ({missing[0]} ...): {why}, or not a causal LM; "
+            f"{todo}"
         )
-    if dequantize:
-        quantizer = getattr(model, "hf_quantizer", None)
-        try:
-            own_way = getattr(type(quantizer), "_dequantize", None)
-            if quantized_linears(model) and own_way not in (None, transformers.quantizers.HfQuantizer._dequantize):
-                model = explained(model_path, "model", model.dequantize, dtype=weights_dtype)
-            unpacked = unpack(model, weights_dtype)
-        except CannotDifferentiate as error:
-            raise UserError(f"{model_path}: {error}") from error
-        log.info("%s: %d quantised layers unpacked to %s", model_path, len(unpacked), weights_dtype)
-        to_one_dtype(model, weights_dtype)
+    if headless:
+        log.warning("%s was saved as %s: its token embeddings are taken as the unembedding", model_path, headless)
+    if options.quantization:
+        count, library = len(quantized_linears(model)), version("bitsandbytes")
+        log.info("%s: %d layers quantised to %s, by bitsandbytes %s", model_path, count, options.quantization, library)
+    if options.dequantize:
+        model = _unpacked(model_path, model, dtype)
     return model, tokenizer
+
+
+def _unpacked(model_path: str, model: Any, dtype: torch.dtype) -> Any:
+    """The model with ordinary linear layers in place of its quantised ones."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    try:
+        own_way = getattr(type(quantizer), "_dequantize", None)
+        if quantized_linears(model) and own_way not in (None, transformers.quantizers.HfQuantizer._dequantize):
+            model = explained(model_path, "model", model.dequantize, dtype=dtype)
+        unpacked = unpack(model, dtype)
+    except CannotDifferentiate as error:
+        raise UserError(f"{model_path}: {error}") from error
+    log.info("%s: %d quantised layers unpacked to %s", model_path, len(unpacked), dtype)
+    to_one_dtype(model, dtype)
+    return model
 
 
 def _unpacks_itself(model_path: str, config: Any) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safetensors import SafetensorError
 
 from fisher_vmap.data.files import spelt_as_path
 from fisher_vmap.errors import UserError
+from fisher_vmap.load.folders import check_configured, check_whole
+from fisher_vmap.load.options import LoadOptions
 from fisher_vmap.progress import step
 
 log = logging.getLogger(__name__)
@@ -50,12 +53,16 @@ def refuse_empty(model_path: str, tokenizer: Any) -> None:
         )
 
 
-def explained(model_path: str, what: str, load: Any, *source: Any, **options: Any) -> Any:
-    """Call another library's loader; any error becomes a UserError with one line."""
+def explained(model_path: str, what: str, load: Any, *source: Any, hint: str = "", **options: Any) -> Any:
+    """Call another library's loader; any error becomes a UserError with one line, which ends on `hint` if given."""
     try:
         return load(*source, **options)
+    except UserError:
+        raise
     except Exception as error:
         message = " ".join(str(error).split())
+        if isinstance(token := options.get("token"), str):
+            message = message.replace(token, "the token")
         if re.search(r"gated repo|is restricted|\b40[13] Client Error", message):
             todo = "it is gated: accept its terms on its page, then `hf auth login`"
         elif "trust_remote_code" in message:
@@ -68,22 +75,28 @@ def explained(model_path: str, what: str, load: Any, *source: Any, **options: An
             "huggingface.co" in message
             or "is not a valid model identifier" in message
             or "not a local folder" in message
+            or "Repo id must" in message
         ):
             todo = "the hub does not answer or has no such model: check the name, the network and `hf auth login`"
         elif what == "tokenizer":
             todo = "put the tokenizer's files next to the model's"
         else:
-            todo = "fetch it again, or give another model"
+            todo = hint or "fetch it again, or give another model"
         first = message[:160] + ("..." if len(message) > 160 else "")
         raise UserError(
             f"the {what} of {model_path} cannot be loaded: {todo} ({type(error).__name__}: {first})"
         ) from error
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The files of a model and its tokenizer, without other files that a trainer leaves in the folder."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    weights = [path for path in weights if not path.name.startswith("adapter_")]
+def model_files(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """The files of a model and its tokenizer, without other files that a trainer leaves in the folder.
+
+    Args:
+        folder: of the model.
+        pickled: whether its .bin files are read even if there are .safetensors files.
+    """
+    safe = [] if pickled else [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    weights = safe or list(folder.glob("pytorch_model*.bin"))
     others = {path for pattern in ("config.json", "*.py") for path in folder.glob(pattern)}
     return sorted(path for path in {*weights, *others, *tokenizer_files(folder)} if path.is_file())
 
@@ -210,36 +223,37 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
-    """Find what `from_pretrained` takes for a model, and what identifies it.
-
-    Args:
-        model_path: a hub id, a folder, or a .gguf file, here or on the hub.
-        revision: of what is on the hub.
-        dtype: that a .gguf file is unpacked to.
-
-    Returns:
-        A hub id or a folder, and {"hub": id}, or the hashes of the files.
+def without_slash(name: str) -> str:
+    """A model's name without a slash at its end, which a hub id must not have.
 
     Raises:
-        UserError: there is no such model.
+        UserError: it is a web address.
+    """
+    if address := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)|https?://", name):
+        todo = f"give the model's id, {address[1]}" if address[1] else "give a hub id or a folder"
+        raise UserError(f"{name} is a web address; {todo}")
+    return name.rstrip("/") or name
+
+
+def local_source(model_path: str, subfolder: str = "") -> Path | None:
+    """The .gguf file or the folder that holds a local model's configuration; None: the model is on the hub.
+
+    Raises:
+        UserError: there is no such model, or it is of another kind.
     """
     local = Path(model_path).expanduser()
-    if local.suffix == ".gguf":
-        if not local.exists() and model_path.count("/") == 2 and not spelt_as_path(model_path):
-            repository, _, name = model_path.rpartition("/")
-            local = Path(explained(model_path, "file", hf_hub_download, repository, name, revision=revision))
+    hub_gguf = local.suffix == ".gguf" and not local.exists() and model_path.count("/") == 2
+    if hub_gguf and not spelt_as_path(model_path):
+        return None
+    if local.suffix == ".gguf" and not local.is_dir():
         if not local.is_file():
             raise UserError(f"model_path {model_path} is not a file; expected a hub id, a folder or a .gguf file")
-        sha256 = hashed([local])[local.name]
-        with quiet_progress():
-            return str(converted(local, sha256, dtype)), {"gguf": sha256}
+        return local
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            ggufs = sorted(p.name for p in local.glob("*.gguf"))
-            hint = f"give the file {local / ggufs[0]}" if ggufs else "expected a folder as save_pretrained writes it"
-            raise UserError(f"model_path {model_path} has no config.json; {hint}")
-        return str(local), {"files": hashed(model_files(local))}
+        if not (local / subfolder).is_dir():
+            raise UserError(f"model_path {model_path} has no folder {subfolder}, the subfolder in model_kwargs")
+        check_configured(str(Path(model_path) / subfolder), local / subfolder)
+        return local / subfolder
     if local.is_file():
         todo = "expected a hub id, a folder or a .gguf file"
         if (local.parent / "config.json").is_file():
@@ -247,7 +261,68 @@ def source_of_model(model_path: str, revision: str | None, dtype: torch.dtype) -
         raise UserError(f"model_path {model_path} is a single file; {todo}")
     if local.exists() or spelt_as_path(model_path) or model_path.count("/") > 1:
         raise UserError(f"model_path {model_path} is not there; expected a hub id, a folder or a .gguf file")
-    return model_path, {"hub": model_path}
+    return None
+
+
+def source_of_model(model_path: str, revision: str | None, options: LoadOptions) -> tuple[str, dict[str, Any]]:
+    """Find what `from_pretrained` takes for a model, and what identifies it.
+
+    Args:
+        model_path: a hub id, a folder, or a .gguf file, here or on the hub.
+        revision: of what is on the hub.
+        options: dtype: that a .gguf file is unpacked to; model_kwargs: a subfolder, the hub's cache.
+
+    Returns:
+        A hub id or a folder, and {"hub": id}, or the hashes of the files.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    local = local_source(model_path, options.subfolder)
+    if local is None and model_path.endswith(".gguf"):
+        repository, _, name = model_path.rpartition("/")
+        fetch = partial(hf_hub_download, repository, name, revision=revision)
+        local = Path(explained(model_path, "file", fetch, **options.hub))
+    if local is None:
+        return model_path, {"hub": model_path}
+    if local.is_file():
+        sha256 = hashed([local])[local.name]
+        with quiet_progress():
+            return str(converted(local, sha256, getattr(torch, options.dtype))), {"gguf": sha256}
+    files = model_files(local, pickled=options.loading.get("use_safetensors") is False)
+    if options.subfolder and not tokenizer_files(local):
+        files += tokenizer_files(Path(model_path).expanduser())
+    check_whole(model_path, local, files, usual=not {"variant", "use_safetensors"} & set(options.loading))
+    return str(local), {"files": hashed(files)}
+
+
+def read_tokenizer(model_path: str, source: str, revision: str | None, options: LoadOptions, **where: Any) -> Any:
+    """The tokenizer of a model: the one in its subfolder, else that of the folder or repository.
+
+    Args:
+        model_path: as it was given.
+        source: a hub id, or the folder that the model's files are in.
+        revision: of a hub model.
+        options: of the model.
+        where: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if options.subfolder:
+        at_hub = {"revision": revision, "subfolder": options.subfolder, **options.hub}
+        if Path(source).is_dir():
+            inside = bool(tokenizer_files(Path(source)))
+            source = source if inside else str(Path(model_path).expanduser())
+        else:
+            found = partial(transformers.utils.cached_file, _raise_exceptions_for_missing_entries=False)
+            inside = explained(model_path, "tokenizer", found, source, "tokenizer_config.json", **at_hub) is not None
+            where |= {"subfolder": options.subfolder} if inside else {}
+        if not inside:
+            log.info("%s: the subfolder %s has no tokenizer: that of the model's top is taken", model_path,
+                     options.subfolder)  # fmt: skip
+    load = transformers.AutoTokenizer.from_pretrained
+    return explained(model_path, "tokenizer", load, source, revision=revision, **options.files, **where)
 
 
 def log_missing_local(model_path: str) -> None:

@@ -321,5 +321,7 @@ def _hookable(found: Layers) -> str:
     stack = found.names[0].rpartition(".")[0]
     inside = re.compile(re.escape(stack) + r"\.\d+")
     shown = list(dict.fromkeys(inside.sub(f"{stack}.N", name) for name in found.places))
-    shown.sort(key=lambda name: name.count("."))  # outer modules first; the sort is stable
+    root = stack.partition(".")[0]
+    # Blocks first, then outer modules; those outside the decoder, such as the unembedding, last. The sort is stable.
+    shown.sort(key=lambda name: (name != f"{stack}.N", name.partition(".")[0] != root, name.count(".")))
     return f"what can be hooked: {listed(shown, 20)} (N from 0 to {len(found.names) - 1})"

@@ -1,13 +1,20 @@
 """`python -m fisher_vmap.report DIR`: a page that shows a results folder, and images of its figures."""
 
+import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("report"))
+
 import argparse
 import importlib.util
-import sys
+import os.path
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
+from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
 from fisher_vmap.results.reader import open_results
@@ -21,13 +28,8 @@ EXTRA = ("plotly", "matplotlib", "scipy")
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; returns the exit code: 0 done, 2 a mistake of the user's."""
-    arguments = _parser().parse_args(argv)
-    start_logging(quiet=arguments.quiet)
-    try:
-        for line in write_report(arguments):
-            print(line)
-    except UserError as error:
-        return user_mistake(error)
+    for line in write_report(_parser().read(argv)):
+        print(line)
     return 0
 
 
@@ -77,18 +79,23 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     return [*lines, f"written in {time.perf_counter() - began:.1f} s"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.report",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> Parser:
+    parser = Parser(
+        "report",
         description="Write one self-contained page (no network needed) to look at a results folder, and PNGs of its\n"
         "figures: spectra, traces, similar prompts, layers, outliers, and single prompts in full.",
         epilog="examples:\n"
-        "  python -m fisher_vmap.report fisher_results\n"
-        "  python -m fisher_vmap.report fisher_results --prompts 12,40 --output look.html --no-images",
+        "  fisher-vmap report fisher_results\n"
+        "  fisher-vmap report fisher_results --prompts 12,40 --output look.html --no-images",
     )
-    parser.add_argument("folder", metavar="DIR", help="the results folder, such as fisher_results or hf://datasets/A/B")
-    parser.add_argument("--output", type=Path, help="the page's file; by default DIR/report.html, images in DIR/report")
+    parser.add_argument(
+        "folder", metavar="DIR", type=os.path.expanduser, help="the results folder, such as fisher_results or "
+        "hf://datasets/A/B"
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="FILE", type=path_argument, help="the page's file; by default DIR/report.html, images in "
+        "DIR/report"
+    )  # fmt: skip
     parser.add_argument("--prompts", type=_indices, default=(), metavar="I,J", help="prompts to show in full, by index")
     parser.add_argument("--details", type=_count, default=300, help="most prompts shown in full (300)")
     parser.add_argument("--similarity", type=_count, default=400, help="most prompts in the similarity map (400)")
@@ -109,7 +116,3 @@ def _count(text: str) -> int:
     if not text.strip().isdecimal() or not 2 <= int(text) <= 2000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to 2000")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

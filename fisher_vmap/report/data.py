@@ -10,13 +10,15 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from fisher_vmap import algebra
+from fisher_vmap.escape import distinct_labels, visible
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.report.outliers import Outlier, Scores, rank_outliers, score_prompts
 from fisher_vmap.results.reader import Results
-from fisher_vmap.results.record import PromptRecord
-from fisher_vmap.results.shard_reader import is_ok
+from fisher_vmap.results.shard import common_schema, in_schema
+from fisher_vmap.results.shard_reader import ShardReader, is_ok
 
 TEXT = 180  # characters of a prompt in the table
+TOP = 5  # next tokens in the table
 GROUP_VALUES = 60  # a kept column with at most this many different values divides the prompts into groups
 GROUPS = 9  # the largest groups have a colour of their own
 OTHERS = "others"
@@ -45,7 +47,7 @@ class Rows:
     trace_norm2: dict[str, NDArray[np.float64]]
     effective_rank: dict[str, NDArray[np.float64]]
     groups: dict[str, list[str]]
-    """Kept columns with few values."""
+    """Kept columns with few values: the label of each prompt's value, fit to be seen but not escaped."""
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -55,18 +57,23 @@ class Rows:
 
 def read_rows(results: Results) -> Rows:
     """Read the columns that the page needs, shard by shard, without the prompts' own tokens."""
-    layers, kept = results.layers, results.index.layout.keep_columns
+    layers = results.layers
     lists: dict[str, list[Any]] = {
-        name: [] for name in ("prompt_index", "status", "text", "top_tokens", "tokens", "mass", "reason", *kept)
+        name: [] for name in ("prompt_index", "status", "text", "top_tokens", "tokens", "mass", "reason")
     }
     lists |= {f"{layer}/{name}": [] for layer in layers for name in ("trace", "trace_norm2", "effective_rank")}
+    tables = []
     for reader in results.shards():
+        tables.append(reader.table.select(results.index.layout.keep_columns))
         for name, values in lists.items():
-            if name not in reader.table.schema.names:
-                found = [None] * reader.table.num_rows
-            else:
+            found: list[Any] = [None] * reader.table.num_rows
+            if name in reader.table.schema.names:
                 found = reader.table.column(name).to_pylist()
-            values.extend(_short(text) for text in found) if name == "text" else values.extend(found)
+            if name == "text":
+                found = [_short(text) for text in found]
+            elif name == "top_tokens":
+                found = [_next_tokens(texts, reader, row) for row, texts in enumerate(found)]
+            values.extend(found)
     shown = [
         text or f"({reason or 'no text stored'})" for text, reason in zip(lists["text"], lists["reason"], strict=True)
     ]
@@ -78,53 +85,31 @@ def read_rows(results: Results) -> Rows:
         index=np.array(lists["prompt_index"], np.int64),
         status=lists["status"],
         text=shown,
-        top=[" ".join(_visible(token) for token in (tokens or ())[:5]) for tokens in lists["top_tokens"]],
+        top=lists["top_tokens"],
         tokens=np.array(lists["tokens"], np.int64),
         mass=_floats(lists["mass"]),
-        groups=_groups({name: lists[name] for name in kept}),
+        groups=_groups(_kept(tables, results) if results.index.layout.keep_columns else {}),
         **per_layer,
     )
-
-
-def describe_prompt(records: dict[str, PromptRecord]) -> dict[str, Any]:
-    """What the page shows of one prompt, from its record at each layer."""
-    first = next(iter(records.values()))
-    names = first.top_tokens or tuple(f"#{token}" for token in first.token_ids)
-    return {
-        "text": first.text,
-        "pieces": None if first.prompt_tokens is None else list(first.prompt_tokens),
-        "top": list(names),
-        "p": rounded(np.exp(first.log_probs)),
-        "layers": {
-            layer: {
-                "S": rounded(record.S[record.S > 0]),
-                "trace": rounded(record.trace),
-                "norm": rounded(record.residual_norm),
-                "energy": rounded(record.position_energy),
-                "trades": [rounded(row) for row in record.trades()[:, record.S > 0].T],
-            }
-            for layer, record in records.items()
-        },
-    }
-
-
-def rounded(values: Any, digits: int = 4) -> Any:
-    """Numbers to a few significant digits, for JSON; NaN becomes None."""
-    if np.ndim(values):
-        return [rounded(value, digits) for value in values]
-    return float(f"{float(values):.{digits}g}") if np.isfinite(values) else None
 
 
 def _groups(columns: dict[str, list[Any]]) -> dict[str, list[str]]:
     """Kept columns with few values; all but the `GROUPS` most frequent values of a column become `OTHERS`."""
     groups = {}
-    for name, values in columns.items():
-        texts = ["none" if value is None else str(value) for value in values]
-        counts = Counter(texts).most_common()
-        if 2 <= len(counts) <= GROUP_VALUES:
-            large = {text for text, _ in counts[: GROUPS if len(counts) > GROUPS + 1 else len(counts)]}
-            groups[name] = [text if text in large else OTHERS for text in texts]
+    for name, values in zip(distinct_labels(columns), columns.values(), strict=True):
+        if 2 <= len({(type(value), str(value)) for value in values}) <= GROUP_VALUES:
+            labels = distinct_labels(values, taken=(OTHERS,))
+            counts = Counter(labels).most_common()
+            large = {label for label, _ in counts[: GROUPS if len(counts) > GROUPS + 1 else len(counts)]}
+            groups[name] = [label if label in large else OTHERS for label in labels]
     return groups
+
+
+def _kept(tables: list[Any], results: Results) -> dict[str, list[Any]]:
+    """The kept columns' values, in the type that they have in prompts.parquet: a shard's own may be a narrower one."""
+    schema = common_schema((table.schema for table in tables), results.index.layout)
+    tables = [in_schema(table, schema) for table in tables]
+    return {name: [value for table in tables for value in table.column(name).to_pylist()] for name in schema.names}
 
 
 def _floats(values: list[float | None]) -> NDArray[np.float64]:
@@ -138,8 +123,20 @@ def _short(text: str | None) -> str | None:
     return text if len(text) <= TEXT else text[: TEXT - 1] + "…"
 
 
-def _visible(token: str) -> str:
-    return repr(token)[1:-1] if token.strip() != token or not token else token
+def _next_tokens(texts: list[str] | None, reader: ShardReader, row: int) -> str:
+    """The five likeliest next tokens of a shard's row; those that look like another, or like nothing, with their ids.
+
+    Older folders have U+FFFD for every token that is a part of a character.
+    """
+    shown = [visible(text) for text in (texts or ())[:TOP]]
+    unclear = [not text or "\ufffd" in text or shown.count(text) > 1 for text in shown]
+    if any(unclear) and not reader.entry.folded:  # of a mean that is kept alone there are no ids
+        token_ids, _ = reader.tokens(reader.entry.start + row)
+        shown = [
+            f"{text}<id {token}>" if also else text
+            for text, also, token in zip(shown, unclear, token_ids[:TOP].tolist(), strict=True)
+        ]
+    return " ".join(text or "∅" for text in shown)
 
 
 class Similarity(NamedTuple):
@@ -257,9 +254,14 @@ def survey(results: Results, sampling: Sampling) -> Survey:
 
 def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> LayerSurvey:
     width = results.index.layout.widths[layer]
-    mean = results.mean(layer)
-    finite = np.isfinite(mean).all()
-    values = algebra.eigenvectors(mean, min(MEAN_RANK, width)).S if finite else np.zeros(0)
+    if results.is_wide(layer):
+        factors = results.mean_factors(layer)
+        values, mean_trace = factors.S[:MEAN_RANK], factors.trace
+    else:
+        mean = results.mean(layer)
+        finite = np.isfinite(mean).all()
+        values = algebra.eigenvectors(mean, min(MEAN_RANK, width)).S if finite else np.zeros(0)
+        mean_trace = float(np.trace(mean))
     alone = results.index.layout.means_only
     S = [np.zeros((0, results.index.layout.rank), np.float32)]
     S += [] if alone else [reader.stack(layer).S[is_ok(reader)] for reader in results.shards()]
@@ -268,7 +270,7 @@ def _survey_layer(results: Results, layer: str, compared: NDArray[np.int64]) -> 
         name=layer,
         width=width,
         mean_values=values,
-        mean_trace=float(np.trace(mean)),
+        mean_trace=mean_trace,
         S=None if alone else np.concatenate(S),
         similarity=None if alone or len(compared) < 2 else compare_prompts(results, layer, compared),
         scores=scores,

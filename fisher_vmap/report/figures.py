@@ -1,7 +1,8 @@
 """The page's figures as dictionaries for plotly.
 
 A colour is a name of the page's palette: "@blue", or "@blue/0.2" with an opacity. The page replaces it by the colour of
-the current theme. Points carry the prompt's index, from which the page makes its tooltips.
+the current theme, in properties for colours alone. Points carry the prompt's index, from which the page makes its
+tooltips: no data is in a hover template, and what names a trace or a tick went through `escape.plotly_text`.
 """
 
 import base64
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisher_vmap.escape import plotly_text, visible
 from fisher_vmap.report import data as numbers
 from fisher_vmap.report.data import Bands, LayerSurvey, Survey
 
@@ -21,6 +23,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def layout_of(x: str, y: str) -> Figure:
     """A layout with these axis titles, in the page's colours."""
     axis = {
+        "type": "linear",  # else plotly guesses it from the values
         "gridcolor": "@grid",
         "zerolinecolor": "@grid",
         "linecolor": "@grid",
@@ -145,12 +148,12 @@ def layers_figure(survey: Survey, column: str) -> Figure:
     median = _median(found) | {
         "mode": "lines+markers",
         "marker": {"size": 6},
-        "text": [survey.layers[i].name for i in found.x],
+        "text": [plotly_text(visible(survey.layers[i].name)) for i in found.x],
         "hovertemplate": "%{text}: median %{y:.3g}<extra></extra>",
     }
     layout = layout_of("layer", numbers.TITLES[column])
     layout["yaxis"] |= {} if column == "effective_rank" else log_axis(np.concatenate([found.low, found.high]))
-    names = numbers.short_names([layer.name for layer in survey.layers])
+    names = [plotly_text(visible(name)) for name in numbers.short_names([layer.name for layer in survey.layers])]
     layout["showlegend"] = False  # the page explains line and bands
     layout["xaxis"] |= {"tickvals": list(range(len(names))), "ticktext": names, "tickangle": 0}
     return {"data": [*_bands(found), median], "layout": layout}
@@ -216,7 +219,7 @@ def scatter(survey: Survey, layer: LayerSurvey, group: str | None = None) -> Fig
         values = np.array(rows.groups[group])[where]
         for colour, value in zip(GROUP_COLOURS, numbers.group_values(rows.groups[group]), strict=False):
             mask = values == value
-            data.append(_points(x[mask], y[mask], rows.index[where][mask], {"color": colour}, value))
+            data.append(_points(x[mask], y[mask], rows.index[where][mask], {"color": colour}, plotly_text(value)))
     if ring.any():
         circle = {"symbol": "circle-open", "size": 13, "color": "@red", "line": {"width": 1.8}, "opacity": 1}
         data.append(_points(x[ring], y[ring], rows.index[where][ring], circle, "unlike the rest"))
@@ -254,9 +257,10 @@ def similarity(survey: Survey, layer: LayerSurvey, group: str | None = None) -> 
                     "mode": "markers",
                     "x": typed(where),
                     "y": typed(np.full(len(where), -0.028 * size)),
+                    "customdata": typed(found.prompts[where]),
                     "marker": {"symbol": "square", "size": 7, "color": colour},
-                    "name": value,
-                    "hovertemplate": f"{value}<extra></extra>",
+                    "name": plotly_text(value),
+                    "hoverinfo": "none",
                     "cliponaxis": False,
                 }
             )
@@ -287,7 +291,7 @@ def layer_figures(survey: Survey, number: int) -> dict[str, Figure]:
         figures["similarity"] = similarity(survey, layer)
         for name in survey.rows.groups:
             figures[f"similarity by {name}"] = similarity(survey, layer, name)
-    figures["scatter by covered mass"] = scatter(survey, layer)
+    figures["scatter"] = scatter(survey, layer)
     for name in survey.rows.groups:
         figures[f"scatter by {name}"] = scatter(survey, layer, name)
     return figures

@@ -1,15 +1,23 @@
 """The main figures as PNG images by matplotlib, for papers and slides."""
 
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 
+from fisher_vmap.escape import code_points, file_names, short, visible
 from fisher_vmap.progress import bar, passing
 from fisher_vmap.report import data as numbers
 from fisher_vmap.report.data import Bands, LayerSurvey, Survey
@@ -17,6 +25,89 @@ from fisher_vmap.results.files import readable_write_errors, replacing
 
 BLUE, ORANGE, GREY, RED = "#0072b2", "#d55e00", "#7a8490", "#c8342b"
 GROUPS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933", "#1b2027", GREY)
+LEGEND = 75  # characters of the legend's widest line
+TITLE = 80  # characters of a layer's name above a figure
+
+# Fonts that are tried first for what the usual one lacks, and those whose glyphs are boxes, empty or coloured bitmaps.
+_LARGE = re.compile(r"(?i)cjk|noto sans|wenquanyi|droid sans fallback|source han|arial unicode|pingfang|hiragino|yahei|"
+                    r"gothic|symbola|unifont|emoji")  # fmt: skip
+_UNFIT = re.compile(r"(?i)last ?resort|adobe ?blank|notdef|colou?r|apple .*emoji")
+_MOST_FONTS = 500  # opened in search of a character
+_NO_INK = re.compile("[\u200c\u200d\ufe00-\ufe0f]")
+
+log = logging.getLogger(__name__)
+
+
+class Lettering:
+    """How data is written into the images: as it is, never as mathematics, in fonts that have its characters.
+
+    A character that no font of the machine has is written as its code point.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """Look for fonts.
+
+        Args:
+            texts: all that will be written.
+        """
+        self.families = list(mpl.rcParams["font.family"])
+        self._missing = {ord(sign) for sign in "".join(texts)}
+        for family in self.families:
+            self._missing -= _characters(family)
+        for family in islice(_other_families(), _MOST_FONTS) if self._missing else ():
+            if found := self._missing & _characters(family):
+                self.families.append(family)
+                self._missing -= found
+            if not self._missing:
+                break
+        if without := [chr(code) for code in sorted(self._missing) if not _NO_INK.match(chr(code))]:
+            log.info(
+                "no font of this machine has %d of the characters in the images' labels, such as %s: their code points "
+                "are drawn; with a font that has them, such as Noto Sans CJK, they are drawn themselves",
+                len(without), code_points(without[0]),
+            )  # fmt: skip
+        self._run = re.compile(f"[{re.escape(''.join(map(chr, sorted(self._missing))))}]+") if self._missing else None
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Properties of a text that shows data."""
+        return {"parse_math": False, "usetex": False, "fontfamily": self.families}
+
+    def drawn(self, text: str) -> str:
+        """The text with code points for the characters that no font has."""
+        return text if self._run is None else self._run.sub(lambda run: _code_points_of_ink(run[0]), text)
+
+    def write(self, place: Text, text: str) -> None:
+        """Make this the text of a title or of an entry of a legend."""
+        place.set(text=self.drawn(text), **self.style)
+
+
+def _code_points_of_ink(text: str) -> str:
+    inked = _NO_INK.sub("", text)
+    return code_points(inked) if inked else ""
+
+
+def _characters(family: str) -> set[int]:
+    """The code points of the characters that a font has; none if it is not on this machine."""
+    try:
+        path = findfont(FontProperties(family=[family]), fallback_to_default=False)
+        face: dict[str, Any] = {"face_index": path.face_index} if hasattr(path, "face_index") else {}
+        return set(FT2Font(path, **face).get_charmap())
+    except (OSError, RuntimeError, ValueError):
+        return set()
+
+
+def _other_families() -> Iterable[str]:
+    """The fonts of this machine by name, large ones first; also those that matplotlib's own list, a cache, lacks."""
+    known = {font.fname for font in fontManager.ttflist}
+    for path in sorted(set(findSystemFonts()) - known):
+        try:
+            fontManager.addfont(path)
+        except Exception as error:  # a damaged file, and bitmaps, in many ways
+            log.debug("%s is no font to draw with: %s", path, error)
+    fonts = [font for font in fontManager.ttflist if not _UNFIT.search(font.name)]
+    upright = {font.name for font in fonts if font.style == "normal" and font.weight in (400, "normal", "regular")}
+    return sorted(upright, key=lambda name: (_LARGE.search(name) is None, name))  # of others matplotlib would complain
 
 
 def write_images(folder: Path, survey: Survey) -> list[Path]:
@@ -28,6 +119,11 @@ def write_images(folder: Path, survey: Survey) -> list[Path]:
     with readable_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     found: list[Path] = []
+    groups = dict(islice(survey.rows.groups.items(), 1))
+    names = [layer.name for layer in survey.layers]
+    titles = [short(visible(name), TITLE) for name in names]
+    values = {value for each in groups.values() for value in each}
+    lettering = Lettering([*titles, *map(visible, numbers.short_names(names)), *groups, *values])
 
     def save(name: str, figure: matplotlib.figure.Figure) -> None:
         with replacing(folder / f"{name}.png") as file:
@@ -35,18 +131,28 @@ def write_images(folder: Path, survey: Survey) -> list[Path]:
         found.append(folder / f"{name}.png")
 
     with bar(len(survey.layers), "layers", "drawing") as advance:
-        for layer in passing(survey.layers, advance):
-            suffix = f".{layer.name}" if len(survey.layers) > 1 else ""
-            save(f"spectra{suffix}", _drawn(partial(_spectra, survey=survey, layer=layer), 2, layer.name))
-            save(f"prompts{suffix}", _drawn(partial(_prompts, survey=survey, layer=layer), 2, layer.name))
+        for layer, name, title in zip(passing(survey.layers, advance), file_names(names), titles, strict=True):
+            suffix = f".{name}" if len(names) > 1 else ""
+            for kind, draw in (("spectra", _spectra), ("prompts", _prompts)):
+                figure = _drawn(partial(draw, survey=survey, layer=layer), 2)
+                lettering.write(_above(figure), title)
+                save(f"{kind}{suffix}", figure)
             if layer.similarity is not None:
-                save(f"similarity{suffix}", _similarity(survey, layer))
-    if len(survey.layers) > 1 and survey.rows.ok.any():
-        save("layers", _drawn(partial(_layers, survey=survey), 3, "all layers"))
+                figure = _similarity(survey, layer, lettering)
+                lettering.write(_above(figure), title)
+                save(f"similarity{suffix}", figure)
+    if len(names) > 1 and survey.rows.ok.any():
+        figure = _drawn(partial(_layers, survey=survey, lettering=lettering), 3)
+        lettering.write(_above(figure), "all layers")
+        save("layers", figure)
     return found
 
 
-def _drawn(draw: Callable[[list[Axes]], None], columns: int, title: str) -> matplotlib.figure.Figure:
+def _above(figure: matplotlib.figure.Figure) -> Text:
+    return figure.suptitle("-", fontsize=11, x=0.01, ha="left")
+
+
+def _drawn(draw: Callable[[list[Axes]], None], columns: int) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(5.2 * columns, 4.1), dpi=150, layout="constrained")
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for ax in axes:
@@ -54,7 +160,6 @@ def _drawn(draw: Callable[[list[Axes]], None], columns: int, title: str) -> matp
         ax.grid(color="#e4e8ec", linewidth=0.7)
         ax.set_axisbelow(True)
     draw(axes)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -92,7 +197,7 @@ def _prompts(axes: list[Axes], survey: Survey, layer: LayerSurvey) -> None:
     axes[1].set(xlabel=f"log10 of the trace\n({numbers.UNIT})", ylabel="prompts")
 
 
-def _similarity(survey: Survey, layer: LayerSurvey) -> matplotlib.figure.Figure:
+def _similarity(survey: Survey, layer: LayerSurvey, lettering: Lettering) -> matplotlib.figure.Figure:
     found = layer.similarity
     assert found is not None
     size, most = len(found.prompts), numbers.brightest(found) / 100
@@ -103,26 +208,31 @@ def _similarity(survey: Survey, layer: LayerSurvey) -> matplotlib.figure.Figure:
     bar = figure.colorbar(image, ax=ax, shrink=0.85, label="cosine of the Fisher matrices", extend="max")
     bar.outline.set_visible(False)
     for name in list(survey.rows.groups)[:1]:
-        marks = numbers.group_marks(survey, found, name)
-        for colour, (value, where) in zip(GROUPS, marks, strict=False):
-            style: dict[str, Any] = {"marker": "s", "s": 9, "color": colour, "clip_on": False, "label": value}
-            ax.scatter(where, np.full(len(where), -0.025 * size), **style)
+        marks, handles = numbers.group_marks(survey, found, name), []
+        for colour, (_, where) in zip(GROUPS, marks, strict=False):
+            style: dict[str, Any] = {"marker": "s", "s": 9, "color": colour, "clip_on": False}
+            handles.append(ax.scatter(where, np.full(len(where), -0.025 * size), **style))
         ax.set_ylim(size - 0.5, -0.05 * size)
         ax.spines[:].set_visible(False)
-        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": min(5, len(marks))}
-        ax.legend(frameon=False, fontsize=8, title=name, title_fontsize=8, **place)
-    figure.suptitle(layer.name, fontsize=11, x=0.01, ha="left")
+        values = [lettering.drawn(value) for value, _ in marks]
+        columns = max(1, min(5, len(marks), LEGEND // (4 + max(map(len, values)))))
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": columns}
+        # Numbers first: matplotlib hides a label that begins with "_", and reads "$" before it can be told not to.
+        labels = [str(number) for number in range(len(handles))]
+        legend = ax.legend(handles, labels, frameon=False, fontsize=8, title="-", title_fontsize=8, **place)
+        for text, value in zip([legend.get_title(), *legend.get_texts()], [name, *values], strict=False):
+            lettering.write(text, value)
     return figure
 
 
-def _layers(axes: list[Axes], survey: Survey) -> None:
+def _layers(axes: list[Axes], survey: Survey, lettering: Lettering) -> None:
     names = numbers.short_names([layer.name for layer in survey.layers])
     for ax, column in zip(axes, ("trace_norm2", "trace", "effective_rank"), strict=True):
         found = numbers.over_layers(survey, column)
         _bands(ax, found)
         ax.plot(found.x, found.median, "o", color=BLUE, markersize=4)
         ax.set(xlabel="layer", ylabel=numbers.TITLES[column], yscale="linear" if column == "effective_rank" else "log")
-        ax.set_xticks(range(len(names)), names)
+        ax.set_xticks(range(len(names)), [lettering.drawn(visible(name)) for name in names], **lettering.style)
     axes[0].legend(frameon=False, fontsize=8)
 
 

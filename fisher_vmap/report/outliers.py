@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fisher_vmap import algebra
 from fisher_vmap.errors import listed
 from fisher_vmap.results.reader import Results
 from fisher_vmap.results.shard_reader import is_ok
@@ -24,7 +25,8 @@ from fisher_vmap.results.shard_reader import is_ok
 Float = NDArray[np.float64]
 
 WORTH_A_LOOK = 3.5
-CANDIDATES = 2000  # directions that are compared with all prompts
+CANDIDATES = 2000  # directions that are compared with all prompts, or fewer at a wide layer:
+CANDIDATE_NUMBERS = 2**27  # in all of them together
 FEW = 0.05  # of the prompts, and at least two, may share a direction that counts as shared with few
 LEAST_SHARE = 0.02  # of a prompt's trace, for a direction to be a candidate
 LEAST_PROMPTS = 8  # with fewer, no outliers are reported
@@ -91,11 +93,12 @@ def score_prompts(results: Results, layer: str, seed: int = 0) -> Scores:
         UserError: the folder is damaged.
     """
     view = results.at(layer)
-    D = results.index.layout.widths[layer]
-    mean, parts = np.zeros((D, D)), list[tuple[NDArray[np.int64], Float, Float]]()
+    D, wide = results.index.layout.widths[layer], view.is_wide()
+    mean, parts = np.zeros((0, 0) if wide else (D, D)), list[tuple[NDArray[np.int64], Float, Float]]()
     for prompts, share, V, S in _normalised(view):
-        W = (np.sqrt(share)[..., None] * V).reshape(-1, D)
-        mean += W.T @ W
+        if not wide:
+            W = (np.sqrt(share)[..., None] * V).reshape(-1, D)
+            mean += W.T @ W
         parts.append((prompts, share, S))
     if not parts:
         parts.append((np.zeros(0, np.int64), np.zeros((0, 1)), np.zeros((0, 1))))
@@ -105,9 +108,15 @@ def score_prompts(results: Results, layer: str, seed: int = 0) -> Scores:
     if n < LEAST_PROMPTS:
         nothing = np.zeros(n)
         return Scores(prompts, dict.fromkeys(_FLOORS, nothing), [()] * n, nothing, nothing, traces, leading)
-    mean /= n
-    own = np.concatenate([((V @ mean.astype(np.float32)) * V).sum(-1) for _, _, V, _ in _normalised(view)])  # v^T M v
-    distance = _distances(share, own, mean)
+    if wide:
+        M = algebra.mean_factors(((part, V) for _, part, V, _ in _normalised(view)), D)
+        rows, size = M.V.astype(np.float32), float((M.S**2).sum())
+        own = np.concatenate([(V @ rows.T) ** 2 @ M.S for _, _, V, _ in _normalised(view)])  # v^T M v
+    else:
+        mean /= n
+        size = float((mean**2).sum())
+        own = np.concatenate([((V @ mean.astype(np.float32)) * V).sum(-1) for _, _, V, _ in _normalised(view)])
+    distance = _distances(share, own, size)
     z_few, company, along = _shared_with_few(view, share, own, np.random.default_rng(seed))
     measures = {
         "trace": np.abs(_robust_z(np.log10(traces), "trace")),
@@ -130,12 +139,12 @@ def _normalised(view: Results) -> Iterator[tuple[NDArray[np.int64], Float, NDArr
             yield np.flatnonzero(ok) + reader.entry.start, kept / kept.sum(1, keepdims=True), V[ok], kept
 
 
-def _distances(share: Float, own: Float, mean: Float) -> Float:
-    """1 - cosine of each scaled matrix F_i and the mean of the others, M_i = (n M - F_i) / (n - 1)."""
+def _distances(share: Float, own: Float, size: float) -> Float:
+    """1 - cosine of each scaled matrix F_i and the mean of the others, M_i = (n M - F_i) / (n - 1); size is |M|^2."""
     n = len(share)
     with_mean, squares = (share * own).sum(1), (share**2).sum(1)  # tr(F_i M), |F_i|^2
     with_others = (n * with_mean - squares) / (n - 1)
-    others = (n * n * (mean**2).sum() - 2 * n * with_mean + squares) / (n - 1) ** 2
+    others = (n * n * size - 2 * n * with_mean + squares) / (n - 1) ** 2
     return np.asarray(1 - with_others / np.sqrt(squares * np.maximum(others, 1e-300)))
 
 
@@ -151,7 +160,8 @@ def _shared_with_few(
     n, R = share.shape
     excess = share - (n * own - share) / (n - 1)
     order = np.argsort(-(excess + 1e-9 * rng.random(excess.shape)).ravel(), kind="stable")
-    picked = np.sort(order[share.ravel()[order] > LEAST_SHARE][:CANDIDATES])
+    most = min(CANDIDATES, CANDIDATE_NUMBERS // view.index.layout.widths[view.layer])
+    picked = np.sort(order[share.ravel()[order] > LEAST_SHARE][:most])
     vectors, start = list[NDArray[np.float32]](), 0
     for _, _, V, _ in _normalised(view):
         rows = picked[(picked >= start * R) & (picked < (start + len(V)) * R)] - start * R

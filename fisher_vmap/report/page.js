@@ -16,7 +16,16 @@ function make(tag, properties = {}, ...children) {
   element.append(...children.filter((child) => child !== null));
   return element;
 }
-const visible = (token) => token.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
+/* As escape.visible: what cannot be seen, or moves others, becomes its code point; joiners within a word stay. */
+const UNSEEN = /^\p{M}|(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Z}\u115f\u1160\u2800\u3164\uffa0]|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])/gu;
+const codePoint = (sign) => `<U+${sign.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`;
+const SIGNS = { " ": "␣", "\n": "↵", "\t": "⇥" };
+const visible = (token) => token.replace(UNSEEN, (sign) => SIGNS[sign] ?? codePoint(sign)) || "∅";
+const readable = (piece) => piece.replace(UNSEEN, (sign) => /[ \n\t\p{Z}\p{M}]/u.test(sign) ? sign : codePoint(sign)).replace(/\n/g, "↵\n");
+function pieceName(pieces, i) {
+  const next = pieces.slice(i).find((piece) => piece !== "");
+  return pieces[i] === "" && next !== undefined ? "part of " + visible(next) : visible(pieces[i]);
+}
 const percent = (x) => (x === null ? "–" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + "%");
 function number(x) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
@@ -44,11 +53,11 @@ function colour(text) {
   if (opacity === undefined) return hex;
   return `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${opacity})`;
 }
-function coloured(value) {
-  if (typeof value === "string") return value.startsWith("@") ? colour(value) : value;
-  if (Array.isArray(value)) return value.map(coloured);
+function coloured(value, property = "") {
+  if (typeof value === "string") return property.includes("color") && value.startsWith("@") ? colour(value) : value;
+  if (Array.isArray(value)) return value.map((inner) => coloured(inner, property));
   if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, key === "bdata" ? inner : coloured(inner)]));
+    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, key === "bdata" ? inner : coloured(inner, key)]));
   }
   return value;
 }
@@ -106,17 +115,17 @@ function drawAll() {
   const figures = DATA.layers[state.layer].figures;
   for (const element of document.querySelectorAll("[data-figure]")) {
     const kind = element.dataset.figure, by = state.chosen[kind];
-    const name = by === undefined ? kind : by === "" ? kind : `${kind} by ${by}`;
+    const name = by === undefined || by === null ? kind : `${kind} by ${by}`;
     if (figures[name]) draw(element, figures[name]);
   }
   for (const element of document.querySelectorAll("[data-layers]")) draw(element, DATA.layer_figures[element.dataset.layers]);
 }
 function offerChoices() {
   const groups = Object.keys(DATA.rows.groups);
-  const choices = { scatter: ["covered mass", ...groups], similarity: groups.length ? ["", ...groups] : [] };
+  const choices = { scatter: [null, ...groups], similarity: groups.length ? [null, ...groups] : [] };
   for (const place of document.querySelectorAll("[data-choose]")) {
     const kind = place.dataset.choose;
-    state.chosen[kind] = kind === "scatter" ? "covered mass" : groups[0] ?? "";
+    state.chosen[kind] = kind === "scatter" ? null : groups[0] ?? null;
     if (choices[kind].length < 2) continue;
     place.append("colour by");
     for (const value of choices[kind]) {
@@ -127,7 +136,7 @@ function offerChoices() {
           for (const button of place.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button === event.target));
           drawAll();
         } },
-      }, value || "nothing"));
+      }, value ?? (kind === "scatter" ? "covered mass" : "nothing")));
     }
   }
 }
@@ -200,11 +209,11 @@ function energyText(detail, own) {
   }
   const spans = detail.pieces.map((piece, i) => make("span", {
     style: { background: `rgba(var(--heat), ${opacity(own.energy[i]).toFixed(3)})` },
-    on: { mousemove: (event) => showTip(event, [make("div", {}, make("b", {}, visible(piece)), ` · position ${i}`), make("div", {}, share(own.energy[i]))]), mouseleave: hideTip },
-  }, piece.replace(/\n/g, "↵\n")));
+    on: { mousemove: (event) => showTip(event, [make("div", {}, make("b", {}, pieceName(detail.pieces, i)), ` · position ${i}`), make("div", {}, share(own.energy[i]))]), mouseleave: hideTip },
+  }, readable(piece)));
   const order = own.energy.map((x, i) => [x, i]).sort((a, b) => b[0] - a[0]).slice(0, 3);
   const last = detail.pieces.length - 1;
-  const lead = order.map(([x, i]) => `${visible(detail.pieces[i])}${i === last ? " (the last)" : ""} ${(100 * x / total).toFixed(0)}%`).join(", ");
+  const lead = order.map(([x, i]) => `${pieceName(detail.pieces, i)}${i === last ? " (the last)" : ""} ${(100 * x / total).toFixed(0)}%`).join(", ");
   return [make("div", { class: "coloured" }, ...spans), make("div", { class: "key" }, "a thousandth of the strongest", make("i"), "the strongest · position energy Σ pₜ |gₜ|² of each token, on a logarithmic scale"),
     make("div", { class: "key" }, `most of it: ${lead}`)];
 }
@@ -218,7 +227,7 @@ function directionParts(detail, own) {
   const bars = order.flatMap(([x, t]) => {
     const width = (50 * Math.abs(x)) / most;
     const bar = make("i", { style: { background: x > 0 ? "var(--blue)" : "var(--orange)", width: width + "%", left: (x > 0 ? 50 : 50 - width) + "%" } });
-    return [make("span", { class: "token", title: detail.top[t] }, visible(detail.top[t])), make("span", { class: "muted value" }, percent(detail.p[t])),
+    return [make("span", { class: "token", title: detail.top[t] }, visible(detail.top[t])), make("span", { class: "muted id", title: "the token's id" }, detail.ids[t] < 0 ? "" : String(detail.ids[t])), make("span", { class: "muted value" }, percent(detail.p[t])),
       make("span", { class: "track" }, bar), make("span", { class: "value" }, (x > 0 ? "+" : "−") + number(Math.abs(x)))];
   });
   const step = Math.sqrt(0.02 / own.S[r]);

@@ -1,6 +1,5 @@
 """The page: figures, tables and single prompts in one HTML file that includes plotly.js and needs no network."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,15 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from fisher_vmap import __version__
-from fisher_vmap.report.data import LayerSurvey, Survey, describe_prompt, rounded
+from fisher_vmap.escape import script_json, short, visible
+from fisher_vmap.report.data import LayerSurvey, Survey
 from fisher_vmap.report.figures import layer_figures, layers_figure
 from fisher_vmap.report.outliers import FEW, WORTH_A_LOOK
 from fisher_vmap.results.files import replacing
+from fisher_vmap.results.local_paths import without_local_paths
+from fisher_vmap.results.record import PromptRecord
+
+NAME = 80  # characters of a model's or a data set's name in the title
 
 
 def write_page(path: Path, survey: Survey) -> int:
@@ -34,9 +38,9 @@ def render_page(survey: Survey) -> str:
     asset = {name: (files("fisher_vmap.report") / name).read_text("utf-8") for name in ("page.css", "page.js")}
     template = (files("fisher_vmap.report") / "page.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    settings = survey.results.metadata["settings"]
-    model, data = (_last_part(settings.get(name)) for name in ("model_path", "dataset_name"))
-    title = f"{len(survey.rows.index):,} prompts of {data} in {model}" if model else survey.results.folder.name
+    settings = without_local_paths(survey.results.metadata["settings"], survey.results.index)
+    model, data = (short(visible(str(settings.get(name) or "")), NAME) for name in ("model_path", "dataset_name"))
+    title = f"{len(survey.rows.index):,} prompts of {data} in {model}" if model else visible(survey.results.folder.name)
     layers = survey.layers[0].name if len(survey.layers) == 1 else f"{len(survey.layers)} layers"
     versions = survey.results.index.versions
     made_by = f"fisher_vmap {__version__}; the results by " + ", ".join(
@@ -44,7 +48,7 @@ def render_page(survey: Survey) -> str:
     )
     return environment.from_string(template).render(
         title=title,
-        subtitle=f"{survey.results.folder.resolve().name} · {layers}",
+        subtitle=f"{visible(survey.results.folder.resolve().name)} · {visible(layers)}",
         single=not survey.means_only,
         several=len(survey.layers) > 1,
         covers=_covers(survey),
@@ -53,7 +57,7 @@ def render_page(survey: Survey) -> str:
         css=Markup(asset["page.css"]),
         plotly=Markup(get_plotlyjs()),
         js=Markup(asset["page.js"]),
-        data=Markup(_json(page_data(survey))),
+        data=Markup(script_json(page_data(survey))),
     )
 
 
@@ -94,6 +98,36 @@ def page_data(survey: Survey) -> dict[str, Any]:
             for index in survey.shown
         },
     }
+
+
+def describe_prompt(records: dict[str, PromptRecord]) -> dict[str, Any]:
+    """What the page shows of one prompt, from its record at each layer."""
+    first = next(iter(records.values()))
+    names = first.top_tokens or tuple(f"#{token}" for token in first.token_ids)
+    return {
+        "text": first.text,
+        "pieces": None if first.prompt_tokens is None else list(first.prompt_tokens),
+        "top": list(names),
+        "ids": first.token_ids.tolist(),
+        "p": rounded(np.exp(first.log_probs)),
+        "layers": {
+            layer: {
+                "S": rounded(record.S[record.S > 0]),
+                "trace": rounded(record.trace),
+                "norm": rounded(record.residual_norm),
+                "energy": rounded(record.position_energy),
+                "trades": [rounded(row) for row in record.trades()[:, record.S > 0].T],
+            }
+            for layer, record in records.items()
+        },
+    }
+
+
+def rounded(values: Any, digits: int = 4) -> Any:
+    """Numbers to a few significant digits, for JSON; NaN becomes None."""
+    if np.ndim(values):
+        return [rounded(value, digits) for value in values]
+    return float(f"{float(values):.{digits}g}") if np.isfinite(values) else None
 
 
 def sampling_notes(survey: Survey) -> list[str]:
@@ -191,13 +225,3 @@ def _covers(survey: Survey) -> str:
 
 def _percent(x: float) -> str:
     return f"{x:.0%}" if x >= 0.0995 else f"{x:.1%}"
-
-
-def _last_part(path: Any) -> str:
-    text = str(path or "")
-    return text if text.count("/") == 1 and not text.startswith(("/", ".")) else text.rstrip("/").rpartition("/")[2]
-
-
-def _json(data: dict[str, Any]) -> str:
-    # HTML does not unescape inside a script element, so a prompt's text must not contain its closing tag.
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

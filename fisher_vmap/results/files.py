@@ -90,8 +90,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def readable_write_errors(path: Path) -> Iterator[None]:
-    """Turn any `OSError` of the block into a UserError: one line that says why `path` cannot be written."""
+def readable_write_errors(path: Path, todo: str = "choose a place that can be written") -> Iterator[None]:
+    """Turn any `OSError` of the block into a UserError: one line that says why `path` cannot be written, and `todo`."""
     try:
         yield
     except OSError as error:
@@ -100,7 +100,7 @@ def readable_write_errors(path: Path) -> Iterator[None]:
                 f"no space left to write {path}; free some and run the same command again: what is finished is kept"
             ) from error
         reason = (error.strerror or str(error) or type(error).__name__).lower()
-        raise UserError(f"cannot write {path}: {reason}; choose an --output_dir that can be written") from error
+        raise UserError(f"cannot write {path}: {reason}; {todo}") from error
 
 
 def _flush_directory(folder: Path) -> None:
@@ -158,7 +158,9 @@ def damaged(path: Path, reason: object) -> UserError:
     """The error for a results file that is missing or changed."""
     if isinstance(reason, OSError):
         reason = (reason.strerror or str(reason)).lower()
-    return UserError(f"{path} is damaged: {' '.join(str(reason).split())}; run the same command again to mend it")
+    return UserError(
+        f"{path} is damaged: {' '.join(str(reason).split())}; give the command of its run again to mend it"
+    )
 
 
 def check_size(path: Path, size: int) -> None:

@@ -1,7 +1,9 @@
 """Which folders a run may use: the comparison of settings, and the names of our files."""
 
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,21 @@ def inspect_folder(folder: Path, fingerprint: dict[str, object] | None = None, o
         if fingerprint is not None:
             compare_fingerprints(folder, index.fingerprint, fingerprint)
         return index
+
+
+def check_writable(folder: Path) -> None:
+    """Make and remove a folder where a run's first files would go: in `folder`, or in the parent that is there.
+
+    Trying is the only sure way. Permissions do not bind root, and mounts and network file systems have their own rules.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    with readable_write_errors(folder, "choose another --output_dir"):
+        for place in (folder / SHARD_FOLDER, folder, *folder.parents):
+            if place.exists() or place.is_symlink():
+                os.rmdir(tempfile.mkdtemp(prefix=".fisher_vmap~", dir=place))
+                return
 
 
 def remove_leftovers(folder: Path, index: Index) -> None:

@@ -9,19 +9,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from fisher_vmap import __version__
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import readable, step
+from fisher_vmap.results.card import data_card
 from fisher_vmap.results.files import readable_write_errors, replacing, sha256_of
 from fisher_vmap.results.index import (
     INDEX_NAME,
@@ -34,13 +33,13 @@ from fisher_vmap.results.index import (
     sum_name,
     write_index,
 )
+from fisher_vmap.results.local_paths import without_local_paths
 from fisher_vmap.results.outputs import metadata_of, table_of, write_metadata, write_table
 from fisher_vmap.results.shard_reader import ShardReader, readers
 
 HUB = "hf://datasets/"
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
 _DESCRIPTIONS = (INDEX_NAME, METADATA_NAME)  # the files that hold the run's settings
-_PATH_SETTINGS = ("model_path", "adapter_path", "dataset_name", "output_dir")
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ def push_to_hub(
 
     place = address(repo)
     if not index.complete:
-        raise UserError(f"{folder} is unfinished; run the same command again to finish it, then push it")
+        raise UserError(f"{folder} is unfinished; give the command of its run again to finish it, then push it")
     api = HfApi(token=token)
     with step("looking for the prompts' text"):
         texts = _has_text(folder, index)
@@ -121,22 +120,23 @@ def push_to_hub(
             with step("copying the results without the text"):
                 index = _copy_without_text(folder, index, source)
         metadata = metadata_of(source, index)
-        if cut := [name for name, value in metadata["settings"].items() if _is_local_path(name, value)]:
+        settings = metadata["settings"]
+        metadata["settings"] = without_local_paths(settings, index)
+        if cut := [name for name, value in settings.items() if metadata["settings"][name] != value]:
             log.info("of %s, paths of this machine, only the last part is shared", ", ".join(cut))
-        metadata["settings"] = _without_local_paths(metadata["settings"])
         described = Path(temporary, "described")
         index = _write_descriptions(described, index, metadata)
         url = api.create_repo(place.repo_id, repo_type="dataset", private=private, exist_ok=True)
         where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
         with step("writing the data card"):
-            card = _data_card(index, metadata, table_of(source, index).to_pandas(), place.repo_id, with_text)
+            card = data_card(index, metadata, table_of(source, index).to_pandas(), place.repo_id, with_text)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", commit_message="Data card", **where)
         names = [name for name in _file_names(index) if name not in _DESCRIPTIONS]
         size = readable(sum((source / name).stat().st_size for name in names))
         with step(f"uploading {size} to {place.repo_id}"):
             api.upload_folder(
                 folder_path=source,
-                allow_patterns=names,
+                allow_patterns=[escape(name) for name in names],  # a layer's name may look like a pattern
                 # Files of an earlier upload would not match the index.
                 delete_patterns=[f"{SHARD_FOLDER}/*", "*.safetensors", "*.npz", "*.parquet"],
                 commit_message="Fisher matrices",
@@ -202,106 +202,16 @@ def _readable_errors(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def _data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, with_text: bool) -> str:
-    """The card as Markdown, with the hub's YAML header."""
-    settings, layout, ok = metadata["settings"], index.layout, table[table["status"] == "ok"]
-    model, data = _public_name(settings.get("model_path")), _public_name(settings.get("dataset_name"))
-    header: dict[str, Any] = {
-        "pretty_name": f"Fisher matrices of {model} on {data}",
-        "tags": ["fisher-information", "interpretability", "fisher_vmap"],
-        "configs": [{"config_name": "prompts", "data_files": TABLE_NAME}],
-        "size_categories": [_size(index.prompts)],
-    }
-    if "/" in data:
-        header["source_datasets"] = [data]
-    layers = "\n".join(
-        f"| `{layer}` | {width} | {_median(ok, f'{layer}/trace'):.3g} | {_median(ok, f'{layer}/effective_rank'):.2f} |"
-        for layer, width in layout.widths.items()
-    )
-    text = (
-        "The prompts' text and tokens are in the table; their data set's terms hold here too."
-        if with_text
-        else "The prompts' text is left out; `source_row` is their row in the data set."
-    )
-    whole = index.fingerprint.get("estimator") == "full"
-    of_what = "of the whole vocabulary" if whole else f"summed over the {layout.top_k} likeliest tokens"
-    kept = "" if layout.means_only else "results[0].S, results[0].V      # singular values [R], directions [R, D]\n"
-    versions = ", ".join(f"{name} {number}" for name, number in index.versions.items())
-    asked = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
----
-
-# Fisher matrices of {model} on {data}
-
-For each of {index.prompts:,} prompts ({len(ok):,} with results, {len(metadata["failed_prompts"]):,} failed,
-{len(metadata["skipped_prompts"]):,} skipped), the Fisher information matrix of the next-token distribution with respect
-to a bias on the residual stream, {of_what}, as its {layout.rank} leading singular
-values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the residual stream. The likeliest tokens cover
-{_median(ok, "mass"):.0%} of the probability in the median prompt.
-
-| layer | width | median trace | median effective rank |
-| --- | --- | --- | --- |
-{layers}
-
-## How to open it
-
-```python
-from fisher_vmap import open_results
-
-results = open_results("hf://datasets/{repo_id}")
-{kept}results.mean()                    # the mean matrix, [D, D]
-results.to_pandas()               # a row a prompt
-```
-
-{text}
-
-## How it was made
-
-By fisher_vmap {index.versions.get("fisher_vmap", __version__)}, with {versions}, and these settings:
-
-| setting | value |
-| --- | --- |
-{asked}
-"""
-
-
-def _public_name(path: Any) -> str:
-    """A hub id unchanged; the last part of a local path."""
-    text = str(path or "unknown")
-    local = text.startswith(("/", ".", "~")) or text.count("/") != 1 or Path(text).exists()
-    return Path(text).name if local else text
-
-
-def _median(table: Any, column: str) -> float:
-    return float(np.nanmedian(table[column])) if len(table) else float("nan")
-
-
-def _size(count: int) -> str:
-    for limit, name in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M")):
-        if count < limit:
-            return name
-    return "n>10M"
-
-
-def _without_local_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: Path(value).name if _is_local_path(name, value) else value for name, value in settings.items()}
-
-
-def _is_local_path(setting: str, value: Any) -> bool:
-    """Whether a setting is a path outside the working folder, which may contain a user name."""
-    if setting not in _PATH_SETTINGS or not isinstance(value, str):
-        return False
-    return Path(value).is_absolute() or value.startswith(("~", ".."))
-
-
 def _write_descriptions(target: Path, index: Index, metadata: dict[str, Any]) -> Index:
     """Write metadata.yaml and an index.json that matches it, without local paths; returns that index."""
     with readable_write_errors(target):
         target.mkdir(parents=True)
     write_metadata(target / METADATA_NAME, metadata)
-    settings = None if index.settings is None else _without_local_paths(index.settings)
-    written = _with_file(index.model_copy(update={"settings": settings}), target / METADATA_NAME)
+    changed = {
+        "settings": None if index.settings is None else without_local_paths(index.settings, index),
+        "fingerprint": without_local_paths(index.fingerprint, index),
+    }
+    written = _with_file(index.model_copy(update=changed), target / METADATA_NAME)
     write_index(target, written)
     return written
 

@@ -312,9 +312,11 @@ def read_index_file(folder: Path) -> Index:
         raise UserError(f"{folder} is not a results folder: {reason}") from error
     match = _HEAD.match(text)
     if match is None:
-        raise UserError(f"{path} is damaged, or of something else: it has no checksum; choose another --output_dir")
+        raise UserError(f"{path} is damaged, or of something else: it has no checksum; name another folder")
     if hashlib.sha256(text.replace(match[1], _NO_CHECKSUM.encode(), 1)).hexdigest().encode() != match[1]:
-        raise UserError(f"{path} is damaged or was changed by hand (its checksum differs); --overwrite starts anew")
+        raise UserError(
+            f"{path} is damaged or was changed by hand (its checksum differs); fisher-vmap run --overwrite starts anew"
+        )
     try:
         return Index.model_validate_json(text)
     except ValidationError as error:
@@ -326,7 +328,9 @@ def read_index_file(folder: Path) -> Index:
                 f"{path} has format version {first['input']}, this package reads 1; install a newer one"
             ) from error
         where = ".".join(map(str, first["loc"])) or "index"
-        raise UserError(f"{path} is not valid: {where}: {first['msg']}; --overwrite starts anew") from error
+        raise UserError(
+            f"{path} is not valid: {where}: {first['msg']}; fisher-vmap run --overwrite starts anew"
+        ) from error
 
 
 def stored_precision(folder: Path) -> str | None:

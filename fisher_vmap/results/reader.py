@@ -1,5 +1,6 @@
 """Reading a results folder: prompts by index, stacks, the table, and means. It needs numpy, but not torch."""
 
+import logging
 import operator
 import os
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.results.files import check_sha256
 from fisher_vmap.results.hub import download, push_to_hub
 from fisher_vmap.results.index import Index, read_index, sum_name
-from fisher_vmap.results.outputs import add_shards, mean_of, metadata_of, table_of
+from fisher_vmap.results.means import add_shards, check_dense, dense_layers, mean_of
+from fisher_vmap.results.outputs import metadata_of, table_of
 from fisher_vmap.results.record import Float32, PromptRecord, Stack, layer_named
-from fisher_vmap.results.shard_reader import ShardReader, Where, chooser, readers, why_none
+from fisher_vmap.results.shard_reader import Chooser, ShardReader, Where, chooser, is_ok, readers, why_none
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 Check = Literal["sizes", "full", "none"]
 Layer = str | SupportsIndex
 
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 32 * 2**20  # of vectors whose products are taken at once
 KEPT_OPEN = 8  # shards kept open: each takes a file handle and the memory of its table
 
 
@@ -46,13 +51,13 @@ def open_results(
         raise UserError(f"check is {check!r}, expected 'sizes', 'full' or 'none'")
     if str(folder).startswith("hf://"):
         folder = download(str(folder), everything=check == "full")
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     index = read_index(folder)
     if not index.complete and not allow_incomplete:
         total = "an unknown number of" if index.num_prompts is None else index.num_prompts
         raise UserError(
-            f"{folder} is unfinished: {index.prompts} of {total} prompts are stored; run "
-            "the same command again to carry on, or pass allow_incomplete=True"
+            f"{folder} is unfinished: {index.prompts} of {total} prompts are stored; give "
+            "the command of its run again to carry on, or in Python allow_incomplete=True"
         )
     results = Results(folder, index, verify=check != "none")
     for reader in results.shards() if check != "none" else ():
@@ -170,20 +175,51 @@ class Results:
 
         Args:
             layer: its name or number, as for `at`; by default this view's layer.
-            where: which prompts: a function of the table's row (a dict), a dict of column == value, or a mask, [n]
-                booleans. None takes all, from mean.safetensors if it exists. Prompts without numbers are left out. A
-                run with `save: mean` has only the mean over all prompts.
+            where: which prompts. None takes all, from mean.safetensors if it exists. Prompts without numbers are left
+                out. A run with `save: mean` has only the mean over all prompts. Otherwise one of
+
+                * {column: value}, the value read as the column's type; several values in a list, array, Index or the
+                  like mean any of them, and None or NaN the prompts without one;
+                * a function of the table's row, a dict;
+                * booleans, one for each stored prompt, in order. A pandas Series of booleans goes by its index, which
+                  must have prompt numbers, as that of `to_pandas` does; it may lack prompts without numbers alone;
+                * prompt numbers, different ones: integers in a list, array, Index or the values of a Series.
 
         Returns:
             The mean; NaN if no prompt is chosen.
 
         Raises:
-            UserError: unknown layer or column, a mask of the wrong length, or a damaged folder.
+            UserError: unknown layer or column, a value that is not of the column's type, a mask or prompt numbers that
+                do not fit the prompts, a layer of a width above 16,384 (take `directions` or `mean_factors`), or a
+                damaged folder.
         """
         name = self._layer(layer)
         if where is None or not self.index.shards:
             return mean_of(self.folder, self.index, name, self._verify)
+        check_dense(self.index.layout, name)
         return add_shards(None, self.shards(), name, chooser(where, self.shards)).mean().astype(np.float32)
+
+    def mean_factors(self, layer: Layer | None = None, where: Where = None) -> algebra.MeanFactors:
+        """The mean Fisher matrix over prompts by its eigenvalues and eigenvectors, without a matrix [D, D].
+
+        It is accepted by the functions of `fisher_vmap.algebra`. Up to as many directions as fit in half a gigabyte all
+        are kept; then the leading ones, and a line says which share of the trace they hold.
+
+        Args:
+            layer: its name or number, as for `at`; by default this view's layer.
+            where: which prompts, as for `mean`.
+
+        Returns:
+            A named tuple: S [m], V [m, D], float64, the trace of the whole mean and the number of prompts.
+
+        Raises:
+            UserError: as `mean`, but for the width.
+        """
+        return self._mean_by_factors(self._layer(layer), chooser(where, self.shards))
+
+    def is_wide(self, layer: Layer | None = None) -> bool:
+        """Whether the dense mean of a layer is left out because its width is above 16,384."""
+        return self._layer(layer) not in dense_layers(self.index.layout)
 
     def directions(self, rank: int = 10, *, layer: Layer | None = None, where: Where = None) -> algebra.Spectrum:
         """The leading eigenvalues and eigenvectors of the mean Fisher matrix: what a group of prompts shares.
@@ -192,15 +228,25 @@ class Results:
 
         Args:
             rank: how many.
-            layer: its name or number, as for `at`; by default this view's layer.
+            layer: its name or number, as for `at`; by default this view's layer. At one of a width above 16,384 they
+                come from `mean_factors`.
             where: which prompts, as for `mean`.
 
         Returns:
             S [rank], V [rank, D], float64.
 
         Raises:
-            ValueError: no prompt is chosen (the line says what there is), or rank is above D; else as `mean`.
+            ValueError: no prompt is chosen (the line says what there is), or rank is above D or the directions that
+                a wide layer's prompts have; else as `mean`.
         """
+        if self.is_wide(layer):
+            found = self.mean_factors(layer, where)
+            if not found.prompts:
+                raise UserError(why_none(where, self.shards))
+            if not 1 <= rank <= len(found.S):
+                there = f"the mean of {found.prompts:,} prompts at {self._layer(layer)} has {len(found.S):,} directions"
+                raise UserError(f"rank is {rank}, but {there}; ask for 1 to {len(found.S):,}")
+            return algebra.Spectrum(found.S[:rank], found.V[:rank])
         matrix = self.mean(layer, where)
         if np.isnan(matrix).all():
             raise UserError(why_none(where, self.shards))
@@ -228,16 +274,50 @@ class Results:
             ValueError: a group is empty (the line says what there is); else as `mean`.
         """
         name, chosen = self._layer(layer), chooser(where, self.shards)
-        inside = add_shards(None, self.shards(), name, chosen)
-        if not inside.prompts:
-            raise UserError(why_none(where, self.shards))
         others = (lambda reader: ~chosen(reader)) if against is None else chooser(against, self.shards)
-        outside = add_shards(None, self.shards(), name, others)
-        if not outside.prompts and against is None:
+        inside, prompts = self._mean_of_group(name, chosen)
+        if not prompts:
+            raise UserError(why_none(where, self.shards))
+        outside, prompts = self._mean_of_group(name, others)
+        if not prompts and against is None:
             raise UserError("the group has every prompt that has numbers: there is none to contrast it with")
-        if not outside.prompts:
+        if not prompts:
             raise UserError(why_none(against, self.shards))
-        return algebra.contrast(inside.mean(), outside.mean(), rank, ridge)
+        return algebra.contrast(inside, outside, rank, ridge)
+
+    def _mean_of_group(self, name: str, chosen: Chooser) -> tuple[Any, int]:
+        """The mean over a group, a matrix [D, D] or by its factors, and the number of prompts."""
+        if self.is_wide(name):
+            found = self._mean_by_factors(name, chosen)
+            return found, found.prompts
+        total = add_shards(None, self.shards(), name, chosen)
+        return total.mean(), total.prompts
+
+    def _mean_by_factors(self, name: str, chosen: Chooser) -> algebra.MeanFactors:
+        D = self.index.layout.widths[name]
+        if not self.is_wide(name) and (total := add_shards(None, self.shards(), name, chosen)).prompts:
+            mean = total.mean()
+            S, V = algebra.eigenvectors(mean, D)
+            rank = int((algebra.NOISE * S[0] < S).sum())
+            return algebra.MeanFactors(S[:rank], V[:rank], float(np.trace(mean)), total.prompts)
+        found = algebra.mean_factors(self._matrices(name, chosen), D)
+        if found.share < 1 - 1e-6:
+            logger.info(
+                "the mean at %s is kept as its %s leading directions, %.1f%% of its trace: those of all its %s prompts "
+                "would not fit in memory", name, f"{len(found.S):,}", 100 * found.share, f"{found.prompts:,}",
+            )  # fmt: skip
+        return found
+
+    def _matrices(self, name: str, chosen: Chooser) -> Iterator[tuple[Float32, Float32]]:
+        """S [n, R] and V [n, R, D] of the prompts that are chosen and have numbers, a few at a time."""
+        few = max(1, PIECE_BYTES // (4 * self.index.layout.rank * self.index.layout.widths[name]))
+        for reader in self.shards():
+            rows = np.flatnonzero(chosen(reader) & is_ok(reader))
+            if len(rows):
+                stack = reader.stack(name)
+                for start in range(0, len(rows), few):
+                    part = rows[start : start + few]
+                    yield stack.S[part], stack.V[part]
 
     def residual_norm(self, layer: Layer | None = None, where: Where = None) -> float:
         """The mean over prompts of the residual stream's mean norm at a layer; NaN without prompts.
@@ -277,8 +357,14 @@ class Results:
         return push_to_hub(self.folder, self.index, repo, private=private, share_text=share_text, token=token)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.results.shard` describes the columns."""
-        return self.table().to_pandas()
+        """The prompts table as a DataFrame, one row a prompt; `fisher_vmap.results.shard` describes the columns.
+
+        Its index has the prompts' numbers, so that a Series made from it chooses prompts as `where`.
+        """
+        table: pd.DataFrame = self.table().to_pandas()
+        if len(table) == self.index.stop:
+            return table
+        return table.set_index(table["prompt_index"].rename(None))  # an unfinished run may lack prompts in between
 
     def table(self) -> pa.Table:
         """The prompts table as an Arrow table; of an unfinished run, the rows that are stored."""

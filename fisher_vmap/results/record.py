@@ -125,7 +125,7 @@ class PromptResult:
     targets: dict[str, Any] = field(default_factory=dict)
     """Of several targets: the columns that describe them and the completions."""
     top_tokens: list[str] | None = None
-    """The K tokens as text."""
+    """The K tokens as text; a part of a character is its bytes, "<0xE4><0xB8>"."""
     prompt_tokens: list[str] | None = None
     """The prompt's tokens as text, those of the chat template included; stored only if the text is."""
 
@@ -207,13 +207,19 @@ class PromptRecord:
 
     @property
     def top_tokens(self) -> tuple[str, ...] | None:
-        """The K tokens as text; None if the run did not store them."""
+        """The K tokens as text, parts of characters as their bytes, "<0xE4><0xB8>"; None if they are not stored.
+
+        Folders of before have U+FFFD for such parts; `token_ids` tells them apart.
+        """
         texts = self.row.get("top_tokens")
         return None if texts is None else tuple(texts)
 
     @property
     def prompt_tokens(self) -> tuple[str, ...] | None:
-        """The prompt's T tokens as text, those of the chat template included; None if the run did not store them."""
+        """The prompt's T tokens as text, those of the chat template included; None if the run did not store them.
+
+        They join to the prompt's text: a character of several tokens stands at the last of them, the others are "".
+        """
         texts = self.row.get("prompt_tokens")
         return None if texts is None else tuple(texts)
 

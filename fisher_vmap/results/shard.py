@@ -27,13 +27,12 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -47,6 +46,7 @@ from fisher_vmap.results.index import (
     shard_names,
     write_entry,
 )
+from fisher_vmap.results.kept import as_type, common_type, encodable, kept_column
 from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good
 
 _INTS, _FLOATS, _WORDS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
@@ -69,15 +69,15 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
     columns: dict[str, pa.Array] = {
         "prompt_index": pa.array([r.index for r in results], pa.int64()),
         "source_row": pa.array([r.source_row for r in results], pa.int64()),
-        "text": pa.array([_encodable(r.text) if layout.store_text else None for r in results], pa.string()),
+        "text": pa.array([encodable(r.text) if layout.store_text else None for r in results], pa.string()),
     }
     for column in layout.keep_columns:
-        columns[column] = _kept_column([r.kept.get(column) for r in results])
+        columns[column] = kept_column([r.kept.get(column) for r in results])
     masses = [None if r.status != "ok" or layout.pairs else covered_mass(r.log_probs, r.token_ids) for r in results]
     columns |= {
         "status": pa.array([r.status for r in results], pa.string()),
-        "reason": pa.array([_encodable(r.reason) for r in results], pa.string()),
-        "audit": pa.array([_encodable(r.audit) for r in results], pa.string()),
+        "reason": pa.array([encodable(r.reason) for r in results], pa.string()),
+        "audit": pa.array([encodable(r.audit) for r in results], pa.string()),
         "tokens": pa.array([r.num_tokens for r in results], pa.int64()),
         "truncated": pa.array([r.truncated for r in results], pa.bool_()),
         "mass": pa.array(masses, pa.float64()),
@@ -109,7 +109,7 @@ def common_schema(schemas: Iterable[pa.Schema], layout: ShardLayout) -> pa.Schem
     if first is None:
         first = rows_table([], layout, {}).schema
     fields = [
-        pa.field(field.name, _common_type(kept[field.name]) if field.name in kept else field.type)
+        pa.field(field.name, common_type(kept[field.name]) if field.name in kept else field.type)
         for field in first
         if not is_checksum(field.name)
     ]
@@ -123,7 +123,7 @@ def is_checksum(column: str) -> bool:
 
 def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """A shard's rows with the columns and types of prompts.parquet."""
-    columns = [pc.cast(table.column(field.name), field.type, safe=False) for field in schema]
+    columns = [as_type(table.column(field.name), field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -136,40 +136,12 @@ def _layer_numbers(result: PromptResult, layer: str) -> dict[str, float | None]:
     return {"trace": trace, "trace_norm2": trace_norm2, "effective_rank": effective_rank(found.S), **how_good(found)}
 
 
-def _common_type(types: set[pa.DataType]) -> pa.DataType:
-    types = types - {pa.null()}
-    if len(types) <= 1:
-        return next(iter(types), pa.string())
-    return pa.float64() if types == {pa.int64(), pa.float64()} else pa.string()
-
-
-def _kept_column(values: list[Any]) -> pa.Array:
-    """Numbers, booleans and text unchanged; other values, and columns of mixed types, as JSON text."""
-    values = [value.item() if isinstance(value, np.generic) else value for value in values]
-    if all(value is None or isinstance(value, str | int | float) for value in values):
-        # An error means text among numbers, or an integer beyond 64 bits.
-        with suppress(pa.ArrowException, OverflowError):
-            return pa.array([_encodable(value) if isinstance(value, str) else value for value in values])
-    return pa.array([_json_text(value) for value in values], pa.string())
-
-
 def _texts(values: list[list[str] | None]) -> pa.Array:
-    return pa.array([v if v is None else [_encodable(text) for text in v] for v in values], pa.list_(pa.string()))
+    return pa.array([v if v is None else [encodable(text) for text in v] for v in values], pa.list_(pa.string()))
 
 
 def _encodable_all(value: Any) -> Any:
-    return [_encodable_all(one) for one in value] if isinstance(value, list) else _encodable(value)
-
-
-def _json_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return _encodable(value)
-    return _encodable(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _encodable(text: str | None) -> str | None:
-    # JSON can hold half of a surrogate pair, which UTF-8 cannot encode.
-    return text if text is None else text.encode("utf-8", "replace").decode()
+    return [_encodable_all(one) for one in value] if isinstance(value, list) else encodable(value)
 
 
 Arrays = dict[str, NDArray[Any]]

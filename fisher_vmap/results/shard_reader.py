@@ -1,5 +1,6 @@
 """Reading shards, with every part checked when it is read; and choosing prompts by `where`."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fisher_vmap.errors import UserError, listed
 from fisher_vmap.results.files import check_sha256, check_size, damaged, read_checked
 from fisher_vmap.results.index import SHARD_FOLDER, Index, ShardEntry, ShardLayout
+from fisher_vmap.results.kept import as_type, is_missing, several_of, wanted
 from fisher_vmap.results.record import Float32, PromptRecord, Stack, several
 from fisher_vmap.results.shard import (
     LAYER_TENSORS,
@@ -164,26 +166,35 @@ def chooser(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> Choose
 
     Rows are as in prompts.parquet: a kept column has one type in all shards.
 
+    Args:
+        where: a function of the table's row; {column: value}, with several values in a list, array or the like for any
+            of them; one boolean for each stored prompt, in order, or as a pandas Series labelled by prompt; or
+            prompt numbers.
+        shards: gives the readers of all shards.
+
     Raises:
-        UserError: a column that is not in the table, or a mask that does not fit the prompts.
+        UserError: a column that is not in the table, a value that is not of its type, a mask that does not fit the
+            prompts, or what may be a mask as well as prompt numbers.
     """
     if where is None:
         return lambda reader: np.ones(reader.table.num_rows, bool)
     entries = [(reader.entry, reader.layout) for reader in shards()]
+    if not entries:
+        return lambda reader: np.zeros(reader.table.num_rows, bool)
     if not callable(where) and not isinstance(where, Mapping):
-        return _by_mask(np.asarray(where), {entry.number: entry.stop - entry.start for entry, _ in entries})
+        return _by_array(where, [entry for entry, _ in entries], shards)
     schema = common_schema((reader.table.schema for reader in shards()), entries[0][1])
     if callable(where):
-        return lambda reader: np.array([bool(where(row)) for row in in_schema(reader.table, schema).to_pylist()], bool)
+        return lambda reader: _by_function(where, in_schema(reader.table, schema).to_pylist())
     for column in where:
         if column not in schema.names:
             raise UserError(f"the prompts table has no column {column!r}; there is {several(schema.names)}")
+    asked = {column: wanted(column, value, schema.field(column).type) for column, value in where.items()}
 
     def equal(reader: ShardReader) -> NDArray[np.bool_]:
-        table = in_schema(reader.table, schema)
-        mask = np.ones(table.num_rows, bool)
-        for name, value in where.items():
-            mask &= np.array([found == value for found in table.column(name).to_pylist()], bool)
+        mask = np.ones(reader.table.num_rows, bool)
+        for name, value in asked.items():
+            mask &= np.array([value.holds(found) for found in _values(reader, name, schema)], bool)
         return mask
 
     return equal
@@ -197,17 +208,123 @@ def why_none(where: Where, shards: Callable[[], Iterable[ShardReader]]) -> str:
         return f"none of the {count} prompts that are chosen has numbers: they were skipped or have failed"
     if not isinstance(where, Mapping) or not sizes:
         return f"no prompt is chosen, of {sum(sizes)}"
-    line = f"no prompt has {' and '.join(f'{column} == {value!r}' for column, value in where.items())}"
+    line = f"no prompt has {' and '.join(_condition(column, value) for column, value in where.items())}"
     for column, value in where.items():
-        there = {found for reader in shards() for found in reader.table.column(column).to_pylist()}
-        if value not in there:
-            return f"{line}; there are {listed(sorted(map(str, there - {None})))}"
+        alone = chooser({column: value}, shards)
+        if not any(alone(reader).any() for reader in shards()):
+            there = {str(found) for reader in shards() for found in reader.table.column(column).to_pylist()}
+            return f"{line}; there are {listed(sorted(there - {'None'}))}"
     return line
 
 
-def _by_mask(mask: NDArray[Any], sizes: dict[int, int]) -> Chooser:
-    n = sum(sizes.values())
-    if mask.shape != (n,) or mask.dtype != np.bool_:
-        raise UserError(f"where is an array {mask.shape} of {mask.dtype}; expected ({n},) booleans")
-    ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
-    return lambda reader: mask[ends[reader.entry.number] - sizes[reader.entry.number] : ends[reader.entry.number]]
+def _condition(column: str, value: Any) -> str:
+    items = several_of(value)
+    if len(items) == 1 and not isinstance(value, list | tuple | set | frozenset):
+        return f"{column} == {value!r:.80}"
+    return f"{column} in [{listed([repr(item) for item in items])}]"
+
+
+def _values(reader: ShardReader, name: str, schema: pa.Schema) -> list[Any]:
+    """A column of one shard, as the joined table has it."""
+    return list(as_type(reader.table.column(name), schema.field(name).type).to_pylist())
+
+
+def _by_function(where: Callable[[dict[str, Any]], Any], rows: list[dict[str, Any]]) -> NDArray[np.bool_]:
+    mask = np.zeros(len(rows), bool)
+    for i, row in enumerate(rows):
+        prompt = row["prompt_index"]
+        try:
+            answer = where(row)
+            unclear = answer is not None and is_missing(answer)
+            mask[i] = not unclear and bool(answer)
+        except Exception as error:  # whatever the user's function raises, with the prompt that it is about
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"the function given as where fails for prompt {prompt} ({what})") from error
+        if unclear:
+            raise UserError(f"the function given as where answers {answer!r} for prompt {prompt}; expected a boolean")
+    return mask
+
+
+def _by_array(where: Any, entries: list[ShardEntry], shards: Callable[[], Iterable[ShardReader]]) -> Chooser:
+    """Of one boolean a prompt, or of prompt numbers."""
+    stored = np.concatenate([np.arange(entry.start, entry.stop) for entry in entries])
+    n, pandas = len(stored), sys.modules.get("pandas")
+    if isinstance(where, str | bytes) or not isinstance(where, Iterable) or hasattr(where, "columns"):
+        raise UserError(
+            f"where is {type(where).__name__} {' '.join(repr(where).split()):.60}; expected {{column: value}}, a "
+            f"function of the row, {n} booleans or a list of prompt numbers"
+        )
+    values = several_of(where)
+    if gaps := sum(map(is_missing, values)):
+        raise UserError(f"where has {gaps} missing of {len(values)} values; fill them, such as by .fillna(False)")
+    of_booleans = str(getattr(where, "dtype", "")).removeprefix("torch.") in ("bool", "boolean")
+    if all(isinstance(value, bool | np.bool_) for value in values) and (values or of_booleans):
+        if pandas is not None and isinstance(where, pandas.Series):
+            mask = _by_label(where.index, values, stored, shards)
+        elif len(values) == n and not isinstance(where, set | frozenset):
+            mask = np.array(values, bool)
+        else:
+            raise UserError(
+                f"where is an array ({len(values)},) of bool; expected ({n},) booleans, one for each stored prompt"
+            )
+    elif all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
+        mask = _by_number([int(value) for value in values], stored)
+    else:
+        shape, dtype = _described(values)
+        raise UserError(f"where is an array {shape} of {dtype}; expected ({n},) booleans or a list of prompt numbers")
+    ends = dict(zip([entry.number for entry in entries], np.cumsum([e.stop - e.start for e in entries]), strict=True))
+    return lambda reader: mask[ends[reader.entry.number] - reader.table.num_rows : ends[reader.entry.number]]
+
+
+def _by_label(
+    labels: Any, values: list[Any], stored: NDArray[np.int64], shards: Callable[[], Iterable[ShardReader]]
+) -> NDArray[np.bool_]:
+    """Of a Series: each value is about the prompt of its label. It may lack prompts without numbers alone."""
+    place = {int(prompt): i for i, prompt in enumerate(stored)}
+    names = list(labels)
+    strange = [name for name in names if isinstance(name, bool | np.bool_) or name not in place]
+    if strange or len(set(names)) < len(names):
+        what = f"{strange[0]!r:.40} is no prompt number" if strange else "a label is there twice"
+        raise UserError(
+            f"the Series given as where is not labelled by prompt: {what}; keep the index of results.to_pandas(), or "
+            f"give .to_numpy() if it has one boolean for each of the {len(stored)} prompts, in order"
+        )
+    mask, told = np.zeros(len(stored), bool), np.zeros(len(stored), bool)
+    places = [place[name] for name in names]
+    mask[places], told[places] = np.array(values, bool), True
+    if not told.all():
+        lacking = stored[~told & np.concatenate([is_ok(reader) for reader in shards()])]
+        if len(lacking):
+            raise UserError(
+                f"the Series given as where has {len(names)} of {len(stored)} prompts and lacks prompt {lacking[0]}; "
+                "say what the others are, such as by .reindex(results.to_pandas().index, fill_value=False)"
+            )
+    return mask
+
+
+def _by_number(numbers: list[int], stored: NDArray[np.int64]) -> NDArray[np.bool_]:
+    n = len(stored)
+    if len(numbers) == n and set(numbers) <= {0, 1}:
+        raise UserError(
+            f"where has {n} integers 0 and 1, which may be a mask or prompt numbers; give a mask as booleans, such as "
+            "by .astype(bool)"
+        )
+    unknown = sorted(set(numbers) - set(stored.tolist()))
+    if unknown or len(set(numbers)) < len(numbers):
+        what = f"prompt {unknown[0]} is not stored" if unknown else "a prompt is there twice"
+        raise UserError(
+            f"where has {len(numbers)} prompt numbers, and {what}; expected different ones of {stored[0]} to "
+            f"{stored[-1]}, or {n} booleans"
+        )
+    return np.isin(stored, numbers)
+
+
+def _described(values: list[Any]) -> tuple[tuple[int, ...], str]:
+    try:
+        array = np.asarray(values)
+    except ValueError:  # entries of different lengths
+        return (len(values),), "lists"
+    kinds = {type(value).__name__ for value in values}
+    return array.shape, str(array.dtype) if len(kinds) == 1 and array.dtype.kind not in "OUS" else " and ".join(
+        sorted(kinds)
+    )

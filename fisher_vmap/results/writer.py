@@ -35,7 +35,8 @@ from fisher_vmap.results.index import (
     remove_entries,
     write_index,
 )
-from fisher_vmap.results.outputs import Save, fold, product_names, sum_is_intact, write_product
+from fisher_vmap.results.means import check_means_only, fold, sum_is_intact, why_no_mean
+from fisher_vmap.results.outputs import Save, product_names, write_product
 from fisher_vmap.results.record import PromptResult
 from fisher_vmap.results.shard import check_sizes, stage_shard
 from fisher_vmap.results.shard_reader import ShardReader
@@ -101,6 +102,7 @@ class ResultsWriter:
                 is damaged, or it cannot be written.
         """
         layout.check()
+        check_means_only(layout)
         folder, fingerprint = Path(folder), plain_values(fingerprint)
         inspect_folder(folder, fingerprint, overwrite)
         with readable_write_errors(folder):
@@ -278,8 +280,8 @@ class ResultsWriter:
             if missing := index.missing(total):
                 numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
                 raise UserError(
-                    f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; run the same command "
-                    f"again, with num_prompts {total} or more"
+                    f"{folder} lacks {len(missing)} shards ({numbers}) of its {total} prompts; give the command of its "
+                    f"run again, with num_prompts {total} or more"
                 )
             names = product_names(index, save, export_npz)
             index = fold(folder, index, least=1)
@@ -294,6 +296,8 @@ class ResultsWriter:
                 index = index.model_copy(update={"complete": False, "num_prompts": total, "files": files})
                 write_index(folder, index)
                 used = (index.settings or {}) if settings is None else settings
+                for line in why_no_mean(index.layout):
+                    logger.info(line)
                 for name in names:
                     if name not in files:
                         files = dict(sorted({**files, name: write_product(folder, name, index, used)}.items()))

@@ -1,19 +1,27 @@
 """`python -m fisher_vmap.run`: compute a data set's Fisher matrices into a results folder."""
 
-import logging
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("run"))
+
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisher_vmap.cli import command, start_logging, user_mistake
-from fisher_vmap.errors import UserError, WorkerError
+from fisher_vmap.cli import command, start_logging
+from fisher_vmap.cli import stopped as say_stopped
+from fisher_vmap.errors import UserError
 from fisher_vmap.progress import hide, step
 from fisher_vmap.run.cli_args import load_command
 from fisher_vmap.run.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
+    from fisher_vmap.data.files import Extent
     from fisher_vmap.load.model import Loaded
     from fisher_vmap.run.compute import Summary
 
@@ -41,14 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(plan(settings, options.plan_rate)))
             return 0
         summary = run(settings, options)
-    except UserError as error:
-        return user_mistake(error)
-    except WorkerError as error:
-        user_mistake(error)
-        return 1
     except KeyboardInterrupt:
-        print(f"\nfisher_vmap: {stopped(settings)}", file=sys.stderr)
-        return 130
+        return say_stopped(stopped(settings))
     return 3 if settings.strict and summary.failed else 0
 
 
@@ -77,7 +79,7 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
         UserError: the settings, the model, the data or the folder are wrong.
         WorkerError: with engine ray, a worker failed.
     """
-    from fisher_vmap.results.folder import inspect_folder
+    from fisher_vmap.results.folder import check_writable, inspect_folder
 
     shards = None if options is None else options.shards
     if shards is not None and settings.overwrite:
@@ -87,6 +89,7 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
     if shards is not None and settings.engine != "local":
         raise UserError(f"--shards is for engine local, but engine is {settings.engine}; leave one of the two out")
     inspect_folder(Path(settings.output_dir), overwrite=settings.overwrite)  # before minutes of loading
+    check_writable(Path(settings.output_dir))
     if settings.engine == "ray":
         from fisher_vmap.run.ray import require_ray
 
@@ -101,6 +104,9 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
     check_save(settings)
     with step("opening the data set"):
         source = source_of(settings)
+        extent = source.extent()
+    if not extent.is_whole:
+        log.info("the run takes %s", extent)
     if settings.engine == "ray":
         with step("loading the libraries"):
             from fisher_vmap.run.ray import run_on_ray
@@ -124,12 +130,13 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
                     settings.output_dir,
                 )
             summary = run_prompts(opened, report, share)
-    tell(summary, settings)
+    # At the end of a stream it is known how many prompts there were; a share of the shards does not tell.
+    tell(summary, settings, source.extent(summary.prompts if shards is None else None))
     return summary
 
 
-def tell(summary: "Summary", settings: Settings) -> None:
-    """Log what was done, how fast, what went wrong, and where the results are."""
+def tell(summary: "Summary", settings: Settings, extent: "Extent") -> None:
+    """Log what was done, how fast, what went wrong, which part of the data it is, and where the results are."""
     computed = summary.prompts - summary.stored_before
     if computed:
         seconds = max(summary.seconds, 1e-9)
@@ -154,11 +161,9 @@ def tell(summary: "Summary", settings: Settings) -> None:
             summary.skipped,
             Path(settings.output_dir, "metadata.yaml"),
         )
+    if not extent.is_whole:
+        log.info("these are %s%s", extent, "; a higher num_prompts adds to them" if extent.can_grow else "")
     log.info("results in %s", settings.output_dir)
     if summary.without_results is not None:
         none = summary.failed + summary.skipped
         log.warning("none of %d prompts has results: %s", none, summary.without_results)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,33 +5,42 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+import os.path
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
-from fisher_vmap.errors import UserError
+from fisher_vmap.cli import ALIASES, Parser, is_settings_file
+from fisher_vmap.errors import UserError, nearest, shown
 from fisher_vmap.results.folder import RETIRED
 from fisher_vmap.run.setting_types import Expected
 from fisher_vmap.run.settings import RunOptions, Settings
 
 _log = logging.getLogger(__name__)
 
-_UNASKED = "it was read because it lies in the working folder, and --config FILE names another"
+_UNASKED = "it was read because it lies in the working folder; --config FILE names another, --config none reads none"
+_NO_FILE = "none"  # of --config
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")
+_HINTS = {
+    "seed": "a run needs none, it gives the same numbers each time; a random order of the prompts is --shuffle_seed",
+    "load_in_4bit": "did you mean --quantization 4bit?",
+    "load_in_8bit": "did you mean --quantization 8bit?",
+    "prompts": "did you mean 'dataset_name'?",
+}
 _FIELDS = {**RunOptions.model_fields, **Settings.model_fields}
 _EPILOG = """\
 examples:
-  python -m fisher_vmap.run --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl
-  python -m fisher_vmap.run --config config.yaml --hook_layer_name 3,5 --top-k-tokens 20
-  python -m fisher_vmap.run --num_prompts all --output_dir results/all --overwrite
-  python -m fisher_vmap.run --num_prompts all --plan
-  python -m fisher_vmap.run --num_prompts all --shards 3/8
+  fisher-vmap run --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl
+  fisher-vmap run settings.yaml --hook_layer_name 3,5 --top-k-tokens 20
+  fisher-vmap run --num_prompts all --output_dir results/all --overwrite
+  fisher-vmap run --num_prompts all --plan
+  fisher-vmap run --num_prompts all --shards 3/8
 
 Every setting is also a key of the YAML file (./config.yaml if there is one). Flags beat the file, the file beats the
-defaults; the environment is not read.
+defaults; the environment is not read. A value that is the name of a flag is written --NAME=VALUE.
 """
 
 
@@ -58,11 +67,11 @@ def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") ->
         UserError: an unknown name, a wrong value, or a file that cannot be read; one line.
         SystemExit: with code 0, after `--help` was printed.
     """
-    flags = _read_flags(argv)
+    flags, typed = _read_flags(argv)
     named = flags.pop("config", None)
-    file = Path(working_directory, "config.yaml" if named is None else named)
+    file = Path(working_directory, "config.yaml" if named is None else os.path.expanduser(named))
     values: dict[str, Any] = {}
-    if named is not None or file.exists():
+    if named != _NO_FILE and (named is not None or file.exists()):
         try:
             values = _read_file(file)
         except UserError as error:
@@ -76,8 +85,21 @@ def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") ->
         name = str(error.errors()[0]["loc"][0])
         line = _explain(name, {**given, **options}[name])
         if name in flags:
-            raise UserError(f"{line}correct the flag --{name}") from error
+            raise UserError(f"{line}correct the flag {typed[name]}") from error
         raise UserError(f"{line}correct it in {file}{'' if named is not None else f'; {_UNASKED}'}") from error
+
+
+def settings_of(**values: Any) -> Settings:
+    """The settings with these values, for commands that have some of them as flags.
+
+    Raises:
+        UserError: a value is wrong; the line names its flag.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise UserError(f"{_explain(name, values[name])}correct the flag --{name}") from error
 
 
 def default_config_yaml() -> str:
@@ -92,45 +114,58 @@ def written(value: object) -> str:
     return str(yaml.safe_dump(value)).splitlines()[0]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists every setting")
+class _Parser(Parser):
+    """The flags of a run: its settings, and those of this process."""
+
+    def help_line(self) -> str:
+        return "--help lists every setting"
 
 
-def _read_flags(argv: Sequence[str]) -> dict[str, str]:
-    """The values of the command line as text: the validation of each setting converts it."""
+def _read_flags(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The values of the command line as text, which the validation of each setting converts, and how it was typed."""
     parser = _Parser(
-        prog="python -m fisher_vmap.run",
-        usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
+        "run",
+        hints=_HINTS,
+        usage="%(prog)s [FILE.yaml] [--NAME VALUE ...]",
         description="The low-rank Fisher matrix of a language model's next token, for every prompt of a data set.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings. Default: ./config.yaml if it exists")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with settings; none: no file. Default: ./config.yaml if it exists"
+    )
     for name, field in _FIELDS.items():
         default = "none" if field.default is None else written(field.default)
         text = f"{field.description} Default: {default}".replace("%", "%%")
         truth = {"nargs": "?", "const": "true"} if bool in (field.annotation, *get_args(field.annotation)) else {}
         parser.add_argument(f"--{name}", metavar="VALUE", help=text, **truth)  # type: ignore[arg-type]
     for name in RETIRED:
-        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
-    parsed, left_over = parser.parse_known_args([_underscored(argument) for argument in argv])
-    if left_over:
-        first = left_over[0].partition("=")[0]
-        if not first.startswith("-"):
-            raise UserError(f"unexpected argument {_shown(first)}; settings are --NAME VALUE, a file is --config FILE")
-        raise UserError(f"unknown flag {_shown(first)}; {_nearest(first.lstrip('-'), _FIELDS)}")
-    return _without_retired(vars(parsed), "the command line")
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+    parsed, left = parser.read_known(argv)
+    typed = {flag[2:]: word for flag, word in parser.typed.items()}
+    flags = _without_retired(vars(parsed), "the command line")
+    if left:
+        if any(word.startswith("-") for word in left) or not all(map(is_settings_file, left)):
+            raise _unexpected(parser, left)
+        if len(left) > 1 or "config" in flags:
+            both = [*left, *([f"{typed['config']} {flags['config']}"] if "config" in flags else [])]
+            raise UserError(f"two files of settings are named, {' and '.join(both[:2])}; keep one")
+        flags["config"] = left[0]
+    return flags, typed
 
 
-def _underscored(argument: str) -> str:
-    """`--top-k-tokens=5` means `--top_k_tokens=5`."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+def _unexpected(parser: Parser, left: Sequence[str]) -> UserError:
+    """The error for words that are no flag and no value."""
+    if any(word.startswith("-") and not word[1:2].isdecimal() for word in left):
+        return parser.unknown(left)
+    word = next(word for word in left if not is_settings_file(word))
+    if word.lower().endswith(_DATA_FILES):
+        todo = f"prompts are given as --dataset_name {word}, other settings as --NAME VALUE"
+    elif word.lstrip("-")[:1].isdecimal():
+        todo = "settings are --NAME VALUE, and a list is one word, such as 3,5"
+    else:
+        todo = "settings are --NAME VALUE, a file of settings ends in .yaml"
+    return UserError(f"unexpected argument {shown(word)}; {todo}")
 
 
 def _without_retired(values: Mapping[Any, Any], where: object) -> dict[Any, Any]:
@@ -148,7 +183,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"{path}: the settings file cannot be read ({error.strerror}); check --config") from error
+        raise UserError(
+            f"{path}: the settings file cannot be read ({error.strerror}); check its name (--config)"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the settings file as UTF-8 text") from error
     except yaml.MarkedYAMLError as error:
@@ -171,7 +208,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     values = _without_retired(values, path)
     for key in values:
         if key not in Settings.model_fields:
-            raise UserError(f"{path}: unknown setting {_shown(key)}; {_nearest(str(key), Settings.model_fields)}")
+            raise UserError(f"{path}: unknown setting {shown(key)}; {_meant(str(key))}")
     return values
 
 
@@ -183,21 +220,15 @@ def _explain(name: str, given: object) -> str:
     expected = expected or next(mark.text for mark in field.metadata if isinstance(mark, Expected))
     near = difflib.get_close_matches(given, choices, n=1) if isinstance(given, str) else []
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{name}: {_shown(given)} was given, {expected} was expected; {hint}"
+    return f"{name}: {shown(given)} was given, {expected} was expected; {hint}"
 
 
-def _nearest(word: str, words: Iterable[str]) -> str:
-    word, words = word.replace("-", "_"), list(words)
-    # A typing error first, then a part of a name; anything looser would suggest nonsense.
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
-    near = near or [name for name in words if word and word in name.split("_")]
-    bare = word.replace("_", "")
-    near = near or [name for name in words if len(bare) > 2 and bare in name.replace("_", "")]
-    return f"did you mean {near[0]!r}?" if near else "--help lists every setting"
-
-
-def _shown(value: object) -> str:
-    shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = 60
-    shortened.maxlong = 30
-    return shortened.repr(value)
+def _meant(key: str) -> str:
+    """What to do about a key of a file that is no setting; names of other programs are only taken as flags."""
+    name = key.replace("-", "_")
+    if name in _HINTS:
+        return _HINTS[name]
+    fields = Settings.model_fields
+    near = nearest(name, [*fields, *(alias for alias, ours in ALIASES.items() if ours in fields)])
+    near = near if near in fields else ALIASES.get(near or "")
+    return f"did you mean {near!r}?" if near else "--help lists every setting"

@@ -170,7 +170,8 @@ def finish(summary: Summary, writer: ResultsWriter, settings: Settings, total: i
     """
     npz = wants_npz(settings.export_npz, settings.save, total)
     writer.finish(total, settings=settings.model_dump(), save=settings.save, export_npz=npz)
-    table = pq.read_table(writer.folder / TABLE_NAME, columns=["prompt_index", "status", "reason"])
+    with pq.ParquetFile(writer.folder / TABLE_NAME) as file:  # `read_table` would look for columns in the path
+        table = file.read(columns=["prompt_index", "status", "reason"])
     table = table.filter((pc.field("prompt_index") < total) & (pc.field("status") != "ok"))
     if table.num_rows == total > 0:
         first = table.slice(0, 1).to_pylist()[0]

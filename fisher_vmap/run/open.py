@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,26 +16,21 @@ from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import PAIRS_A_TOKEN, FisherModel
 from fisher_vmap.load.model import Loaded, load_model
+from fisher_vmap.load.options import LoadOptions
 from fisher_vmap.model.validation import is_out_of_memory, most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
 from fisher_vmap.results.index import ShardLayout, stored_precision
+from fisher_vmap.results.local_paths import RECORD, found_here
+from fisher_vmap.results.means import check_means_only
 from fisher_vmap.results.writer import ResultsWriter
+from fisher_vmap.run.fingerprint import fingerprint
 from fisher_vmap.run.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PROOF_TOKENS = 64  # of each of two prompts, if a whole batch does not fit in memory
 PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
-# Settings that do not change a prompt's results.
-NOT_IN_FINGERPRINT = {
-    *("model_path", "model_revision", "adapter_path", "adapter_revision", "trust_remote_code", "dequantize"),
-    *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
-    *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
-    *("vectors_dtype", "store_text", "keep_columns", "save"),  # part of the layout, which is compared as well
-    "prompt_column",  # the column that it led to is in the fingerprint
-    *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
-}
 
 
 def source_of(settings: Settings) -> PromptSource:
@@ -49,9 +44,16 @@ def source_of(settings: Settings) -> PromptSource:
         offset=settings.offset,
         shuffle_seed=settings.shuffle_seed,
         prompt_column=settings.prompt_column,
+        prompt_template=settings.prompt_template,
         keep_columns=settings.keep_columns,
         conversation=settings.conversation,
     )
+
+
+def loading_of(settings: Settings) -> dict[str, Any]:
+    """The arguments of `load_model` and `LoadOptions` that settings hold."""
+    same = {field.name for field in fields(LoadOptions)} & set(Settings.model_fields)
+    return {name: getattr(settings, name) for name in same} | {"revision": settings.model_revision}
 
 
 def model_of(settings: Settings) -> Loaded:
@@ -63,19 +65,7 @@ def model_of(settings: Settings) -> Loaded:
     if precision == "auto" and not settings.overwrite and (stored := stored_precision(Path(settings.output_dir))):
         log.info("precision: %s, as in %s", stored, settings.output_dir)
         precision = stored
-    return load_model(
-        settings.model_path,
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        max_memory=settings.max_memory,
-        adapter_path=settings.adapter_path,
-        adapter_revision=settings.adapter_revision,
-        dequantize=settings.dequantize,
-        precision=precision,
-    )
+    return load_model(settings.model_path, **loading_of(settings) | {"precision": precision})
 
 
 def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
@@ -156,6 +146,10 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
         system_prompt=settings.system_prompt,
         prefill=settings.prefill,
         date=date,
+        chat_template_file=settings.chat_template_file,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        system_turns=settings.system_turns,
+        special_tokens_in_text=settings.special_tokens_in_text,
     )
 
 
@@ -243,6 +237,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     check_save(settings)
     with step("finding the layers"):
         fisher = open_model(settings, loaded)
+    check_means_only(layout_of(settings, fisher.widths))
     if settings.max_batch_tokens == "auto" and device_share < 1:
         fisher.max_batch_tokens = max(256, int(device_share * fisher.max_batch_tokens))
     marks = fingerprint(settings, loaded, source, fisher)
@@ -258,6 +253,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     with step("proving the kernel"):
         forms = _prove(fisher, excerpts)
     _compare_forms(settings.output_dir, stored.get("forms"), forms)
+    local_paths = found_here(settings.model_dump())
     writer = ResultsWriter.open(
         settings.output_dir,
         layout=layout_of(settings, fisher.widths),
@@ -271,11 +267,15 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
             "threads": torch.get_num_threads(),
             "forms": forms,
             "precision": loaded.precision.stored(),
+            "data_rows": stored.get("data_rows") if found else source.extent().stored(),
+            RECORD: local_paths,
         },
         settings=settings.model_dump(),
         overwrite=settings.overwrite,
     )
     resolved = writer.resolved or {}
+    if not set(local_paths) <= set(resolved.get(RECORD, [])):  # a resumed run, of files that lie elsewhere now
+        writer.note(RECORD, local_paths)
     # Another process may have opened the run in the meantime: its choices hold.
     _compare_forms(settings.output_dir, resolved.get("forms"), forms)
     fisher.max_batch_tokens = resolved["max_batch_tokens"]
@@ -370,16 +370,3 @@ def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen
                 f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
                 f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
             )
-
-
-def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher: FisherModel) -> dict[str, Any]:
-    """Everything that a prompt's results depend on: settings, and what they led to."""
-    chosen = {name: value for name, value in settings.model_dump().items() if name not in NOT_IN_FINGERPRINT}
-    return chosen | {
-        "model": loaded.identity,
-        "layers": fisher.layers,
-        "data": source.fingerprint,
-        "column": source.column,
-        "device_type": fisher.device.type,
-        "precision": fisher.precision,
-    }

@@ -4,7 +4,6 @@ Prompts are counted and a sample of them is tokenised; operations and memory fol
 from those of the results.
 """
 
-import io
 import sys
 import time
 from collections import Counter
@@ -13,66 +12,26 @@ from itertools import cycle, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from fisher_vmap.data.batching import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
 from fisher_vmap.data.pieces import Pieces
-from fisher_vmap.data.prompts import PromptSource, SourcePrompt
+from fisher_vmap.data.prompts import PromptSource
 from fisher_vmap.data.render import Renderer
 from fisher_vmap.load.model import Loaded, choose_device
 from fisher_vmap.model.precision import Precision, faster_precision, product_rates, product_widths
 from fisher_vmap.model.validation import most_positions
 from fisher_vmap.model.widening import NARROW
 from fisher_vmap.progress import bar, passing, readable, step
-from fisher_vmap.results.index import ShardLayout
-from fisher_vmap.results.outputs import npz_size, wants_npz
-from fisher_vmap.results.record import LayerResult, PromptResult
-from fisher_vmap.results.shard import TensorSpec, common_schema, in_schema, rows_table, size_of, tensor_specs
-from fisher_vmap.run.open import (
-    PreparedShard,
-    check_save,
-    layout_of,
-    make_renderer,
-    model_of,
-    open_model,
-    prepare,
-    source_of,
-)
+from fisher_vmap.results.means import check_means_only
+from fisher_vmap.run.open import check_save, layout_of, make_renderer, model_of, open_model, prepare, source_of
+from fisher_vmap.run.plan_folder import Sample, Storage, finishing, storage_of, table_bytes
 from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skeleton_of, unavoidable, work_of
 from fisher_vmap.run.settings import Settings
 
 MOST_TOKENISED = 2048  # prompts of the sample
 MEASURED_S, WORKERS = 10.0, (1, 8, 64)
 COUNTED_PROMPTS = 256  # whose lengths the operations are counted for
-INDEX_BYTES, METADATA_BYTES = 480, 4096  # of index.json for a shard; of metadata.yaml and the rest
-
-
-class Sample(NamedTuple):
-    """The tokenised prompts of a run, or a sample of them.
-
-    Attributes:
-        total: prompts of the run.
-        shards: the sample, in shards of the run's size.
-        exact: whether the sample is the whole run.
-        first_alone: whether it is the first prompts, not spread over the data.
-    """
-
-    total: int
-    shards: list[PreparedShard]
-    exact: bool
-    first_alone: bool
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt that has any."""
-        return [len(prompt.ids) for shard in self.shards for prompt in shard.rendered.values()]
-
-    @property
-    def tokenised(self) -> int:
-        """Prompts of the sample, skipped ones included."""
-        return sum(len(shard.prompts) for shard in self.shards)
 
 
 def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> Sample:
@@ -80,12 +39,10 @@ def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> S
     if source.total is None:
         with step("reading the prompts"):
             chosen = list(islice(iter(source), MOST_TOKENISED + 1))
-        more = len(chosen) > MOST_TOKENISED
-        if settings.num_prompts == "all" and more:
+        total = len(chosen)
+        if total > MOST_TOKENISED:
             with step("counting the prompts"):
-                total = sum(1 for _ in source)
-        else:
-            total = int(settings.num_prompts) if more and settings.num_prompts != "all" else len(chosen)
+                total = sum(1 for _ in source) if settings.num_prompts == "all" else settings.num_prompts
         chosen = chosen[:MOST_TOKENISED]
     else:
         total = source.total
@@ -97,62 +54,7 @@ def sample_of(settings: Settings, source: PromptSource, renderer: Renderer) -> S
     with bar(len(parts), "shards", "tokenising a sample") as advance:
         shards = [prepare(renderer, number, part) for number, part in enumerate(passing(parts, advance))]
     exact = len(chosen) == total
-    return Sample(total, shards, exact, source.total is None and not exact)
-
-
-def table_bytes(sample: Sample, layout: ShardLayout, pieces: Pieces) -> int:
-    """Bytes of a run's tables, in the shards and joined, from the sample's rows with random numbers in them."""
-    rng = np.random.default_rng(0)
-    tables: list[pa.Table] = []
-    in_shards = 0
-    for shard in sample.shards:
-        results = [_random_result(shard, prompt, layout, pieces, rng) for prompt in shard.prompts]
-        numbers = rng.integers(2**32, size=len(results)).tolist()
-        checksums = dict.fromkeys(("crc32", *(f"{layer}/crc32" for layer in layout.layers)), numbers)
-        tables.append(rows_table(results, layout, checksums))
-        in_shards += _written(tables[-1])
-    schema = common_schema((table.schema for table in tables), layout)
-    joined = _written(pa.concat_tables([in_schema(table, schema) for table in tables]))
-    scale = sample.total / max(1, sample.tokenised)
-    return int(in_shards * scale) + int(joined * scale)
-
-
-def _written(table: pa.Table) -> int:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.tell()
-
-
-def _random_result(
-    shard: PreparedShard, prompt: SourcePrompt, layout: ShardLayout, pieces: Pieces, rng: np.random.Generator
-) -> PromptResult:
-    rendered = shard.rendered.get(prompt.index)
-    if rendered is None:
-        reason = shard.skipped[prompt.index]
-        return PromptResult(
-            index=prompt.index, source_row=prompt.source_row, kept=prompt.kept, status="skipped", reason=reason
-        )
-    K, R = layout.outcomes, layout.rank
-    token_ids = rng.choice(rendered.ids, K)
-    empty = np.zeros((0,), np.float32)
-    # All numbers differ, as in a real table: the compressed size depends on that.
-    layers = {
-        layer: LayerResult(rng.random(R), empty, empty, float(rng.random()), empty, float(rng.random()))
-        for layer in layout.layers
-    }
-    return PromptResult(
-        index=prompt.index,
-        source_row=prompt.source_row,
-        text=rendered.text,
-        kept=prompt.kept,
-        num_tokens=len(rendered.ids),
-        truncated=rendered.truncated,
-        token_ids=token_ids,
-        log_probs=np.log(rng.dirichlet(np.ones(K))).astype(np.float32),
-        layers=layers,
-        top_tokens=[pieces.single(int(token)) for token in token_ids],
-        prompt_tokens=pieces.each(rendered.ids),
-    )
+    return Sample(total, source.extent(total), shards, exact, source.total is None and not exact)
 
 
 class Plan(NamedTuple):
@@ -163,7 +65,7 @@ class Plan(NamedTuple):
     tokens_error: float
     """Standard error of `tokens`; 0 where all prompts were tokenised."""
     operations: dict[str, float]
-    storage: "Storage"
+    storage: Storage
     weights: int
     batch: BatchMemory
     """The sample's batch with the most tokens."""
@@ -174,18 +76,6 @@ class Plan(NamedTuple):
     """What a run on a machine like this one computes in."""
     product_rate: float | None
     """Operations a second of this machine's matrix products in that precision, if measured."""
-
-
-class Storage(NamedTuple):
-    """Bytes of a results folder by use, and of the npz that it has or could have."""
-
-    parts: dict[str, int]
-    npz: int
-
-    @property
-    def total(self) -> int:
-        """Of the finished folder."""
-        return sum(self.parts.values())
 
 
 def plan(settings: Settings, rate: float | Literal["measure"] | None = None) -> list[str]:
@@ -207,6 +97,7 @@ def plan(settings: Settings, rate: float | Literal["measure"] | None = None) -> 
 def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measure"] | None = None) -> Plan:
     """The numbers of a plan; arguments and errors as `plan`."""
     check_save(settings)
+    check_means_only(layout_of(settings, skeleton.widths))
     with step("opening the data set"):
         source = source_of(settings)
     renderer = make_renderer(settings, Loaded(skeleton.model, skeleton.tokenizer, {}), source, None)
@@ -278,34 +169,6 @@ def chosen_here(settings: Settings, skeleton: Skeleton) -> tuple[Precision, floa
     return precision, 2e9 / sum(1 / rate for rate in used)
 
 
-def storage_of(settings: Settings, skeleton: Skeleton, sample: Sample, table: int) -> Storage:
-    """Bytes of the finished folder."""
-    n, size, layout = sample.total, settings.shard_size, layout_of(settings, skeleton.widths)
-    full, rest = divmod(n, size)
-    positions = sum(sample.lengths) / max(1, sample.tokenised)
-    npz = sum(npz_size(n, layout.rank, width) for width in skeleton.widths.values())
-    parts = {"tables": table, "index": INDEX_BYTES * (full + bool(rest)) + METADATA_BYTES}
-    if settings.save == "mean":
-        parts["sum"] = size_of(_matrices(skeleton, "float64")) if full else 0
-        parts["shards"] = _shard_bytes(layout, rest, positions) if rest else 0
-    else:
-        parts["shards"] = full * _shard_bytes(layout, size, positions)
-        parts["shards"] += _shard_bytes(layout, rest, positions) if rest else 0
-    if settings.save != "prompts":
-        parts["mean"] = size_of(_matrices(skeleton, "float32"))
-    if wants_npz(settings.export_npz, settings.save, n):
-        parts["npz"] = npz
-    return Storage(parts, npz)
-
-
-def _shard_bytes(layout: ShardLayout, prompts: int, positions: float) -> int:
-    return size_of(tensor_specs(layout, prompts, round(prompts * positions)))
-
-
-def _matrices(skeleton: Skeleton, dtype: str) -> dict[str, TensorSpec]:
-    return {layer: TensorSpec(dtype, (D, D)) for layer, D in skeleton.widths.items()}
-
-
 def measured_rate(settings: Settings, sample: Sample) -> float:
     """Tokens a second of this machine on the run's own prompts, timed for ten seconds after the first batch.
 
@@ -337,30 +200,32 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
     """The lines that are printed."""
     sample, layers = found.sample, list(skeleton.widths)
     shards = -(-sample.total // settings.shard_size)
-    yield f"prompts     {sample.total:,} in {shards:,} shards of {settings.shard_size}"
+    part = f"{sample.total:,}" if sample.extent.is_whole else str(sample.extent)
+    yield f"prompts     {part} in {shards:,} shards of {settings.shard_size}"
     shown = layers[0] if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
     widths = "/".join(f"{width:,}" for width in sorted(set(skeleton.widths.values())))
     yield f"matrices    {shown}, width {widths}, rank {settings.num_singular_values}, estimator {settings.estimator}"
-    each = found.tokens / max(1, sample.total)
     if sample.exact:
         how = "all prompts tokenised"
     else:
         which = "the first" if sample.first_alone else "every n-th,"
         how = f"{which} {sample.tokenised:,} prompts tokenised, standard error {found.tokens_error / found.tokens:.1%}"
-    longest = max(sample.lengths, default=0)
-    yield f"tokens      {found.tokens:,.0f}, {each:.1f} a prompt, the longest {longest:,} ({how})"
+    each = f"{found.tokens / max(1, sample.total):.1f} a prompt, the longest {max(sample.lengths, default=0):,}"
+    yield f"tokens      {found.tokens:,.0f}, {each} ({how})"
     operations = ", ".join(f"{kind} {count:.2e}" for kind, count in found.operations.items())
     yield f"operations  {sum(found.operations.values()):.2e} floating-point, in matrix products ({operations})"
     parts = ", ".join(f"{name} {readable(size)}" for name, size in found.storage.parts.items() if size)
     yield f"storage     {readable(found.storage.total)} ({parts})"
     for change, storage in _otherwise(settings, skeleton, found):
         yield f"            {readable(storage.total):>8} with {change}"
-    kept = " (more than its packed weights take)" if skeleton.quantized and not settings.dequantize else ""
+    packed = skeleton.quantized and not settings.dequantize
+    kept = f" ({skeleton.quantization or 'more than its packed weights take'})" if packed else ""
     which = f"the largest batch{'' if sample.exact else ' of those'} {readable(found.batch.total)}"
     size = f"{found.batch.prompts} prompts, {found.batch.tokens:,} tokens"
     yield f"memory      a worker: weights {readable(found.weights)}{kept}, {which} ({size})"
     allowed = f"a prompt of {found.longest.tokens:,} tokens, the most allowed, would take"
     yield f"            {allowed} {readable(found.longest.total)} (max_length, max_batch_tokens, cotangent_chunk)"
+    yield f"            {finishing(settings, skeleton, sample.total)}"
     if settings.max_batch_tokens == "auto":
         yield f"            on a GPU batches grow to {GPU_MEMORY_SHARE:.0%} of what is free beside the weights"
     if getattr(torch, settings.dtype) in NARROW:
@@ -372,8 +237,7 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
             shown = f"{found.product_rate / 1e9:.0f} GFLOP/s"
             yield f"            at least {_duration(least)} on a machine like this one, whose products run at {shown}"
         return
-    hours = found.tokens / found.rate / 3600
-    times = ", ".join(f"{_duration(hours / count)} on {count}" for count in WORKERS)
+    times = ", ".join(f"{_duration(found.tokens / found.rate / 3600 / count)} on {count}" for count in WORKERS)
     rate = sum(found.operations.values()) / found.tokens * found.rate
     yield f"time        at {found.rate:,.0f} tokens a second a worker ({rate:.2e} operations a second): {times}"
 

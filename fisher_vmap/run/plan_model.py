@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,15 +29,18 @@ from torch import Tensor, nn
 from fisher_vmap.errors import UserError
 from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.linearize.blockwise import pull_memory, widths_of
-from fisher_vmap.load.adapters import base_of, find_adapter
+from fisher_vmap.load.model import without_weights
+from fisher_vmap.load.options import LoadOptions, saved_by_packing
 from fisher_vmap.load.source import explained, quiet_progress
 from fisher_vmap.model.layers import block_numbers
 from fisher_vmap.model.recording import hooks, output_of
+from fisher_vmap.run.open import loading_of
 
 if TYPE_CHECKING:
     from fisher_vmap.run.settings import Settings
 
 ATTENTION_INPUTS = ("k_proj", "v_proj")  # what the last block needs at every position
+WIDTH_OF = ("out_features", "embedding_dim", "nf")  # of a linear layer, an embedding, GPT-2's linear layer
 FUSED_INPUTS = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")  # the same in one with the queries
 
 
@@ -50,7 +53,8 @@ class Skeleton(NamedTuple):
         blocks: its decoder blocks by name.
         widths: D of each hooked layer.
         hooks: for each hooked layer, the number of the block that it is or is in; -1: below all blocks.
-        quantized: whether its weights are stored packed.
+        quantized: whether its weights are stored packed, or packed when they are loaded.
+        quantization: how they are then packed for the run, by bitsandbytes; None: they are not.
     """
 
     model: Any
@@ -59,11 +63,13 @@ class Skeleton(NamedTuple):
     widths: dict[str, int]
     hooks: list[int]
     quantized: bool
+    quantization: str | None = None
 
     @property
     def weight_bytes(self) -> int:
-        """What the weights take in the dtype of the run."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """What the weights take in the dtype of the run, or packed."""
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return whole - (saved_by_packing(self.model, self.quantization) if self.quantization else 0)
 
 
 def skeleton_of(settings: Settings) -> Skeleton:
@@ -72,27 +78,24 @@ def skeleton_of(settings: Settings) -> Skeleton:
     Raises:
         UserError: the model is missing or gated, or has no such layer.
     """
-    path, options = settings.model_path, {"trust_remote_code": settings.trust_remote_code}
-    revision = settings.model_revision
+    how = LoadOptions(**loading_of(settings))
+    path, config, tokenizer = without_weights(settings.model_path, how)
     with quiet_progress():
-        if settings.adapter_path is None:
-            adapter = explained(path, "adapter", find_adapter, path, revision=revision)
-            path, revision = (path, revision) if adapter is None else base_of(adapter)
-        where: dict[str, Any] = {"pretrained_model_name_or_path": path, "revision": revision}
-        if Path(path).suffix == ".gguf" and Path(path).is_file():
-            where = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
-        config = explained(path, "config", transformers.AutoConfig.from_pretrained, **where, **options)
-        tokenizer = explained(path, "tokenizer", transformers.AutoTokenizer.from_pretrained, **where, **options)
         packed = getattr(config, "quantization_config", None) is not None
         if packed:
             del config.quantization_config
         with torch.device("meta"):
             load = transformers.AutoModelForCausalLM.from_config
-            model = explained(path, "model", load, config, dtype=getattr(torch, settings.dtype), **options)
+            dtype, hint = getattr(torch, settings.dtype), how.to_check
+            model = explained(
+                path, "model", load, config, hint=hint, dtype=dtype, trust_remote_code=how.trust_remote_code
+            )
         model = model.to("meta").eval()
     blocks = _blocks(path, model)
     names = _layers(model, blocks, settings.hook_layer_name)
-    return Skeleton(model, tokenizer, blocks, _widths(model, names), block_numbers(blocks, names), packed)
+    kept = None if settings.dequantize else settings.quantization
+    packed = packed or settings.quantization is not None
+    return Skeleton(model, tokenizer, blocks, _widths(model, names), block_numbers(blocks, names), packed, kept)
 
 
 def _blocks(path: str, model: nn.Module) -> dict[str, nn.Module]:
@@ -126,9 +129,11 @@ def _layers(model: nn.Module, blocks: dict[str, nn.Module], wanted: int | str | 
 
 
 def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
-    """D of each hooked module from its output's shape; the model's width if it cannot run without weights."""
-    width = int(model.config.get_text_config().hidden_size)
-    widths = dict.fromkeys(names, width)
+    """D of each hooked module from its output's shape; from what it is if the model cannot run without weights."""
+    modules = [model.get_submodule(name) for name in names]
+    declared = [next(filter(None, (getattr(m, word, None) for word in WIDTH_OF)), None) for m in modules]
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    widths = {name: int(D or hidden_size) for name, D in zip(names, declared, strict=True)}
 
     def look(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -139,11 +144,10 @@ def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
         return hook
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    with torch.no_grad(), hooks(*(model.get_submodule(name).register_forward_hook(look(name)) for name in names)):
-        try:
-            model(input_ids=ids, use_cache=False)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it reads numbers in its forward pass
-            return dict.fromkeys(names, width)
+    looking = hooks(*(model.get_submodule(name).register_forward_hook(look(name)) for name in names))
+    # An error means that it reads numbers in its forward pass.
+    with torch.no_grad(), looking, suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
+        model(input_ids=ids, use_cache=False)
     return widths
 
 

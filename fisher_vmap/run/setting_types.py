@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, GetCoreSchemaHandler
+from pydantic import Field, GetCoreSchemaHandler, PlainSerializer
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -49,6 +49,22 @@ def _number(value: Any) -> Any:
 
 def _none_word(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+
+_NONE_AS_TEXT = re.compile(r"""(["'])(none|null)\1""", re.IGNORECASE)
+
+
+def _passage(value: Any) -> Any:
+    """None for the words; white space is a text, and so is a word that has quotation marks of its own."""
+    if not isinstance(value, str):
+        return value
+    quoted = _NONE_AS_TEXT.fullmatch(value)
+    return quoted[2] if quoted else None if value.lower() in ("", "none", "null") else value
+
+
+def _written_passage(value: str | None) -> str | None:
+    """The passage so that it is read back as it is."""
+    return f'"{value}"' if value is not None and value.lower() in ("none", "null") else value
 
 
 def _parsed(value: Any, opening: str) -> Any:
@@ -205,7 +221,13 @@ Name = Annotated[str, Expected(_LINE + _QUOTES, check=_one_line)]
 PathName = Annotated[str, Expected(_LINE, check=_path)]
 OptionalName = Annotated[str | None, Expected(f"none or {_LINE}{_QUOTES}", _none_word, _one_line)]
 OptionalPathName = Annotated[str | None, Expected(f"none or {_LINE}", _none_word, _path)]
-OptionalPassage = Annotated[str | None, Expected("none or a text", _none_word, _encodable)]
+OptionalPassage = Annotated[
+    str | None,
+    Expected(
+        "none or a text (the word none as a text: '\"none\"', with quotation marks of its own)", _passage, _encodable
+    ),
+    PlainSerializer(_written_passage),
+]
 TrueOrFalse = Annotated[bool, Expected("true or false")]
 AutoOrTruth = Annotated[Literal["auto"] | bool, Expected("auto, true or false")]
 Layers = Annotated[

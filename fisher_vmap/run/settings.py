@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from fisher_vmap.run.setting_types import (
     AllOrCount,
@@ -40,6 +40,8 @@ from fisher_vmap.run.setting_types import (
     Temperature,
     TrueOrFalse,
 )
+
+NOT_STORED = ("token", "cache_dir", "offload_folder")  # of model_kwargs
 
 
 class RunOptions(BaseModel):
@@ -115,9 +117,15 @@ class Settings(BaseModel):
         None, "Further arguments of from_pretrained, as a mapping such as {rope_theta: 500000.0}."
     )
 
+    @field_serializer("model_kwargs")
+    def _without_secrets(self, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What a folder may keep: no password of the user and no path of this machine."""
+        return {name: value for name, value in (given or {}).items() if name not in NOT_STORED} or None
+
     # The prompts
     dataset_name: PathName = _setting(
-        "lmsys/lmsys-chat-1m", "The prompts: a hub id, a folder, or a .jsonl, .json, .csv, .parquet or .txt file."
+        "lmsys/lmsys-chat-1m",
+        "The prompts: a hub id, a folder, or a file: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt (or .gz, .zst).",
     )
     dataset_config: OptionalName = _setting(None, "Configuration (subset) of the data set; none: its default one.")
     dataset_split: Name = _setting("train", "Split of the data set.")
@@ -130,7 +138,7 @@ class Settings(BaseModel):
         None, "Seed of a random order of the rows; none: in order; hub data are shuffled in a window of 10,000 rows."
     )
     prompt_column: Name = _setting(
-        "auto", "Column with the prompt; auto: conversation, messages, prompt, instruction, question or text."
+        "auto", "Column with the prompt; auto: by the columns, as Alpaca, ShareGPT, messages, prompt, question or text."
     )
     prompt_template: OptionalPassage = _setting(
         None, r'A prompt out of several columns, such as "{instruction}\n\n{input}"; none: by the form of the data.'
@@ -156,7 +164,9 @@ class Settings(BaseModel):
         "parse", "Names of special tokens in a prompt's text: parse them as those tokens, or take them literally."
     )
     system_prompt: OptionalPassage = _setting(None, "System turn of every prompt; it replaces the prompt's own.")
-    prefill: OptionalPassage = _setting(None, "Start of the answer, put after the chat template's generation prompt.")
+    prefill: OptionalPassage = _setting(
+        None, "Start of the answer, put after the chat template's generation prompt; white space counts."
+    )
     max_length: Count = _setting(
         2048, "Most tokens of a prompt; of a longer one the end of the user's text is cut off, and truncated is true."
     )

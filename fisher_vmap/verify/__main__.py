@@ -6,8 +6,15 @@ run is unfinished; 2: DIR is not a results folder. With `--kl` the matrices are 
 The checks of `verify DIR` on a results folder's files.
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    from fisher_vmap.__main__ import start
+
+    sys.exit(start("verify"))
+
+import argparse
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,8 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_vmap.cli import add_quiet, command, start_logging, user_mistake
+from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
+from fisher_vmap.escape import visible
 from fisher_vmap.progress import aside, bar, step
 from fisher_vmap.results.files import check_sha256, damaged
 from fisher_vmap.results.index import (
@@ -34,7 +42,8 @@ from fisher_vmap.results.index import (
     read_index,
     sum_name,
 )
-from fisher_vmap.results.outputs import npz_arrays, read_mean, running_sum, sum_is_intact
+from fisher_vmap.results.means import read_mean, running_sum, sum_is_intact
+from fisher_vmap.results.outputs import npz_arrays
 from fisher_vmap.results.record import Stack, covered_mass, natural
 from fisher_vmap.results.shard import common_schema, in_schema
 from fisher_vmap.results.shard_reader import ShardReader, is_ok, readers
@@ -84,9 +93,10 @@ def checks(folder: Path) -> Iterator[Check]:
     if TABLE_NAME in index.files:
         size = 2 * (index.files[TABLE_NAME].bytes + tables)
         yield Check(f"{TABLE_NAME} = the shards' rows", partial(_check_table, folder, index), size=size)
-    for layer in index.layers if MEAN_NAME in index.files else ():
+    means = index.files[MEAN_NAME].tensors if MEAN_NAME in index.files else {}
+    for layer in [name for name in index.layers if name in means]:  # a wide layer has none
         kind = f"{MEAN_NAME}, the mean of each layer"
-        size = index.files[MEAN_NAME].bytes // len(index.layers)
+        size = index.files[MEAN_NAME].bytes // len(means)
         yield Check(f"{MEAN_NAME}, {layer}", partial(_check_mean, folder, index, layer), kind, size)
     for name, layer in archives.items():
         if name in index.files:
@@ -102,7 +112,9 @@ def _fail(error: UserError) -> str:
 def _check_index(folder: Path, index: Index) -> str:
     stored = sum(entry.stop - entry.start for entry in index.shards)
     if not index.complete:
-        raise UserError(f"the run is unfinished: {stored} of {index.num_prompts} prompts; run the same command again")
+        raise UserError(
+            f"the run is unfinished: {stored} of {index.num_prompts} prompts; give the command of its run again"
+        )
     return f"complete, {stored} prompts in {len(index.shards)} shards"
 
 
@@ -216,38 +228,33 @@ MANY = 4  # so many passed checks of one kind are printed in one line
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Check a results folder, print a line a check, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fisher_vmap.verify",
+    parser = Parser(
+        "verify",
         description="Check a results folder: checksums, shapes, finite numbers, orthonormal directions, and that the "
         "npz, the table and the index agree with the shards. With --kl, also run the model: do the matrices predict "
         "how far a step of the residual stream moves the next-token distribution?",
-        epilog="examples:\n  python -m fisher_vmap.verify fisher_results\n"
-        "  python -m fisher_vmap.verify fisher_results --kl --prompts 16",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  fisher-vmap verify fisher_results\n  fisher-vmap verify fisher_results --kl --prompts 16",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the results folder, such as fisher_results")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="the results folder, such as fisher_results")
     parser.add_argument("--kl", action="store_true", help="compare predicted with measured KL divergences")
     parser.add_argument("--prompts", type=int, metavar="N", help="with --kl: how many prompts (8)")
     parser.add_argument("--layer", metavar="NAME", help="with --kl: which hooked layer, by name or number (the first)")
-    parser.add_argument("--model_path", "--model-path", metavar="PATH", help="with --kl: where the model is now")
-    parser.add_argument("--dataset_name", "--dataset-name", metavar="PATH", help="with --kl: where the prompts are now")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --kl: where the plot goes (DIR/kl.png)")
+    parser.add_argument("--model_path", metavar="PATH", help="with --kl: where the model is now")
+    parser.add_argument("--dataset_name", metavar="PATH", help="with --kl: where the prompts are now")
+    parser.add_argument(
+        "--plot", type=path_argument, metavar="FILE", help="with --kl: where the plot goes (DIR/kl.png)"
+    )
     add_quiet(parser)
-    arguments = parser.parse_args(argv)
-    start_logging(quiet=arguments.quiet)
+    arguments = parser.read(argv)
     folder: Path = arguments.folder
+    _refuse_flags_of_kl(arguments)
     if not (folder / INDEX_NAME).exists():
-        print(f"{folder} is not a results folder: it has no {INDEX_NAME}", file=sys.stderr)
-        return 2
-    try:
-        _refuse_flags_of_kl(arguments)
-        found = list(checks(folder))
-        with bar(sum(check.size for check in found), "B", "checking") as advance:
-            bad = sum(_carry_out(list(alike), advance) for _, alike in groupby(found, key=_kind))
-        if arguments.kl and not bad:
-            bad += _check_kl(arguments)
-    except UserError as error:
-        return user_mistake(error)
+        raise UserError(f"{folder} is not a results folder: it has no {INDEX_NAME}")
+    found = list(checks(folder))
+    with bar(sum(check.size for check in found), "B", "checking") as advance:
+        bad = sum(_carry_out(list(alike), advance) for _, alike in groupby(found, key=_kind))
+    if arguments.kl and not bad:
+        bad += _check_kl(arguments)
     print(f"{folder} is sound{_without_results(folder)}" if not bad else f"{folder}: {bad} checks failed")
     return 1 if bad else 0
 
@@ -285,11 +292,12 @@ def _carry_out(alike: Sequence[Check], advance: Callable[[int], None]) -> int:
 
 def _print(line: str) -> None:
     with aside():
-        print(line, flush=True)
+        print(visible(line, spaces=False), flush=True)
 
 
 def _without_results(folder: Path) -> str:
-    status = pq.read_table(folder / TABLE_NAME, columns=["status"])["status"].to_pylist()
+    with pq.ParquetFile(folder / TABLE_NAME) as table:  # `read_table` would look for columns in the path
+        status = table.read(columns=["status"])["status"].to_pylist()
     return "" if "ok" in status else f", but none of its {len(status)} prompts has results"
 
 
@@ -304,13 +312,16 @@ def _check_kl(arguments: argparse.Namespace) -> int:
     if prompts < 1:
         raise UserError(f"--prompts is {prompts}; expected at least 1")
     results = open_results(arguments.folder)
-    found = check_kl(
-        results,
-        prompts=prompts,
-        layer=arguments.layer,
-        model_path=arguments.model_path,
-        dataset_name=arguments.dataset_name,
-    )
+    try:
+        found = check_kl(
+            results,
+            prompts=prompts,
+            layer=arguments.layer,
+            model_path=arguments.model_path,
+            dataset_name=arguments.dataset_name,
+        )
+    except UserError as error:
+        raise UserError(f"{error}{_of_the_run(str(error), arguments.folder)}") from error
     print("\n".join(found.lines()), flush=True)
     plot = arguments.plot or arguments.folder / "kl.png"
     try:
@@ -324,5 +335,10 @@ def _check_kl(arguments: argparse.Namespace) -> int:
     return 0 if found.ok else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _of_the_run(line: str, folder: Path) -> str:
+    """What to add to a line that names settings that are no flags here, such as trust_remote_code."""
+    from fisher_vmap.run.settings import Settings
+
+    others = set(Settings.model_fields) - {"model_path", "dataset_name"}
+    names = sorted(others & set(re.findall(r"[a-z]+(?:_[a-z]+)+", line)))
+    return f" ({', '.join(names)}: settings of the run that filled {folder}, kept here)" if names else ""

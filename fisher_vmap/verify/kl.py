@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.completions import Completions
-from fisher_vmap.data.files import SUFFIXES, spelt_as_path
+from fisher_vmap.data.files import spelt_as_path
+from fisher_vmap.data.local_files import kind_of
 from fisher_vmap.data.sequences import Tokens
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher import check_inputs
@@ -187,7 +188,7 @@ def _is_a_path(value: str) -> bool:
     """Whether a setting is a local path, not a name on the hub."""
     if Path(value).suffix == ".gguf":  # OWNER/NAME/FILE.gguf is on the hub
         return value.count("/") != 2 or spelt_as_path(value)
-    return Path(value).suffix.lower() in SUFFIXES or spelt_as_path(value)
+    return kind_of(Path(value)) is not None or spelt_as_path(value)
 
 
 def _widened(loaded: Loaded, settings: Settings) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.escape import visible
 
 # The KL divergences, in nats, that F predicts for the steps. Smaller ones drown in float32's rounding.
 PREDICTED = np.array([1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
@@ -84,9 +85,10 @@ class KlCheck(NamedTuple):
 
     def lines(self) -> list[str]:
         """The report of this layer."""
+        outcome, layer = "ok  " if self.ok else "BAD ", visible(self.layer, spaces=False)
         lines = [
-            f"{'ok  ' if self.ok else 'BAD '} KL at {self.layer}: {len(self.leading.eps)} leading and "
-            f"{len(self.random.eps)} random directions; predicted / measured, median (10% to 90%):",
+            f"{outcome} KL at {layer}: {len(self.leading.eps)} leading and {len(self.random.eps)} random directions; "
+            "predicted / measured, median (10% to 90%):",
             "     predicted, nats      leading directions           random directions",
         ]
         for e, kl in enumerate(PREDICTED):
@@ -139,7 +141,12 @@ def plot_kl(check: KlCheck, path: Path) -> None:
     ):
         axes.plot(directions.predicted.ravel(), directions.measured.ravel(), mark, alpha=0.6, label=name)
     axes.set(xscale="log", yscale="log", xlabel="predicted KL, 1/2 eps² vᵀFv (nats)", ylabel="measured KL (nats)")
-    axes.set_title(f"{check.layer}, estimator {check.estimator}, {check.precision}", fontsize="medium")
+    # A name is no mathematics: matplotlib would read what stands between two dollar signs.
+    axes.set_title(
+        f"{visible(check.layer, spaces=False)}, estimator {check.estimator}, {check.precision}",
+        fontsize="medium",
+        parse_math=False,
+    )
     axes.legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)

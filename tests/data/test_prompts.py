@@ -293,6 +293,7 @@ def refusal(*arguments, **settings) -> str:
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', ["line 2", "not JSON"]),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', ["line 2", "UTF-8"]),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), ["line 1", "UTF-8"]),
+        ("a.jsonl", b'{\n"promt": "a"\n}', ["promt", "prompt_column"]),
         ("a.jsonl", b'{"prompt": "\x00"}\n', ["line 1", "not JSON"]),
         ("a.jsonl", b"[" * 100_000 + b"\n", ["line 1", "not JSON"]),
         ("a.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}\n", ["line 1", "not JSON"]),
@@ -302,7 +303,7 @@ def refusal(*arguments, **settings) -> str:
         ("a.json", b"[", ["line 1", "not JSON"]),
         ("a.json", b"[]", ["no rows"]),
         ("a.json", b'["a", "b"]', ["no named columns"]),
-        ("a.json", b'{\n"prompt": "a"\n}', ["line 1", "one JSON object a line"]),
+        ("a.json", b'{\n"prompt" "a"\n}', ["line 2", "one JSON object a line"]),
         ("a.json", b"\xff", ["UTF-8"]),
         ("a.csv", b"", ["no rows"]),
         ("a.csv", b"prompt\n", ["no rows"]),
@@ -318,7 +319,8 @@ def refusal(*arguments, **settings) -> str:
         ("a.parquet", b"", ["parquet"]),
         ("a.parquet", b"PAR1 nothing PAR1", ["parquet"]),
         ("a.parquet", None, ["parquet"]),
-        ("a.tsv", b"prompt\n", [".tsv", "unknown kind", ".jsonl"]),
+        ("a.tsv", b"prompt\n", ["no rows"]),
+        ("a.xlsx", b"prompt\n", [".xlsx", "unknown kind", ".jsonl"]),
         ("a", b"prompt\n", ["unknown kind"]),
         ("script.py", b"raise SystemExit", ["unknown kind"]),
     ],
@@ -396,7 +398,8 @@ def test_names_that_are_no_data_set(name, words, tmp_path, monkeypatch):
         ({"test.jsonl": '{"prompt": "x"}\n'}, {}, ["'train'", "test"]),
         ({"a.jsonl": '{"prompt": "x"}\n'}, {"dataset_config": "en"}, ["'en'", "dataset_config"]),
         ({"a.jsonl": '{"prompt": "x"}\n'}, {"dataset_revision": "v1"}, ["dataset_revision"]),
-        ({"a.jsonl.gz": "x"}, {}, [".gz", "unknown kind"]),
+        ({"a.jsonl.gz": "x"}, {}, ["a.jsonl.gz", "not .gz data"]),
+        ({"page.html": "x", "plot.png": "x", "a.npz": "x", "v.safetensors": "x"}, {}, ["no data files"]),
         ({"state.json": "{}"}, {}, ["folder"]),
         ({"state.json": "{", "dataset_info.json": "{"}, {}, ["folder"]),
         ({"dataset_dict.json": '{"splits": ["train"]}'}, {}, ["folder"]),
@@ -422,6 +425,158 @@ def test_saved_data_sets_that_do_not_work(tmp_path):
     assert "cannot be read" in refusal(str(tmp_path / "one"))
     datasets.Dataset.from_dict({"prompt": []}).save_to_disk(str(tmp_path / "none"))
     assert "empty" in refusal(str(tmp_path / "none"))
+
+
+OURS = '{"checksum":"' + "0" * 64 + '","format":"fisher_vmap results",'  # how a results folder's index.json begins
+
+
+def write_results(folder: Path) -> Path:
+    """As much of a results folder as tells that it is one, and files that would be read as prompts."""
+    (folder / "shards").mkdir(parents=True)
+    (folder / "index.json").write_text(OURS)
+    for name in ("prompts.parquet", "shards/shard-00000.parquet"):
+        write_parquet(folder / name, [{"text": "ours", "prompt": "ours"}])
+    write_jsonl(folder / "shards" / "shard-00000.json", [{"prompt": "ours"}])
+    return folder
+
+
+def test_results_of_ours_below_a_folder_are_no_data(tmp_path, caplog, monkeypatch):
+    write_folder(tmp_path / "f")
+    monkeypatch.chdir(tmp_path / "f")
+    before = read_prompts(".")
+    for place in ("layer0", "results [1]/layer1", "a/b/c", "shards", "test", ".hidden"):
+        write_results(tmp_path / "f" / place)
+    (tmp_path / "f" / "linked").symlink_to(write_results(tmp_path / "elsewhere"))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        after = read_prompts(".")
+    assert taken(after) == taken(before) and after.fingerprint == before.fingerprint
+    (line,) = [r.getMessage() for r in caplog.records if "not read as data" in r.getMessage()]
+    for name in ("layer0", "results [1]/layer1", "a/b/c", "shards", "test"):
+        assert name in line
+
+
+@pytest.mark.parametrize("place", ["", "shards", "prompts.parquet", "shards/shard-00000.parquet", "index.json"])
+@pytest.mark.parametrize("by", ["path", "link", "relative"])
+def test_results_of_ours_are_refused(place, by, tmp_path, monkeypatch):
+    given = write_results(tmp_path / "out") / place
+    if by == "link":
+        link = tmp_path / f"link{given.suffix}"
+        link.symlink_to(given)
+        given = link
+    elif by == "relative":
+        monkeypatch.chdir(given if given.is_dir() else given.parent)
+        given = Path("." if given.is_dir() else given.name)
+    line = refusal(str(given))
+    assert "results folder of fisher_vmap" in line and "dataset_name" in line
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "folder"])
+def test_a_copy_of_a_results_table_is_refused(name, tmp_path):
+    columns = ("prompt_index", "source_row", "text", "status", "reason", "audit", "tokens", "truncated", "mass")
+    rows = [dict.fromkeys((*columns, "top_tokens", "kind"), "x")] * 9
+    assert "table of a results folder" in refusal(str(WRITERS[name](tmp_path / name, rows)))
+
+
+def test_exported_vectors_are_no_data(tmp_path, caplog):
+    vectors = [{"modelId": "gemma-2-2b", "layerNumber": 3, "hookType": "hook_resid_post", "vector": [0.5] * 40}]
+    (write_folder(tmp_path / "f") / "mean.json").write_text(json.dumps(vectors, indent=1))
+    with caplog.at_level(logging.INFO):
+        assert read_prompts(str(tmp_path / "f")).total == 20
+    assert "mean.json (exported vectors)" in caplog.text
+
+
+def test_a_file_of_ones_own_in_a_results_folder_is_read(tmp_path):
+    assert read_prompts(str(write_jsonl(write_results(tmp_path / "out") / "mine.jsonl"))).total == 20
+
+
+def test_a_folder_with_nothing_but_results_says_so(tmp_path):
+    write_results(tmp_path / "layer0")
+    line = refusal(str(tmp_path))
+    assert "no data files" in line and "layer0" in line
+
+
+STRANGE = ["run [3]", "a*b", "x?", "{a,b}", "[!a]", "a::b", "**", "with space", "hf:", "ü (1)", "50%", "a&b=c"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("kind", ["folder", "file", "saved", "below"])
+def test_a_path_is_never_a_pattern(name, kind, tmp_path):
+    if kind == "saved" and "::" in name:
+        pytest.skip("the library takes it for an address")
+    mine, theirs = [{"prompt": "mine"}], [{"prompt": "theirs"}]
+    for sibling in ("run 3", "aXXb", "xy", "a", "b", "z", "deep/er"):
+        write_jsonl(tmp_path / sibling / "data.jsonl", theirs)
+        write_jsonl(tmp_path / f"{sibling}.jsonl", theirs)
+    path = tmp_path / name
+    if kind == "folder":
+        write_jsonl(path / f"{name}.jsonl", mine)
+    elif kind == "file":
+        path = write_jsonl(tmp_path / f"{name}.jsonl", mine)
+    elif kind == "saved":
+        write_saved(path, mine)
+    else:
+        write_jsonl(path / name / "train" / f"{name}.csv.jsonl", mine)
+    assert taken(read_prompts(str(path))) == [(0, 0, "mine")]
+
+
+def test_files_of_one_folder_with_names_like_patterns(tmp_path):
+    names = sorted(f"{name}.jsonl" for name in ("a[1]", "a1", "b*", "bb", "c?", "cc", "{d,e}", "d", "A", "f_g", "f:g"))
+    for name in names:
+        write_jsonl(tmp_path / "f" / name, [{"prompt": name}])
+    assert [prompt for _, _, prompt in taken(read_prompts(str(tmp_path / "f")))] == names
+
+
+def test_a_folder_is_read_as_one_kind_of_file_and_says_what_it_leaves_out(tmp_path, caplog):
+    write_folder(tmp_path / "f")
+    write_csv(tmp_path / "f" / "other.csv", [{"prompt": "x"}])
+    with caplog.at_level(logging.INFO):
+        assert read_prompts(str(tmp_path / "f")).total == 20
+    assert "left out: other.csv" in caplog.text
+
+
+def test_a_file_that_fits_two_of_a_splits_names_is_read_once(tmp_path):
+    write_jsonl(tmp_path / "f" / "train" / "train-1.train.jsonl", ROWS)
+    assert read_prompts(str(tmp_path / "f")).total == 20
+
+
+@pytest.mark.parametrize("names", [("a.jsonlines", "b.jsonlines"), ("A.JSONL", "b.jsonl"), ("a.ndjson", "b.json")])
+def test_endings_that_the_library_does_not_know(names, tmp_path):
+    for name, rows in zip(names, (ROWS[:8], ROWS[8:]), strict=True):
+        write_jsonl(tmp_path / "f" / name, rows)
+    assert [text for _, _, text in taken(read_prompts(str(tmp_path / "f")))] == [row["prompt"] for row in ROWS]
+
+
+def test_a_folder_named_like_a_file(tmp_path):
+    assert "no data files" in refusal(str(write_jsonl(tmp_path / "a.jsonl" / ".hidden").parent))
+    write_jsonl(tmp_path / "a.jsonl" / "part-0.json")
+    assert read_prompts(str(tmp_path / "a.jsonl")).total == 20
+
+
+def test_the_configurations_that_a_readme_names(tmp_path):
+    write_jsonl(tmp_path / "f" / "one" / "x.jsonl", ROWS[:3])
+    write_jsonl(tmp_path / "f" / "two" / "x.jsonl", ROWS[3:8])
+    (tmp_path / "f" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/*.jsonl\n"
+        "- config_name: two\n  data_files: [{split: dev, path: two/*}]\n---\n"
+    )
+    assert read_prompts(str(tmp_path / "f"), dataset_config="one").total == 3
+    assert read_prompts(str(tmp_path / "f"), dataset_config="two", dataset_split="dev").total == 5
+    assert "['one', 'two']" in refusal(str(tmp_path / "f"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_how_much_of_the_data_a_run_takes(name, tmp_path):
+    path = str(WRITERS[name](tmp_path / name))
+
+    def words(**settings):
+        return str(read_prompts(path, **settings).extent())
+
+    assert words() == words(num_prompts=20) == words(num_prompts=99) == "20 prompts"
+    assert words(num_prompts=7) == "7 of 20 prompts (num_prompts)"
+    assert words(num_prompts=7, offset=3) == "7 of 20 prompts (num_prompts, offset)"
+    assert words(num_prompts=7, offset=18) == words(offset=18) == "2 of 20 prompts (offset)"
+    assert words(num_prompts=7, shuffle_seed=3) == "7 of 20 prompts (num_prompts, shuffle_seed)"
 
 
 def test_the_splits_of_a_folder(tmp_path):
@@ -500,8 +655,34 @@ def test_a_stream_that_breaks_off_is_one_line(hub, tmp_path):
         file.write("{broken\n")
     files = datasets.load_dataset_builder("json", data_files=str(path))
     hub(lambda name: files)
-    assert len(list(read_prompts("a/b", num_prompts=3))) == 3
+    source = read_prompts("a/b", num_prompts=3)
+    assert str(source.extent()) == "the first 3 prompts (num_prompts)"
+    assert len(list(source)) == 3
     assert "a/b" in refusal("a/b")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "before", "after"),
+    [
+        (1500, {"num_prompts": 5}, "5 of 1,500 prompts (num_prompts)", "5 of 1,500 prompts (num_prompts)"),
+        (1500, {"num_prompts": 5, "offset": 1}, "5 of 1,500 prompts (num_prompts, offset)",
+         "5 of 1,500 prompts (num_prompts, offset)"),
+        (1500, {}, "1,500 prompts", "20 prompts"),  # the hub may be wrong
+        (3, {"num_prompts": 5}, "3 prompts", "the first 5 prompts (num_prompts)"),
+        (None, {"num_prompts": 5}, "the first 5 prompts (num_prompts)", "the first 5 prompts (num_prompts)"),
+        (None, {"num_prompts": 50}, "the first 50 prompts (num_prompts)", "20 prompts"),
+        (None, {"offset": 4}, "all prompts", "16 of 20 prompts (offset)"),
+        (None, {}, "all prompts", "20 prompts"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_says_of_a_splits_length(rows, settings, before, after, hub, tmp_path):
+    files = datasets.load_dataset_builder("json", data_files=str(write_jsonl(tmp_path / "a.jsonl")))
+    if rows is not None:
+        files.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=rows)})
+    hub(lambda name: files)
+    source = read_prompts("a/b", **settings)
+    assert str(source.extent()) == before
+    assert str(source.extent(sum(1 for _ in source))) == after
 
 
 COMMIT = "0123456789" * 4

@@ -246,7 +246,7 @@ CASES = {
         ["'learning_rate'; --help lists every setting"],
     ),
     "no settings file": (lambda case: {"argv": ["--config", case.tmp_path / "no.yaml"]}, ["no.yaml", "--config"]),
-    "an unknown flag": (lambda case: {"argv": ["--layer", "3"]}, ["--layer", "hook_layer_name"]),
+    "an unknown flag": (lambda case: {"argv": ["--hook_layr", "3"]}, ["--hook_layr", "hook_layer_name"]),
     "a word that is no flag": (lambda case: {"argv": ["prompts.jsonl"]}, ["prompts.jsonl", "--NAME VALUE"]),
     "a negative number": (setting(batch_size=-3), ["batch_size", "'-3'", "from 1"]),
     "zero": (setting(num_prompts=0), ["num_prompts", "'0'", "from 1"]),

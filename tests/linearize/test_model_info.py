@@ -92,6 +92,7 @@ def test_forms_say_what_ran():
         "rows": "live rows only",
         "audit": "1 of 1 batches compared, and they agreed",
         "precision": "model",
+        "audit_attention": "sdpa",
     }
     assert ran["model.layers.3"]["last_block"] == "not needed"
     assert ran["model.layers.1.mlp"]["form"] == "whole" and ran["model.layers.1.mlp"]["rules"].startswith("none")

@@ -228,6 +228,7 @@ def test_what_can_be_hooked_is_listed(wanted, said):
         "model.layers.N.self_attn",
     ):
         assert name in listed[1].split(", ")
+    assert listed[1].startswith("model.layers.N, ") and listed[1].endswith("lm_head")
 
 
 def masked_lm() -> nn.Module:

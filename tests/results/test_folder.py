@@ -107,7 +107,7 @@ def test_an_index_of_something_else_is_left_alone(tmp_path, overwrite):
     (tmp_path / "index.json").write_text('{"pages": []}')
     (tmp_path / "metadata.yaml").write_text("mine")
     message = refusal(open_writer, tmp_path, overwrite=overwrite)
-    assert "is damaged, or of something else: it has no checksum; choose another --output_dir" in message
+    assert "is damaged, or of something else: it has no checksum; name another folder" in message
     assert (tmp_path / "metadata.yaml").read_text() == "mine"
 
 
@@ -130,10 +130,8 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is a file, not a folder; choose another" in refusal(open_writer, tmp_path / "file")
     message = refusal(open_writer, tmp_path / "file" / "below")
-    assert (
-        message
-        == f"cannot write {tmp_path / 'file' / 'below'}: not a directory; choose an --output_dir that can be written"
-    )
+    todo = "choose a place that can be written"
+    assert message == f"cannot write {tmp_path / 'file' / 'below'}: not a directory; {todo}"
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "shards").touch()
     assert "holds other files (such as shards) and no index.json" in refusal(open_writer, tmp_path / "results")

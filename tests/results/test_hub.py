@@ -1,7 +1,9 @@
 """Results on the hub, with the hub's client replaced: what is sent, what is not, and what is asked first."""
 
 import fnmatch
+import html
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,14 @@ import pytest
 import yaml
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from report_cases import planted, write_factors
-from results_cases import FINGERPRINT, open_writer
+from results_cases import FINGERPRINT, open_writer, write_folder
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.export import main as export
 from fisher_vmap.info import main as info
 from fisher_vmap.report.__main__ import main as report
 from fisher_vmap.results.hub import address
+from fisher_vmap.results.local_paths import found_here, last_part
 from fisher_vmap.results.reader import open_results
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.verify.__main__ import main as verify
@@ -190,6 +193,138 @@ def test_paths_of_this_machine_stay_here(hub, tmp_path, monkeypatch, caplog, sha
     assert back.metadata["settings"] == back.index.settings == shared
     assert verify([str(hub.root / "me/fisher")]) == 0
     assert open_results(results.folder, check="full").metadata["settings"] == PATHS
+
+
+USERS = {  # setting: value, what is shared of it
+    "posix": {"model_path": ("/home/zuse/models/tiny", "tiny"), "dataset_name": ("/data/zuse/p.jsonl", "p.jsonl")},
+    "windows": {"model_path": ("C:\\Users\\zuse\\tiny", "tiny"), "dataset_name": ("D:/zuse/p.jsonl", "p.jsonl"),
+                "adapter_path": ("..\\zuse\\lora", "lora"), "output_dir": ("\\\\server\\zuse\\out\\", "out")},
+    "home": {"model_path": ("~/zuse/tiny.gguf", "tiny.gguf"), "dataset_name": ("~zuse", "~"),
+             "output_dir": ("~/zuse/", "zuse")},
+    "relative": {"model_path": ("./zuse/models/x", "x"), "dataset_name": ("../zuse/x.csv", "x.csv"),
+                 "adapter_path": (".\\zuse\\x", "x"), "output_dir": ("zuse/runs/7", "7")},
+    "template": {"chat_template_file": ("zuse/chat.jinja", "chat.jinja"), "model_path": ("owner/name", "owner/name")},
+    "inside": {"model_kwargs": ({"cache_dir": "/home/zuse/.cache", "rope_theta": 5.0, "offload_folder": "./zuse/off",
+                                 "deep": ["~/zuse/x", "sdpa"]},
+                                {"cache_dir": ".cache", "rope_theta": 5.0, "offload_folder": "off",
+                                 "deep": ["x", "sdpa"]})},
+    "text": {"prefill": ("/no_think", "/no_think"), "system_prompt": ("C:\\x is a path", "C:\\x is a path"),
+             "chat_template_kwargs": ({"opening": "/think"}, {"opening": "/think"})},
+}  # fmt: skip
+
+
+def with_settings(folder, settings, resolved=None, **fingerprint):
+    """A finished folder of a run with these settings."""
+    fingerprint = {**FINGERPRINT, **fingerprint}
+    write_folder(folder, settings=settings, fingerprint=fingerprint, resolved=resolved, export_npz=False)
+    return open_results(folder)
+
+
+@pytest.mark.parametrize("case", USERS)
+def test_paths_of_every_spelling_are_cut_in_all_that_is_uploaded(hub, tmp_path, case):
+    given = {name: value for name, (value, _) in USERS[case].items()}
+    shared = {name: value for name, (_, value) in USERS[case].items()}
+    fingerprint = {name: value for name, value in given.items() if name in ("model_kwargs", "chat_template_file")}
+    results = with_settings(tmp_path / "out", given, **fingerprint)
+    results.push_to_hub("me/fisher", share_text=False)
+    assert case in ("text", "template") or b"zuse" in bytes_of(results.folder)
+    assert case == "home" or b"zuse" not in bytes_of(hub.root)
+    back = open_results("hf://datasets/me/fisher", check="full")
+    assert back.metadata["settings"] == back.index.settings == shared
+    assert {name: back.index.fingerprint[name] for name in fingerprint} == {name: shared[name] for name in fingerprint}
+    assert open_results(results.folder, check="full").metadata["settings"] == given
+
+
+PLACES = [  # what the run wrote down, or what identified its model and data; what is shared
+    ({"local_paths": ["model_path"]}, {}, "name", "lab/set"),
+    ({"local_paths": ["dataset_name"]}, {}, "owner/name", "set"),
+    ({"local_paths": []}, {"model": {"files": {}}, "data": ".jsonl sha256:1"}, "owner/name", "lab/set"),
+    ({}, {"model": {"hub": "owner/name"}, "data": "hub lab/set commit:1 config:a split:b"}, "owner/name", "lab/set"),
+    ({}, {"model": {"files": {"config.json": "1"}}, "data": ".jsonl sha256:1"}, "name", "set"),
+    ({}, {"model": {"hub": "base/model", "adapter": {}}}, "owner/name", "lab/set"),
+    (None, {}, "owner/name", "lab/set"),
+]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["elsewhere", "beside folders of these names"])
+@pytest.mark.parametrize(("resolved", "fingerprint", "model", "data"), PLACES)
+def test_the_run_decides_what_is_on_the_hub_not_the_working_folder(
+    hub, tmp_path, monkeypatch, resolved, fingerprint, model, data, there
+):
+    settings = {"model_path": "owner/name", "dataset_name": "lab/set"}
+    hub.gated["lab/set"] = False
+    results = with_settings(tmp_path / "out", settings, resolved=resolved, **fingerprint)
+    monkeypatch.chdir(tmp_path)
+    for name in settings.values() if there else ():
+        (tmp_path / name).mkdir(parents=True)
+    results.push_to_hub("me/fisher")
+    card = (hub.root / "me/fisher/README.md").read_text()
+    assert f"# Fisher matrices of {model} on {data}\n" in card
+    assert yaml.safe_load(card.split("---\n")[1]).get("source_datasets") == (["lab/set"] if "/" in data else None)
+    assert open_results("hf://datasets/me/fisher").index.settings == {"model_path": model, "dataset_name": data}
+
+
+def test_what_a_run_writes_down(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    settings = {"model_path": "owner/name", "adapter_path": None, "dataset_name": "lab/set", "prefill": "owner/name"}
+    assert found_here(settings) == ["model_path"]
+    assert found_here({"model_path": "a/b", "adapter_path": "owner", "dataset_name": "./no/such"}) == [
+        "adapter_path",
+        "dataset_name",
+    ]
+    assert found_here({"model_path": "a/b", "dataset_name": "x" * 5000, "output_dir": "owner"}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [("/a/b", "b"), ("/a/b/", "b"), ("C:\\a\\b", "b"), ("b", "b"), ("/", "/"), ("~", "~"), ("~ada/", "~"), ("", "")],
+)
+def test_the_last_part(path, last):
+    assert last_part(path) == last
+
+
+NASTY = [
+    "two\nlines", "a|b", "`tick` and ``two``", "<script>alert(1)</script>", "---\nlicense: mit\n---", "\r\n| x | y |",
+    "*bold* _it_ [a](b) $x$ ~~s~~", "&amp; &#124;", "trailing \\", "tab\tand \x00 and \x1b[31m", "\u2028\x85", "", " ",
+    "日本語 🙂", '"q": {a: 1} # no comment', "- item", "'", "null", "a" * 300,
+]  # fmt: skip
+
+
+@pytest.mark.needs("markdown_it")
+@pytest.mark.parametrize("value", NASTY)
+def test_no_value_breaks_the_card(hub, tmp_path, value):
+    import markdown_it
+
+    settings = {"model_path": "tiny", "prefill": value, "dataset_name": value, "stop": ["x", value]}
+    results = with_settings(tmp_path / "out", settings, resolved={"local_paths": []})
+    results.push_to_hub("me/fisher", share_text=False)
+    card = (hub.root / "me/fisher/README.md").read_text("utf-8")
+    head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()
+    header = yaml.safe_load(head)
+    assert set(header) - {"source_datasets"} == {"pretty_name", "tags", "size_categories", "configs"}
+    assert header["pretty_name"].startswith("Fisher matrices of tiny on ")
+    page = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)
+    assert len(re.findall("<h1>", page)) == 1 and len(re.findall("<h2>", page)) == 2
+    assert not re.findall(r"<(?!/?(?:h1|h2|p|pre|code|table|thead|tbody|tr|th|td)\b)[^>]*>", page)
+    rows = re.findall(r"<tr>(.*?)</tr>", page.split("these settings:")[1], re.S)
+    assert len(rows) == 1 + len(settings) and all(row.count("<td>") == 2 for row in rows[1:])
+    cells = [html.unescape(re.sub("<[^>]*>", "", row.split("<td>")[2])) for row in rows[1:]]
+    if value.isprintable() and value.strip():
+        assert cells[1].strip() == value.strip()
+
+
+def test_the_table_can_be_loaded_as_a_data_set(hub, results, monkeypatch, tmp_path):
+    """As the hub's viewer does: the card's `configs` name the file."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    results.push_to_hub("me/fisher", share_text=False)
+    folder = hub.root / "me/fisher"
+    for arguments in ((str(folder),), (str(folder), "prompts")):
+        rows = datasets.load_dataset(*arguments, split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(rows) == 40 and rows["prompt_index"][:3] == [0, 1, 2] and rows["text"][0] is None
+        assert rows["m/trace"][:] == open_results(folder).to_pandas()["m/trace"].tolist()
 
 
 @pytest.mark.parametrize("data", [None, "local sha256:12", "hub open/data commit:1 config:a split:b"])

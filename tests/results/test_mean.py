@@ -7,7 +7,7 @@ from results_cases import RESOLVED, digests, make_layout, make_prompts, open_wri
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.info import main as info
-from fisher_vmap.results import outputs
+from fisher_vmap.results import means
 from fisher_vmap.results.reader import open_results
 from fisher_vmap.verify.__main__ import main as verify
 
@@ -18,7 +18,7 @@ LAYOUT = make_layout(WIDTHS, means_only=True)
 
 @pytest.fixture(autouse=True)
 def fold_two(monkeypatch):
-    monkeypatch.setattr(outputs.fold, "__defaults__", (2,))
+    monkeypatch.setattr(means.fold, "__defaults__", (2,))
 
 
 def means_only(folder, count=22, **options):
@@ -82,7 +82,7 @@ def test_killed_while_folding(tmp_path, monkeypatch, moment):
         raise Killed
 
     with monkeypatch.context() as patch:
-        name = "fisher_vmap.results.outputs.write_index" if moment == "before the index" else "pathlib.Path.unlink"
+        name = "fisher_vmap.results.means.write_index" if moment == "before the index" else "pathlib.Path.unlink"
         patch.setattr(name, die)
         with pytest.raises(Killed):
             means_only(tmp_path, 22)

@@ -199,7 +199,7 @@ def test_finishing_too_early_names_what_is_missing(tmp_path):
     writer = open_writer(tmp_path, LAYOUT)
     writer.missing_shards(10)
     writer.add(1, make_prompts(4, 8, LAYOUT))
-    with pytest.raises(UserError, match=r"lacks 2 shards \(0, 2\) of its 10 prompts; run the same command"):
+    with pytest.raises(UserError, match=r"lacks 2 shards \(0, 2\) of its 10 prompts; give the command of its run"):
         writer.finish(settings=SETTINGS)
     assert not open_results(tmp_path, allow_incomplete=True).index.complete
 

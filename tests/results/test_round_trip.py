@@ -223,7 +223,9 @@ def test_an_unfinished_folder_opens_when_asked(tmp_path):
     writer = open_writer(tmp_path, layout)
     writer.missing_shards(12)
     writer.add(1, make_prompts(4, 8, layout))
-    with pytest.raises(UserError, match=r"is unfinished: 4 of 12 prompts are stored; run the same command again"):
+    with pytest.raises(
+        UserError, match=r"is unfinished: 4 of 12 prompts are stored; give the command of its run again"
+    ):
         open_results(tmp_path)
     results = open_results(tmp_path, allow_incomplete=True)
     assert len(results) == 4 and [record.index for record in results] == [4, 5, 6, 7] and "unfinished" in repr(results)

@@ -99,7 +99,7 @@ def test_finish_where_nobody_saw_the_last_shard(model, data, alone, tmp_path, mo
 
 
 def test_the_mean_alone_from_several_processes(model, data, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr("fisher_vmap.results.outputs.fold.__defaults__", (2,))
+    monkeypatch.setattr("fisher_vmap.results.means.fold.__defaults__", (2,))
     out = tmp_path / "out"
     for shards in ("3/3", "1/3", "2/3"):
         assert share(model, data, out, shards, save="mean") == 0

@@ -68,12 +68,13 @@ def test_the_lines(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
     assert main([*arguments(model, data, tmp_path / "out", shard_size=8), "--plan", "--plan_rate", "100"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    starts = ("prompts", "matrices", "tokens", "operations", "storage", "", "", "", "memory", "", "", "time")
+    starts = ("prompts", "matrices", "tokens", "operations", "storage", "", "", "", "memory", "", "", "", "time")
     assert [line.split(" ")[0] for line in lines] == list(starts)
     assert lines[0] == "prompts     63 in 8 shards of 8"
     assert "all prompts tokenised" in lines[2] and "the longest 128" in lines[2]
     changes = ["vectors_dtype: float16", "export_npz: false", "save: mean"]
     assert all(change in line for change, line in zip(changes, lines[5:8], strict=True))
+    assert lines[10].strip().startswith("finishing, one file after another: the mean ")
     assert "100 tokens a second a worker" in lines[-1] and lines[-1].endswith("on 64")
     assert not (tmp_path / "out").exists()
 
@@ -88,6 +89,24 @@ def test_what_would_change_is_what_a_run_with_the_change_stores(model, data, cap
         settings = settings_of(model, data, **change)
         shown = next(line for line in lines if words in line).split(" with ")[0].strip()
         assert shown == readable(planned(settings, skeleton_of(settings)).storage.total)
+
+
+def test_a_layer_too_wide_for_a_mean(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fisher_vmap.results.means.DENSE_WIDTH", VOCABULARY - 1)
+    choice = {"hook_layer_name": "lm_head,1"}
+    settings = settings_of(model, data, **choice)
+    found = planned(settings, skeleton_of(settings))
+    line = next(line for line in plan(settings) if "finishing" in line)
+    assert line.endswith("; lm_head is too wide for a mean") and "the mean " in line and "the npz " in line
+    out = tmp_path / "out"
+    assert run_here(model, data, out, **choice) == 0
+    assert found.storage.parts["mean"] == open_results(out).index.files["mean.safetensors"].bytes
+    assert found.storage.total == pytest.approx(folder_bytes(out), rel=0.05)
+    assert "mean" not in planned(settings_of(model, data, hook_layer_name="lm_head"), skeleton_of(
+        settings_of(model, data, hook_layer_name="lm_head"))).storage.parts  # fmt: skip
+    capsys.readouterr()
+    assert main([*arguments(model, data, out, **choice, save="mean"), "--plan"]) == 2
+    assert "save is mean, but lm_head has the width" in capsys.readouterr().err
 
 
 def test_a_sample_of_many_prompts(model, data, monkeypatch):

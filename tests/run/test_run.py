@@ -274,6 +274,16 @@ def test_what_was_resolved_is_stored_and_wins(model, data, tmp_path):
     assert yaml.safe_load((out / "metadata.yaml").read_text())["resolved"] == resolved
 
 
+def test_which_names_were_paths_is_stored_and_added_to(model, data, tmp_path, monkeypatch):
+    """Whether "owner/name" was a folder is known to the run alone; what is exported depends on it."""
+    monkeypatch.setattr("fisher_vmap.run.open.found_here", lambda settings: [])
+    assert run_here(model, data, tmp_path / "out", num_prompts=4) == 0
+    assert open_results(tmp_path / "out").index.resolved["local_paths"] == []
+    monkeypatch.undo()
+    assert run_here(model, data, tmp_path / "out", num_prompts=8) == 0
+    assert open_results(tmp_path / "out").index.resolved["local_paths"] == ["dataset_name", "model_path"]
+
+
 def test_another_form_of_the_kernel_than_the_stored_one_is_refused(model, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert run_here(model, data, out, num_prompts=4) == 0

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from fisher_vmap.cli import ALIASES
 from fisher_vmap.errors import UserError
 from fisher_vmap.run.cli_args import default_config_yaml, load_settings
-from fisher_vmap.run.settings import Settings
+from fisher_vmap.run.settings import RunOptions, Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +49,48 @@ def test_a_named_file_replaces_the_one_in_the_working_directory(tmp_path):
     assert (settings.top_k_tokens, settings.batch_size) == (10, 3)
 
 
+def test_a_file_is_named_without_a_flag(tmp_path):
+    (tmp_path / "config.yaml").write_text("top_k_tokens: 7\n")
+    (tmp_path / "mine.yml").write_text("batch_size: 3\n")
+    for argv in (
+        ["mine.yml"],
+        ["--strict", "mine.yml"],
+        ["mine.yml", "--strict"],
+        [str(tmp_path / "mine.yml"), "--strict"],
+    ):
+        settings = load_settings(argv, working_directory=tmp_path)
+        assert (settings.top_k_tokens, settings.batch_size, settings.strict) == (10, 3, "--strict" in argv)
+
+
+def test_a_file_of_another_program_can_be_left_unread(tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
+    assert load_settings(["--config", "none"], working_directory=tmp_path) == Settings()
+
+
+ALIASED = {
+    "model_path": ["model", "model_name_or_path", "model-name", "pretrained"],
+    "dataset_name": ["dataset", "data"],
+    "num_prompts": ["limit", "num_samples", "num-samples"],
+    "hook_layer_name": ["layer", "layers"],
+    "output_dir": ["output", "out", "output_path"],
+    "top_k_tokens": ["top_k", "top-k"],
+    "num_singular_values": ["rank"],
+}
+
+
+@pytest.mark.parametrize(("name", "alias"), [(name, alias) for name, all_ in ALIASED.items() for alias in all_])
+def test_names_of_other_programs_are_taken_with_a_line(name, alias, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        settings = load_settings([f"--{alias}", "7", "--batch-size", "5"], working_directory=tmp_path)
+    assert str(getattr(settings, name)) == "7" and settings.batch_size == 5
+    assert caplog.messages == [f"read --{alias} as --{name}"]
+
+
+def test_every_name_of_other_programs_leads_to_a_flag_and_hides_none():
+    flags = {*Settings.model_fields, *RunOptions.model_fields, "config"}
+    assert set(ALIASES.values()) <= flags and not set(ALIASES) & flags
+
+
 def test_the_environment_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setenv("BATCH_SIZE", "5")
     monkeypatch.setenv("batch_size", "5")
@@ -72,6 +115,10 @@ def test_the_environment_is_not_read(tmp_path, monkeypatch):
         (["--chat_template", "true"], "chat_template", True),
         (["--export_npz"], "export_npz", True),
         (["--hook_layer_name", "3"], "hook_layer_name", 3),
+        (["--model_kwargs", "{rope_theta: 5.0, token: hf_x}"], "model_kwargs", {"rope_theta": 5.0, "token": "hf_x"}),
+        (["--model_kwargs", "none"], "model_kwargs", None),
+        (["--quantization", "4bit"], "quantization", "4bit"),
+        (["--attn_implementation", "eager"], "attn_implementation", "eager"),
         (["--hook_layer_name", "all"], "hook_layer_name", "all"),
         (["--hook_layer_name", "3,5"], "hook_layer_name", (3, 5)),
         (
@@ -89,6 +136,26 @@ def test_the_environment_is_not_read(tmp_path, monkeypatch):
         (["--system_prompt", "Yes: answer 100%\nin verse."], "system_prompt", "Yes: answer 100%\nin verse."),
         (["--prefill=- <think>\n"], "prefill", "- <think>\n"),
         (["--device", "cuda:1"], "device", "cuda:1"),
+        # values that begin with dashes, or are names of flags, arrive as they are
+        (["--prefill", "-- select from my-table"], "prefill", "-- select from my-table"),
+        (["--prefill", "--a-b c"], "prefill", "--a-b c"),
+        (["--prefill=--x-y"], "prefill", "--x-y"),
+        (["--prefill", "--"], "prefill", "--"),
+        (["--prefill", "-"], "prefill", "-"),
+        (["--prefill", "--not-a-flag=1-2"], "prefill", "--not-a-flag=1-2"),
+        (["--prefill=--batch-size"], "prefill", "--batch-size"),
+        (["--prefill", "batch-size"], "prefill", "batch-size"),
+        (["--system-prompt", "--- be-brief ---"], "system_prompt", "--- be-brief ---"),
+        (["--system_prompt", "-h is help"], "system_prompt", "-h is help"),
+        (["--prompt-template", "--{my-column}--"], "prompt_template", "--{my-column}--"),
+        (["--output-dir", "--odd-name"], "output_dir", "--odd-name"),
+        (["--dataset-name", "-my-data.jsonl"], "dataset_name", "-my-data.jsonl"),
+        (["--keep-columns", "-a-b,--c-d"], "keep_columns", ("-a-b", "--c-d")),
+        (["--hook_layer_name", "-1"], "hook_layer_name", -1),
+        (["--hook_layer_name", "-1,-2"], "hook_layer_name", (-1, -2)),
+        (["--hook-layer-name", "-1,3"], "hook_layer_name", (-1, 3)),
+        (["--hook_layer_name=[-1, -2]"], "hook_layer_name", (-1, -2)),
+        (["--prefill", "my.yaml"], "prefill", "my.yaml"),
         (["--dataset_config", "2024"], "dataset_config", "2024"),
     ],
 )
@@ -143,6 +210,25 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (["--zzz"], ["--zzz", "--help"]),
         (["-k", "5"], ["-k"]),
         (["config.yaml"], ["config.yaml", "--config"]),
+        (["prompts.jsonl"], ["prompts.jsonl", "--dataset_name prompts.jsonl"]),
+        (["--hook_layer_name", "3", "5"], ["'5'", "3,5"]),
+        (["--hook_layer_name", "-1", "-2"], ["'-2'", "3,5"]),
+        (["some", "words"], ["'some'", ".yaml"]),
+        (["a.yaml", "b.yaml"], ["a.yaml and b.yaml", "keep one"]),
+        (["a.yaml", "--config", "b.yaml"], ["a.yaml and --config b.yaml", "keep one"]),
+        (["a.yaml", "--nothing"], ["--nothing"]),
+        (["--batch_size", "3", "--batch_size", "4"], ["--batch_size is given twice", "'3' and '4'", "keep one"]),
+        (["--batch_size", "3", "--batch-size=4"], ["--batch_size and --batch-size", "'3' and '4'"]),
+        (["--model_path", "a", "--model", "b"], ["--model_path and --model are the same flag", "'a' and 'b'"]),
+        (["--config", "a.yaml", "--config", "b.yaml"], ["--config is given twice"]),
+        (["--overwrite", "--top_k", "3", "--overwrite", "no"], ["--overwrite is given twice", "'true' and 'no'"]),
+        (["--layer", "3", "--layer", "4"], ["--layer is given twice", "'3' and '4'"]),
+        (["--limit", "many"], ["'many'", "correct the flag --limit"]),
+        (["--prefill", "--overwrite"], ["--prefill=--overwrite"]),
+        (["--prefill", "--limit=3"], ["--prefill=--limit=3"]),
+        (["--seed", "3"], ["--seed", "--shuffle_seed"]),
+        (["--load-in-4bit"], ["--quantization 4bit"]),
+        (["--prompts", "a.jsonl"], ["dataset_name"]),
         (["--batch_size"], ["--batch_size", "expected"]),
         (["--batch_size", "-3"], ["'-3'", "from 1", "--batch_size"]),
         (["--batch_size", "0"], ["'0'", "from 1"]),
@@ -197,6 +283,11 @@ def test_wrong_flags(argv, words, tmp_path):
         ("learning_rate: 1.0e-4", ["'learning_rate'; --help lists every setting", "lies in the working folder"]),
         ("num_epochs: 3", ["'num_epochs'; --help", "--config"]),
         ("topk: 3", ["did you mean 'top_k_tokens'?"]),
+        ("model: {_target_: a.B}", ["did you mean 'model_path'?", "lies in the working folder"]),
+        ("limit: 3", ["did you mean 'num_prompts'?"]),
+        ("seed: 3", ["shuffle_seed"]),
+        ("compute_environment: LOCAL_MACHINE", ["'compute_environment'", "--config none reads none"]),
+        ("defaults: [_self_]", ["'defaults'", "--config none reads none"]),
         ("device: 3", ["device", "lies in the working folder", "--config"]),
         ("1: 2", ["1"]),
         ("batch_size: true", ["True", "whole number"]),

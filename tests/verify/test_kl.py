@@ -12,7 +12,7 @@ from oracles import bias_added, log_probabilities
 from fisher_vmap import open_results
 from fisher_vmap.verify.__main__ import main
 from fisher_vmap.verify.kl import check_kl, measured_kl
-from fisher_vmap.verify.kl_report import PREDICTED, Directions
+from fisher_vmap.verify.kl_report import PREDICTED, Directions, KlCheck, plot_kl
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,14 @@ def test_where_the_quadratic_regime_ends():
     assert one.quadratic_until().tolist() == [0.2]
     back_again = one._replace(measured=eps**2 * np.array([[1.0, 1.2, 1.0, 1.0]]))
     assert back_again.quadratic_until().tolist() == [0.05]
+
+
+@pytest.mark.needs("matplotlib")
+@pytest.mark.parametrize("layer", ["m.$x_{$.1", r"$\frac$", "_m.\n\x07"])
+def test_a_layers_name_is_no_formula(tmp_path, layer):
+    many = np.broadcast_to(PREDICTED, (2, len(PREDICTED)))
+    found = Directions(many, many, np.sqrt(many), np.ones(2))
+    check = KlCheck(layer, found, found, "topk", "float32", None)
+    plot_kl(check, tmp_path / "kl.png")
+    assert (tmp_path / "kl.png").stat().st_size > 10_000
+    assert not any("\n" in line or "\x07" in line for line in check.lines())

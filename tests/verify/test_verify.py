@@ -103,7 +103,7 @@ def test_an_unfinished_run(tmp_path, capsys):
     write_folder(tmp_path, finish=False)
     assert main([str(tmp_path)]) == 1
     assert bad_lines(capsys) == [
-        "BAD  index.json: the run is unfinished: 10 of 10 prompts; run the same command again"
+        "BAD  index.json: the run is unfinished: 10 of 10 prompts; give the command of its run again"
     ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_an_npz_that_disagrees_with_the_shards(tmp_path, capsys):
     record(tmp_path / "a", NPZ)
     assert main([str(tmp_path / "a")]) == 1
     assert [line.split(": ", 1)[1] for line in bad_lines(capsys)] == [
-        f"{tmp_path / 'a' / NPZ} is damaged: U_0 differs from the shards; run the same command again to mend it"
+        f"{tmp_path / 'a' / NPZ} is damaged: U_0 differs from the shards; give the command of its run again to mend it"
     ]
     index = read_index(tmp_path / "a")
     write_npz(tmp_path / "a" / NPZ, list(readers(tmp_path / "a", index))[:2], "blocks.0")
