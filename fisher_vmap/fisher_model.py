@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.completions import Completions
-from fisher_vmap.data.batching import Prompt, PromptNumbers, batch_tokens_for, in_windows, numbers_of
+from fisher_vmap.data.batching import Prompt, PromptNumbers, batch_tokens_for, in_halves, in_windows, numbers_of
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer
-from fisher_vmap.data.sequences import Tokens, tokens_of
+from fisher_vmap.data.sequences import Tokens, masked, padded, tokens_of
 from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
@@ -133,12 +133,10 @@ class FisherModel:
             if value is not None:
                 check_whole(name, value, 1)
         self.score_samples, self.targets = how.score_samples, targets
-        self.completions = Completions(targets, samples, temperature, seed)
-        if self.options.positions not in ("all", "last", "prompt", "completion"):
-            raise ValueError(
-                f"positions is {self.options.positions!r}; expected 'all', 'last', 'prompt' or 'completion'"
-            )
-        if self.options.positions == "completion" and targets == "last":
+        self.completions, where = Completions(targets, samples, temperature, seed), self.options.positions
+        if where not in ("all", "last", "prompt", "completion"):
+            raise ValueError(f"positions is {where!r}; expected 'all', 'last', 'prompt' or 'completion'")
+        if where == "completion" and targets == "last":
             raise ValueError("positions is 'completion', and with targets 'last' there is none; set targets as well")
         if self.several and how.include_rest:
             raise ValueError("include_rest is for one target; leave it out, or use estimator full")
@@ -317,42 +315,20 @@ class FisherModel:
         return vectors[self.estimator] + self.trace_samples
 
     def _numbers(self, prompts: Sequence[Sequence[Tokens]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
-        rows = [row for sequences in prompts for row in sequences]
-        width, samples = max(len(row.ids) for row in rows), len(prompts[0])
-        input_ids = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
-        mask = torch.zeros_like(input_ids)
-        for b, row in enumerate(rows):
-            input_ids[b, : len(row.ids)], mask[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu"), 1
-        options = self._options_of(rows, width, chunk_size)
-        found = self._estimate(input_ids.to(self.device), mask.to(self.device), rank, options)
+        rows, samples = [row for sequences in prompts for row in sequences], len(prompts[0])
+        input_ids, mask = padded(rows, self.device)
+        where = str(self.options.positions)
+        options = replace(
+            self.options,
+            chunk_size=chunk_size,
+            positions=where if where in ("all", "last") else masked(rows, mask, where),
+            targets=str(self.targets) if self.targets in ("last", "all") else masked(rows, mask, "targets"),
+        )
+        found = self._estimate(input_ids, mask, rank, options)
         # Completions differ, so that of several only the prompt's own positions have a mean.
         lengths = [len(one.ids) if samples == 1 else one.start or len(one.ids) for one, *_ in prompts]
         pairs = self.outcomes if self.several else None
         return numbers_of(found, lengths, rank, samples=samples, pairs=pairs, unbiased=self.estimator == "sampled")
-
-    def _options_of(self, rows: Sequence[Tokens], width: int, chunk_size: int | None) -> KernelOptions:
-        """The options of a batch, with masks in place of the parts of a text."""
-
-        def mask(part: str) -> Tensor:
-            return torch.tensor([row.mask(width, part) for row in rows], device=self.device)
-
-        positions, targets = self.options.positions, self.targets
-        if positions in ("prompt", "completion"):
-            positions = mask(str(positions))
-        where = targets if targets in ("last", "all") else mask("targets")
-        return replace(self.options, chunk_size=chunk_size, positions=positions, targets=where)  # type: ignore[arg-type]
-
-    def _in_halves(self, prompts: list[list[Tokens]], rank: int) -> list[PromptNumbers]:
-        """The numbers of a batch; out of memory it is halved."""
-        try:
-            return self.numbers(prompts, rank)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(prompts) == 1:
-                raise
-        log.warning("out of memory on %d prompts of up to %d tokens", len(prompts), max(map(tokens_of, prompts)))
-        forget_freed()
-        half = (len(prompts) + 1) // 2
-        return self._in_halves(prompts[:half], rank) + self._in_halves(prompts[half:], rank)
 
     def fisher(self, prompts: Iterable[Prompt], rank: int = 10) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
@@ -385,7 +361,7 @@ class FisherModel:
         found = in_windows(
             prompts,
             renderer,
-            lambda batch: self._in_halves(batch, rank),
+            lambda batch: in_halves(lambda some: self.numbers(some, rank), batch),
             self.sequences,
             self.batch_size,
             self.max_batch_tokens,

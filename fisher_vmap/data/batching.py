@@ -1,5 +1,6 @@
 """Which prompts are computed together, and the results of a batch as each prompt's arrays on the CPU."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,7 +18,10 @@ from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of
 from fisher_vmap.model.layers import block_numbers, decoder_blocks, layers_of
 from fisher_vmap.model.offload import model_dtype
 from fisher_vmap.model.targets import NO_TOKEN
+from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 from fisher_vmap.results.record import LayerResult
+
+log = logging.getLogger(__name__)
 
 # On a CPU larger batches gain nothing and no longer fit into its caches; on a GPU memory is the limit.
 CPU_BATCH_TOKENS = 1024
@@ -262,3 +266,18 @@ def _rendered(prompt: Prompt, renderer: Renderer) -> TokenizedPrompt | SkippedPr
         return renderer.render(prompt)
     except SkippedPrompt as reason:
         return reason
+
+
+def in_halves(
+    compute: Callable[[list[list[Tokens]]], list[PromptNumbers]], prompts: list[list[Tokens]]
+) -> list[PromptNumbers]:
+    """The numbers of a batch; out of memory it is halved."""
+    try:
+        return compute(prompts)
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error) or len(prompts) == 1:
+            raise
+    log.warning("out of memory on %d prompts of up to %d tokens", len(prompts), max(map(tokens_of, prompts)))
+    forget_freed()
+    half = (len(prompts) + 1) // 2
+    return in_halves(compute, prompts[:half]) + in_halves(compute, prompts[half:])

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import TokenizedPrompt
@@ -59,6 +61,20 @@ class TargetNumbers(NamedTuple):
 def tokens_of(sequences: Sequence[Tokens]) -> int:
     """The tokens that a prompt's sequences take in a batch."""
     return len(sequences) * max(len(one.ids) for one in sequences)
+
+
+def padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, [B, T], of sequences padded on the right."""
+    input_ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.int64, device="cpu")
+    mask = torch.zeros_like(input_ids)
+    for b, row in enumerate(rows):
+        input_ids[b, : len(row.ids)], mask[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu"), 1
+    return input_ids.to(device), mask.to(device)
+
+
+def masked(rows: Sequence[Tokens], mask: Tensor, part: str) -> Tensor:
+    """[B, T] bool, a part of each sequence, as `Tokens.mask` names it; `mask` is the batch's attention_mask."""
+    return torch.tensor([row.mask(mask.shape[1], part) for row in rows], device=mask.device)
 
 
 class Written(NamedTuple):

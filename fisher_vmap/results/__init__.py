@@ -4,6 +4,7 @@ files         files written whole or not at all, checks that they are unchanged,
 index         index.json and the entry files: what is stored, from which settings
 folder        which folders a run may use, and which files in it are ours
 record        the records of one prompt, as computed and as read
+targets       the targets of a prompt, if there are several
 kept          values of kept columns: stored, and compared with what `where` asks for
 shard         writing a shard: safetensors, and its rows of the prompts table
 shard_reader  reading a shard; choosing prompts by `where`

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError, listed
+from fisher_vmap.results.targets import RecordTargets, targets_of
 
 RUN = 4  # from so many consecutive names on, `several` shows only the first and the last
 
@@ -130,21 +131,6 @@ class PromptResult:
     """The prompt's tokens as text, those of the chat template included; stored only if the text is."""
 
 
-class RecordTargets(NamedTuple):
-    """The n targets of a prompt, whose next-token distribution was read, one completion after the other."""
-
-    positions: NDArray[np.int64]
-    """[n] the place of each in the tokens of prompt and completion, from 0."""
-    samples: NDArray[np.int64]
-    """[n] the number of its completion."""
-    log_probs: FloatArray
-    """[n] nats, log p of the token that follows it; NaN if none does."""
-    entropy: FloatArray
-    """[n] nats, of the distribution of the token that follows."""
-    trace: FloatArray
-    """[n] the part of the matrix's trace that each adds at this layer; of one of several completions, to its own."""
-
-
 class Stack(NamedTuple):
     """Prompts at one layer, stacked on dim 0, float32; NaN for prompts without numbers."""
 
@@ -231,15 +217,7 @@ class PromptRecord:
     @property
     def targets(self) -> RecordTargets | None:
         """The targets, if the run asked for others than the last token; else None."""
-        row, trace = self.row, self.row.get(f"{self.layer}/target_trace")
-        if trace is None:
-            return None
-        log_probs = [nan if x is None else x for x in row["target_log_probs"]]
-        return RecordTargets(
-            np.array(row["target_positions"], np.int64),
-            np.array(row["target_samples"], np.int64),
-            *(np.array(x, float) for x in (log_probs, row["target_entropy"], trace)),
-        )
+        return targets_of(self.row, self.layer)
 
     @property
     def target_trace(self) -> FloatArray | None:

@@ -39,7 +39,6 @@ from numpy.typing import NDArray
 from fisher_vmap.results.files import Staged, check_size, folder_lock, passes, staged
 from fisher_vmap.results.index import (
     SHARD_FOLDER,
-    TARGET_COLUMNS,
     ShardEntry,
     ShardLayout,
     read_entry,
@@ -48,20 +47,7 @@ from fisher_vmap.results.index import (
 )
 from fisher_vmap.results.kept import as_type, common_type, encodable, kept_column
 from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good
-
-_INTS, _FLOATS, _WORDS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
-# Of several targets, the columns of every prompt and of every layer: see `RecordTargets` and `PromptRecord`.
-_TARGET_TYPES: dict[str, pa.DataType] = {
-    **dict.fromkeys(("targets",), pa.int64()),
-    **dict.fromkeys(("mean_entropy", "mean_log_prob"), pa.float64()),
-    **dict.fromkeys(("target_positions", "target_samples", "token_targets"), _INTS),
-    **dict.fromkeys(("target_log_probs", "target_entropy"), _FLOATS),
-    "completions": _WORDS,
-    "completion_ids": pa.list_(_INTS),
-    "completion_tokens": pa.list_(_WORDS),
-}
-assert set(_TARGET_TYPES) == set(TARGET_COLUMNS)
-_OF_LAYER = {"target_trace": _FLOATS, "trace_error": pa.float64()}
+from fisher_vmap.results.targets import target_columns
 
 
 def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: dict[str, list[int]]) -> pa.Table:
@@ -85,11 +71,7 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         "prompt_tokens": _texts([r.prompt_tokens if layout.store_text else None for r in results]),
     }
     if layout.pairs:
-        of_layers = {f"{layer}/{name}": kind for layer in layout.layers for name, kind in _OF_LAYER.items()}
-        for name, kind in (_TARGET_TYPES | of_layers).items():
-            texts = name in ("completions", "completion_tokens")
-            values = [None if texts and not layout.store_text else r.targets.get(name) for r in results]
-            columns[name] = pa.array([_encodable_all(value) for value in values] if texts else values, kind)
+        columns |= target_columns([r.targets for r in results], layout.layers, layout.store_text)
     for layer in layout.layers:
         numbers = [_layer_numbers(r, layer) for r in results]
         for name in ("trace", "trace_norm2", "effective_rank", *QUALITY):
@@ -138,10 +120,6 @@ def _layer_numbers(result: PromptResult, layer: str) -> dict[str, float | None]:
 
 def _texts(values: list[list[str] | None]) -> pa.Array:
     return pa.array([v if v is None else [encodable(text) for text in v] for v in values], pa.list_(pa.string()))
-
-
-def _encodable_all(value: Any) -> Any:
-    return [_encodable_all(one) for one in value] if isinstance(value, list) else encodable(value)
 
 
 Arrays = dict[str, NDArray[Any]]
