@@ -68,7 +68,7 @@ class Skeleton(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         """What the weights take in the dtype of the run, or packed."""
-        whole = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        whole: int = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         return whole - (saved_by_packing(self.model, self.quantization) if self.quantization else 0)
 
 
