@@ -39,7 +39,7 @@ __all__ = [  # noqa: RUF022, the order of the reference
 
 Float64 = NDArray[np.float64]
 
-ROWS_BYTES = 256 * 2**20  # of the directions that `mean_factors` keeps; it needs about four times as much at its end
+ROWS_BYTES = 256 * 2**20  # of the directions that `mean_factors` keeps; it needs about four times as much
 LEAST_ROWS, MOST_ROWS = 64, 2048  # their number
 NOISE = 1e-11  # of the largest eigenvalue: below it, an eigenvector of a Gram matrix is no longer orthogonal to others
 
@@ -162,9 +162,8 @@ def mean_factors(matrices: Iterable[Any], width: int, most: int | None = None) -
     """The mean of low-rank matrices by its eigenvalues and eigenvectors, in memory that their number does not change.
 
     With W = diag(sqrt S) V, the rows of all n matrices below one another, their sum is W^T W, and the eigenvectors
-    follow from those of W W^T. When W has more than 2 m rows, it is cut to its m leading directions, and so again for
-    the next matrices. An eigenvalue is then too small, at most by the part of the trace that was cut off (`share`).
-    [Brand, Fast low-rank modifications of the thin singular value decomposition, 2006]
+    follow from those of W W^T. When W has more than 2 m rows, it is cut to its m leading directions, again and again.
+    An eigenvalue is then too small, at most by the part of the trace that was cut off (`share`). [Brand, 2006]
 
     Args:
         matrices: low-rank matrices of the same D, or parts of many: S [n, R], V [n, R, D].
@@ -177,7 +176,7 @@ def mean_factors(matrices: Iterable[Any], width: int, most: int | None = None) -
     Raises:
         ValueError: something is no low-rank matrix of that width, or not finite.
     """
-    m = min(max(LEAST_ROWS, ROWS_BYTES // (8 * width)), MOST_ROWS, width) if most is None else most
+    m = most or min(max(LEAST_ROWS, ROWS_BYTES // (8 * width)), MOST_ROWS, width)
     rows, filled, trace, count = np.empty((2 * m, width)), 0, 0.0, 0
     for matrix in matrices:
         S, V = factors(matrix)
@@ -194,9 +193,11 @@ def mean_factors(matrices: Iterable[Any], width: int, most: int | None = None) -
             filled += len(part)
     if not count:
         return MeanFactors(np.zeros(0), np.zeros((0, width)), float("nan"), 0)
-    S, scaled = _leading_rows(rows[:filled], filled)
-    scaled /= np.sqrt(S)[:, None]
-    return MeanFactors(S / count, _signed(scaled), trace / count, count)
+    S, V = _leading_rows(rows[:filled], filled)
+    del rows
+    for row, root in zip(V, np.sqrt(S), strict=True):  # in place, as `_signed` does
+        row /= root if row[np.abs(row).argmax()] > 0 else -root
+    return MeanFactors(S / count, V, trace / count, count)
 
 
 def _leading_rows(rows: Float64, most: int) -> tuple[Float64, Float64]:

@@ -384,9 +384,10 @@ def prepare_streams() -> None:
         below = io.BufferedWriter(_Droppable(2))
         sys.stderr = io.TextIOWrapper(below, encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
-        how = {"line_buffering": sys.stdout.line_buffering, "write_through": sys.stdout.write_through}
-        out = io.BufferedWriter(_Remembering(1, "wb", closefd=False))
-        sys.stdout = io.TextIOWrapper(out, sys.stdout.encoding, "backslashreplace", **how)
+        old, out = sys.stdout, io.BufferedWriter(_Remembering(1, "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            out, old.encoding, line_buffering=old.line_buffering, write_through=old.write_through
+        )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

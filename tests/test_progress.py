@@ -1,6 +1,7 @@
 """What a command shows while it works: on a terminal, in a log, or nothing at all; and never silent for long."""
 
 import io
+import logging
 import os
 import select
 import subprocess
@@ -13,6 +14,7 @@ from command_cases import arguments, environment, real_command, run_here, save_m
 from progress_cases import pass_time, screen
 
 from fisher_vmap import progress
+from fisher_vmap.cli import _BesideProgress
 from fisher_vmap.finish import main as finish
 from fisher_vmap.progress import Counted, Display, Line, bar, duration, passing, step
 from fisher_vmap.run.bar import Pace, Progress, RunLine, run_bar
@@ -103,6 +105,23 @@ def test_a_stream_that_cannot_be_written_ends_nothing(shown, clock):
                 report(Progress(1, 10))
                 done += 1
         assert done == 2
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(28, "No space left on device"), BrokenPipeError(), ValueError("closed file")]
+)
+def test_a_log_that_cannot_be_written_is_dropped(fault, capsys, shown):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise fault
+
+    stream = Full()
+    if isinstance(fault, ValueError):
+        stream.close()
+    display, handler = shown(terminal=True, stream=stream), _BesideProgress(stream)
+    with display.showing(Line("waiting", display.clock(), at_once=True)):
+        handler.handle(logging.makeLogRecord({"msg": "a line"}))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_is_printed_stands_alone(shown, clock, monkeypatch):

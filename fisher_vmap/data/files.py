@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _BATCH = 256  # rows that are made Python objects at a time
 _COUNTED_JSON = 100 * 2**20  # bytes of a JSON document, at most, that is parsed only to count its rows
+_COUNTED_AT_ONCE = 2**20  # bytes of lines
 COUNT_S = 2.0  # how long rows are counted beyond those that are read
 
 
@@ -223,10 +224,10 @@ def count_rows(paths: Sequence[Path], seconds: float = COUNT_S) -> Count:
     end, total = time.monotonic() + seconds, 0
     try:
         for path in paths:
-            for number, rows in enumerate(_row_counts(path)):
-                if rows is None or (number % 1024 == 1023 and time.monotonic() > end):
+            for rows in _row_counts(path):
+                total += rows or 0
+                if rows is None or time.monotonic() > end:
                     return Count(total, False)
-                total += rows
     except UserError:  # beyond the run's prompts a file may be damaged
         return Count(total, False)
     return Count(total, True)
@@ -257,23 +258,25 @@ def _row_counts(path: Path) -> Iterator[int | None]:
 
 
 def _records(lines: IO[bytes], *, delimited: bool) -> Iterator[int]:
-    """1 for each line that is not blank; of a CSV file, for each row below its header."""
+    """The lines that are not blank, some at a time; of a CSV file, the rows below its header."""
     inside, header = False, delimited  # inside quotation marks
-    for line in lines:
-        begins = not inside
-        if delimited:
-            inside ^= line.count(b'"') % 2 == 1
-        if not begins or (not line.strip(b"\r\n") if delimited else _is_blank(line)):
+    while batch := lines.readlines(_COUNTED_AT_ONCE):
+        if not delimited:
+            yield sum(b" " < line[:1] < b"\x80" or not _is_blank(line) for line in batch)
             continue
-        if header:
-            header = False
-            continue
-        yield 1
+        rows = 0
+        for line in batch:
+            begins = not inside
+            if b'"' in line:
+                inside ^= line.count(b'"') % 2 == 1
+            rows += begins and line not in (b"\n", b"\r\n")
+        yield rows - (header and rows > 0)
+        header = header and not rows
 
 
 def _is_blank(line: bytes) -> bool:
-    text = line.strip()
-    return not text or (len(text) < 32 and not text.decode("utf-8", "replace").lstrip("\ufeff").strip())
+    text = line.decode("utf-8", "replace").lstrip("\ufeff")
+    return not text.strip()
 
 
 class Table(NamedTuple):

@@ -115,7 +115,7 @@ class LoadOptions:
     @property
     def subfolder(self) -> str:
         """Where in its folder or repository the model lies; empty: at the top."""
-        return (self.model_kwargs or {}).get("subfolder", "")
+        return str((self.model_kwargs or {}).get("subfolder", ""))
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def quantization_argument(model_path: str, config: Any, options: LoadOptions) ->
 
 def saved_by_packing(model: Any, quantization: str) -> int:
     """Bytes that bitsandbytes saves: it packs every linear layer but the unembedding."""
-    saved = 0
+    saved: int = 0
     for module in model.modules():
         plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
         if plain and module is not model.get_output_embeddings():

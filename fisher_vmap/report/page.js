@@ -72,7 +72,7 @@ function promptLines(index) {
   return [
     make("div", {}, make("b", {}, `${index}`), ` · ${rows.tokens[row]} tokens${groups}`),
     make("div", {}, rows.text[row]),
-    make("div", { class: "tokens" }, "next: " + rows.top[row]),
+    make("div", { class: "tokens" }, "next: ", ...apart(rows.top[row])),
     make("div", { class: "muted" }, `trace ${number(layer.trace[row])} · effective rank ${number(layer.effective_rank[row])} · covered ${percent(rows.mass[row])}`),
   ];
 }
@@ -152,6 +152,9 @@ function promptRow(index, ...cells) {
   return make("tr", { tabindex: "0", on: { click: open, keydown: (event) => event.key === "Enter" && open() } }, ...cells);
 }
 const cell = (text, name = "") => make("td", { class: name }, text);
+/* Each token for itself: two that are written from the right would change places. */
+const apart = (line) => line.split(" ").flatMap((token) => [make("bdi", {}, token), " "]);
+const tokenCell = (line) => make("td", { class: "tokens" }, ...apart(line));
 function showOutliers() {
   if (!$("unlike")) return;
   const unlike = DATA.layers[state.layer].outliers;
@@ -160,7 +163,7 @@ function showOutliers() {
   const body = make("tbody", {}, ...unlike.map((found) => {
     const row = rowOf.get(found.index);
     const why = make("td", { class: "reasons" }, ...found.reasons.map((reason) => make("div", {}, reason)));
-    return promptRow(found.index, cell(found.score.toFixed(1), "number"), cell(String(found.index), "number"), cell(DATA.rows.text[row], "text"), why, cell(DATA.rows.top[row], "tokens"));
+    return promptRow(found.index, cell(found.score.toFixed(1), "number"), cell(String(found.index), "number"), cell(DATA.rows.text[row], "text"), why, tokenCell(DATA.rows.top[row]));
   }));
   $("unlike").replaceChildren(...(unlike.length ? [head, body] : []));
   const company = unlike.find((found) => found.company.length)?.company;
@@ -241,7 +244,7 @@ function neighbours(index) {
   if (at < 0) return [];
   const size = order.length, bytes = cosinesOf(state.layer);
   const near = order.map((other, j) => [bytes[at * size + j] / 100, other]).filter(([, other]) => other !== index).sort((a, b) => b[0] - a[0]).slice(0, 5);
-  const body = make("tbody", {}, ...near.map(([cosine, other]) => promptRow(other, cell(cosine.toFixed(2), "number"), cell(String(other), "number"), cell(DATA.rows.text[rowOf.get(other)], "text"), cell(DATA.rows.top[rowOf.get(other)], "tokens"))));
+  const body = make("tbody", {}, ...near.map(([cosine, other]) => promptRow(other, cell(cosine.toFixed(2), "number"), cell(String(other), "number"), cell(DATA.rows.text[rowOf.get(other)], "text"), tokenCell(DATA.rows.top[rowOf.get(other)]))));
   return [make("h3", {}, "Most alike, by the cosine of their matrices"), make("div", { class: "scroll" }, make("table", { class: "list" }, body))];
 }
 const decoded = [];
@@ -282,7 +285,8 @@ function showTable() {
   }, make("button", { type: "button", on: { click: () => { state.down = key === state.sort ? !state.down : !words(key) && key !== "index"; state.sort = key; state.page = 0; showTable(); } } }, title)))));
   const body = make("tbody", {}, ...found.slice(state.page * PAGE, (state.page + 1) * PAGE).map((row) => promptRow(DATA.rows.index[row], ...COLUMNS.map(([key, , of]) => {
     const x = of(row);
-    if (words(key)) return cell(x, key === "text" ? "text" : key === "top" ? "tokens" : "");
+    if (key === "top") return tokenCell(x);
+    if (words(key)) return cell(x, key === "text" ? "text" : "");
     return cell(key === "mass" ? percent(x) : key === "index" ? String(x) : number(x), "number");
   }))));
   $("rows").replaceChildren(head, body);

@@ -68,7 +68,7 @@ class Skeleton(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         """What the weights take in the dtype of the run, or packed."""
-        whole = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        whole: int = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         return whole - (saved_by_packing(self.model, self.quantization) if self.quantization else 0)
 
 
@@ -144,9 +144,9 @@ def _widths(model: Any, names: Sequence[str]) -> dict[str, int]:
         return hook
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    looking = hooks(*(model.get_submodule(name).register_forward_hook(look(name)) for name in names))
+    watched = hooks(*(module.register_forward_hook(look(name)) for name, module in zip(names, modules, strict=True)))
     # An error means that it reads numbers in its forward pass.
-    with torch.no_grad(), looking, suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
+    with torch.no_grad(), watched, suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
         model(input_ids=ids, use_cache=False)
     return widths
 

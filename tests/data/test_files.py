@@ -90,6 +90,8 @@ FORMS = [
      [{"prompt": 'two\nlines, "quoted"', "id": "1"}, {"prompt": " ", "id": "2"}], None),
     ("a.tsv", delimited(ROWS, "\t"), ROWS, None),
     ("a.tsv", 'prompt\tid\nsay "hi", now\t1\n', [{"prompt": 'say "hi", now', "id": "1"}], None),
+    ("a.txt", " " * 90 + "\n  one\n" + "\u3000" * 40 + "\n\x7f\nü\n",
+     [{"text": "  one"}, {"text": "\x7f"}, {"text": "ü"}], None),
     ("a.txt", "\ufeffone\r\n\n \u3000\ntwo, 2", [{"text": "one"}, {"text": "two, 2"}], None),
     ("a.parquet", parquet_bytes(ROWS), ROWS, None),
     ("a.arrow", arrow_bytes(ROWS, pyarrow.ipc.new_stream), ROWS, None),
@@ -191,14 +193,18 @@ def test_files_that_are_refused(name, content, words, tmp_path):
 def test_counting_does_not_parse_and_stops_in_time(tmp_path):
     bad = written(tmp_path / "a.jsonl", JSON_LINES + "{broken\n")
     assert count_rows([bad]) == Count(6, exact=True)
-    many = written(tmp_path / "many.txt", "line\n" * 5000)
-    assert count_rows([many], seconds=-1) == Count(1023, exact=False)
-    assert count_rows([many, bad]) == Count(5006, exact=True)
+    many = written(tmp_path / "many.txt", "line\n" * 300_000)
+    begun = count_rows([many], seconds=-1)
+    assert 0 < begun.rows < 300_000 and not begun.exact
+    assert count_rows([many, bad], seconds=100) == Count(300_006, exact=True)
     cut = written(tmp_path / "cut.txt.gz", gzip.compress(b"line\n" * 5000)[:-9])
     assert not count_rows([many, cut]).exact
 
 
 def test_quoted_line_ends_are_counted_once(tmp_path):
+    rows = "".join(f'"{number}\nand more",x\n\n' for number in range(100_000))
+    path = written(tmp_path / "many.csv", "a,b\n" + rows)  # more than is counted at once
+    assert count_rows([path], seconds=100) == Count(100_000, exact=True)
     path = written(tmp_path / "a.csv", '"a\nheader",id\n"one\n\ntwo ""2""\n",1\nplain,2\n\n"three\n",3\n')
     assert count_rows([path]) == Count(3, exact=True) == Count(len(list(read_rows([path]))), exact=True)
 

@@ -142,7 +142,8 @@ def test_it_asks_nobody_for_anything(book):
     """Nothing is loaded from elsewhere; links that a reader may follow are no matter."""
     loads = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=["']([^"']+)""")
     for path, text in built(book).items():
-        elsewhere = [address for address in loads.findall(text) if "//" in address]
+        found = loads.findall(text)  # an image that stands in the page itself may hold any letters
+        elsewhere = [address for address in found if "//" in address and not address.startswith("data:image/")]
         assert not elsewhere, f"{path.name} loads {elsewhere}"
     for path in book.rglob("*.css"):
         assert not re.search(r"""(?:url\(|@import)\s*["']?https?:""", path.read_text("utf-8")), path.name
