@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fisher_vmap.completions import Completions
-from fisher_vmap.data.batching import Prompt, PromptNumbers, batch_tokens_for, in_halves, in_windows, numbers_of
+from fisher_vmap.data.batching import (
+    Completion,
+    Prompt,
+    PromptNumbers,
+    batch_tokens_for,
+    in_halves,
+    in_windows,
+    numbers_of,
+    with_completions,
+)
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer
@@ -21,7 +30,6 @@ from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
 from fisher_vmap.full_matrix import fisher_full, fisher_sampled
 from fisher_vmap.kernels.hf_attention import attention_of
-from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
 from fisher_vmap.linearize.block import cotangents_at_a_time
 from fisher_vmap.linearize.linear_map import CommonOptions, KernelOptions, as_it_is, differentiable, undisturbed
 from fisher_vmap.linearize.network import LinearizedNetwork, linearize
@@ -179,19 +187,6 @@ class FisherModel:
         told = {"precision": self.precision, "audit_attention": attention_of(self.model)}
         return {layer: {**found, **told} for layer, found in ran.items() if found is not None}
 
-    @contextmanager
-    def one_shard(self, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:
-        """Compute the batches of one shard of a run within the context.
-
-        `number` is the shard's, and `batches` are the prompt lengths of each of its batches, longest first.
-        """
-        with torch.no_grad(), undisturbed(self.model, self.precision):
-            # Nothing is known yet if all values at the opening of the run were not finite.
-            known = known_of(self.model) or probe(self.model, lay_out(torch.arange(4, device=self.device)[None], None))
-            due = due_batch(self.model, known, self.layers, self.top_k + self.trace_samples, number, batches)
-        with one_shard(known, due) as forms:
-            yield forms
-
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None, **choices: Any) -> Scores:
         """`fisher_scores` with this model's layers and settings.
 
@@ -330,7 +325,9 @@ class FisherModel:
         pairs = self.outcomes if self.several else None
         return numbers_of(found, lengths, rank, samples=samples, pairs=pairs, unbiased=self.estimator == "sampled")
 
-    def fisher(self, prompts: Iterable[Prompt], rank: int = 10) -> Iterator[FisherRecord]:
+    def fisher(
+        self, prompts: Iterable[Prompt], rank: int = 10, *, completions: Iterable[str] | None = None
+    ) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
 
         A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command.
@@ -339,6 +336,8 @@ class FisherModel:
             prompts: an iterable of texts, lists of messages ({"role": ..., "content": ...}), such lists as JSON, or
                 mappings of "messages" and "tools".
             rank: R, how many singular values to keep.
+            completions: with targets "completion", the completion of each prompt; None: the assistant turn that follows
+                the last user turn of each conversation.
 
         Yields:
             One record for each prompt. Its status is "skipped" for a prompt without text, "failed" if its numbers are
@@ -355,11 +354,18 @@ class FisherModel:
             rooms = (MAX_LENGTH, most_positions(self.model), layers_of(self.model).positions)
             room = min(room for room in rooms if room is not None)
             self._renderer = Renderer(self.tokenizer, max_length=room, chat_template_kwargs=self._template_kwargs)
-        return self._records(map(self._renderer.given, prompts), self._renderer, rank)
+        if completions is not None and self.targets != "completion":
+            raise ValueError(
+                f"completions are for targets 'completion', and targets is {self.targets!r}; leave them out"
+            )
+        pairs = with_completions(map(self._renderer.given, prompts), completions, self.targets == "completion")
+        return self._records(pairs, self._renderer, rank)
 
-    def _records(self, prompts: Iterable[Prompt], renderer: Renderer, rank: int) -> Iterator[FisherRecord]:
+    def _records(
+        self, pairs: Iterable[tuple[Prompt, Completion]], renderer: Renderer, rank: int
+    ) -> Iterator[FisherRecord]:
         found = in_windows(
-            prompts,
+            pairs,
             renderer,
             lambda batch: in_halves(lambda some: self.numbers(some, rank), batch),
             self.sequences,

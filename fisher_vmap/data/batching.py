@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.data.conversations import Message, SkippedPrompt
+from fisher_vmap.data.conversations import Message, SkippedPrompt, answer_after
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
 from fisher_vmap.data.sequences import TargetNumbers, Tokens, tokens_of
 from fisher_vmap.decomposition import LowRank, compress_layers, quality
@@ -219,6 +219,10 @@ Prompt = str | Sequence[Message] | Mapping[str, Any]
 """A text, a list of messages, or a mapping of "messages" and "tools"."""
 
 
+Completion = str | Message | SkippedPrompt | None
+"""A text, an assistant message, why there is none, or None where none is wanted."""
+
+
 class Computed(NamedTuple):
     """A prompt's tokens, its sequences and its numbers."""
 
@@ -228,7 +232,7 @@ class Computed(NamedTuple):
 
 
 def in_windows(
-    prompts: Iterable[Prompt],
+    prompts: Iterable[tuple[Prompt, Completion]],
     renderer: Renderer,
     compute: Callable[[list[list[Tokens]]], list[PromptNumbers]],
     sequences: Callable[[list[Tokens]], list[list[Tokens]]],
@@ -238,7 +242,7 @@ def in_windows(
     """Render and compute prompts in batches of similar length, a window at a time, and yield them in order.
 
     Args:
-        prompts: texts or lists of messages.
+        prompts: texts or lists of messages, each with its completion or None.
         renderer: makes a prompt's tokens, or says why it has none.
         compute: computes a batch, from the sequences of each prompt.
         sequences: a prompt's sequences: itself, or with the completions that the model writes.
@@ -249,7 +253,7 @@ def in_windows(
         Each prompt's tokens, sequences and numbers, or why it is skipped.
     """
     stream = iter(prompts)
-    while window := [_rendered(prompt, renderer) for prompt in islice(stream, WINDOW)]:
+    while window := [_rendered(prompt, completion, renderer) for prompt, completion in islice(stream, WINDOW)]:
         tokenized = {i: prompt for i, prompt in enumerate(window) if not isinstance(prompt, SkippedPrompt)}
         places = list(tokenized)
         made = dict(zip(places, sequences([Tokens(tokenized[i].ids, tokenized[i].start) for i in places]), strict=True))
@@ -261,9 +265,29 @@ def in_windows(
             yield prompt if isinstance(prompt, SkippedPrompt) else Computed(prompt, made[i], numbers[i])
 
 
-def _rendered(prompt: Prompt, renderer: Renderer) -> TokenizedPrompt | SkippedPrompt:
+def with_completions(
+    prompts: Iterable[Prompt], completions: Iterable[str] | None, wanted: bool
+) -> Iterator[tuple[Prompt, Completion]]:
+    """Each prompt with its completion: one of the given ones, or the assistant turn that follows it, if one is wanted.
+
+    Raises:
+        ValueError: there are more or fewer completions than prompts.
+    """
+    if completions is not None:
+        yield from zip(prompts, completions, strict=True)
+        return
+    for prompt in prompts:
+        try:
+            yield prompt, answer_after(prompt) if wanted else None
+        except SkippedPrompt as reason:
+            yield prompt, reason
+
+
+def _rendered(prompt: Prompt, completion: Completion, renderer: Renderer) -> TokenizedPrompt | SkippedPrompt:
+    if isinstance(completion, SkippedPrompt):
+        return completion
     try:
-        return renderer.render(prompt)
+        return renderer.render(prompt, completion)
     except SkippedPrompt as reason:
         return reason
 

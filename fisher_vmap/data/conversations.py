@@ -80,14 +80,8 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
         return _not_blank(_valid(value))
     turns, tools = turns_and_tools(value)
     roles = [_role(turn) for turn in turns]
-    if "user" not in roles:
-        raise SkippedPrompt("a conversation without a user turn")
-    if conversation == "first_turn":
-        last = roles.index("user")
-        kept = [number for number in range(last) if roles[number] == "system"]
-    else:
-        last = len(roles) - 1 - roles[::-1].index("user")
-        kept = list(range(last))
+    last = _last_of_prompt(roles, conversation)
+    kept = [number for number in range(last) if conversation == "full" or roles[number] == "system"]
     found = Conversation(tools=tools)
     for number in kept:
         message = _message(turns[number], number)
@@ -96,6 +90,42 @@ def extract_prompt(value: object, conversation: Literal["first_turn", "full"] = 
     message = _message(turns[last], last)
     _not_blank(message["content"])
     return Conversation([*found, message], tools)
+
+
+def _last_of_prompt(roles: Sequence[str | None], conversation: str) -> int:
+    """The number of the user turn that a prompt ends with."""
+    if "user" not in roles:
+        raise SkippedPrompt("a conversation without a user turn")
+    return roles.index("user") if conversation == "first_turn" else len(roles) - 1 - roles[::-1].index("user")
+
+
+def answer_after(value: object, conversation: Literal["first_turn", "full"] = "full") -> Message:
+    """The assistant's message that follows the prompt of a conversation, as `extract_prompt` takes it.
+
+    Raises:
+        SkippedPrompt: no assistant turn follows, or it is malformed.
+    """
+    if isinstance(value, str):
+        raise SkippedPrompt("a text, which no assistant turn follows")
+    turns, _tools = turns_and_tools(value)
+    roles = [_role(turn) for turn in turns]
+    at = _last_of_prompt(roles, conversation) + 1
+    if at >= len(roles) or roles[at] != "assistant":
+        raise SkippedPrompt("no assistant turn follows the prompt")
+    return _message(turns[at], at)
+
+
+def last_answer(value: object) -> Message:
+    """The last assistant's message of a list of turns.
+
+    Raises:
+        SkippedPrompt: there is none, or it is malformed.
+    """
+    turns, _tools = turns_and_tools(value)
+    at = next((at for at in reversed(range(len(turns))) if _role(turns[at]) == "assistant"), None)
+    if at is None:
+        raise SkippedPrompt("turns without an assistant's")
+    return _message(turns[at], at)
 
 
 def turns_and_tools(value: object) -> tuple[list[object], list[Any] | None]:

@@ -99,7 +99,7 @@ def form_of(table: str, columns: Sequence[str], prompt_column: str, prompt_templ
         return _template_form(table, columns, prompt_template)
     if prompt_column != "auto":
         check_column(table, columns, prompt_column, "prompt_column")
-        return Form([prompt_column], lambda row: _cell(row, prompt_column))
+        return Form([prompt_column], lambda row: cell(row, prompt_column))
     return _recognised(table, columns)
 
 
@@ -148,10 +148,10 @@ def _recognised(table: str, columns: Sequence[str]) -> Form:
 
 
 def _one(name: str) -> Callable[[Row], object]:
-    return lambda row: _cell(row, name)
+    return lambda row: cell(row, name)
 
 
-def _cell(row: Row, name: str) -> object:
+def cell(row: Row, name: str) -> object:
     """A cell; a conversation that it holds as text is read.
 
     Raises:
@@ -236,7 +236,7 @@ def _choices(row: Row, names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _in_common(row: Row) -> object:
     """What the chosen and the rejected answer begin with: turns, or characters."""
-    chosen, rejected = _cell(row, "chosen"), _cell(row, "rejected")
+    chosen, rejected = cell(row, "chosen"), cell(row, "rejected")
     if chosen is None or rejected is None:
         return None
     if isinstance(chosen, str) and isinstance(rejected, str):

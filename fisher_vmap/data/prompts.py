@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fisher_vmap.data.answers import Answers
 from fisher_vmap.data.conversations import Message, SkippedPrompt, extract_prompt
 from fisher_vmap.data.files import Count, Extent, Table, spelt_as_path, table_of_files
 from fisher_vmap.data.formats import Form, check_column, form_of
@@ -78,6 +79,7 @@ class SourcePrompt:
         messages_or_text: the turns that lead up to the answer, or a text; None if the prompt is skipped.
         kept: the values of `keep_columns`.
         skipped: why the prompt is skipped, or None.
+        completion: a text or an assistant's message, if completions were asked for.
     """
 
     index: int
@@ -85,6 +87,7 @@ class SourcePrompt:
     messages_or_text: list[Message] | str | None
     kept: dict[str, Any]
     skipped: str | None
+    completion: str | Message | None = None
 
 
 class PromptSource:
@@ -101,6 +104,7 @@ class PromptSource:
         table: Table,
         *,
         form: Form,
+        answers: Answers | None,
         keep_columns: Sequence[str],
         conversation: Literal["first_turn", "full"],
         offset: int,
@@ -116,8 +120,8 @@ class PromptSource:
         self.fingerprint = table.fingerprint
         self.total: int | None = None
         self._table = table
-        self._columns = list(dict.fromkeys([*form.columns, *keep_columns]))
-        self._form = form
+        self._columns = list(dict.fromkeys([*form.columns, *(answers.columns if answers else ()), *keep_columns]))
+        self._form, self._answers = form, answers
         self._keep_columns = keep_columns
         self._conversation = conversation
         self._offset = offset
@@ -169,17 +173,18 @@ class PromptSource:
         """
         rows, self._begun = self._begun or self._rows(), None
         for index, (source_row, row) in enumerate(rows):
-            prompt, skipped, kept = None, None, {}
+            prompt, skipped, kept, completion = None, None, {}, None
             if isinstance(row, dict):
                 kept = {name: _storable(row.get(name)) for name in self._keep_columns}
                 try:
                     prompt = extract_prompt(self._form.prompt(row), self._conversation)
+                    completion = None if self._answers is None else self._answers.of(row)
                 except SkippedPrompt as reason:
                     skipped = str(reason)
             else:
                 kept = dict.fromkeys(self._keep_columns)
                 skipped = f"the row is not an object but {type(row).__name__}"
-            yield SourcePrompt(index, source_row, prompt, kept, skipped)
+            yield SourcePrompt(index, source_row, prompt, kept, skipped, completion)
 
     def _rows(self) -> Iterator[tuple[int, object]]:
         numbered = enumerate(self._table.read(self._columns))
@@ -254,6 +259,8 @@ def read_prompts(
     prompt_template: str | None = None,
     keep_columns: Sequence[str] | None = None,
     conversation: Literal["first_turn", "full"] = "first_turn",
+    completions: bool = False,
+    completion_column: str | None = None,
 ) -> PromptSource:
     """Open a data set and choose its prompts.
 
@@ -272,6 +279,8 @@ def read_prompts(
         prompt_template: a prompt out of several columns, such as "{context} {question}".
         keep_columns: further columns that are kept with each prompt.
         conversation: as for `extract_prompt`.
+        completions: whether each prompt needs its completion as well.
+        completion_column: the column with it; None: the assistant turn, or a column that is known for completions.
 
     Returns:
         The prompts, an iterable of `SourcePrompt`.
@@ -288,7 +297,12 @@ def read_prompts(
         check_column(table.name, table.columns, name, "keep_columns")
     if table.local:
         form.check(table.name, next(iter(table.read(form.columns)), None))
-    unused = [name for name in table.columns if name not in {*form.columns, *(keep_columns or ())}]
+    answers = None
+    if completions:
+        answers = Answers(table.name, table.columns, form, completion_column, conversation)
+        _log.info("completions are %s (completion_column takes another column)", answers.words)
+    used = answers.columns if answers else ()
+    unused = [name for name in table.columns if name not in {*form.columns, *used, *(keep_columns or ())}]
     _log.info(
         "prompts are read from column%s %s of %s%s%s",
         "s" if len(form.columns) > 1 else "",
@@ -300,6 +314,7 @@ def read_prompts(
     return PromptSource(
         table,
         form=form,
+        answers=answers,
         keep_columns=tuple(keep_columns or ()),
         conversation=conversation,
         offset=offset,

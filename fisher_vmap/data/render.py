@@ -8,10 +8,7 @@ never tokenised whole.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,6 +22,7 @@ from fisher_vmap.data.conversations import (
     text_of,
     turns_in_text,
 )
+from fisher_vmap.data.literal_text import LiteralText
 from fisher_vmap.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,9 +130,9 @@ class Renderer:
                     "the chat template takes no system turn; set system_turns to merge, or remove system_prompt"
                 )
             self._frame = self._template.frame()
-        self._literal: _Literal | None = None
+        self._literal: LiteralText | None = None
         if special_tokens_in_text == "literal":
-            self._literal = _Literal(tokenizer, self._template.source if self._template else "")
+            self._literal = LiteralText(tokenizer, self._template.source if self._template else "")
         least = len(self._ids(self._arranged([{"role": "user", "content": "a"}]), None))
         if least > max_length:
             raise UserError(
@@ -150,10 +148,15 @@ class Renderer:
         self._say("prompts that spell a list of turns are read as conversations")
         return found
 
-    def render(self, prompt: object) -> TokenizedPrompt:
-        """Tokenise one prompt.
+    def render(self, prompt: object, completion: str | Message | None = None) -> TokenizedPrompt:
+        """Tokenise one prompt, with its completion if one is given.
+
+        With a template the completion is an assistant turn. It begins where the tokens of the conversation with that
+        turn part from those of the prompt alone, and ends with the first end-of-text token. Without a template its
+        tokens are appended to those of the prompt.
 
         Args:
+            completion: a text or an assistant's message; None: there is none.
             prompt: a text, which is one user turn of a template; or a conversation, which is used up to its last user
                 turn. Without a template the turns' texts are joined by blank lines. A text that begins with the
                 beginning-of-text token, or as the template begins, is rendered already and is used as it is.
@@ -165,6 +168,8 @@ class Renderer:
             SkippedPrompt: it has no text or no tokens, the template refuses a turn, or the earlier turns leave no room
                 for the last one.
         """
+        if completion is not None:
+            return self._with_completion(prompt, completion)
         extracted = extract_prompt(prompt)
         if isinstance(extracted, str):
             extracted = Conversation([{"role": "user", "content": extracted}])
@@ -184,6 +189,42 @@ class Renderer:
             shown = [*spoken, {"role": "user", "content": text[:length]}]
             return TokenizedPrompt(ids, "\n\n".join(f"{t['role']}: {text_of(t)}" for t in shown), length < len(text))
         return TokenizedPrompt(ids, text[:length], length < len(text))
+
+    def _with_completion(self, prompt: object, completion: str | Message) -> TokenizedPrompt:
+        answer: Message = completion if isinstance(completion, dict) else {"role": "assistant", "content": completion}
+        shown, extracted = text_of(answer), extract_prompt(prompt)
+        if isinstance(extracted, str):
+            extracted = Conversation([{"role": "user", "content": extracted}])
+        whole = self._template is not None and not self._is_rendered(extracted[-1]["content"])
+        *earlier, last = self._arranged(extracted)
+        text, tools = last["content"], extracted.tools
+
+        def prompt_ids(length: int) -> list[int]:
+            if not whole:
+                return self._shortened(prompt, length)
+            return self._ids([*earlier, {**last, "content": text[:length]}], tools)
+
+        def ids_with(length: int) -> list[int]:
+            if not whole:
+                return prompt_ids(length) + self._encoded(shown, add_special_tokens=False)
+            return self._ids([*earlier, {**last, "content": text[:length]}, answer], tools, answer=False)
+
+        before = "the turns before the last one, and the completion"
+        length, ids = self._longest_fit(text, ids_with, before=before)
+        own = prompt_ids(length)
+        start = next((i for i, (one, other) in enumerate(zip(own, ids, strict=False)) if one != other), len(own))
+        ends = [i for i in range(start, len(ids)) if ids[i] == self._tokenizer.eos_token_id]
+        ids = ids[: ends[0] + 1] if ends else ids
+        if not 0 < start < len(ids):
+            raise SkippedPrompt("the completion gives no tokens of its own")
+        return TokenizedPrompt(ids, text[:length], length < len(text), start, shown)
+
+    def _shortened(self, prompt: object, length: int) -> list[int]:
+        """The ids of a prompt that is not rendered here, of so many characters of its last turn."""
+        extracted = extract_prompt(prompt)
+        if isinstance(extracted, str):
+            return self.render(extracted[:length]).ids
+        return self.render([*extracted[:-1], {**extracted[-1], "content": extracted[-1]["content"][:length]}]).ids
 
     def _arranged(self, turns: Sequence[Message]) -> list[Message]:
         if self._system_turns != "keep" and any(turn["role"] == "system" for turn in turns):
@@ -256,13 +297,14 @@ class Renderer:
             raise SkippedPrompt(f"what fits of the text into {self._max_length} tokens is only white space")
         return fits, _not_empty(fitting_ids)
 
-    def _ids(self, turns: Sequence[Message], tools: list[Any] | None) -> list[int]:
+    def _ids(self, turns: Sequence[Message], tools: list[Any] | None, *, answer: bool = True) -> list[int]:
         if self._literal is not None:
             turns, tools = self._literal.hidden(turns), self._literal.hidden(tools)
         if self._template is None:
             return self._encoded("\n\n".join(map(text_of, turns)), add_special_tokens=True)
         # A template writes the special tokens itself.
-        return self._encoded(self._template.render(turns, tools) + self._prefill, add_special_tokens=False)
+        rendered = self._template.render(turns, tools, answer=answer)
+        return self._encoded(rendered + (self._prefill if answer else ""), add_special_tokens=False)
 
     def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -310,69 +352,3 @@ def _not_empty(ids: list[int]) -> list[int]:
     if not ids:
         raise SkippedPrompt("the text gives no tokens")
     return ids
-
-
-class _Literal:
-    """Encodes texts in which the names of special tokens are ordinary text where a prompt has them.
-
-    In a copy of the tokenizer each special token has another name, which no text holds. The template's own special
-    tokens are given that name before encoding; those of a prompt's text are not, so that they match no token. All else
-    is in one piece and unchanged: a text without special tokens has the same ids as ever.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-        """Make the copy; `template` holds further names that are tokens of chats, if the tokenizer added them."""
-        from tokenizers import Tokenizer
-
-        core = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(core, Tokenizer):
-            raise UserError(
-                f"special_tokens_in_text: literal is not possible with a {type(tokenizer).__name__}, which is none of "
-                "the tokenizers library; set it to parse"
-            )
-        parts = json.loads(core.to_str())
-        salt = secrets.token_hex(4)
-        self._renamed: dict[str, str] = {}
-        for added in parts["added_tokens"]:
-            name = added["content"]
-            if name.strip() and (added["special"] or name in template):
-                self._renamed[name] = added["content"] = f"\uf8f0{salt}{added['id']}\uf8f1"
-        self._ids = {added["content"]: added["id"] for added in parts["added_tokens"]}
-        model = parts["model"]
-        if isinstance(model.get("vocab"), dict):
-            model["vocab"] = {self._renamed.get(name, name): number for name, number in model["vocab"].items()}
-        elif isinstance(model.get("vocab"), list):
-            model["vocab"] = [[self._renamed.get(name, name), score] for name, score in model["vocab"]]
-        if model.get("unk_token") in self._renamed:
-            model["unk_token"] = self._renamed[model["unk_token"]]
-        self._copy = Tokenizer.from_str(json.dumps(parts))
-        self._copy.no_truncation()
-        self._copy.no_padding()
-        names = sorted(self._renamed, key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._hidden = {
-            f"q{salt}x{number}z": name for number, name in enumerate(names)
-        }  # letters that any filter keeps
-        self._hiding = {name: hidden for hidden, name in self._hidden.items()}
-        self._marks = re.compile("|".join(self._hidden) or r"(?!)")
-        probe = " Two  words,\n3.5 é\t"
-        same = self._copy.encode(probe).ids == list(tokenizer(probe, verbose=False)["input_ids"])
-        if not same or any(self._copy.token_to_id(name) != number for name, number in self._ids.items()):
-            raise UserError(
-                f"special_tokens_in_text: literal is not possible with this {type(tokenizer).__name__}, whose tokens "
-                "cannot be renamed; set it to parse"
-            )
-
-    def hidden(self, value: Any) -> Any:
-        """Turns or tools with a stand-in for each name of a special token."""
-        if isinstance(value, str):
-            return self._names.sub(lambda match: self._hiding[match[0]], value)
-        if isinstance(value, Mapping):
-            return {key: self.hidden(item) for key, item in value.items()}
-        return [self.hidden(item) for item in value] if isinstance(value, list | tuple) else value
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The ids of a rendered text: what is hidden in it as ordinary text, other special tokens as those."""
-        own = self._names.sub(lambda match: self._renamed[match[0]], text)
-        plain = self._marks.sub(lambda match: self._hidden[match[0]], own)
-        return list(self._copy.encode(plain, add_special_tokens=add_special_tokens).ids)

@@ -15,14 +15,18 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from fisher_vmap.data.batching import PromptNumbers, pack
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import SourcePrompt
 from fisher_vmap.data.sequences import Tokens, completions_of, target_columns, tokens_of
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.linearize.audit import ShardForms
+from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
+from fisher_vmap.linearize.linear_map import undisturbed
+from fisher_vmap.linearize.probe import known_of, probe
 from fisher_vmap.linearize.select import NoFormAgrees
+from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 from fisher_vmap.progress import step
 from fisher_vmap.results.index import TABLE_NAME
@@ -260,7 +264,7 @@ def compute_shard(
     batches = pack(lengths, fisher.batch_size, fisher.max_batch_tokens)
     audited = None
     if batches:
-        with fisher.one_shard(shard.number, [[lengths[j] for j in batch] for batch in batches]) as forms:
+        with _one_shard(fisher, shard.number, [[lengths[j] for j in batch] for batch in batches]) as forms:
             each = [{places[j]: made[places[j]] for j in batch} for batch in batches]
             numbers |= _compute_batches(fisher, each, rank, notes, report, forms)
             given_up = forms.given_up()
@@ -271,6 +275,19 @@ def compute_shard(
         _result(shard, prompt, numbers.get(prompt.index), made.get(prompt.index, []), fisher.pieces, audited)
         for prompt in shard.prompts
     ]
+
+
+@contextmanager
+def _one_shard(fisher: FisherModel, number: int, batches: Sequence[Sequence[int]]) -> Iterator[ShardForms]:
+    """Compute the batches of one shard within the context; `batches` are the lengths of each one's prompts."""
+    model, device = fisher.model, fisher.device
+    with torch.no_grad(), undisturbed(model, fisher.precision):
+        # Nothing is known yet if all values at the opening of the run were not finite.
+        known = known_of(model) or probe(model, lay_out(torch.arange(4, device=device)[None], None))
+        vectors = fisher.top_k + fisher.trace_samples
+        due = due_batch(model, known, fisher.layers, vectors, number, batches)
+    with one_shard(known, due) as forms:
+        yield forms
 
 
 def _compute_batches(

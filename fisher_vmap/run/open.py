@@ -134,7 +134,11 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
 
 def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
     """The renderer of a run; `date` is the date for its chat template, None: today's."""
+    if settings.prefill and settings.targets == "completion":
+        raise UserError("prefill is the start of an answer, and targets: completion reads whole ones; leave one out")
     max_length, limit = settings.max_length, most_positions(loaded.model)
+    if isinstance(settings.targets, int) and limit is not None:  # room for what the model writes
+        limit = max(1, limit - settings.targets)
     if limit is not None and limit < max_length:
         log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
         max_length = limit
@@ -171,7 +175,7 @@ def prepare(renderer: Renderer, number: int, prompts: Sequence[SourcePrompt]) ->
         try:
             if prompt.skipped is not None or prompt.messages_or_text is None:
                 raise SkippedPrompt(prompt.skipped or "no prompt")
-            shard.rendered[prompt.index] = renderer.render(prompt.messages_or_text)
+            shard.rendered[prompt.index] = renderer.render(prompt.messages_or_text, prompt.completion)
         except SkippedPrompt as skip:
             shard.skipped[prompt.index] = str(skip)
     return shard

@@ -216,7 +216,7 @@ def _sequences(results: Results, settings: Settings, loaded: Loaded, chosen: Seq
                 raise UserError(
                     f"prompt {prompt.index} of {settings.dataset_name} is not the folder's: it is empty now"
                 )
-            rendered, record = renderer.render(prompt.messages_or_text), results[prompt.index]
+            rendered, record = renderer.render(prompt.messages_or_text, prompt.completion), results[prompt.index]
             own, row = rendered.ids[: rendered.start], record.row
             if len(own) != row["tokens"] or row["text"] not in (None, rendered.text):
                 raise UserError(
