@@ -176,7 +176,8 @@ def mean_over_samples(found: Estimate, samples: int) -> Estimate:
         return averaged
 
     def block_diagonal(x_NOm: Tensor) -> Tensor:
-        return torch.stack([torch.block_diag(*rows) for rows in x_NOm.split(S)]) * S**0.5
+        together: Tensor = torch.stack([torch.block_diag(*rows) for rows in x_NOm.split(S)])  # type: ignore[no-untyped-call]
+        return together * S**0.5
 
     trace = {layer: A.square().sum((1, 2)).view(-1, S) for layer, A in found.factors.items()}
     loadings = found.loadings or {

@@ -24,7 +24,7 @@ from fisher_vmap.data.batching import (
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer
-from fisher_vmap.data.sequences import Tokens, masked, padded, tokens_of
+from fisher_vmap.data.sequences import Tokens, as_sequences, masked, padded, tokens_of
 from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
@@ -46,13 +46,6 @@ from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
 log = logging.getLogger(__name__)
 
 PAIRS_A_TOKEN = 4  # of several targets, this many times top_k (target, token) pairs are kept
-
-
-def _sequences(prompt: Sequence[int] | Tokens | Sequence[Tokens]) -> list[Tokens]:
-    if isinstance(prompt, Tokens):
-        return [prompt]
-    given = list(prompt)
-    return given if isinstance(given[0], Tokens) else [Tokens(given)]  # type: ignore[arg-type, return-value]
 
 
 class ModelOptions(CommonOptions, total=False):
@@ -110,8 +103,7 @@ class FisherModel:
             targets: the positions whose next-token distribution is read: "last" (the default); "completion", those that
                 predict the tokens of a given completion; "all"; or a number N: the model writes N tokens itself, and
                 the positions that predict these are read.
-            samples: with a number as targets: S, how many completions the model writes to each prompt. The matrix is
-                their mean.
+            samples: with a number as targets: S completions of each prompt are written; the matrix is their mean.
             temperature: of these; None: the likeliest tokens for one completion, 1 for several. 0 is the likeliest too.
             seed: of the completions that are drawn.
             options: kernel, chunk_size, precision (the one chosen is an attribute) and audit, as for `fisher_scores`;
@@ -281,7 +273,7 @@ class FisherModel:
         Returns:
             For each prompt its token_ids [K], log_probs [K] and each layer's S, V and Q, as numpy arrays.
         """
-        chunk, sequences = self.options.chunk_size, [_sequences(prompt) for prompt in prompts]
+        chunk, sequences = self.options.chunk_size, [as_sequences(prompt) for prompt in prompts]
         while True:
             try:
                 numbers = self._numbers(sequences, rank, chunk)

@@ -67,7 +67,7 @@ class Answers:
                 value = value.removeprefix(prompt) if isinstance(prompt, str) else value
             if not value.strip():
                 raise SkippedPrompt(f"column {self._column!r} holds no completion")
-            return value
+            return str(value)
         if isinstance(value, Mapping):
             value = [value]
         return last_answer(value)

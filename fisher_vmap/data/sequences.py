@@ -63,6 +63,14 @@ def tokens_of(sequences: Sequence[Tokens]) -> int:
     return len(sequences) * max(len(one.ids) for one in sequences)
 
 
+def as_sequences(prompt: Sequence[int] | Tokens | Sequence[Tokens]) -> list[Tokens]:
+    """The sequences of a prompt that is given as token ids, as `Tokens`, or as several of these."""
+    if isinstance(prompt, Tokens):
+        return [prompt]
+    given = list(prompt)
+    return given if isinstance(given[0], Tokens) else [Tokens(given)]  # type: ignore[arg-type, return-value]
+
+
 def padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask, [B, T], of sequences padded on the right."""
     input_ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.int64, device="cpu")
