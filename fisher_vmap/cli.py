@@ -107,7 +107,8 @@ def _leave_stdout() -> None:
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _stdout_failure():
-        sys.stdout.buffer.raw.failure = None  # type: ignore[attr-defined] # it has been told
+        stream: Any = sys.stdout.buffer
+        stream.raw.failure = None  # it has been told
 
 
 def say(text: str) -> None:

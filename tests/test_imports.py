@@ -164,8 +164,9 @@ def test_the_house_stays_small_enough_to_hold_in_the_head():
     lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
     # 90, and the six that rules by composition and live rows are made of: parts, mlp, experts, attention_rule and
     # compose of kernels/, and last_block of linearize/. Joined to what it belongs to, each would pass 400 lines.
-    # And those that other people's files and habits are read by: files, conversations, render, pieces and formats of
-    # data/ (two files before), setting_types of run/, and a few more; 108 is the most.
-    assert len(list(PACKAGE.rglob("*.py"))) <= 108
+    # And those of other people's files and habits: local_files, files, conversations, formats, chat_template, render,
+    # pieces of data/ (two before), options, overrides and folders of load/, kept, means, local_paths and card of
+    # results/, setting_types, fingerprint and plan_folder of run/, escape, direction_files and __main__.
+    assert len(list(PACKAGE.rglob("*.py"))) <= 115
     assert {name: n for name, n in lines.items() if n > 400} == {}
     assert {name for name, n in lines.items() if n < 30} <= {"errors", "report.__main__"}

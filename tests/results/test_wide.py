@@ -185,7 +185,7 @@ def test_fifty_thousand_wide_takes_a_gigabyte_and_not_twenty(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     print(f"finish {at_finish / 1e9:.2f} GB, directions {peak / 1e9:.2f} GB, a dense mean {8 * D * D / 1e9:.1f} GB")
-    assert at_finish < 0.2e9 and peak < 1.4e9
+    assert at_finish < 0.2e9 and peak < 1.7e9
     v = found.V[0]
     assert np.mean([record.quadratic(v) for record in results if record.status == "ok"]) == pytest.approx(
         found.S[0], rel=1e-3

@@ -9,7 +9,7 @@ from fisher_vmap import FisherModel, open_results
 from fisher_vmap.results.index import read_index, write_index
 from fisher_vmap.run.__main__ import main
 from fisher_vmap.run.cli_args import load_settings
-from fisher_vmap.run.open import LATER
+from fisher_vmap.run.fingerprint import LATER
 from fisher_vmap.run.settings import Settings
 
 ROWS = [{"instruction": "Add.", "input": "1 and 2", "n": 1}, {"instruction": "Sing.", "input": "", "n": 2}]
