@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -115,6 +116,8 @@ print("importing", flush=True)
 time.sleep(60)
 """
 
+HEARS_CTRL_C = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job starts without it
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("start", ["fisher_vmap {name}", "fisher_vmap.{name}"])
@@ -124,7 +127,7 @@ def test_ctrl_c_while_libraries_are_imported(name, start, tmp_path):
     found = environment()
     process = subprocess.Popen(
         [sys.executable, "-m", *start.format(name=name).split(), *NEEDED.get(name, [])],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=HEARS_CTRL_C,
         env={**found, "PYTHONPATH": os.pathsep.join([str(tmp_path), found["PYTHONPATH"]])},
     )  # fmt: skip
     assert process.stdout.readline() == "importing\n"
@@ -137,7 +140,8 @@ def test_ctrl_c_before_anything_is_imported(tmp_path):
     (tmp_path / "argparse.py").write_text(WAITS)
     found = environment()
     process = subprocess.Popen(
-        [sys.executable, "-m", "fisher_vmap.info", "DIR"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "fisher_vmap.info", "DIR"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=HEARS_CTRL_C,
         env={**found, "PYTHONPATH": os.pathsep.join([str(tmp_path), found["PYTHONPATH"]])},
     )  # fmt: skip
     assert process.stdout.readline() == "importing\n"
