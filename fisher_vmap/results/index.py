@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.files import readable_write_errors, replacing, sha256_of
-from fisher_vmap.results.targets import TARGET_COLUMNS
 
 INDEX_NAME = "index.json"
 TABLE_NAME = "prompts.parquet"
@@ -36,6 +35,12 @@ PACKAGES = ("fisher_vmap", "torch", "transformers", "numpy", "safetensors", "pya
 TABLE_COLUMNS = (
     *("prompt_index", "source_row", "text", "status", "reason", "audit", "tokens", "truncated", "mass", "crc32"),
     *("top_tokens", "prompt_tokens"),
+)
+
+# And of a run with other targets than the last token.
+TARGET_COLUMNS = (
+    *("targets", "mean_entropy", "mean_log_prob", "target_positions", "target_samples", "token_targets"),
+    *("target_log_probs", "target_entropy", "completions", "completion_ids", "completion_tokens"),
 )
 
 _ENTRY_NAME = re.compile(r"shard-(\d{5,})\.json")

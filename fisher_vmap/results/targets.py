@@ -8,21 +8,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fisher_vmap.results.index import TARGET_COLUMNS
 from fisher_vmap.results.kept import encodable
 
 _INTS, _FLOATS, _WORDS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
 # Of several targets, the columns of every prompt and of every layer: see `RecordTargets` and `PromptRecord`.
-_TYPES: dict[str, pa.DataType] = {
-    **dict.fromkeys(("targets",), pa.int64()),
-    **dict.fromkeys(("mean_entropy", "mean_log_prob"), pa.float64()),
-    **dict.fromkeys(("target_positions", "target_samples", "token_targets"), _INTS),
-    **dict.fromkeys(("target_log_probs", "target_entropy"), _FLOATS),
-    "completions": _WORDS,
-    "completion_ids": pa.list_(_INTS),
-    "completion_tokens": pa.list_(_WORDS),
-}
+_KINDS = (
+    *(pa.int64(), pa.float64(), pa.float64(), _INTS, _INTS, _INTS),
+    *(_FLOATS, _FLOATS, _WORDS, pa.list_(_INTS), pa.list_(_WORDS)),
+)
+_TYPES: dict[str, pa.DataType] = dict(zip(TARGET_COLUMNS, _KINDS, strict=True))
 _OF_LAYER = {"target_trace": _FLOATS, "trace_error": pa.float64()}
-TARGET_COLUMNS = tuple(_TYPES)
 
 
 class RecordTargets(NamedTuple):

@@ -178,8 +178,7 @@ class Settings(BaseModel):
     )
     targets: Targets = _setting(
         "last",
-        "Whose next-token distribution is read: last, completion (the positions that predict it), all, or N tokens to "
-        "write.",
+        "Positions whose next-token distribution is read: last, completion (those that predict it), all, or N to write.",
     )
     samples: Count = _setting(
         1, "With N tokens to write: how many completions of each prompt; the matrix is their mean."
@@ -190,8 +189,7 @@ class Settings(BaseModel):
     completion_seed: SeedNumber = _setting(0, "Seed of the completions that are drawn.")
     estimator: Literal["topk", "full", "sampled"] = _setting(
         "topk",
-        "topk: the matrix of the likeliest tokens; full: nearly the best of its rank for the whole vocabulary; "
-        "sampled: an unbiased estimate of that.",
+        "topk: the matrix of the likeliest tokens; full: nearly the best of the whole vocabulary; sampled: unbiased.",
     )
     top_k_tokens: Count = _setting(10, "How many of the likeliest next tokens the matrix sums over.")
     include_rest: TrueOrFalse = _setting(False, "topk: count all other tokens as one more outcome, with token id -1.")
@@ -207,7 +205,7 @@ class Settings(BaseModel):
         10, "How many singular values and vectors to keep; beyond the matrix's rank they are zero."
     )
     bias_positions: Literal["all", "last", "prompt", "completion"] = _setting(
-        "all", "Where the bias is added: at all positions, the last one, those of the prompt, or of the completion."
+        "all", "Where the bias is added: all positions, the last one, those of the prompt, or of the completion."
     )
 
     # The computation
