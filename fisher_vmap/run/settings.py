@@ -178,7 +178,7 @@ class Settings(BaseModel):
     )
     targets: Targets = _setting(
         "last",
-        "Positions whose next-token distribution is read: last, completion (those that predict it), all, or N to write.",
+        "Whose next-token distribution is read: last, completion (positions that predict it), all, or N to write.",
     )
     samples: Count = _setting(
         1, "With N tokens to write: how many completions of each prompt; the matrix is their mean."

@@ -321,7 +321,7 @@ CASES = {
     "rows that are no objects": (data_file("a.json", '["a"]'), ["no named columns"]),
     "invalid UTF-8": (data_file("a.jsonl", b'{"prompt": "\xff"}'), ["line 1", "UTF-8"]),
     "zero bytes": (data_file("a.jsonl", b"\x00" * 100), ["line 1", "not JSON"]),
-    "an unknown kind of file": (data_file("a.tsv", "prompt\nx\n"), [".tsv", ".jsonl"]),
+    "an unknown kind of file": (data_file("a.xlsx", "prompt\nx\n"), [".xlsx", ".jsonl"]),
     "a table with ragged lines": (data_file("a.csv", "prompt\na,b\n"), ["line 2", "2 fields"]),
     "a parquet file cut short": (parquet(-20), ["a.parquet", "parquet"]),
     "a parquet file that is none": (data_file("a.parquet", GARBAGE), ["a.parquet", "parquet"]),
