@@ -68,7 +68,7 @@ def inspect_folder(folder: Path, fingerprint: dict[str, object] | None = None, o
         UserError: the folder is a file, holds files that are not ours, has a damaged index, or holds results of other
             settings.
     """
-    with readable_write_errors(folder):
+    with readable_write_errors(folder, "choose another --output_dir"):
         if not folder.exists() and not folder.is_symlink():
             return None
         if not folder.is_dir():
