@@ -372,10 +372,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+DATA_ENDINGS = ("jsonl", "json", "csv", "tsv", "parquet", "txt", "jsonl.gz")  # the commonest
+
+
 def _no_command(name: str, arguments: Sequence[str]) -> str:
     line = f"there is no command {name!r}; expected one of {', '.join(COMMANDS)}"
     if name.startswith("--") or is_settings_file(name):
         return f"{line}: a run is fisher-vmap run {name}{' ...' if len(arguments) > 1 else ''}"
+    if name.partition(".")[2] in DATA_ENDINGS:
+        return f"{line}: a run is fisher-vmap run --dataset_name {name} ..."
     near = nearest(name, COMMANDS)
     return f"{line}; did you mean {near!r}?" if near else line
 

@@ -75,7 +75,7 @@ def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") ->
         try:
             values = _read_file(file)
         except UserError as error:
-            raise error if named is not None else UserError(f"{error}; {_UNASKED}") from error
+            raise error if named is not None else UserError(f"{error} ({_UNASKED})") from error
         _log.info("settings read from %s", file)
     given = values | flags
     options = {name: given.pop(name) for name in RunOptions.model_fields if name in given}
@@ -86,7 +86,7 @@ def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") ->
         line = _explain(name, {**given, **options}[name])
         if name in flags:
             raise UserError(f"{line}correct the flag {typed[name]}") from error
-        raise UserError(f"{line}correct it in {file}{'' if named is not None else f'; {_UNASKED}'}") from error
+        raise UserError(f"{line}correct it in {file}{'' if named is not None else f' ({_UNASKED})'}") from error
 
 
 def settings_of(**values: Any) -> Settings:
