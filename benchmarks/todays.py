@@ -22,6 +22,8 @@ from benchmarks.workloads import Batch, Workload, middle
 
 LARGER, SMALLER = Asked(True, None), Asked(False, None)  # what is good; no bound was asked for
 
+ROWS = ("early", "middle", "late", "positions")
+
 
 class Case(NamedTuple):
     """A shape, its prompts, and how often everything is timed."""
@@ -81,6 +83,7 @@ def main() -> None:
         "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME", help=", ".join(SHAPES)
     )
     parser.add_argument("--small", action="store_true", help="models of each kind and a test's size, on short prompts")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     measurement_flags(parser)
     parser.add_argument("--json", type=Path)
     args = parsed(parser)
@@ -94,6 +97,8 @@ def main() -> None:
         written["shapes"][name] = about | {"precision": workload.precision.stored(), "rows": rows}
         print(f"{name}: {workload.name}, {workload.model.dtype}\n{HEADING}")
         for row, measure in now.rows():
+            if row not in args.rows:
+                continue
             lines, record = measure()
             for line in lines:
                 print(line.text(row), flush=True)
