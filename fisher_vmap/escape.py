@@ -2,7 +2,7 @@
 
 `visible` is for every place: it leaves no character that cannot be seen, or that moves others. `distinct_labels` makes
 the names of a legend or a list from it. The rest escapes what one kind of place would take for its own: plotly's HTML,
-templates and colours, a script element's end, the signs of paths. matplotlib knows no escape;
+templates and colours, a script element's end, Markdown's signs, the signs of paths. matplotlib knows no escape;
 `report/images.py` switches its markup off. HTML itself is escaped by jinja, and by the page's script, which makes
 text nodes.
 """
@@ -22,6 +22,11 @@ _BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols without ink
 _JOINERS = "\u200c\u200d"  # within a word or an emoji they belong to the spelling
 _PLOTLY = {ord(sign): f"&#{ord(sign)};" for sign in "&<>$%@{}"}
 _SCRIPT = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+_PLAIN_CODE = re.compile(r"[^\s`|<>&\\]+( [^\s`|<>&\\]+)*")  # what a code span in a table shows as it is
+# What Markdown might read as markup; an underscore inside a word is none.
+_MARKDOWN = re.compile(r"[^\w\s./:,+()%@=-]|(?<![^\W_])_|_(?![^\W_])")
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _NOT_IN_FILES = re.compile(r"[^\w.\-+=@,()\[\] ]")
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)")  # on Windows
 _FILE_NAME = 120  # characters
@@ -120,3 +125,25 @@ def file_names(names: Sequence[str]) -> list[str]:
             unique = f"{plain}-{number}"
         found.append(unique)
     return found
+
+
+def one_line(value: Any) -> str:
+    """Any value as text on one line: a line break becomes ↵, another control character a space."""
+    return _CONTROL.sub(" ", _LINE_BREAK.sub("↵", str(value)))
+
+
+def markdown(value: Any) -> str:
+    """Any value as Markdown text on one line, without markup."""
+    return _MARKDOWN.sub(_entity, one_line(value))
+
+
+def markdown_code(value: Any) -> str:
+    """Any value as code in a cell of a Markdown table."""
+    text = str(value)
+    if _PLAIN_CODE.fullmatch(text):
+        return f"`{one_line(text)}`"
+    return f"<code>{re.sub(r'[^A-Za-z0-9 ↵]', _entity, one_line(text))}</code>"
+
+
+def _entity(found: re.Match[str]) -> str:
+    return f"&#{ord(found[0])};"

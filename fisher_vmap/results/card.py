@@ -1,6 +1,6 @@
 """The data card of a shared results folder: Markdown, with the hub's YAML header.
 
-Names and settings are anybody's text: `code` and `escaped` write them so that no renderer reads markup into them.
+Names and settings are anybody's text: `escape.py` writes them so that no renderer reads markup into them.
 """
 
 import re
@@ -10,37 +10,11 @@ import numpy as np
 import yaml
 
 from fisher_vmap import __version__
+from fisher_vmap.escape import markdown, markdown_code, one_line
 from fisher_vmap.results.index import TABLE_NAME, Index
 from fisher_vmap.results.means import dense_layers
 
-_PLAIN_CODE = re.compile(r"[^\s`|<>&\\]+( [^\s`|<>&\\]+)*")  # what a code span in a table shows as it is
-# What Markdown might read as markup; an underscore inside a word is none.
-_MARKUP = re.compile(r"[^\w\s./:,+()%@=-]|(?<![^\W_])_|_(?![^\W_])")
-_LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-
-
-def one_line(value: Any) -> str:
-    """Any value as text on one line: a line break becomes ↵, another control character a space."""
-    return _CONTROL.sub(" ", _LINE_BREAK.sub("↵", str(value)))
-
-
-def escaped(value: Any) -> str:
-    """Any value as Markdown text on one line, without markup."""
-    return _MARKUP.sub(_entity, one_line(value))
-
-
-def code(value: Any) -> str:
-    """Any value as code in a cell of a Markdown table."""
-    text = str(value)
-    if _PLAIN_CODE.fullmatch(text):
-        return f"`{one_line(text)}`"
-    return f"<code>{re.sub(r'[^A-Za-z0-9 ↵]', _entity, one_line(text))}</code>"
-
-
-def _entity(found: re.Match[str]) -> str:
-    return f"&#{ord(found[0])};"
 
 
 def data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, with_text: bool) -> str:
@@ -56,7 +30,8 @@ def data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, 
     settings, layout, ok = metadata["settings"], index.layout, table[table["status"] == "ok"]
     model, data = (str(settings.get(name) or "unknown") for name in ("model_path", "dataset_name"))
     layers = "\n".join(
-        f"| {code(name)} | {width} | {_median(ok, f'{name}/trace'):.3g} | {_median(ok, f'{name}/effective_rank'):.2f} |"
+        f"| {markdown_code(name)} | {width} | {_median(ok, f'{name}/trace'):.3g} "
+        f"| {_median(ok, f'{name}/effective_rank'):.2f} |"
         for name, width in layout.widths.items()
     )
     text = (
@@ -70,13 +45,15 @@ def data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, 
     mean = "results.mean()                    # the mean matrix, [D, D]"
     if layout.layers[0] not in dense_layers(layout):
         mean = "results.directions(5)             # the mean's leading directions"
-    versions = ", ".join(escaped(f"{name} {number}") for name, number in index.versions.items())
-    asked = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in settings.items() if value is not None)
+    versions = ", ".join(markdown(f"{name} {number}") for name, number in index.versions.items())
+    asked = "\n".join(
+        f"| {markdown_code(name)} | {markdown_code(value)} |" for name, value in settings.items() if value is not None
+    )
     return f"""---
 {_header(index, model, data)}
 ---
 
-# Fisher matrices of {escaped(model)} on {escaped(data)}
+# Fisher matrices of {markdown(model)} on {markdown(data)}
 
 For each of {index.prompts:,} prompts ({len(ok):,} with results, {len(metadata["failed_prompts"]):,} failed,
 {len(metadata["skipped_prompts"]):,} skipped), the Fisher information matrix of the next-token distribution with respect
@@ -110,7 +87,7 @@ table = load_dataset("{repo_id}", "prompts", split="train")
 
 ## How it was made
 
-By fisher_vmap {escaped(index.versions.get("fisher_vmap", __version__))}, with {versions}, and these settings:
+By fisher_vmap {markdown(index.versions.get("fisher_vmap", __version__))}, with {versions}, and these settings:
 
 | setting | value |
 | --- | --- |
