@@ -53,8 +53,7 @@ def complete(
     Raises:
         ValueError: the model cannot generate.
     """
-    if not callable(getattr(model, "generate", None)):
-        raise ValueError(f"{type(model).__name__} has no generate, so it cannot write completions; give them as data")
+    _check_generates(model)
     device, longest = input_device(model), max(map(len, prompts_ids))
     input_ids = torch.zeros(len(prompts_ids), longest, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(input_ids)
@@ -117,6 +116,32 @@ class Completions:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples is {self.samples}, but at temperature 0 all are equal; give a temperature above")
 
+    def check(self, model: nn.Module, positions: object) -> None:
+        """Raise ValueError unless the model can write them, and they have the positions that a bias is added at."""
+        if isinstance(self.targets, int):
+            _check_generates(model)
+        if not isinstance(positions, str) or positions not in ("all", "last", "prompt", "completion"):
+            raise ValueError(f"positions is {positions!r}; expected 'all', 'last', 'prompt' or 'completion'")
+        if positions == "completion" and self.targets in ("last", "all"):
+            raise ValueError(
+                f"positions is 'completion', and with targets {self.targets!r} there is none; set targets as well"
+            )
+
+    def room(self, positions: int) -> int:
+        """The most tokens of a prompt in a model of so many positions, beside those that are written.
+
+        Raises:
+            ValueError: there is no room for a prompt.
+        """
+        if not isinstance(self.targets, int):
+            return positions
+        if self.targets >= positions:
+            raise ValueError(
+                f"targets is {self.targets} tokens to write, and this model has {positions} positions, those of the "
+                "prompt included; lower targets"
+            )
+        return positions - self.targets
+
     def write(self, model: nn.Module, prompts_ids: Sequence[Sequence[int]]) -> list[list[list[int]]]:
         """The completions of each prompt, S lists of token ids; of `targets` tokens at most.
 
@@ -134,6 +159,11 @@ class Completions:
             for (b, _), tokens in zip(some, written, strict=True):
                 found[b].append(tokens)
         return found
+
+
+def _check_generates(model: nn.Module) -> None:
+    if not callable(getattr(model, "generate", None)):
+        raise ValueError(f"{type(model).__name__} has no generate, so it cannot write completions; give them as data")
 
 
 def _in_halves(

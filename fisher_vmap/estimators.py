@@ -16,10 +16,12 @@ vectors does not depend on that of the targets. With as many vectors as theta is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import nan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fisher_vmap.decomposition import compress
 from fisher_vmap.fisher import join_layers
@@ -35,7 +37,7 @@ from fisher_vmap.linearize.output import (
     orthonormal,
     random_root,
 )
-from fisher_vmap.linearize.scores import Scores
+from fisher_vmap.linearize.scores import Scores, join_prompts
 from fisher_vmap.model.targets import (
     NO_TOKEN,
     TargetGrid,
@@ -196,6 +198,31 @@ def mean_over_samples(found: Estimate, samples: int) -> Estimate:
         {layer: beside(x) for layer, x in found.target_trace.items()},
         {layer: x.std(1) / S**0.5 for layer, x in trace.items()},
     )
+
+
+_PADDING = {"log_probs": -torch.inf, "token_ids": NO_TOKEN}  # of an estimate; zero of what is not named
+
+
+def join_groups(parts: list[Estimate], groups: list[list[int]]) -> Estimate:
+    """The estimate of a batch from those of its groups of prompts, which may differ in the most targets of a prompt."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def alike(pieces: Sequence[Any], fill: float) -> list[Any]:
+        """The tensors of all parts, [b, n, ...] each, padded to the largest of them but for b."""
+        if isinstance(pieces[0], dict):
+            by_layer = {layer: alike([piece[layer] for piece in pieces], fill) for layer in pieces[0]}
+            return [{layer: by_layer[layer][i] for layer in by_layer} for i in range(len(pieces))]
+        if isinstance(pieces[0], Targets):
+            fields = [alike(x, fill) for x, fill in zip(zip(*pieces, strict=True), (-1, nan, nan), strict=True)]
+            return [Targets(*each) for each in zip(*fields, strict=True)]
+        sizes = [max(piece.shape[d] for piece in pieces) for d in range(1, pieces[0].dim())]
+        return [pad(x, [n for d in reversed(range(len(sizes))) for n in (0, sizes[d] - x.shape[d + 1])], value=fill)
+                for x in pieces]  # fmt: skip
+
+    fields = {name: alike([getattr(part, name) for part in parts], _PADDING.get(name, 0)) for name in Estimate._fields}
+    padded = [Estimate(**{name: values[i] for name, values in fields.items()}) for i in range(len(parts))]
+    return join_prompts(padded, groups)
 
 
 class Drawing(NamedTuple):

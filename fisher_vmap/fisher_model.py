@@ -19,13 +19,14 @@ from fisher_vmap.data.batching import (
     in_halves,
     in_windows,
     numbers_of,
+    rows_apart,
     with_completions,
 )
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.render import MAX_LENGTH, Renderer
 from fisher_vmap.data.sequences import Tokens, as_sequences, masked, padded, tokens_of
-from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, topk
+from fisher_vmap.estimators import Estimate, EstimatorOptions, check_fit, join_groups, topk
 from fisher_vmap.fisher import check_inputs, fisher_scores
 from fisher_vmap.fisher_record import FisherRecord, empty_record, record_of
 from fisher_vmap.full_matrix import fisher_full, fisher_sampled
@@ -133,14 +134,11 @@ class FisherModel:
             if value is not None:
                 check_whole(name, value, 1)
         self.score_samples, self.targets = how.score_samples, targets
-        self.completions, where = Completions(targets, samples, temperature, seed), self.options.positions
-        if where not in ("all", "last", "prompt", "completion"):
-            raise ValueError(f"positions is {where!r}; expected 'all', 'last', 'prompt' or 'completion'")
-        if where == "completion" and targets == "last":
-            raise ValueError("positions is 'completion', and with targets 'last' there is none; set targets as well")
+        self.completions = Completions(targets, samples, temperature, seed)
         if self.several and how.include_rest:
             raise ValueError("include_rest is for one target; leave it out, or use estimator full")
         given, model = model, unwrapped(model)
+        self.completions.check(model, self.options.positions)
         if isinstance(tokenizer, nn.Module):
             raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}, a model; expected the model's tokenizer")
         self.tokenizer = tokenizer_of(given) if tokenizer is None else tokenizer
@@ -153,8 +151,7 @@ class FisherModel:
             self.layers = resolve_layers(model, names_inside(given, model, layers))
             self.widths = layer_widths(model, self.layers)
             self.vocabulary = layers_of(model).vocabulary
-        self.top_k = top_k
-        self.batch_size = sys.maxsize if batch_size is None else batch_size
+        self.top_k, self.batch_size = top_k, sys.maxsize if batch_size is None else batch_size
         self.max_batch_tokens = max_batch_tokens or self.batch_tokens(rank=top_k)
         self._renderer, self._template_kwargs = renderer, chat_template_kwargs
         if not 1 <= top_k <= self.vocabulary:
@@ -283,8 +280,7 @@ class FisherModel:
                 return numbers
             except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
                 vectors = self._vectors(rank)
-                rows = sum(map(tokens_of, sequences))
-                whole = chunk or cotangents_at_a_time(vectors, rows, self.device) or vectors
+                whole = chunk or cotangents_at_a_time(vectors, sum(map(tokens_of, sequences)), self.device) or vectors
                 if not is_out_of_memory(error) or len(sequences) > 1 or whole <= 1:
                     raise
             # Outside of the handler, whose traceback keeps the tensors alive.
@@ -293,7 +289,7 @@ class FisherModel:
 
     def batch_tokens(self, rank: int) -> int:
         """How many tokens a batch may have on this device for matrices of rank R."""
-        return batch_tokens_for(self.model, self.device, self._vectors(rank), self.widths)
+        return batch_tokens_for(self.model, self.device, self._vectors(rank), self.widths, self.targets)
 
     def _vectors(self, rank: int) -> int:
         """How many vectors of a prompt are pulled back together."""
@@ -303,15 +299,19 @@ class FisherModel:
 
     def _numbers(self, prompts: Sequence[Sequence[Tokens]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
         rows, samples = [row for sequences in prompts for row in sequences], len(prompts[0])
-        input_ids, mask = padded(rows, self.device)
-        where = str(self.options.positions)
-        options = replace(
-            self.options,
-            chunk_size=chunk_size,
-            positions=where if where in ("all", "last") else masked(rows, mask, where),
-            targets=str(self.targets) if self.targets in ("last", "all") else masked(rows, mask, "targets"),
-        )
-        found = self._estimate(input_ids, mask, rank, options)
+        width, where, parts = max(len(row.ids) for row in rows), str(self.options.positions), []
+        groups = rows_apart([row.targets(self.targets) for row in rows], self.vocabulary, self.device)
+        for group in groups:
+            some = [rows[b] for b in group]
+            input_ids, mask = padded(some, self.device, width)
+            options = replace(
+                self.options,
+                chunk_size=chunk_size,
+                positions=where if where in ("all", "last") else masked(some, mask, where),
+                targets=str(self.targets) if self.targets in ("last", "all") else masked(some, mask, "targets"),
+            )
+            parts.append(self._estimate(input_ids, mask, rank, options))
+        found = join_groups(parts, groups)
         # Completions differ, so that of several only the prompt's own positions have a mean.
         lengths = [len(one.ids) if samples == 1 else one.start or len(one.ids) for one, *_ in prompts]
         pairs = self.outcomes if self.several else None
@@ -343,8 +343,8 @@ class FisherModel:
         if self._renderer is None:
             if self.tokenizer is None:
                 raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
-            rooms = (MAX_LENGTH, most_positions(self.model), layers_of(self.model).positions)
-            room = min(room for room in rooms if room is not None)
+            limits = (most_positions(self.model), layers_of(self.model).positions)
+            room = min([MAX_LENGTH, *(self.completions.room(limit) for limit in limits if limit is not None)])
             self._renderer = Renderer(self.tokenizer, max_length=room, chat_template_kwargs=self._template_kwargs)
         if completions is not None and self.targets != "completion":
             raise ValueError(

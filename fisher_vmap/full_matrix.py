@@ -5,12 +5,11 @@ from typing import Unpack
 
 from torch import Tensor, inference_mode, nn, no_grad
 
-from fisher_vmap.estimators import SCORE_SAMPLES, Drawing, Estimate, full, sampled
+from fisher_vmap.estimators import SCORE_SAMPLES, Drawing, Estimate, full, join_groups, sampled
 from fisher_vmap.fisher import broken_off, check_inputs, prompt_seeds
 from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable
 from fisher_vmap.linearize.network import LinearizedNetwork, OneAtATime, linearize
 from fisher_vmap.linearize.probe import probe
-from fisher_vmap.linearize.scores import join_prompts
 from fisher_vmap.linearize.select import choose_forms, give_up
 from fisher_vmap.model.layers import resolve_layers
 from fisher_vmap.model.layout import Layout, lay_out, select
@@ -159,7 +158,7 @@ def _by_groups(
         except OneAtATime:
             groups = [[b] for b in range(len(layout.lengths))]
             parts = [of_group(group) for group in groups]
-        return join_prompts(parts, groups)
+        return join_groups(parts, groups)
 
 
 def _alike(groups: list[list[int]], layout: Layout) -> list[list[int]]:

@@ -226,7 +226,7 @@ def first(function):
             stage = None
         return function(*arguments, **options)
     return whole
-opening._prove = first(opening._prove)
+opening.prove = first(opening.prove)
 fisher_model.FisherModel.numbers = first(fisher_model.FisherModel.numbers)
 print("begun", file=sys.stderr, flush=True)
 from fisher_vmap.run.__main__ import main
@@ -273,7 +273,7 @@ def test_a_slow_product_is_not_silent_on_a_terminal(inputs, tmp_path):
 
 
 def test_a_slow_product_is_named_in_a_log(inputs, tmp_path):
-    writes = times_of_writes(arguments(*inputs, tmp_path / "out"), "_prove", terminal=False)
+    writes = times_of_writes(arguments(*inputs, tmp_path / "out"), "prove", terminal=False)
     text = "".join(text for _, text in writes)
     assert longest_silence(writes) < SILENT_S
     assert "\nproving the kernel\n" in text and "\ncomputing: 0 of 6 prompts\n" in text and "\r" not in text

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fisher_vmap.data.conversations import Message, SkippedPrompt, answer_after, last_answer
+from fisher_vmap.data.conversations import Message, SkippedPrompt, answer_after, last_answer, user_turns
 from fisher_vmap.data.formats import CONVERSATION_COLUMNS, Form, Row, cell, check_column
 from fisher_vmap.errors import UserError, listed
 
@@ -56,18 +56,33 @@ class Answers:
         """The completion of a row: a text, or an assistant's message.
 
         Raises:
-            SkippedPrompt: the row has none.
+            SkippedPrompt: the row has none, or one that does not follow the prompt.
         """
+        prompt = self._form.prompt(row)
         if self._column is None:
-            return answer_after(self._form.prompt(row), self._conversation)
+            return answer_after(prompt, self._conversation)
         value: Any = cell(row, self._column)
+        if value is None:
+            raise SkippedPrompt(f"column {self._column!r} is null")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
         if isinstance(value, str):
             if self._column == "chosen" and "rejected" in self._form.columns:  # the prompt is what both begin with
-                prompt = self._form.prompt(row)
                 value = value.removeprefix(prompt) if isinstance(prompt, str) else value
             if not value.strip():
                 raise SkippedPrompt(f"column {self._column!r} holds no completion")
-            return str(value)
-        if isinstance(value, Mapping):
-            value = [value]
-        return last_answer(value)
+            return self._of_whole_prompt(prompt, str(value))
+        one = isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), str)
+        turns = [value] if one else value
+        if user_turns(turns):  # the conversation with its answers
+            return answer_after(turns, "first_turn" if isinstance(prompt, str) else self._conversation)
+        return self._of_whole_prompt(prompt, last_answer(turns))
+
+    def _of_whole_prompt(self, prompt: object, answer: str | Message) -> str | Message:
+        """An answer to all turns of a prompt; of these `conversation: first_turn` takes the first."""
+        if self._conversation == "first_turn" and user_turns(prompt) > 1:
+            raise SkippedPrompt(
+                f"column {self._column!r} answers the last turn, and conversation: first_turn takes the first; set "
+                "conversation to full"
+            )
+        return answer

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 CPU_BATCH_TOKENS = 1024
 GPU_MEMORY_SHARE = 0.6  # the rest is for what the allocator holds without use, and for an audit's plain autograd
 NO_LOG_PROB = -100.0  # nats, of an outcome that pads: its share of every direction is zero
+# Numbers of the targets' distributions, [M, V], that are computed at a time; the peak is five such tables.
+TARGET_NUMBERS = {"cpu": 2**27, "cuda": 2**29}
 SHORT_PROMPT = 32  # tokens; with shorter prompts a batch takes more memory for its logits, and is halved if need be
 
 
@@ -49,17 +51,53 @@ def pack(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> list
     return batches
 
 
-def batch_tokens_for(model: nn.Module, device: torch.device, vectors: int, layers: Mapping[str, int]) -> int:
+def rows_apart(targets: Sequence[int], vocabulary: int, device: torch.device) -> list[list[int]]:
+    """The sequences of a batch, in their order, in groups whose distributions are computed together.
+
+    `targets` is the number of each. A sequence of more targets than `TARGET_NUMBERS` allows is a group by itself.
+    """
+    most = max(1, TARGET_NUMBERS.get(device.type, TARGET_NUMBERS["cpu"]) // vocabulary)
+    if sum(targets) == len(targets):  # one each: the batch's size is limited by its tokens
+        return [list(range(len(targets)))]
+    groups: list[list[int]] = []
+    held = 0
+    for b, count in enumerate(targets):
+        if groups and held + count <= most:
+            groups[-1].append(b)
+            held += count
+        else:
+            groups.append([b])
+            held = count
+    return groups
+
+
+def target_rows(lengths: Sequence[int], targets: str | int, vocabulary: int, device: torch.device) -> int:
+    """The most distributions that a batch of such sequences computes at a time, [., V], one for each target."""
+    if targets == "last":
+        return len(lengths)
+    each = [min(length, targets) if isinstance(targets, int) else length for length in lengths]
+    return max(sum(each[b] for b in group) for group in rows_apart(each, vocabulary, device))
+
+
+def batch_tokens_for(
+    model: nn.Module, device: torch.device, vectors: int, layers: Mapping[str, int], targets: str | int = "last"
+) -> int:
     """How many tokens fit in this device's memory when `vectors` cotangents are pulled back to these layers of width D.
 
     The most whose peak, by `pull_memory`, is `GPU_MEMORY_SHARE` of the free memory, as one prompt or as short ones.
+    `targets` is as for `FisherModel`.
     """
     if device.type != "cuda":
         return CPU_BATCH_TOKENS
     devices = {device} | {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
     return most_tokens(
-        int(GPU_MEMORY_SHARE * free), model_widths(model, layers), vectors, model_dtype(model).itemsize, device
+        int(GPU_MEMORY_SHARE * free),
+        model_widths(model, layers),
+        vectors,
+        model_dtype(model).itemsize,
+        device,
+        targets,
     )
 
 
@@ -70,7 +108,9 @@ def model_widths(model: nn.Module, layers: Mapping[str, int]) -> Widths:
     return widths_of(model, blocks.values(), max(layers.values()), layers_of(model).vocabulary, above, len(layers))
 
 
-def most_tokens(limit: int, widths: Widths, vectors: int, itemsize: int, device: torch.device) -> int:
+def most_tokens(
+    limit: int, widths: Widths, vectors: int, itemsize: int, device: torch.device, targets: str | int = "last"
+) -> int:
     """The most tokens of a batch whose peak is at most `limit` bytes; 256 at least.
 
     Args:
@@ -79,13 +119,15 @@ def most_tokens(limit: int, widths: Widths, vectors: int, itemsize: int, device:
         vectors: K, the cotangents pulled back together.
         itemsize: bytes of a number of the pullback.
         device: that it runs on.
+        targets: as for `FisherModel`.
     """
 
     def fits(tokens: int) -> bool:
         short = [SHORT_PROMPT] * (tokens // SHORT_PROMPT)
         return all(
-            sum(pull_memory(widths, lengths, vectors, itemsize, device).values()) <= limit
+            sum(pull_memory(widths, lengths, vectors, itemsize, device, targets=rows).values()) <= limit
             for lengths in ([tokens], short)
+            for rows in [target_rows(lengths, targets, widths.V, device) if lengths else 0]
         )
 
     low, high = 256, 2**20
@@ -271,10 +313,16 @@ def with_completions(
     """Each prompt with its completion: one of the given ones, or the assistant turn that follows it, if one is wanted.
 
     Raises:
-        ValueError: there are more or fewer completions than prompts.
+        ValueError: there are more or fewer completions than prompts, or one is no text.
     """
     if completions is not None:
-        yield from zip(prompts, completions, strict=True)
+        missing = object()
+        for number, (prompt, completion) in enumerate(zip_longest(prompts, completions, fillvalue=missing)):
+            if missing in (prompt, completion):
+                raise ValueError(f"completions are as many as the prompts, but one of the two has {number} alone")
+            if not isinstance(completion, str | Mapping):
+                raise ValueError(f"completion {number} is a {type(completion).__name__}; expected a text")
+            yield prompt, completion
         return
     for prompt in prompts:
         try:

@@ -115,6 +115,15 @@ def answer_after(value: object, conversation: Literal["first_turn", "full"] = "f
     return _message(turns[at], at)
 
 
+def user_turns(value: object) -> int:
+    """The number of a user's turns in a conversation; 1 of a text.
+
+    Raises:
+        SkippedPrompt: it is neither.
+    """
+    return 1 if isinstance(value, str) else [_role(turn) for turn in turns_and_tools(value)[0]].count("user")
+
+
 def last_answer(value: object) -> Message:
     """The last assistant's message of a list of turns.
 
@@ -126,6 +135,20 @@ def last_answer(value: object) -> Message:
     if at is None:
         raise SkippedPrompt("turns without an assistant's")
     return _message(turns[at], at)
+
+
+def as_answer(completion: str | Message) -> Message:
+    """A completion as an assistant's message.
+
+    Raises:
+        SkippedPrompt: it has no text, or none that is valid Unicode.
+    """
+    answer = dict(completion) if isinstance(completion, Mapping) else {"role": "assistant", "content": completion}
+    try:
+        _not_blank(_valid(text_of(answer)))
+    except SkippedPrompt as reason:
+        raise SkippedPrompt(f"the completion: {reason}") from reason
+    return answer
 
 
 def turns_and_tools(value: object) -> tuple[list[object], list[Any] | None]:

@@ -97,6 +97,7 @@ class PromptSource:
         column: the name of the column that holds the prompts; of several, their names in one text.
         fingerprint: the same text for the same data, another for other data; without the choice of rows and columns.
         total: the number of prompts; None for a data set of the hub, where it is only known at the end.
+        completions: where the completions are, in words; None: none were asked for.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class PromptSource:
         self.column = form.column
         self.fingerprint = table.fingerprint
         self.total: int | None = None
+        self.completions = None if answers is None else answers.words
         self._table = table
         self._columns = list(dict.fromkeys([*form.columns, *(answers.columns if answers else ()), *keep_columns]))
         self._form, self._answers = form, answers

@@ -18,6 +18,7 @@ from fisher_vmap.data.conversations import (
     Message,
     SkippedPrompt,
     arranged,
+    as_answer,
     extract_prompt,
     text_of,
     turns_in_text,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_LENGTH = 2048  # tokens of a prompt, by default
+_OTHER_ANSWERS = ("q7Zx", "4 k")  # which begin with different tokens
 _FIRST_CUT = 8  # characters per token of max_length at which the search for a cut begins
 
 
@@ -76,6 +78,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         system_turns: Literal["keep", "merge", "drop"] = "keep",
         special_tokens_in_text: Literal["parse", "literal"] = "parse",
+        advice: str = "raise max_length",
     ) -> None:
         """Choose between the template and plain text, and try the choice on a short prompt.
 
@@ -94,6 +97,7 @@ class Renderer:
                 own.
             special_tokens_in_text: "parse": the name of a special token in a prompt's text becomes that token;
                 "literal": it is split as ordinary text is. The template and the prefill are always parsed.
+            advice: what to do if `max_length` leaves no room for a prompt.
 
         Raises:
             UserError: a template is missing or takes no system turn, or `max_length` leaves no room for a prompt.
@@ -137,7 +141,7 @@ class Renderer:
         if least > max_length:
             raise UserError(
                 f"max_length {max_length} leaves no room for a prompt: one letter, with what the template and the "
-                f"tokenizer put around it, takes {least} tokens; raise max_length"
+                f"tokenizer put around it, takes {least} tokens; {advice}"
             )
 
     def given(self, prompt: Any) -> Any:
@@ -168,63 +172,60 @@ class Renderer:
             SkippedPrompt: it has no text or no tokens, the template refuses a turn, or the earlier turns leave no room
                 for the last one.
         """
-        if completion is not None:
-            return self._with_completion(prompt, completion)
+        answer = None if completion is None else as_answer(completion)
         extracted = extract_prompt(prompt)
         if isinstance(extracted, str):
             extracted = Conversation([{"role": "user", "content": extracted}])
         if self._is_rendered(extracted[-1]["content"]) and all(turn["role"] == "system" for turn in extracted[:-1]):
-            return self._rendered_already(extracted[-1]["content"], system=bool(extracted[:-1] or self._system_prompt))
+            system = bool(extracted[:-1] or self._system_prompt)
+            return self._rendered_already(extracted[-1]["content"], answer, system=system)
         *earlier, last = self._arranged(extracted)
         text, tools = last["content"], extracted.tools
         if earlier or tools:
             self._tell_of_lost_turns([*earlier, {**last, "content": "a"}], tools)
 
-        def ids_with(length: int) -> list[int]:
-            return self._ids([*earlier, {**last, "content": text[:length]}], tools)
+        def turns_with(length: int) -> list[Message]:
+            return [*earlier, {**last, "content": text[:length]}]
 
-        length, ids = self._longest_fit(text, ids_with, before="the turns before the last one" if earlier else None)
-        spoken = [turn for turn in earlier if turn["role"] != "system"]
+        crowd = [*(["the turns before the last one"] if earlier else []), *(["the completion"] if answer else [])]
+        length, ids = self._longest_fit(
+            text, lambda length: self._ids(turns_with(length), tools, answer), before=" and ".join(crowd)
+        )
+        shown, spoken = text[:length], [turn for turn in earlier if turn["role"] != "system"]
         if spoken:
-            shown = [*spoken, {"role": "user", "content": text[:length]}]
-            return TokenizedPrompt(ids, "\n\n".join(f"{t['role']}: {text_of(t)}" for t in shown), length < len(text))
-        return TokenizedPrompt(ids, text[:length], length < len(text))
+            said = [*spoken, {"role": "user", "content": shown}]
+            shown = "\n\n".join(f"{turn['role']}: {text_of(turn)}" for turn in said)
+        found = TokenizedPrompt(ids, shown, length < len(text))
+        if answer is None:
+            return found
+        return self._ended(found, self._start(ids, turns_with(length), tools, answer), answer)
 
-    def _with_completion(self, prompt: object, completion: str | Message) -> TokenizedPrompt:
-        answer: Message = completion if isinstance(completion, dict) else {"role": "assistant", "content": completion}
-        shown, extracted = text_of(answer), extract_prompt(prompt)
-        if isinstance(extracted, str):
-            extracted = Conversation([{"role": "user", "content": extracted}])
-        whole = self._template is not None and not self._is_rendered(extracted[-1]["content"])
-        *earlier, last = self._arranged(extracted)
-        text, tools = last["content"], extracted.tools
+    def _start(self, ids: list[int], turns: Sequence[Message], tools: list[Any] | None, answer: Message) -> int:
+        """The number of the first token of a completion in the ids of a prompt with it."""
+        if self._template is None:
+            return len(self._ids(turns, tools))
+        own = self._ids(turns, tools)
+        start = _agreeing(own, ids)
+        if start < _agreeing(own, self._ids(turns, tools, begun=False)):  # not even the prompt is written alike
+            self._say(
+                "the chat template writes a prompt otherwise where an answer follows: a completion begins where the "
+                "tokens of two answers part"
+            )
+            others = (self._ids(turns, tools, {**answer, "content": other}) for other in _OTHER_ANSWERS)
+            start = min(_agreeing(other, ids) for other in others)
+        return start
 
-        def prompt_ids(length: int) -> list[int]:
-            if not whole:
-                return self._shortened(prompt, length)
-            return self._ids([*earlier, {**last, "content": text[:length]}], tools)
-
-        def ids_with(length: int) -> list[int]:
-            if not whole:
-                return prompt_ids(length) + self._encoded(shown, add_special_tokens=False)
-            return self._ids([*earlier, {**last, "content": text[:length]}, answer], tools, answer=False)
-
-        before = "the turns before the last one, and the completion"
-        length, ids = self._longest_fit(text, ids_with, before=before)
-        own = prompt_ids(length)
-        start = next((i for i, (one, other) in enumerate(zip(own, ids, strict=False)) if one != other), len(own))
+    def _ended(self, found: TokenizedPrompt, start: int, answer: Message) -> TokenizedPrompt:
+        """The prompt with its completion, which ends with the first end-of-text token."""
+        ids, shown, end = found.ids, text_of(answer), getattr(self._tokenizer, "eos_token", None)
         ends = [i for i in range(start, len(ids)) if ids[i] == self._tokenizer.eos_token_id]
+        if self._literal is None and end and end in shown:
+            self._say(f"completions that hold {end} end there (special_tokens_in_text: literal takes it as text)")
+            shown = shown.partition(end)[0]
         ids = ids[: ends[0] + 1] if ends else ids
         if not 0 < start < len(ids):
             raise SkippedPrompt("the completion gives no tokens of its own")
-        return TokenizedPrompt(ids, text[:length], length < len(text), start, shown)
-
-    def _shortened(self, prompt: object, length: int) -> list[int]:
-        """The ids of a prompt that is not rendered here, of so many characters of its last turn."""
-        extracted = extract_prompt(prompt)
-        if isinstance(extracted, str):
-            return self.render(extracted[:length]).ids
-        return self.render([*extracted[:-1], {**extracted[-1], "content": extracted[-1]["content"][:length]}]).ids
+        return found._replace(ids=ids, start=start, completion=shown)
 
     def _arranged(self, turns: Sequence[Message]) -> list[Message]:
         if self._system_turns != "keep" and any(turn["role"] == "system" for turn in turns):
@@ -240,10 +241,10 @@ class Renderer:
             and (bool(self._bos and begun.startswith(self._bos)) or self._frame.wrote(begun))
         )
 
-    def _rendered_already(self, text: str, *, system: bool) -> TokenizedPrompt:
+    def _rendered_already(self, text: str, answer: Message | None, *, system: bool) -> TokenizedPrompt:
         """The tokens of a text that a template has written; of a long one the template's end stays whole.
 
-        `system` is whether there is a system turn besides, which has no place.
+        Those of a completion are appended. `system` is whether there is a system turn besides, which has no place.
         """
         self._say(
             "prompts that begin as the chat template does, or with the tokenizer's beginning-of-text token, are "
@@ -261,20 +262,22 @@ class Renderer:
             self._say("a system turn, and a prefill after no such end, are not added to rendered prompts")
         front = self._bos if self._frame.bos and not body.lstrip().startswith(self._bos) else ""
         tail += self._prefill if tail else ""
-        length, ids = self._longest_fit(
-            body, lambda length: self._encoded(front + body[:length] + tail, add_special_tokens=False), before=None
-        )
-        return TokenizedPrompt(ids, body[:length] + text[end:], length < len(body))
+        added = [] if answer is None else self._encoded(text_of(answer), add_special_tokens=False)
 
-    def _longest_fit(
-        self, text: str, ids_with: Callable[[int], list[int]], before: str | None
-    ) -> tuple[int, list[int]]:
+        def ids_with(length: int) -> list[int]:
+            return self._encoded(front + body[:length] + tail, add_special_tokens=False) + added
+
+        length, ids = self._longest_fit(body, ids_with, before="the completion" if added else "")
+        found = TokenizedPrompt(ids, body[:length] + text[end:], length < len(body))
+        return found if answer is None else self._ended(found, len(ids) - len(added), answer)
+
+    def _longest_fit(self, text: str, ids_with: Callable[[int], list[int]], before: str) -> tuple[int, list[int]]:
         """The most characters of a text that fit into `max_length`, and the prompt's ids with them.
 
         Args:
             text: the text that may be cut.
             ids_with: the ids with so many characters of it.
-            before: what else may leave no room, or None.
+            before: what else may leave no room; empty: nothing.
         """
         fits, fitting_ids = 0, list[int]()
         length = min(len(text), _FIRST_CUT * self._max_length)
@@ -284,7 +287,7 @@ class Renderer:
             fits, fitting_ids = length, ids
             length = min(len(text), 2 * length)
         if before and not fits and len(ids_with(1)) > self._max_length:
-            raise SkippedPrompt(f"{before} leave no room for it in {self._max_length} tokens")
+            raise SkippedPrompt(f"no room for the text beside {before} in {self._max_length} tokens")
         too_long = length
         while too_long - fits > 1:
             length = (fits + too_long) // 2
@@ -297,14 +300,20 @@ class Renderer:
             raise SkippedPrompt(f"what fits of the text into {self._max_length} tokens is only white space")
         return fits, _not_empty(fitting_ids)
 
-    def _ids(self, turns: Sequence[Message], tools: list[Any] | None, *, answer: bool = True) -> list[int]:
+    def _ids(
+        self, turns: Sequence[Message], tools: list[Any] | None, answer: Message | None = None, *, begun: bool = True
+    ) -> list[int]:
+        """The ids of turns and the answer; without one, `begun` says whether they end where it begins."""
         if self._literal is not None:
-            turns, tools = self._literal.hidden(turns), self._literal.hidden(tools)
+            turns, tools, answer = (self._literal.hidden(each) for each in (turns, tools, answer))
         if self._template is None:
-            return self._encoded("\n\n".join(map(text_of, turns)), add_special_tokens=True)
+            ids = self._encoded("\n\n".join(map(text_of, turns)), add_special_tokens=True)
+            return ids if answer is None else ids + self._encoded(text_of(answer), add_special_tokens=False)
         # A template writes the special tokens itself.
-        rendered = self._template.render(turns, tools, answer=answer)
-        return self._encoded(rendered + (self._prefill if answer else ""), add_special_tokens=False)
+        if answer is not None:
+            return self._encoded(self._template.render([*turns, answer], tools, answer=False), add_special_tokens=False)
+        rendered = self._template.render(turns, tools, answer=begun)
+        return self._encoded(rendered + (self._prefill if begun else ""), add_special_tokens=False)
 
     def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -346,6 +355,11 @@ class Renderer:
         if line not in self._said:
             self._said.add(line)
             _log.info("%s", line)
+
+
+def _agreeing(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _not_empty(ids: list[int]) -> list[int]:

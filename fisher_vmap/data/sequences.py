@@ -22,6 +22,12 @@ class Tokens(NamedTuple):
     ids: list[int]
     start: int | None = None
 
+    def targets(self, asked: str | int) -> int:
+        """How many targets it has; `asked` is as the argument of `FisherModel`."""
+        if asked in ("last", "all"):
+            return len(self.ids) if asked == "all" else 1
+        return sum(self.mask(len(self.ids), "targets"))
+
     def mask(self, width: int, part: str) -> list[bool]:
         """[width] of some columns: the tokens of the "prompt", those of the "completion", or "targets" before these.
 
@@ -71,9 +77,9 @@ def as_sequences(prompt: Sequence[int] | Tokens | Sequence[Tokens]) -> list[Toke
     return given if isinstance(given[0], Tokens) else [Tokens(given)]  # type: ignore[arg-type, return-value]
 
 
-def padded(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, [B, T], of sequences padded on the right."""
-    input_ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.int64, device="cpu")
+def padded(rows: Sequence[Tokens], device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, [B, width], of sequences padded on the right."""
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(input_ids)
     for b, row in enumerate(rows):
         input_ids[b, : len(row.ids)], mask[b, : len(row.ids)] = torch.tensor(row.ids, device="cpu"), 1

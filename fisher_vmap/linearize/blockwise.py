@@ -261,6 +261,7 @@ def pull_memory(
     itemsize: int,
     device: torch.device,
     chunk_size: int | None = None,
+    targets: int | None = None,
 ) -> dict[str, int]:
     """The bytes at the peak of a batch's scores by packed prompts, by use, besides the weights.
 
@@ -271,6 +272,7 @@ def pull_memory(
         itemsize: bytes of a number of the pullback.
         device: that it runs on; its constants decide what passes through a block at a time.
         chunk_size: how many vectors pass through a block at a time; None: as a pull chooses.
+        targets: how many distributions are computed together; None: one a prompt.
     """
     B, N, K, (D, V, M, _, G, _, linear, above, layers) = len(lengths), sum(lengths), cotangents, widths
     chunk = min(K, chunk_size or cotangents_at_a_time(K, N, device) or K)
@@ -283,7 +285,7 @@ def pull_memory(
     results = 4 * layers * B * K * D
     upcast = VOCABULARY_CHUNK_ELEMENTS.get(device.type, 2**22) if itemsize < 4 else 0
     # z, log p, p and two copies without the tokens asked for, in float32
-    head = {"head": 4 * (min(upcast, V * D) + 5 * max(B, MIN_ROWS) * V + 4 * B * K * D)}
+    head = {"head": 4 * (min(upcast, V * D) + 5 * max(targets or B, MIN_ROWS) * V + 4 * B * K * D)}
     forward = {"block": N * (2 * linear + 4 * D) * itemsize}
     # keys' and values' cotangents, the two products with their projections, and the norm's pullback
     last = {"cotangents": K * N * D * itemsize, "chunk": chunk * N * (4 * G + 4 * D) * itemsize}

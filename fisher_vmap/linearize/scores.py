@@ -282,7 +282,7 @@ def _of_several(
     log_p_BO = grid.spread(reading.log_probs, -torch.inf).flatten(1)
     token_ids_BO = grid.spread(reading.token_ids, NO_TOKEN).flatten(1)
     cotangents_MKX = reading.cotangents.transpose(0, 1)
-    together = max(1, FIELD_ELEMENTS // (K * max(net.layout.input_ids.numel(), M) * X))
+    together = targets_together(K, max(net.layout.input_ids.numel(), M), X)
     gradients: dict[str, list[Tensor]] = {layer: [] for layer in net.layers}
     energy: dict[str, Tensor] = {}
     for first in range(0, m, together):
@@ -300,6 +300,11 @@ def _of_several(
             energy[layer] = energy[layer] + found.energy if layer in energy else found.energy
     joined = {layer: torch.cat(parts, 1) for layer, parts in gradients.items()}
     return log_p_BO, token_ids_BO, {layer: (g[:, : m * K], g[:, m * K :]) for layer, g in joined.items()}, energy
+
+
+def targets_together(tokens: int, rows: int, width: int) -> int:
+    """How many targets of a prompt are pulled back in one pass, of so many tokens each."""
+    return max(1, FIELD_ELEMENTS // (tokens * rows * width))
 
 
 def run_choice(

@@ -6,6 +6,8 @@ setting_types  what each type of setting accepts
 cli_args       settings read from the command line and config.yaml
 fingerprint    what a folder's results depend on
 open           the model, prompts, renderer and folder of a run, with all checks before it begins
+proof          the kernel proven on a run's first batch
+written        completions that the model writes, once for each prompt
 compute        shards computed and stored, in this process
 bar            the progress bar
 ray            the driver of a run on a Ray cluster

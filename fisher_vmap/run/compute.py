@@ -36,6 +36,7 @@ from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.bar import Progress
 from fisher_vmap.run.open import Notes, PreparedShard, Run
 from fisher_vmap.run.settings import Settings
+from fisher_vmap.run.written import sequences_of
 
 T = TypeVar("T")
 Report = Callable[[Progress], None]
@@ -257,8 +258,10 @@ def compute_shard(
         if max(prompt.ids) >= size
     }
     places = [i for i in shard.rendered if i not in numbers]
-    prompts = [Tokens(shard.rendered[i].ids, shard.rendered[i].start) for i in places]
-    made = dict(zip(places, fisher.sequences(prompts), strict=True))
+    prompts = {i: Tokens(shard.rendered[i].ids, shard.rendered[i].start) for i in places}
+    made = sequences_of(fisher, prompts, shard.written)
+    numbers |= {i: "out of memory where the model writes its completions" for i in places if i not in made}
+    places = list(made)
     lengths = [tokens_of(sequences) for sequences in made.values()]
     report(Progress(len(shard.prompts) - len(places), 0, len(places), sum(lengths)))
     batches = pack(lengths, fisher.batch_size, fisher.max_batch_tokens)

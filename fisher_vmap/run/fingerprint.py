@@ -15,7 +15,7 @@ NOT_IN_FINGERPRINT = {
     *("device", "device_map", "max_memory", "dataset_name", "dataset_revision"),
     *("num_prompts", "hook_layer_name", "output_dir", "overwrite", "export_npz", "strict", "shard_size"),
     *("vectors_dtype", "store_text", "keep_columns", "save"),  # part of the layout, which is compared as well
-    "prompt_column",  # the column that it led to is in the fingerprint
+    *("prompt_column", "completion_column"),  # the columns that they led to are in the fingerprint
     "chat_template_file",  # its content is in the fingerprint
     *("engine", "ray_address", "ray_workers", "ray_gpus_per_worker", "ray_cpus_per_worker"),
 }
@@ -23,7 +23,7 @@ NOT_IN_FINGERPRINT = {
 LATER = {
     *("prompt_template", "system_turns", "chat_template_kwargs", "special_tokens_in_text"),
     *("attn_implementation", "quantization", "model_kwargs"),
-    *("targets", "samples", "temperature", "completion_seed", "completion_column", "score_samples"),
+    *("targets", "samples", "temperature", "completion_seed", "score_samples"),
 }
 
 
@@ -34,6 +34,8 @@ def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher
     chosen = {name: value for name, value in settings.model_dump().items() if name not in left_out}
     if settings.chat_template_file is not None:
         chosen["chat_template_file"] = content_mark(settings.chat_template_file)
+    if source.completions is not None:
+        chosen["completions"] = source.completions
     return chosen | {
         "model_kwargs": kwargs_of_results(settings.model_kwargs),
         "model": loaded.identity,

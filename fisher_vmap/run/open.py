@@ -1,23 +1,23 @@
 """Open what a run needs: prompts, model, renderer and results folder, with all checks before anything is written."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from fisher_vmap.data.batching import pack
+from fisher_vmap.completions import Completions
 from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.prompts import PromptSource, ShardPrompts, SourcePrompt, read_prompts
 from fisher_vmap.data.render import Renderer, TokenizedPrompt
+from fisher_vmap.data.sequences import Tokens
 from fisher_vmap.errors import UserError
 from fisher_vmap.fisher_model import PAIRS_A_TOKEN, FisherModel
 from fisher_vmap.load.model import Loaded, load_model
 from fisher_vmap.load.options import LoadOptions
-from fisher_vmap.model.validation import is_out_of_memory, most_positions
+from fisher_vmap.model.validation import most_positions
 from fisher_vmap.progress import step
 from fisher_vmap.results.folder import inspect_folder
 from fisher_vmap.results.index import ShardLayout, stored_precision
@@ -25,16 +25,24 @@ from fisher_vmap.results.local_paths import RECORD, found_here
 from fisher_vmap.results.means import check_means_only
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.fingerprint import fingerprint
+from fisher_vmap.run.proof import compare_forms, excerpts_of, prove
 from fisher_vmap.run.settings import Settings
+from fisher_vmap.run.written import stored_completions, tell_cost
 
 log = logging.getLogger(__name__)
 
-PROOF_TOKENS = 64  # of each of two prompts, if a whole batch does not fit in memory
-PROOF_TOP = 2  # tokens that the forms of the kernel are proven for when a run begins
-
 
 def source_of(settings: Settings) -> PromptSource:
-    """The prompts of the settings; errors as `read_prompts`."""
+    """The prompts of the settings.
+
+    Raises:
+        UserError: as `read_prompts`, or a column of completions without use.
+    """
+    if settings.completion_column is not None and settings.targets != "completion":
+        raise UserError(
+            f"completion_column is for targets: completion, and targets is {settings.targets}; set targets, or leave "
+            "completion_column out"
+        )
     return read_prompts(
         settings.dataset_name,
         dataset_config=settings.dataset_config,
@@ -47,6 +55,8 @@ def source_of(settings: Settings) -> PromptSource:
         prompt_template=settings.prompt_template,
         keep_columns=settings.keep_columns,
         conversation=settings.conversation,
+        completions=settings.targets == "completion",
+        completion_column=settings.completion_column,
     )
 
 
@@ -137,11 +147,17 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
     if settings.prefill and settings.targets == "completion":
         raise UserError("prefill is the start of an answer, and targets: completion reads whole ones; leave one out")
     max_length, limit = settings.max_length, most_positions(loaded.model)
-    if isinstance(settings.targets, int) and limit is not None:  # room for what the model writes
-        limit = max(1, limit - settings.targets)
+    beside, advice = "", "raise max_length"
+    if isinstance(settings.targets, int) and limit is not None:
+        try:
+            limit = Completions(settings.targets).room(limit)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        beside = f" for a prompt, beside the {settings.targets} tokens to write"
     if limit is not None and limit < max_length:
-        log.info("max_length is %d, but this model has %d positions: that is the most here", max_length, limit)
-        max_length = limit
+        line = "max_length is %d, but this model has %d positions%s: that is the most here"
+        log.info(line, max_length, limit, beside)
+        max_length, advice = limit, "lower targets" if beside else advice
     return Renderer(
         loaded.tokenizer,
         max_length=max_length,
@@ -154,6 +170,7 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
         chat_template_kwargs=settings.chat_template_kwargs,
         system_turns=settings.system_turns,
         special_tokens_in_text=settings.special_tokens_in_text,
+        advice=advice,
     )
 
 
@@ -166,6 +183,8 @@ class PreparedShard(NamedTuple):
     """The prompts that became tokens."""
     skipped: dict[int, str]
     """Why the others did not."""
+    written: Mapping[int, list[list[int]]] = {}
+    """The completions that the model has written before, as token ids: a shard that was stored has grown."""
 
 
 def prepare(renderer: Renderer, number: int, prompts: Sequence[SourcePrompt]) -> PreparedShard:
@@ -220,7 +239,9 @@ class Run(NamedTuple):
             if self.writer.is_stored(number, prompts[0].index, prompts[-1].index + 1):
                 yield PreparedShard(number, prompts, {}, {})
             else:
-                yield prepare(self.renderer, number, prompts)
+                shard = prepare(self.renderer, number, prompts)
+                writes = isinstance(self.settings.targets, int)
+                yield shard._replace(written=stored_completions(self.writer, number)) if writes else shard
 
 
 def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device_share: float = 1.0) -> Run:
@@ -253,10 +274,11 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     prompts = ShardPrompts(source, settings.shard_size)
     with step("reading the first prompts"):
         first_shard = prepare(renderer, 0, prompts.of(0))
-    excerpts = _excerpts(settings, fisher, first_shard, renderer)
+    tell_cost(settings, [Tokens(prompt.ids, prompt.start) for prompt in first_shard.rendered.values()])
+    excerpts = excerpts_of(settings, fisher, list(first_shard.rendered.values()), renderer)
     with step("proving the kernel"):
-        forms = _prove(fisher, excerpts)
-    _compare_forms(settings.output_dir, stored.get("forms"), forms)
+        forms = prove(fisher, excerpts)
+    compare_forms(settings.output_dir, stored.get("forms"), forms)
     local_paths = found_here(settings.model_dump())
     writer = ResultsWriter.open(
         settings.output_dir,
@@ -281,7 +303,7 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
     if not set(local_paths) <= set(resolved.get(RECORD, [])):  # a resumed run, of files that lie elsewhere now
         writer.note(RECORD, local_paths)
     # Another process may have opened the run in the meantime: its choices hold.
-    _compare_forms(settings.output_dir, resolved.get("forms"), forms)
+    compare_forms(settings.output_dir, resolved.get("forms"), forms)
     fisher.max_batch_tokens = resolved["max_batch_tokens"]
     _set_threads(resolved.get("threads", torch.get_num_threads()))
     if resolved.get("template_date") != renderer.template_date:
@@ -294,83 +316,3 @@ def open_run(settings: Settings, loaded: Loaded, source: PromptSource, *, device
 def _set_threads(threads: int) -> None:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)  # sums split over threads differ in their last bits
-
-
-Excerpt = tuple[Tensor, Tensor]
-"""input_ids [B, T] and attention_mask [B, T]."""
-
-
-def _excerpts(settings: Settings, fisher: FisherModel, shard: PreparedShard, renderer: Renderer) -> list[Excerpt]:
-    """The batches to prove the kernel on: the run's first batch, and two short prompts if that does not fit in memory.
-
-    A resumed run takes the same ones. A real batch has the run's lengths and number of rows, which a proof depends on.
-
-    Raises:
-        UserError: neither a prompt nor a plain word becomes tokens that the model knows.
-    """
-    known = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    every = [prompt.ids for prompt in shard.rendered.values() if max(prompt.ids) < known]
-    every = every or [_plain_word(settings, renderer, known)]
-    batch = [every[i] for i in pack([len(ids) for ids in every], fisher.batch_size, fisher.max_batch_tokens)[0]]
-    short = sorted((ids[:PROOF_TOKENS] for ids in every), key=len)
-    return [_padded(fisher, batch), _padded(fisher, [short[0], short[-1]])]
-
-
-def _padded(fisher: FisherModel, rows: list[list[int]]) -> Excerpt:
-    few = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=fisher.device)
-    mask = torch.zeros_like(few)
-    for row, ids in enumerate(rows):
-        few[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids, device="cpu"), 1
-    return few, mask
-
-
-def _plain_word(settings: Settings, renderer: Renderer, known: int) -> list[int]:
-    try:
-        ids = renderer.render("Hello").ids
-    except SkippedPrompt as skip:
-        raise UserError(
-            f"the tokenizer of {settings.model_path} gives no tokens for any text ({skip}); save its tokenizer into "
-            "the folder"
-        ) from skip
-    if max(ids) >= known:
-        raise UserError(
-            f"the tokenizer of {settings.model_path} does not fit the model: it gives token {max(ids)} for a plain "
-            f"word, and the model knows {known} tokens; save the model's own tokenizer into the folder"
-        )
-    return ids
-
-
-def _prove(fisher: FisherModel, excerpts: Sequence[Excerpt]) -> dict[str, dict[str, str]]:
-    """Choose the kernel's form for each layer on the first excerpt that fits in memory.
-
-    Raises:
-        UserError: the kernel asked for cannot be trusted with this model, or there is no memory for it.
-    """
-    few, *others = excerpts
-    try:
-        fisher.scores(*few, top_k=min(fisher.top_k, PROOF_TOP))
-        if fisher.estimator == "full":
-            fisher.estimate(*few, rank=1)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if not others:
-            raise UserError(
-                f"out of memory on two prompts of {few[0].shape[1]} tokens; try dtype bfloat16, fewer layers or "
-                "top_k_tokens, or another device"
-            ) from error
-    else:
-        return fisher.forms
-    return _prove(fisher, others)  # outside of the handler, whose traceback keeps the tensors alive
-
-
-def _compare_forms(folder: str, stored: dict[str, dict[str, str]] | None, chosen: dict[str, dict[str, str]]) -> None:
-    for layer, here in chosen.items():
-        there = (stored or {}).get(layer, here)
-        if there["form"] != here["form"]:
-            raise UserError(
-                f"the kernel's form for {layer} is {here['form']} here ({here['why']}) but {there['form']} in {folder} "
-                f"({there['why']}); carry on with the versions and the machine of that run, or use another --output_dir"
-            )

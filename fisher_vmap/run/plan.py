@@ -7,17 +7,19 @@ from those of the results.
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from fisher_vmap.data.batching import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack
+from fisher_vmap.data.batching import CPU_BATCH_TOKENS, GPU_MEMORY_SHARE, pack, rows_apart
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import PromptSource
 from fisher_vmap.data.render import Renderer
+from fisher_vmap.data.sequences import Tokens, tokens_of
+from fisher_vmap.linearize.scores import targets_together
 from fisher_vmap.load.model import Loaded, choose_device
 from fisher_vmap.model.precision import Precision, faster_precision, product_rates, product_widths
 from fisher_vmap.model.validation import most_positions
@@ -25,7 +27,7 @@ from fisher_vmap.model.widening import NARROW
 from fisher_vmap.progress import bar, passing, readable, step
 from fisher_vmap.results.means import check_means_only
 from fisher_vmap.run.open import check_save, layout_of, make_renderer, model_of, open_model, prepare, source_of
-from fisher_vmap.run.plan_folder import Sample, Storage, finishing, storage_of, table_bytes
+from fisher_vmap.run.plan_folder import Sample, Sequences, Storage, finishing, storage_of, table_bytes
 from fisher_vmap.run.plan_model import BatchMemory, Skeleton, batch_memory, skeleton_of, unavoidable, work_of
 from fisher_vmap.run.settings import Settings
 
@@ -102,19 +104,16 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
         source = source_of(settings)
     renderer = make_renderer(settings, Loaded(skeleton.model, skeleton.tokenizer, {}), source, None)
     sample = sample_of(settings, source, renderer)
-    lengths = np.array(sample.lengths, np.float64)
+    sequences = Sequences.of(settings)
+    lengths = np.array([sum(sequences.lengths(prompt)) for prompt in sample.prompts], np.float64)
     share = sample.total / max(1, sample.tokenised)
-    counted = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), COUNTED_PROMPTS)).astype(int)]
-    operations = Counter[str]()
-    blocks = list(skeleton.blocks.values())
-    counted_ids = counted.astype(int).tolist()
+    counted = np.linspace(0, len(lengths) - 1, min(len(lengths), COUNTED_PROMPTS)).astype(int).tolist()
     with step("counting operations"):
-        for product in unavoidable(skeleton.model, blocks, counted_ids, skeleton.hooks, work_of(settings)):
-            operations[product.kind.partition(",")[0]] += product.shape.flops
+        operations = operations_of(settings, skeleton, sequences, [sample.prompts[i] for i in counted])
     # Attention's operations grow with the square of the length; the counted prompts have the same mix of lengths.
-    scale = float(lengths.sum() * share / max(1.0, counted.sum()))
+    scale = float(lengths.sum() * share / max(1.0, lengths[counted].sum()))
     with step("measuring the table"):
-        rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer))
+        rows = table_bytes(sample, layout_of(settings, skeleton.widths), Pieces(skeleton.tokenizer), sequences)
     precision, product_rate = chosen_here(settings, skeleton)
     itemsize = 4 if precision.name == "float32" else getattr(torch, settings.dtype).itemsize
     error = 0.0 if sample.exact else float(lengths.std() * sample.total / max(1, len(lengths)) ** 0.5)
@@ -125,30 +124,63 @@ def planned(settings: Settings, skeleton: Skeleton, rate: float | Literal["measu
         {kind: count * scale for kind, count in operations.items()},
         storage_of(settings, skeleton, sample, rows),
         skeleton.weight_bytes * itemsize // getattr(torch, settings.dtype).itemsize,
-        *batches_of(settings, skeleton, sample, max(work_of(settings).shared, 1), itemsize),
+        *batches_of(settings, skeleton, sample, itemsize),
         measured_rate(settings, sample) if rate == "measure" else rate,
         precision,
         product_rate,
     )
 
 
+def operations_of(
+    settings: Settings, skeleton: Skeleton, sequences: Sequences, prompts: Sequence[Tokens]
+) -> Counter[str]:
+    """The operations of some prompts, by kind; those of writing are a forward for every token, and its logits."""
+    lengths = [length for prompt in prompts for length in sequences.lengths(prompt)]
+    targets = [sequences.asked(prompt) for prompt in prompts for _ in range(sequences.samples)]
+    work = work_of(settings)._replace(targets=targets)
+    if settings.estimator == "topk" and targets:
+        work = work._replace(shared=round(work.shared * sum(targets) / len(targets)))
+    operations = Counter[str]()
+    blocks = list(skeleton.blocks.values())
+    for product in unavoidable(skeleton.model, blocks, lengths, skeleton.hooks, work):
+        kind = product.kind.partition(",")[0]
+        operations[kind] += product.shape.flops
+        if sequences.written and (kind == "forward" or (kind == "head" and not operations["written"])):
+            operations["writing"] += product.shape.flops
+            operations["written"] += kind == "head"
+    del operations["written"]
+    return operations
+
+
 def batches_of(
-    settings: Settings, skeleton: Skeleton, sample: Sample, vectors: int, itemsize: int
+    settings: Settings, skeleton: Skeleton, sample: Sample, itemsize: int
 ) -> tuple[BatchMemory, BatchMemory]:
     """The memory of the sample's batch with the most tokens, and of one prompt of the most tokens that are allowed."""
     tokens = CPU_BATCH_TOKENS if settings.max_batch_tokens == "auto" else settings.max_batch_tokens
     size = sys.maxsize if settings.batch_size == "auto" else settings.batch_size
-    limit = most_positions(skeleton.model)
-    longest = settings.max_length if limit is None else min(limit, settings.max_length)
+    limit, sequences = most_positions(skeleton.model), Sequences.of(settings)
+    longest = settings.max_length if limit is None else min(limit - sequences.written, settings.max_length)
     chunk = None if settings.cotangent_chunk == "auto" else settings.cotangent_chunk
-    device = choose_device(settings.device)
-    batches: list[list[int]] = [[]]
+    device, V = choose_device(settings.device), int(skeleton.model.config.get_text_config().vocab_size)
+    batches: list[list[Tokens]] = [[]]
     for shard in sample.shards:
-        lengths = [len(prompt.ids) for prompt in shard.rendered.values()]
-        batches += [[lengths[i] for i in batch] for batch in pack(lengths, size, tokens)]
-    both = max(batches, key=sum), [longest]
-    largest, allowed = (batch_memory(skeleton, batch, vectors, itemsize, device, chunk) for batch in both)
-    return largest, allowed
+        prompts = [Tokens(prompt.ids, prompt.start) for prompt in shard.rendered.values()]
+        packed = pack([sum(sequences.lengths(prompt)) for prompt in prompts], size, tokens)
+        batches += [[prompts[i] for i in batch] for batch in packed]
+
+    def memory(prompts: Sequence[Tokens]) -> BatchMemory:
+        lengths = [length for prompt in prompts for length in sequences.lengths(prompt)]
+        targets = [sequences.asked(prompt) for prompt in prompts for _ in range(sequences.samples)]
+        groups = rows_apart(targets, V, device)
+        rows = max((sum(targets[b] for b in group) for group in groups), default=0)
+        vectors = max(work_of(settings).shared, 1)
+        if settings.estimator == "topk" and rows > len(lengths):
+            vectors *= min(max(targets), targets_together(vectors, sum(lengths), max(skeleton.widths.values())))
+        return batch_memory(skeleton, lengths, vectors, itemsize, device, chunk, rows)
+
+    largest = max(batches, key=lambda batch: sum(sum(sequences.lengths(prompt)) for prompt in batch))
+    found = memory(largest)
+    return found._replace(prompts=len(largest)), memory([Tokens([0] * longest)])._replace(prompts=1)
 
 
 def chosen_here(settings: Settings, skeleton: Skeleton) -> tuple[Precision, float | None]:
@@ -180,9 +212,9 @@ def measured_rate(settings: Settings, sample: Sample) -> float:
         fisher = open_model(settings, loaded)
     batches = []
     for shard in sample.shards:
-        ids = [prompt.ids for prompt in shard.rendered.values()]
-        packed = pack([len(each) for each in ids], fisher.batch_size, fisher.max_batch_tokens)
-        batches += [[ids[i] for i in batch] for batch in packed]
+        prompts = fisher.sequences([Tokens(prompt.ids, prompt.start) for prompt in shard.rendered.values()])
+        packed = pack(list(map(tokens_of, prompts)), fisher.batch_size, fisher.max_batch_tokens)
+        batches += [[prompts[i] for i in batch] for batch in packed]
     rank = settings.num_singular_values
     with step("computing a first batch"):
         fisher.numbers(batches[0], rank)
@@ -190,7 +222,7 @@ def measured_rate(settings: Settings, sample: Sample) -> float:
     with step("measuring"):
         for batch in cycle(batches):
             fisher.numbers(batch, rank)
-            tokens += sum(map(len, batch))
+            tokens += sum(map(tokens_of, batch))
             if (seconds := time.perf_counter() - began) > MEASURED_S:
                 return tokens / seconds
     raise AssertionError("no batch")
@@ -212,6 +244,12 @@ def described(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[s
         how = f"{which} {sample.tokenised:,} prompts tokenised, standard error {found.tokens_error / found.tokens:.1%}"
     each = f"{found.tokens / max(1, sample.total):.1f} a prompt, the longest {max(sample.lengths, default=0):,}"
     yield f"tokens      {found.tokens:,.0f}, {each} ({how})"
+    if (sequences := Sequences.of(settings)).written:
+        count = sample.total * len(sample.lengths) / max(1, sample.tokenised) * sequences.samples
+        what = f"{sequences.samples} completions" if sequences.samples > 1 else "a completion"
+        yield f"            of these up to {count * sequences.written:,.0f} that the model writes: {what} of " + (
+            f"{sequences.written} tokens to each prompt"
+        )
     operations = ", ".join(f"{kind} {count:.2e}" for kind, count in found.operations.items())
     yield f"operations  {sum(found.operations.values()):.2e} floating-point, in matrix products ({operations})"
     parts = ", ".join(f"{name} {readable(size)}" for name, size in found.storage.parts.items() if size)

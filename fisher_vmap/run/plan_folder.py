@@ -1,7 +1,7 @@
 """What a run leaves, for `--plan`: the bytes of its folder by use, and the memory that finishing the folder takes."""
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 from fisher_vmap.data.files import Extent
 from fisher_vmap.data.pieces import Pieces
 from fisher_vmap.data.prompts import SourcePrompt
+from fisher_vmap.data.render import TokenizedPrompt
+from fisher_vmap.data.sequences import TargetNumbers, Tokens, completions_of, target_columns
 from fisher_vmap.progress import readable
 from fisher_vmap.results.index import ShardLayout
 from fisher_vmap.results.means import dense_layers
@@ -41,9 +43,14 @@ class Sample(NamedTuple):
     first_alone: bool
 
     @property
+    def prompts(self) -> list[Tokens]:
+        """The prompts that have tokens, with their completion if the data has it."""
+        return [Tokens(prompt.ids, prompt.start) for shard in self.shards for prompt in shard.rendered.values()]
+
+    @property
     def lengths(self) -> list[int]:
-        """Tokens of each prompt that has any."""
-        return [len(prompt.ids) for shard in self.shards for prompt in shard.rendered.values()]
+        """Tokens of each prompt that has any, with those of the data's completion."""
+        return [len(prompt.ids) for prompt in self.prompts]
 
     @property
     def tokenised(self) -> int:
@@ -51,13 +58,41 @@ class Sample(NamedTuple):
         return sum(len(shard.prompts) for shard in self.shards)
 
 
-def table_bytes(sample: Sample, layout: ShardLayout, pieces: Pieces) -> int:
+class Sequences(NamedTuple):
+    """What the model writes to each prompt: `samples` completions of `written` tokens; of data: 1 of 0.
+
+    Attributes:
+        written: most tokens of a completion.
+        samples: S.
+        targets: as in the settings.
+    """
+
+    written: int
+    samples: int
+    targets: str | int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Sequences":
+        """Those of a run."""
+        written = settings.targets if isinstance(settings.targets, int) else 0
+        return cls(written, settings.samples, settings.targets)
+
+    def lengths(self, prompt: Tokens) -> list[int]:
+        """The tokens of each sequence of a prompt."""
+        return [len(prompt.ids) + self.written] * self.samples
+
+    def asked(self, prompt: Tokens) -> int:
+        """The targets of each sequence of a prompt."""
+        return self.written or prompt.targets(self.targets)
+
+
+def table_bytes(sample: Sample, layout: ShardLayout, pieces: Pieces, sequences: Sequences) -> int:
     """Bytes of a run's tables, in the shards and joined, from the sample's rows with random numbers in them."""
     rng = np.random.default_rng(0)
     tables: list[pa.Table] = []
     in_shards = 0
     for shard in sample.shards:
-        results = [_random_result(shard, prompt, layout, pieces, rng) for prompt in shard.prompts]
+        results = [_random_result(shard, prompt, layout, pieces, rng, sequences) for prompt in shard.prompts]
         numbers = rng.integers(2**32, size=len(results)).tolist()
         checksums = dict.fromkeys(("crc32", *(f"{layer}/crc32" for layer in layout.layers)), numbers)
         tables.append(rows_table(results, layout, checksums))
@@ -75,7 +110,12 @@ def _written(table: pa.Table) -> int:
 
 
 def _random_result(
-    shard: PreparedShard, prompt: SourcePrompt, layout: ShardLayout, pieces: Pieces, rng: np.random.Generator
+    shard: PreparedShard,
+    prompt: SourcePrompt,
+    layout: ShardLayout,
+    pieces: Pieces,
+    rng: np.random.Generator,
+    sequences: Sequences,
 ) -> PromptResult:
     rendered = shard.rendered.get(prompt.index)
     if rendered is None:
@@ -91,19 +131,44 @@ def _random_result(
         layer: LayerResult(rng.random(R), empty, empty, float(rng.random()), empty, float(rng.random()))
         for layer in layout.layers
     }
+    own = rendered.ids[: rendered.start]
     return PromptResult(
         index=prompt.index,
         source_row=prompt.source_row,
         text=rendered.text,
         kept=prompt.kept,
-        num_tokens=len(rendered.ids),
+        num_tokens=len(own),
         truncated=rendered.truncated,
         token_ids=token_ids,
         log_probs=np.log(rng.dirichlet(np.ones(K))).astype(np.float32),
         layers=layers,
         top_tokens=[pieces.single(int(token)) for token in token_ids],
-        prompt_tokens=pieces.each(rendered.ids),
+        prompt_tokens=pieces.each(own),
+        targets=_random_targets(rendered, layout, pieces, rng, sequences) if layout.pairs else {},
     )
+
+
+def _random_targets(
+    rendered: TokenizedPrompt, layout: ShardLayout, pieces: Pieces, rng: np.random.Generator, sequences: Sequences
+) -> dict[str, Any]:
+    """The columns of a prompt's targets and completions, with random numbers in them."""
+    prompt, S = Tokens(rendered.ids, rendered.start), sequences.samples
+    n, start = sequences.asked(prompt), len(prompt.ids if prompt.start is None else prompt.ids[: prompt.start])
+    numbers = TargetNumbers(
+        np.tile(np.arange(start - 1, start - 1 + n), S),
+        np.repeat(np.arange(S), n),
+        rng.random(S * n),
+        rng.random(S * n),
+        rng.integers(S * n, size=layout.pairs),
+        {layer: rng.random(S * n).astype(np.float32) for layer in layout.layers},
+        {layer: float(rng.random()) for layer in layout.layers},
+    )
+    own = rendered.ids[:start]
+    made = [prompt]
+    if sequences.written:
+        made = [Tokens([*own, *rng.choice(own, n).tolist()], start) for _ in range(S)]
+    written = completions_of(made, rendered, pieces)
+    return target_columns(numbers) | ({} if written is None else written._asdict())
 
 
 class Storage(NamedTuple):
@@ -122,7 +187,10 @@ def storage_of(settings: Settings, skeleton: Skeleton, sample: Sample, table: in
     """Bytes of the finished folder."""
     n, size, layout = sample.total, settings.shard_size, layout_of(settings, skeleton.widths)
     full, rest = divmod(n, size)
-    positions = sum(sample.lengths) / max(1, sample.tokenised)
+    sequences = Sequences.of(settings)
+    stored = sum(sum(sequences.lengths(prompt)[:1]) if sequences.samples == 1 else len(prompt.ids)
+                 for prompt in sample.prompts)  # fmt: skip
+    positions = stored / max(1, sample.tokenised)
     npz = sum(npz_size(n, layout.rank, width) for width in skeleton.widths.values())
     parts = {"tables": table, "index": INDEX_BYTES * (full + bool(rest)) + METADATA_BYTES}
     if settings.save == "mean":

@@ -2,17 +2,15 @@
 
 The operations are the matrix products that a run cannot avoid, for real tokens only:
 
-* one forward pass through every block; of the last block, only keys and values at every position, and the rest at the
-  last position of each prompt;
+* one forward pass through every block; of the last one only keys and values at every position, the rest at the targets;
 * one pullback of each vector through each block above the hook, one product per linear layer; the last block as above.
   A push costs as much as a pullback;
 * attention's products at their causal size, half of T x T, or less under a sliding window: two in the forward pass,
   four for each vector;
-* the products with the unembedding: one in the forward pass, and one that serves all cotangents of estimator topk.
+* for each target the products with the unembedding: one in the forward pass, and one for all cotangents of topk.
 
-Recomputation and everything that is not a matrix product are left out. Of a mixture of experts, a token counts only for
-the experts that it is routed to, and the tokens are spread evenly over the experts. Where one layer computes queries,
-keys and values, the last block's queries count at the last positions alone.
+Recomputation and all that is not a matrix product are left out. Of experts, a token counts for those that it is routed
+to, spread evenly. Where one layer computes queries, keys and values, the last queries count at the targets alone.
 """
 
 from __future__ import annotations
@@ -174,23 +172,22 @@ class Product(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How many vectors go through the blocks above the lowest hook for each prompt."""
+    """How many vectors go through the blocks above the lowest hook for each prompt, and from how many targets."""
 
-    shared: int
-    """Pulled back once for all hooked layers: K of estimator topk."""
-    of_each_layer: int = 0
-    """Pushed or pulled for each hooked layer separately, as estimator full does."""
-    head: int = 1
-    """Products with the unembedding besides the forward one."""
+    shared: int  # pulled back once for all hooked layers: K of estimator topk
+    of_each_layer: int = 0  # pushed or pulled for each hooked layer separately, as estimator full does
+    head: int = 1  # products with the unembedding besides the forward one
+    targets: Sequence[int] | None = None  # of each prompt; None: one
 
 
 def work_of(settings: Settings) -> Work:
     """How many vectors the estimator sends through the network for each prompt."""
+    rank, samples = settings.num_singular_values, settings.trace_samples
+    if settings.estimator == "sampled":
+        return Work(settings.score_samples, rank, 1 + 2 * rank)
     if settings.estimator == "topk":
-        samples = 0 if settings.trace_samples == "auto" else settings.trace_samples
-        return Work(shared=settings.top_k_tokens + samples)
-    samples = TRACE_SAMPLES if settings.trace_samples == "auto" else settings.trace_samples
-    return work_of_full(settings.num_singular_values + settings.oversampling, settings.passes, samples)
+        return Work(settings.top_k_tokens + (0 if samples == "auto" else samples))
+    return work_of_full(rank + settings.oversampling, settings.passes, TRACE_SAMPLES if samples == "auto" else samples)
 
 
 def work_of_full(vectors: int, passes: int, samples: int) -> Work:
@@ -211,7 +208,8 @@ def unavoidable(
         work: the vectors.
     """
     config = model.config.get_text_config()
-    B, M, top = len(lengths), sum(lengths), len(blocks) - 1
+    targets = work.targets or [1] * len(lengths)
+    B, M, top = sum(targets), sum(lengths), len(blocks) - 1
     heads = getattr(config, "num_attention_heads", None)
     products: list[Product] = []
 
@@ -227,8 +225,9 @@ def unavoidable(
         if not isinstance(heads, int):
             return  # no attention: what replaces it has no large products
         groups = getattr(config, "num_key_value_heads", None) or heads
-        for T in lengths:
-            Q, S = attended(T, _window(config, number), last_query=number == top)
+        for T, asked in zip(lengths, targets, strict=True):
+            Q, S = attended(T, _window(config, number), last_query=number == top and asked == 1)
+            Q = min(Q, asked) if number == top else Q
             shapes = _attention(Q, S, heads, groups, _head_width(block, config), vectors)
             products.extend(Product(f"{kind}, attention", shape, None) for shape in shapes)
 
@@ -380,6 +379,7 @@ def batch_memory(
     itemsize: int,
     device: torch.device,
     chunk_size: int | None = None,
+    targets: int | None = None,
 ) -> BatchMemory:
     """The memory of a batch of prompts, besides the weights.
 
@@ -389,12 +389,12 @@ def batch_memory(
         cotangents: K, the vectors that are pulled back together.
         itemsize: bytes of a number of the pullback.
         device: that it runs on.
-        chunk_size: how many vectors pass through a block at a time; None: as a run chooses.
+        chunk_size: as for `pull_memory`.
+        targets: likewise.
     """
-    D = int(skeleton.model.config.get_text_config().hidden_size)
-    V = int(skeleton.model.config.get_text_config().vocab_size)
+    config = skeleton.model.config.get_text_config()
+    D, V = int(config.hidden_size), int(config.vocab_size)
     above = len(skeleton.blocks) - 1 - min(skeleton.hooks)
     widths = widths_of(skeleton.model, skeleton.blocks.values(), D, V, above, len(skeleton.widths))
-    return BatchMemory(
-        len(lengths), sum(lengths), pull_memory(widths, lengths, cotangents, itemsize, device, chunk_size)
-    )
+    parts = pull_memory(widths, lengths, cotangents, itemsize, device, chunk_size, targets)
+    return BatchMemory(len(lengths), sum(lengths), parts)

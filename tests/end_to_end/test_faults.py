@@ -23,6 +23,7 @@ from models import fresh
 
 from fisher_vmap import open_results
 from fisher_vmap.data.batching import PromptNumbers
+from fisher_vmap.data.sequences import tokens_of
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.results.files import at_work
 from fisher_vmap.verify.__main__ import main as verify
@@ -55,7 +56,7 @@ def small_memory(monkeypatch, tokens, error=torch.OutOfMemoryError, broken_at=No
         tried.append(len(prompts_ids))
         if len(tried) == broken_at:
             raise KeyboardInterrupt
-        if len(prompts_ids) * max(map(len, prompts_ids)) > tokens:
+        if len(prompts_ids) * max(map(tokens_of, prompts_ids)) > tokens:
             raise error("DefaultCPUAllocator: can't allocate memory")
         return numbers(self, prompts_ids, rank)
 
@@ -190,7 +191,7 @@ def test_numbers_that_are_not_finite_fail_their_prompt(model, data, tmp_path, mo
     def spoilt(self, prompts_ids, rank):
         found = numbers(self, prompts_ids, rank)
         for i, ids in enumerate(prompts_ids):
-            if len(ids) == 4:
+            if tokens_of(ids) == 4:
                 result = found[i].layers[LAYER]
                 wrong = np.asarray(getattr(result, part)) * np.inf
                 reason = "the scores are not finite" if part in "SV" else None

@@ -22,6 +22,7 @@ from command_cases import (
 )
 
 from fisher_vmap import open_results
+from fisher_vmap.data.sequences import tokens_of
 from fisher_vmap.errors import UserError, WorkerError
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run import ray
@@ -223,6 +224,24 @@ def test_the_driver_and_its_workers_without_ray(settings, model, data, tmp_path)
     assert (again.stored_before, again.tokens, len(steps)) == (38, 0, 1)
 
 
+def test_workers_write_the_completions_of_the_local_run(settings, model, data, tmp_path):
+    asked = {"targets": 3, "samples": 2, "estimator": "full"}
+    drive_here(settings.model_copy(update=asked))
+    assert run_here(model, data, tmp_path / "alone", **SETTINGS, **asked) == 0
+    assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "alone")
+    assert any(record.completion_ids for record in open_results(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_two_workers_write_the_completions_of_the_local_run(model, data, tmp_path, monkeypatch, paths):
+    asked = {"targets": 3, "samples": 2, "estimator": "full"}
+    assert real_command(arguments(model, data, tmp_path / "alone", **SETTINGS, **asked)).returncode == 0
+    with ray_nodes.ray_nodes(monkeypatch, 2) as nodes:
+        done = real_command(on_ray(model, data, tmp_path / "out", ray_address=nodes.address, **asked))
+    assert done.returncode == 0, done.stderr
+    assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "alone")
+
+
 def test_one_shard_that_fails_is_named_and_the_others_are_kept(settings):
     from ray_workers import Throwing
 
@@ -254,7 +273,7 @@ def test_batches_that_were_split_are_kept_by_the_driver(settings, monkeypatch):
     numbers = FisherModel.numbers
 
     def small(self, prompts_ids, rank):
-        if len(prompts_ids) > 1 and max(map(len, prompts_ids)) > 30:
+        if len(prompts_ids) > 1 and max(map(tokens_of, prompts_ids)) > 30:
             raise MemoryError("out of memory")
         return numbers(self, prompts_ids, rank)
 
