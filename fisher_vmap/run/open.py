@@ -47,6 +47,8 @@ def source_of(settings: Settings) -> PromptSource:
         prompt_template=settings.prompt_template,
         keep_columns=settings.keep_columns,
         conversation=settings.conversation,
+        completions=settings.targets == "completion",
+        completion_column=settings.completion_column,
     )
 
 
