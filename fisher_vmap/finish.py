@@ -14,7 +14,7 @@ from pathlib import Path
 from fisher_vmap.cli import command, folder_command
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.index import Index, read_index
-from fisher_vmap.results.outputs import wants_npz
+from fisher_vmap.results.outputs import note_on_targets, wants_npz
 from fisher_vmap.results.writer import ResultsWriter
 
 
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lines(folder: Path) -> Iterator[str]:
     index = finish(folder)
     yield f"{folder} is complete: {index.stop:,} prompts in {len(index.shards):,} shards"
+    if note := note_on_targets(folder, index):
+        yield note
 
 
 def finish(folder: Path) -> Index:

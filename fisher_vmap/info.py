@@ -11,13 +11,18 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 
+import numpy as np
+import pyarrow.compute as pc
+
 from fisher_vmap.cli import command, folder_command
 from fisher_vmap.data.files import Count, Extent
 from fisher_vmap.escape import short, visible
 from fisher_vmap.progress import readable
 from fisher_vmap.results.index import Index, sum_name
+from fisher_vmap.results.outputs import columns_of, note_on_targets
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import RUN, natural, several
+from fisher_vmap.results.targets import targets_in_words
 from fisher_vmap.run.settings import Settings
 
 SHOWN = 5  # failed prompts, and skipped ones
@@ -56,7 +61,7 @@ def describe(results: Results) -> Iterator[str]:
             yield f"layer     {visible(name, spaces=False)}: {what}"
     if wide := [layer for layer in index.layers if results.is_wide(layer)]:
         yield f"mean      none at {several(wide)}, which is too wide; directions() and contrast() do without"
-    yield f"matrix    {index.layout.top_k} tokens, rank {index.layout.rank}, vectors in {index.layout.vectors_dtype}"
+    yield from _targets(results)
     shards = sum(shard.table_bytes + (0 if shard.folded else shard.bytes) for shard in index.shards)
     sizes = {f"{len(index.shards):,} shards of up to {index.shard_size} prompts": shards}
     if index.sum is not None:
@@ -79,6 +84,29 @@ def describe(results: Results) -> Iterator[str]:
             yield f"{word:9} prompt {prompt['index']}: {visible(str(prompt['reason']), spaces=False)}"
         if len(prompts) > SHOWN:
             yield f"{word:9} and {len(prompts) - SHOWN:,} more: metadata.yaml lists them"
+    if note := note_on_targets(results.folder, index):
+        yield f"note      {note}"
+
+
+def _targets(results: Results) -> Iterator[str]:
+    """Whose distribution was read, what is known of it, and which matrix was made of it."""
+    index, layout = results.index, results.index.layout
+    yield f"targets   {targets_in_words(index.fingerprint)}"
+    if layout.pairs:
+        table = columns_of(results.folder, index, ("status", "targets", "mean_entropy", "mean_log_prob"))
+        table = table.filter(pc.field("status") == "ok")
+        targets, entropy, log_prob = (table.column(name).to_numpy() for name in table.schema.names[1:])
+        if len(targets):
+            some = np.isfinite(log_prob)
+            follows = f", log p of what follows {log_prob[some].mean():.3g}" if some.any() else ""
+            yield (
+                f"{'':9} {targets.sum():,} in all, {targets.mean():.3g} a prompt; on average entropy "
+                f"{entropy.mean():.3g} nats{follows}"
+            )
+    estimator = index.fingerprint.get("estimator")
+    of_each = f" a target, {layout.pairs} (target, token) pairs kept" if layout.pairs else ""
+    how = f"estimator {estimator}, " if estimator else ""
+    yield f"matrix    {how}{layout.top_k} tokens{of_each}, rank {layout.rank}, vectors in {layout.vectors_dtype}"
 
 
 def extent_of(index: Index) -> Extent:

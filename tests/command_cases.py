@@ -115,3 +115,25 @@ def entries_of(out):
     for path in (out / "shards").glob("shard-*.json"):
         found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
+
+
+# Runs with several targets: what they add to the command line. `write_answers` is their data.
+TARGET_RUNS = {
+    "samples": {"targets": 3, "samples": 2},
+    "written": {"targets": 3, "estimator": "full"},
+    "completion": {"targets": "completion", "estimator": "sampled", "score_samples": 16},
+    "all": {"targets": "all", "hook_layer_name": "0,2"},
+}
+
+
+def write_answers(path, count=6):
+    """Prompts with completions of different lengths; the last is empty, and so skipped."""
+    prompts = [*texts(count - 1), ""]
+    return write_prompts(path, prompts, completion=[f"answer number {i}"[: 4 + 2 * i] for i in range(count)])
+
+
+def run_targets(folder, kind, **more):
+    """A folder of one of `TARGET_RUNS`, made by the command on a tiny model; returns its path."""
+    model, data = save_model(folder / "model"), write_answers(folder / "answers.jsonl")
+    assert run_here(model, data, folder / kind, **TARGET_RUNS[kind], **more) == 0
+    return folder / kind

@@ -278,7 +278,7 @@ def refuse_results(name: str, path: Path) -> None:
 
 def refuse_results_table(name: str, columns: Sequence[str]) -> None:
     """Raise UserError if a table has all columns of the prompts table of a results folder, wherever it lies now."""
-    if set(TABLE_COLUMNS) - {"crc32", "top_tokens", "prompt_tokens", "audit"} <= set(columns):
+    if set(TABLE_COLUMNS) - {"crc32", "top_tokens", "prompt_tokens", "audit", "top_probability"} <= set(columns):
         raise UserError(
             f"{name} is the table of a results folder of fisher_vmap, not data; correct dataset_name (the run's "
             "metadata.yaml tells what it read)"

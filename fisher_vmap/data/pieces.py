@@ -43,10 +43,10 @@ class Pieces:
         """One token's text after another word.
 
         Bytes that are no whole character are shown as "<0xE4><0xB8>"; where the tokenizer does not tell them, or has no
-        such token, it is "<id 1234>". A negative id is the outcome "any other token".
+        such token, it is "<id 1234>". -1 is the outcome "any other token"; what pads has no text.
         """
         if token < 0:
-            return ANY_OTHER
+            return ANY_OTHER if token == -1 else ""
         text, part = self._of(token)
         return text if part is None else _with_bytes(part) or f"<id {token}>"
 

@@ -13,11 +13,11 @@ from fisher_vmap import algebra
 from fisher_vmap.escape import distinct_labels, visible
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.report.outliers import Outlier, Scores, rank_outliers, score_prompts
+from fisher_vmap.report.targets import COLUMNS, TargetRows, read_targets, shortened
 from fisher_vmap.results.reader import Results
 from fisher_vmap.results.shard import common_schema, in_schema
 from fisher_vmap.results.shard_reader import ShardReader, is_ok
 
-TEXT = 180  # characters of a prompt in the table
 TOP = 5  # next tokens in the table
 GROUP_VALUES = 60  # a kept column with at most this many different values divides the prompts into groups
 GROUPS = 9  # the largest groups have a colour of their own
@@ -39,7 +39,7 @@ class Rows:
     status: list[str]
     text: list[str]
     top: list[str]
-    """The five likeliest next tokens, as one line."""
+    """The five likeliest next tokens, or the completion, as one line."""
     tokens: NDArray[np.int64]
     mass: NDArray[np.float64]
     trace: dict[str, NDArray[np.float64]]
@@ -48,6 +48,8 @@ class Rows:
     effective_rank: dict[str, NDArray[np.float64]]
     groups: dict[str, list[str]]
     """Kept columns with few values: the label of each prompt's value, fit to be seen but not escaped."""
+    of_targets: TargetRows | None
+    """Where there are several targets a prompt; `mass` is then NaN, and a completion takes the place of `top`."""
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -62,18 +64,21 @@ def read_rows(results: Results) -> Rows:
         name: [] for name in ("prompt_index", "status", "text", "top_tokens", "tokens", "mass", "reason")
     }
     lists |= {f"{layer}/{name}": [] for layer in layers for name in ("trace", "trace_norm2", "effective_rank")}
-    tables = []
+    tables, whole = [], []
     for reader in results.shards():
         tables.append(reader.table.select(results.index.layout.keep_columns))
+        if results.index.layout.pairs:
+            whole.append(reader.table.select(COLUMNS))
         for name, values in lists.items():
             found: list[Any] = [None] * reader.table.num_rows
             if name in reader.table.schema.names:
                 found = reader.table.column(name).to_pylist()
             if name == "text":
-                found = [_short(text) for text in found]
+                found = [shortened(text) for text in found]
             elif name == "top_tokens":
                 found = [_next_tokens(texts, reader, row) for row, texts in enumerate(found)]
             values.extend(found)
+    of_targets = read_targets(whole)
     shown = [
         text or f"({reason or 'no text stored'})" for text, reason in zip(lists["text"], lists["reason"], strict=True)
     ]
@@ -85,10 +90,11 @@ def read_rows(results: Results) -> Rows:
         index=np.array(lists["prompt_index"], np.int64),
         status=lists["status"],
         text=shown,
-        top=lists["top_tokens"],
+        top=(of_targets and of_targets.completions) or lists["top_tokens"],
         tokens=np.array(lists["tokens"], np.int64),
         mass=_floats(lists["mass"]),
         groups=_groups(_kept(tables, results) if results.index.layout.keep_columns else {}),
+        of_targets=of_targets,
         **per_layer,
     )
 
@@ -116,19 +122,13 @@ def _floats(values: list[float | None]) -> NDArray[np.float64]:
     return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
-def _short(text: str | None) -> str | None:
-    if text is None:
-        return None
-    text = " ".join(text[: 2 * TEXT].split())
-    return text if len(text) <= TEXT else text[: TEXT - 1] + "…"
-
-
 def _next_tokens(texts: list[str] | None, reader: ShardReader, row: int) -> str:
     """The five likeliest next tokens of a shard's row; those that look like another, or like nothing, with their ids.
 
     Older folders have U+FFFD for every token that is a part of a character.
     """
-    shown = [visible(text) for text in (texts or ())[:TOP]]
+    stored = [text for text in texts or () if text or not reader.layout.pairs]  # "" pads the pairs
+    shown = [visible(text) for text in stored[:TOP]]
     unclear = [not text or "\ufffd" in text or shown.count(text) > 1 for text in shown]
     if any(unclear) and not reader.entry.folded:  # of a mean that is kept alone there are no ids
         token_ids, _ = reader.tokens(reader.entry.start + row)
@@ -302,7 +302,9 @@ class Bands(NamedTuple):
 def bands(x: NDArray[np.int64], values: NDArray[np.float64]) -> Bands:
     """Quantiles of each row of `values` [len(x), n]."""
     some = np.isfinite(values).any(1)
-    return Bands(x[some], *np.nanquantile(values[some], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1))
+    levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+    found = np.nanquantile(values[some], levels, axis=1) if some.any() else np.zeros((len(levels), 0))
+    return Bands(x[some], *found)
 
 
 class Spectra(NamedTuple):
@@ -325,7 +327,7 @@ def spectra_of(layer: LayerSurvey) -> Spectra | None:
 def mean_share(layer: LayerSurvey) -> NDArray[np.float64]:
     """The share of the mean's trace that its leading directions hold together, by their number."""
     values = layer.mean_values
-    return np.cumsum(values) / layer.mean_trace if len(values) else values
+    return np.cumsum(values) / layer.mean_trace if layer.mean_trace > 0 else values
 
 
 class Histogram(NamedTuple):

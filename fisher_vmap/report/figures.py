@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from fisher_vmap.escape import plotly_text, visible
 from fisher_vmap.report import data as numbers
 from fisher_vmap.report.data import Bands, LayerSurvey, Survey
+from fisher_vmap.report.targets import shade_of
 
 Figure = dict[str, Any]
 
@@ -132,13 +133,14 @@ def mean_spectrum(layer: LayerSurvey) -> Figure:
 
 
 def histograms(survey: Survey, layer: LayerSurvey) -> dict[str, Figure]:
-    """Trace, trace x norm^2, effective rank and covered mass over prompts."""
+    """Trace, trace x norm^2, effective rank, and covered mass or mean entropy over prompts."""
     rows, name = survey.rows, layer.name
+    shade = shade_of(rows.mass, rows.of_targets)
     return {
         "trace": _histogram(rows.trace[name], numbers.TITLES["trace"], log=True),
         "trace_norm2": _histogram(rows.trace_norm2[name], "trace × norm² (nats²)", log=True),
         "effective_rank": _histogram(rows.effective_rank[name], numbers.TITLES["effective_rank"]),
-        "mass": _histogram(rows.mass, "covered mass", tickformat=".0%"),
+        "mass": _histogram(shade.values, shade.title, tickformat=shade.tickformat),
     }
 
 
@@ -202,17 +204,18 @@ GROUP_COLOURS = ("@blue", "@orange", "@green", "@pink", "@amber", "@sky", "@wine
 
 
 def scatter(survey: Survey, layer: LayerSurvey, group: str | None = None) -> Figure:
-    """Prompts by effective rank and trace x norm^2, coloured by covered mass or by a kept column."""
+    """Prompts by effective rank and trace x norm^2, coloured by covered mass (or mean entropy) or by a kept column."""
     rows = survey.rows
     where, x, y, ring = numbers.points_of(survey, layer)
     layout = layout_of(numbers.TITLES["effective_rank"], numbers.TITLES["trace_norm2"])
     layout["yaxis"] |= log_axis(y)
     data: list[Figure] = []
     if group is None:
+        shade = shade_of(rows.mass, rows.of_targets)
         marker = {
-            "color": typed(np.nan_to_num(rows.mass[where])),
+            "color": typed(np.nan_to_num(shade.values[where])),
             "colorscale": "@points",
-            "colorbar": colour_bar("covered<br>mass", ".0%"),
+            "colorbar": colour_bar(shade.short, shade.tickformat),
         }
         data.append(_points(x, y, rows.index[where], marker, "prompts") | {"showlegend": False})
     else:

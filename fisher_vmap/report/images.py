@@ -21,6 +21,7 @@ from fisher_vmap.escape import code_points, file_names, short, visible
 from fisher_vmap.progress import bar, passing
 from fisher_vmap.report import data as numbers
 from fisher_vmap.report.data import Bands, LayerSurvey, Survey
+from fisher_vmap.report.targets import shade_of
 from fisher_vmap.results.files import readable_write_errors, replacing
 
 BLUE, ORANGE, GREY, RED = "#0072b2", "#d55e00", "#7a8490", "#c8342b"
@@ -181,13 +182,14 @@ def _spectra(axes: list[Axes], survey: Survey, layer: LayerSurvey) -> None:
 
 def _prompts(axes: list[Axes], survey: Survey, layer: LayerSurvey) -> None:
     rows, (where, x, y, unlike) = survey.rows, numbers.points_of(survey, layer)
-    found = axes[0].scatter(x, y, c=rows.mass[where], cmap="viridis", vmin=0, vmax=1, s=22, alpha=0.9)
+    shade = shade_of(rows.mass, rows.of_targets)
+    found = axes[0].scatter(x, y, c=shade.values[where], cmap="viridis", vmin=0, vmax=shade.most, s=22, alpha=0.9)
     if unlike.any():
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": RED, "s": 75, "linewidths": 1.3}
         axes[0].scatter(x[unlike], y[unlike], label="unlike the rest", **ring)
         axes[0].legend(frameon=False, fontsize=8)
     axes[0].set(yscale="log", xlabel=numbers.TITLES["effective_rank"], ylabel=numbers.TITLES["trace_norm2"])
-    bar = axes[0].figure.colorbar(found, ax=axes[0], label="covered mass")
+    bar = axes[0].figure.colorbar(found, ax=axes[0], label=shade.title)
     bar.outline.set_visible(False)
     counts, edges, median = numbers.histogram(rows.trace[layer.name], log=True)
     axes[1].stairs(counts, np.log10(edges), fill=True, color=BLUE, alpha=0.8)

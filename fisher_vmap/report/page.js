@@ -72,8 +72,9 @@ function promptLines(index) {
   return [
     make("div", {}, make("b", {}, `${index}`), ` · ${rows.tokens[row]} tokens${groups}`),
     make("div", {}, rows.text[row]),
-    make("div", { class: "tokens" }, "next: ", ...apart(rows.top[row])),
-    make("div", { class: "muted" }, `trace ${number(layer.trace[row])} · effective rank ${number(layer.effective_rank[row])} · covered ${percent(rows.mass[row])}`),
+    ...(DATA.written ? [make("div", { class: "muted" }, "completion:"), make("div", {}, rows.top[row])] : [make("div", { class: "tokens" }, DATA.outcome + ": ", ...apart(rows.top[row]))]),
+    make("div", { class: "muted" }, `trace ${number(layer.trace[row])} · effective rank ${number(layer.effective_rank[row])} · ` +
+      (rows.targets ? `${number(rows.targets[row])} targets, mean entropy ${number(rows.entropy[row])} nats` : `covered ${percent(rows.mass[row])}`)),
   ];
 }
 function showTip(event, parts) {
@@ -136,7 +137,7 @@ function offerChoices() {
           for (const button of place.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button === event.target));
           drawAll();
         } },
-      }, value ?? (kind === "scatter" ? "covered mass" : "nothing")));
+      }, value ?? (kind === "scatter" ? DATA.shade : "nothing")));
     }
   }
 }
@@ -154,12 +155,12 @@ function promptRow(index, ...cells) {
 const cell = (text, name = "") => make("td", { class: name }, text);
 /* Each token for itself: two that are written from the right would change places. */
 const apart = (line) => line.split(" ").flatMap((token) => [make("bdi", {}, token), " "]);
-const tokenCell = (line) => make("td", { class: "tokens" }, ...apart(line));
+const tokenCell = (line) => DATA.written ? cell(line, "text") : make("td", { class: "tokens" }, ...apart(line));
 function showOutliers() {
   if (!$("unlike")) return;
   const unlike = DATA.layers[state.layer].outliers;
   $("nobody").hidden = unlike.length > 0;
-  const head = make("thead", {}, make("tr", {}, ...["score", "prompt", "", "why", "next tokens"].map((title, i) => make("th", { class: i < 2 ? "number" : "" }, title))));
+  const head = make("thead", {}, make("tr", {}, ...["score", "prompt", "", "why", DATA.outcome].map((title, i) => make("th", { class: i < 2 ? "number" : "" }, title))));
   const body = make("tbody", {}, ...unlike.map((found) => {
     const row = rowOf.get(found.index);
     const why = make("td", { class: "reasons" }, ...found.reasons.map((reason) => make("div", {}, reason)));
@@ -190,7 +191,7 @@ function showPrompt() {
     make("span", { class: "muted" }, all ? ` (${all}% of prompts have less)` : ""));
   const groups = Object.entries(rows.groups).map(([name, values]) => fact(name, values[row]));
   const facts = make("div", { class: "facts" },
-    fact("tokens", String(rows.tokens[row])), fact("covered", percent(rows.mass[row])),
+    fact("tokens", String(rows.tokens[row])), ...(rows.targets ? targetFacts(row, detail) : [fact("covered", percent(rows.mass[row]))]),
     fact("trace", number(layer.trace[row]), percentile(layer.trace, layer.trace[row])),
     fact("trace × norm²", number(layer.trace_norm2[row]), percentile(layer.trace_norm2, layer.trace_norm2[row])),
     fact("effective rank", number(layer.effective_rank[row]), percentile(layer.effective_rank, layer.effective_rank[row])), ...groups);
@@ -200,31 +201,81 @@ function showPrompt() {
   }
   const own = detail.layers[layer.name];
   $("one").replaceChildren(facts, make("h3", {}, "Which tokens the output hangs on"), ...energyText(detail, own),
+    ...(detail.targets ? [make("h3", {}, "Which predicted tokens carry the sensitivity"), ...targetTexts(detail.targets, own)] : []),
     make("h3", {}, "What each direction trades"), ...directionParts(detail, own), ...neighbours(index));
 }
+const strength = (x, most) => (x > 0 ? Math.max(0, 0.85 * (1 + Math.log10(x / most) / 3)) : 0);
+const shaded = (pieces, i, opacity, lines, more = "") => make("span", {
+  class: more, style: { background: `rgba(var(--heat), ${opacity.toFixed(3)})` },
+  on: { mousemove: (event) => showTip(event, [make("div", {}, make("b", {}, pieceName(pieces, i)), lines[0]), ...lines.slice(1).map((line) => make("div", {}, line))]), mouseleave: hideTip },
+}, readable(pieces[i]));
 function energyText(detail, own) {
   const total = own.energy.reduce((sum, x) => sum + x, 0), most = Math.max(...own.energy);
-  const opacity = (x) => (x > 0 ? Math.max(0, 0.85 * (1 + Math.log10(x / most) / 3)) : 0);
   const share = (x) => `${(100 * x / total).toPrecision(2)}% of the energy`;
   if (!detail.pieces) {
     const text = make("div", { class: "coloured" }, detail.text ?? "(no text stored)");
     return [text, make("p", { class: "note" }, "The prompt's tokens are not stored in this run, so its text is not coloured.")];
   }
-  const spans = detail.pieces.map((piece, i) => make("span", {
-    style: { background: `rgba(var(--heat), ${opacity(own.energy[i]).toFixed(3)})` },
-    on: { mousemove: (event) => showTip(event, [make("div", {}, make("b", {}, pieceName(detail.pieces, i)), ` · position ${i}`), make("div", {}, share(own.energy[i]))]), mouseleave: hideTip },
-  }, readable(piece)));
+  const start = detail.targets?.start ?? null;
+  const spans = detail.pieces.map((_, i) => shaded(detail.pieces, i, strength(own.energy[i], most),
+    [` · position ${i}${start !== null && i >= start ? ", of the completion" : ""}`, share(own.energy[i])], i === start ? "start" : ""));
   const order = own.energy.map((x, i) => [x, i]).sort((a, b) => b[0] - a[0]).slice(0, 3);
-  const last = detail.pieces.length - 1;
-  const lead = order.map(([x, i]) => `${pieceName(detail.pieces, i)}${i === last ? " (the last)" : ""} ${(100 * x / total).toFixed(0)}%`).join(", ");
+  const last = start === null ? detail.pieces.length - 1 : start - 1, note = start === null ? " (the last)" : " (the prompt's last)";
+  const lead = order.map(([x, i]) => `${pieceName(detail.pieces, i)}${i === last ? note : ""} ${(100 * x / total).toFixed(0)}%`).join(", ");
   return [make("div", { class: "coloured" }, ...spans), make("div", { class: "key" }, "a thousandth of the strongest", make("i"), "the strongest · position energy Σ pₜ |gₜ|² of each token, on a logarithmic scale"),
-    make("div", { class: "key" }, `most of it: ${lead}`)];
+    make("div", { class: "key" }, `most of it: ${lead}`),
+    ...(start === null ? [] : [make("div", { class: "key" }, "the line marks where the completion begins")])];
+}
+/* ---- several targets: the token that each predicts, coloured by what the target adds to the trace ---- */
+function targetFacts(row, detail) {
+  const { rows } = DATA, own = detail?.layers[DATA.layers[state.layer].name];
+  const fact = (label, value) => make("span", {}, make("span", { class: "muted" }, label + " "), make("b", {}, value));
+  const samples = detail?.targets?.blocks.length ?? 1;
+  return [fact("targets", number(rows.targets[row]) + (samples > 1 ? ` in ${samples} completions` : "")), fact("mean entropy", `${number(rows.entropy[row])} nats`),
+    fact("mean log p", `${number(rows.log_prob[row])} nats`),
+    ...(own && own.trace_error !== null ? [fact("standard error of the trace", number(own.trace_error))] : [])];
+}
+function targetTexts(targets, own) {
+  const trace = own.target_trace, most = Math.max(...trace), several = targets.blocks.length > 1;
+  const of = (block) => block.targets.reduce((sum, j) => sum + trace[j], 0);
+  const parts = targets.blocks.map((block, number_) => {
+    const total = of(block), share = (j) => `${(100 * trace[j] / total).toPrecision(2)}% of the trace`;
+    const about = (j) => [share(j), `target ${targets.position[j]}, after ${visible(targets.before[j])}`, `log p ${number(targets.log_prob[j])}, entropy ${number(targets.entropy[j])} nats`];
+    const head = make("div", { class: "key" }, (several ? `completion ${number_ + 1}: ` : "") + `log p ${number(block.log_prob)} nats in all · mean entropy ${number(block.entropy)} nats a target · trace ${number(total)}`);
+    if (!block.pieces) return [head, make("p", { class: "note" }, "The tokens are not stored in this run, so there is no text to colour.")];
+    const spans = block.pieces.map((_, i) => block.of[i] === null ? make("span", {}, readable(block.pieces[i]))
+      : shaded(block.pieces, i, strength(trace[block.of[i]], most), [` · position ${block.first + i}`, ...about(block.of[i])]));
+    if (block.after !== null) spans.push(shaded(["…"], 0, strength(trace[block.after], most), [" what follows the last token", ...about(block.after)], "after"));
+    const named = (j) => block.of.includes(j) ? pieceName(block.pieces, block.of.indexOf(j)) : "what follows";
+    const lead = [...block.targets].sort((a, b) => trace[b] - trace[a]).slice(0, 3).map((j) => `${named(j)} ${(100 * trace[j] / total).toFixed(0)}%`).join(", ");
+    return [head, make("div", { class: "coloured" }, ...spans), make("div", { class: "key" }, `most of it: ${lead}`)];
+  });
+  return [...parts.flat(), make("div", { class: "key" }, "a thousandth of the strongest", make("i"), "the strongest · part of the trace that the distribution of each token adds, on a logarithmic scale")];
+}
+function pairParts(detail, own, r) {
+  const { targets } = detail, pairs = own.pairs[r], several = targets.blocks.length > 1;
+  const most = Math.max(...pairs.map(([, x]) => Math.abs(x))) || 1;
+  const head = ["target", "after", "token", "id", "p", "", "change"].map((title) => make("span", { class: "muted head" }, title));
+  const rows = pairs.flatMap(([k, x]) => {
+    const j = targets.of[k], width = (50 * Math.abs(x)) / most, taken = targets.taken[k];
+    const bar = make("i", { style: { background: x > 0 ? "var(--blue)" : "var(--orange)", width: width + "%", left: (x > 0 ? 50 : 50 - width) + "%" } });
+    return [make("span", { class: "muted id" }, `${targets.position[j]}${several ? ` of ${targets.sample[j] + 1}` : ""}`), make("span", { class: "token muted", title: targets.before[j] }, targets.before[j] ? visible(targets.before[j]) : ""),
+      make("span", { class: taken ? "token taken" : "token", title: detail.top[k] + (taken ? " · the completion's own token" : "") }, visible(detail.top[k])), make("span", { class: "muted id", title: "the token's id" }, String(detail.ids[k])), make("span", { class: "muted value" }, percent(detail.p[k])),
+      make("span", { class: "track" }, bar), make("span", { class: "value" }, (x > 0 ? "+" : "−") + number(Math.abs(x)))];
+  });
+  return [make("div", { class: "trade pairs" }, ...head, ...rows), make("p", { class: "say" }, `The ${pairs.length} pairs of a target and a token with the largest change, of ${detail.ids.filter((id) => id >= 0).length} that are stored. `
+    + `"target" is the position whose distribution it is${several ? " and the number of its completion" : ""}, "after" the token there` + (targets.written ? "; in bold, a token that the completion has there." : "."))];
 }
 function directionParts(detail, own) {
   const r = Math.min(state.direction, own.S.length - 1);
   if (r < 0) return [make("p", {}, "The matrix is zero.")];
   const buttons = own.S.map((value, i) => make("button", { type: "button", "aria-pressed": String(i === r), on: { click: () => { state.direction = i; showPrompt(); } } },
     `${i + 1} · ${percent(value / own.trace)}`));
+  const step = Math.sqrt(0.02 / own.S[r]);
+  const said = [make("div", { class: "directions" }, ...buttons), make("p", { class: "say" },
+    `Direction ${r + 1} holds ${percent(own.S[r] / own.trace)} of the trace. A step of length ${number(step)}, ${number(100 * step / own.norm)}% of the residual stream's mean norm, `
+    + "costs a KL divergence of 0.01 nats by F. Bars: change of log p, in nats, for a step of length 1; the sign of a direction is arbitrary.")];
+  if (detail.targets) return [...said, ...pairParts(detail, own, r)];
   const trades = own.trades[r], order = trades.map((x, t) => [x, t]).sort((a, b) => b[0] - a[0]);
   const most = Math.max(...trades.map(Math.abs)) || 1;
   const bars = order.flatMap(([x, t]) => {
@@ -233,11 +284,7 @@ function directionParts(detail, own) {
     return [make("span", { class: "token", title: detail.top[t] }, visible(detail.top[t])), make("span", { class: "muted id", title: "the token's id" }, detail.ids[t] < 0 ? "" : String(detail.ids[t])), make("span", { class: "muted value" }, percent(detail.p[t])),
       make("span", { class: "track" }, bar), make("span", { class: "value" }, (x > 0 ? "+" : "−") + number(Math.abs(x)))];
   });
-  const step = Math.sqrt(0.02 / own.S[r]);
-  return [make("div", { class: "directions" }, ...buttons), make("p", { class: "say" },
-    `Direction ${r + 1} holds ${percent(own.S[r] / own.trace)} of the trace. A step of length ${number(step)}, ${number(100 * step / own.norm)}% of the residual stream's mean norm, `
-    + "costs a KL divergence of 0.01 nats by F. Bars: change of log p, in nats, for a step of length 1; the sign of a direction is arbitrary."),
-    make("div", { class: "trade" }, ...bars)];
+  return [...said, make("div", { class: "trade" }, ...bars)];
 }
 function neighbours(index) {
   const order = DATA.layers[state.layer].similarity, at = order ? order.indexOf(index) : -1;
@@ -257,10 +304,10 @@ function cosinesOf(layer) {
 const COLUMNS = [
   ["index", "#", (row) => DATA.rows.index[row]],
   ["text", "prompt", (row) => DATA.rows.text[row]],
-  ["top", "next tokens", (row) => DATA.rows.top[row]],
+  ["top", DATA.outcome, (row) => DATA.rows.top[row]],
   ...Object.keys(DATA.rows.groups).map((name) => ["group " + name, name, (row) => DATA.rows.groups[name][row]]),
   ["tokens", "tokens", (row) => DATA.rows.tokens[row]],
-  ["mass", "covered", (row) => DATA.rows.mass[row]],
+  ...(DATA.rows.targets ? [["targets", "targets", (row) => DATA.rows.targets[row]], ["entropy", "entropy", (row) => DATA.rows.entropy[row]]] : [["mass", "covered", (row) => DATA.rows.mass[row]]]),
   ["trace", "trace", (row) => DATA.layers[state.layer].trace[row]],
   ["trace_norm2", "trace × norm²", (row) => DATA.layers[state.layer].trace_norm2[row]],
   ["rank", "eff. rank", (row) => DATA.layers[state.layer].effective_rank[row]],

@@ -11,12 +11,15 @@ from plotly.offline import get_plotlyjs
 
 from fisher_vmap import __version__
 from fisher_vmap.escape import script_json, short, visible
-from fisher_vmap.report.data import LayerSurvey, Survey
+from fisher_vmap.report.data import LayerSurvey, Survey, mean_share
 from fisher_vmap.report.figures import layer_figures, layers_figure
 from fisher_vmap.report.outliers import FEW, WORTH_A_LOOK
+from fisher_vmap.report.targets import describe_targets, describe_trades, shade_of, tiles_of
 from fisher_vmap.results.files import replacing
 from fisher_vmap.results.local_paths import without_local_paths
+from fisher_vmap.results.outputs import note_on_targets
 from fisher_vmap.results.record import PromptRecord
+from fisher_vmap.results.targets import targets_in_words
 
 NAME = 80  # characters of a model's or a data set's name in the title
 
@@ -52,6 +55,9 @@ def render_page(survey: Survey) -> str:
         single=not survey.means_only,
         several=len(survey.layers) > 1,
         covers=_covers(survey),
+        targets=targets_in_words(survey.results.index.fingerprint) if survey.rows.of_targets else None,
+        samples=survey.results.index.fingerprint.get("samples", 1),
+        warning=note_on_targets(survey.results.folder, survey.results.index),
         notes=sampling_notes(survey),
         footer=f"Made by {made_by}. Units: F is in nats² per squared unit of the residual stream.",
         css=Markup(asset["page.css"]),
@@ -69,7 +75,8 @@ def page_data(survey: Survey) -> dict[str, Any]:
     status = {word: rows.status.count(word) for word in ("failed", "skipped")}
     without = ", ".join(f"{count} {word}" for word, count in status.items() if count) or "all with results"
     widths = sorted({layer.width for layer in survey.layers})
-    layout = survey.results.index.layout
+    layout, of_targets = survey.results.index.layout, rows.of_targets
+    mass = _percent(np.nanmedian(rows.mass)) if ok and of_targets is None else "–"
     views = {name: survey.results.at(name) for name in survey.results.layers}
     return {
         "single": not survey.means_only,
@@ -78,8 +85,11 @@ def page_data(survey: Survey) -> dict[str, Any]:
             (f"{len(rows.index):,}", f"prompts, {without}"),
             (f"{len(survey.layers)}", f"layer{'s' * (len(survey.layers) > 1)} of width {', '.join(map(str, widths))}"),
             (f"{layout.rank}", "singular values kept, " + ("of the whole vocabulary's" if _whole(survey) else "of F")),
-            (_percent(np.nanmedian(rows.mass)) if ok else "–", "of the probability covered (median)"),
+            *([(mass, "of the probability covered (median)")] if of_targets is None else tiles_of(of_targets)),
         ],
+        "outcome": "next tokens" if of_targets is None else "completion" if of_targets.completions else "tokens traded",
+        "written": bool(of_targets and of_targets.completions),
+        "shade": shade_of(rows.mass, of_targets).title,
         "rows": {
             "index": rows.index[listed].tolist(),
             "status": [rows.status[i] for i in listed],
@@ -88,6 +98,9 @@ def page_data(survey: Survey) -> dict[str, Any]:
             "tokens": rows.tokens[listed].tolist(),
             "mass": rounded(rows.mass[listed]),
             "groups": {name: [values[i] for i in listed] for name, values in rows.groups.items()},
+            "targets": None if of_targets is None else rounded(of_targets.targets[listed]),
+            "entropy": None if of_targets is None else rounded(of_targets.mean_entropy[listed]),
+            "log_prob": None if of_targets is None else rounded(of_targets.mean_log_prob[listed]),
         },
         "layers": [_layer_data(survey, number, listed) for number in range(len(survey.layers))],
         "layer_figures": {name: layers_figure(survey, name) for name in ("trace", "trace_norm2", "effective_rank")}
@@ -104,9 +117,14 @@ def describe_prompt(records: dict[str, PromptRecord]) -> dict[str, Any]:
     """What the page shows of one prompt, from its record at each layer."""
     first = next(iter(records.values()))
     names = first.top_tokens or tuple(f"#{token}" for token in first.token_ids)
+    several = describe_targets(first, rounded)
+    pieces = None if first.prompt_tokens is None else list(first.prompt_tokens)
+    if several is not None and several["start"] is not None and pieces is not None:
+        pieces += several["blocks"][0]["pieces"]  # of a single completion, the energy of its tokens follows
     return {
         "text": first.text,
-        "pieces": None if first.prompt_tokens is None else list(first.prompt_tokens),
+        "pieces": pieces,
+        "targets": several,
         "top": list(names),
         "ids": first.token_ids.tolist(),
         "p": rounded(np.exp(first.log_probs)),
@@ -116,7 +134,11 @@ def describe_prompt(records: dict[str, PromptRecord]) -> dict[str, Any]:
                 "trace": rounded(record.trace),
                 "norm": rounded(record.residual_norm),
                 "energy": rounded(record.position_energy),
-                "trades": [rounded(row) for row in record.trades()[:, record.S > 0].T],
+                **(
+                    {"trades": [rounded(row) for row in record.trades()[:, record.S > 0].T]}
+                    if several is None
+                    else describe_trades(record, rounded)
+                ),
             }
             for layer, record in records.items()
         },
@@ -161,8 +183,7 @@ def findings(survey: Survey, layer: LayerSurvey) -> list[str]:
             f"The leading direction holds {_percent(middle)} of the kept trace in the median prompt, and "
             f"{_percent(low)} to {_percent(high)} in nine of ten."
         )
-    if len(layer.mean_values):
-        shares = np.cumsum(layer.mean_values) / layer.mean_trace
+    if len(shares := mean_share(layer)) and layer.mean_trace > 0:
         found.append(
             f"Of the mean over prompts, the leading direction holds {_percent(shares[0])} of the trace and the leading "
             f"{len(shares)} hold {_percent(shares[-1])}, of {layer.width} directions."
@@ -212,7 +233,7 @@ def _layer_data(survey: Survey, number: int, listed: Any) -> dict[str, Any]:
 
 
 def _whole(survey: Survey) -> bool:
-    return survey.results.index.fingerprint.get("estimator") == "full"
+    return survey.results.index.fingerprint.get("estimator") in ("full", "sampled")
 
 
 def _covers(survey: Survey) -> str:
@@ -220,7 +241,7 @@ def _covers(survey: Survey) -> str:
     layout = survey.results.index.layout
     if _whole(survey):
         return f"as far as the {layout.rank} leading directions of the whole vocabulary's matrix show it"
-    return f"as far as the top {layout.top_k} tokens show it"
+    return f"as far as the top {layout.top_k} tokens{' of each target' * bool(layout.pairs)} show it"
 
 
 def _percent(x: float) -> str:

@@ -13,6 +13,7 @@ from fisher_vmap import __version__
 from fisher_vmap.escape import markdown, markdown_code, one_line
 from fisher_vmap.results.index import TABLE_NAME, Index
 from fisher_vmap.results.means import dense_layers
+from fisher_vmap.results.targets import targets_in_words
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -39,8 +40,17 @@ def data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, 
         if with_text
         else "The prompts' text is left out; `source_row` is their row in the data set."
     )
-    whole = index.fingerprint.get("estimator") == "full"
+    whole = index.fingerprint.get("estimator") in ("full", "sampled")
     of_what = "of the whole vocabulary" if whole else f"summed over the {layout.top_k} likeliest tokens"
+    if layout.pairs:
+        which = f"the next-token distributions at its targets ({escaped(targets_in_words(index.fingerprint))})"
+        how_much = (
+            f"The median prompt has\n{_median(ok, 'targets'):.0f} targets; their mean entropy is "
+            f"{_median(ok, 'mean_entropy'):.3g} nats."
+        )
+    else:
+        which = "the next-token distribution"
+        how_much = f"The likeliest tokens cover\n{_median(ok, 'mass'):.0%} of the probability in the median prompt."
     kept = "" if layout.means_only else "results[0].S, results[0].V      # singular values [R], directions [R, D]\n"
     mean = "results.mean()                    # the mean matrix, [D, D]"
     if layout.layers[0] not in dense_layers(layout):
@@ -56,10 +66,9 @@ def data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, 
 # Fisher matrices of {markdown(model)} on {markdown(data)}
 
 For each of {index.prompts:,} prompts ({len(ok):,} with results, {len(metadata["failed_prompts"]):,} failed,
-{len(metadata["skipped_prompts"]):,} skipped), the Fisher information matrix of the next-token distribution with respect
+{len(metadata["skipped_prompts"]):,} skipped), the Fisher information matrix of {which} with respect
 to a bias on the residual stream, {of_what}, as its {layout.rank} leading singular
-values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the residual stream. The likeliest tokens cover
-{_median(ok, "mass"):.0%} of the probability in the median prompt.
+values and directions: F = V^T diag(S) V, in nats^2 per squared unit of the residual stream. {how_much}
 
 | layer | width | median trace | median effective rank |
 | --- | --- | --- | --- |

@@ -39,6 +39,7 @@ from fisher_vmap.results.shard_reader import ShardReader, readers
 
 HUB = "hf://datasets/"
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
+TEXTS = ("text", "prompt_tokens", "completions", "completion_tokens", "completion_ids")  # and the kept columns
 _DESCRIPTIONS = (INDEX_NAME, METADATA_NAME)  # the files that hold the run's settings
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def _has_text(folder: Path, index: Index) -> bool:
     return any(
         reader.table.column(name).null_count < reader.table.num_rows
         for reader in readers(folder, index)
-        for name in ("text", "prompt_tokens", *index.layout.keep_columns)
+        for name in (*TEXTS, *index.layout.keep_columns)
         if name in reader.table.schema.names
     )
 
@@ -240,7 +241,7 @@ def _with_file(index: Index, path: Path) -> Index:
 def _copy_rows(reader: ShardReader, target: Path) -> ShardEntry:
     """Copy a shard's rows of the table without texts; returns its new entry."""
     table = reader.table
-    for name in ("text", "prompt_tokens", *reader.layout.keep_columns):
+    for name in (*TEXTS, *reader.layout.keep_columns):
         place = table.schema.get_field_index(name)
         if place >= 0 and _holds_text(table.schema.field(place).type):
             field = table.schema.field(place)

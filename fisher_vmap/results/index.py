@@ -34,7 +34,7 @@ PACKAGES = ("fisher_vmap", "torch", "transformers", "numpy", "safetensors", "pya
 # Columns that every prompts table has; a kept column may not take their names.
 TABLE_COLUMNS = (
     *("prompt_index", "source_row", "text", "status", "reason", "audit", "tokens", "truncated", "mass", "crc32"),
-    *("top_tokens", "prompt_tokens"),
+    *("top_tokens", "prompt_tokens", "top_probability"),
 )
 
 # And of a run with other targets than the last token.

@@ -9,23 +9,25 @@ needs no pickle: `np.load(path)` reads it with its defaults.
 """
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from numpy.typing import NDArray
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import bar, passing
-from fisher_vmap.results.files import read_checked, replacing
+from fisher_vmap.results.files import damaged, read_checked, replacing
 from fisher_vmap.results.folder import plain_values
 from fisher_vmap.results.index import (
     MEAN_NAME,
     METADATA_NAME,
+    SHARD_FOLDER,
     TABLE_NAME,
     FileEntry,
     Index,
@@ -33,8 +35,9 @@ from fisher_vmap.results.index import (
     npz_name,
 )
 from fisher_vmap.results.means import dense_layers, sum_of, write_mean
-from fisher_vmap.results.shard import common_schema, in_schema
+from fisher_vmap.results.shard import common_schema, in_schema, rows_table
 from fisher_vmap.results.shard_reader import ShardReader, readers
+from fisher_vmap.results.targets import note_of
 
 Save = Literal["both", "prompts", "mean"]
 NPZ_PROMPTS = 10_000  # up to here `export_npz: auto` writes the npz
@@ -117,6 +120,45 @@ def table_of(folder: Path, index: Index, verify: bool = True) -> pa.Table:
     schema = common_schema((reader.table.schema for reader in readers(folder, index, verify)), index.layout)
     tables = [in_schema(reader.table, schema) for reader in readers(folder, index, verify)]
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def columns_of(folder: Path, index: Index, names: Sequence[str]) -> pa.Table:
+    """Some columns of the prompts table, those that it has, without reading the others.
+
+    Raises:
+        UserError: a table is missing or damaged.
+    """
+    tables = [folder / SHARD_FOLDER / entry.table for entry in index.shards]
+    found = []
+    for path in [folder / TABLE_NAME] if TABLE_NAME in index.files else tables:
+        try:
+            with pq.ParquetFile(path) as file:  # `read_table` would look for columns in the path
+                found.append(file.read(columns=[name for name in names if name in file.schema_arrow.names]))
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(path, error) from error
+    if not found:
+        return rows_table([], index.layout, {}).select(names)
+    there = [name for name in names if all(name in table.schema.names for table in found)]
+    return pa.concat_tables([table.select(there) for table in found])
+
+
+def note_on_targets(folder: Path, index: Index) -> str | None:
+    """A line if the last token is the only target, and what follows it is certain in most prompts; else None.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    if index.layout.pairs:
+        return None
+    table = columns_of(folder, index, ("status", "mass", "top_probability"))
+    table = table.filter(pc.field("status") == "ok")
+    if "top_probability" in table.schema.names:
+        return note_of(table.column("top_probability").to_numpy())
+    # A folder of before. No token is likelier than all K are together, so that most folders end here.
+    if note_of(table.column("mass").to_numpy()) is None or index.folded:
+        return None
+    p = np.concatenate([reader.top_probability() for reader in readers(folder, index)])
+    return note_of(p[np.isfinite(p)])
 
 
 def metadata_of(folder: Path, index: Index, verify: bool = True) -> dict[str, Any]:

@@ -360,6 +360,11 @@ def covered_mass(log_probs: FloatArray | None, token_ids: NDArray[np.integer[Any
     return float(np.exp(np.asarray(log_probs, np.float64))[~rest].sum())
 
 
+def top_probability(log_probs: FloatArray | None) -> float | None:
+    """The probability of the likeliest next token; None without numbers."""
+    return None if log_probs is None else float(np.exp(np.float64(log_probs[0])))
+
+
 def how_good(result: LayerResult) -> dict[str, float | None]:
     """The accuracy of a layer's matrix, by column name; None for what was not estimated."""
     kept = float(np.asarray(result.S, np.float64).sum())

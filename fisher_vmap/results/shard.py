@@ -7,8 +7,8 @@ metadata differently from run to run. The format is a length, a JSON header and 
 The prompts table: one row a prompt, stored beside each shard and joined into prompts.parquet at the end.
 
 Columns of every prompt: prompt_index, source_row, text, the kept columns, status, reason, audit (what the audit changed
-in how the prompt was computed, and why), tokens, truncated, mass (the total probability of the K tokens), top_tokens
-and prompt_tokens (as text).
+in how the prompt was computed, and why), tokens, truncated, mass (the total probability of the K tokens),
+top_probability (that of the likeliest one), top_tokens and prompt_tokens (as text).
 
 Columns of every layer, named "<layer>/...": trace, trace_norm2 (trace x residual_norm^2, comparable between layers),
 effective_rank, and share_kept (sum of S / trace). If the whole vocabulary's matrix was estimated: trace_full,
@@ -46,7 +46,7 @@ from fisher_vmap.results.index import (
     write_entry,
 )
 from fisher_vmap.results.kept import as_type, common_type, encodable, kept_column
-from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good
+from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good, top_probability
 from fisher_vmap.results.targets import target_columns
 
 
@@ -59,7 +59,9 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
     }
     for column in layout.keep_columns:
         columns[column] = kept_column([r.kept.get(column) for r in results])
-    masses = [None if r.status != "ok" or layout.pairs else covered_mass(r.log_probs, r.token_ids) for r in results]
+    of_one = [r if r.status == "ok" and not layout.pairs else None for r in results]
+    masses = [None if r is None else covered_mass(r.log_probs, r.token_ids) for r in of_one]
+    likeliest = [None if r is None else top_probability(r.log_probs) for r in of_one]
     columns |= {
         "status": pa.array([r.status for r in results], pa.string()),
         "reason": pa.array([encodable(r.reason) for r in results], pa.string()),
@@ -67,6 +69,7 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         "tokens": pa.array([r.num_tokens for r in results], pa.int64()),
         "truncated": pa.array([r.truncated for r in results], pa.bool_()),
         "mass": pa.array(masses, pa.float64()),
+        "top_probability": pa.array(likeliest, pa.float64()),
         "top_tokens": _texts([r.top_tokens if r.status == "ok" else None for r in results]),
         "prompt_tokens": _texts([r.prompt_tokens if layout.store_text else None for r in results]),
     }
@@ -81,19 +84,25 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
 
 
 def common_schema(schemas: Iterable[pa.Schema], layout: ShardLayout) -> pa.Schema:
-    """The columns of prompts.parquet: the shards' without checksums, each kept column of a type that holds all."""
+    """The columns of prompts.parquet: the shards' without checksums, each kept column of a type that holds all.
+
+    Shards of an earlier version may lack a column of others; it is left out.
+    """
     first: pa.Schema | None = None
     kept: dict[str, set[pa.DataType]] = {column: set() for column in layout.keep_columns}
+    everywhere: set[str] = set()
     for schema in schemas:
+        everywhere = set(schema.names) if first is None else everywhere & set(schema.names)
         first = first or schema
         for column, types in kept.items():
             types.add(schema.field(column).type)
     if first is None:
         first = rows_table([], layout, {}).schema
+        everywhere = set(first.names)
     fields = [
         pa.field(field.name, common_type(kept[field.name]) if field.name in kept else field.type)
         for field in first
-        if not is_checksum(field.name)
+        if field.name in everywhere and not is_checksum(field.name)
     ]
     return pa.schema(fields)
 

@@ -78,6 +78,11 @@ class ShardReader:
         self._compare("crc32", row, parts)
         return token_ids[0], log_probs[0]
 
+    def top_probability(self) -> NDArray[np.float64]:
+        """[n] the probability of each prompt's likeliest next token, out of the arrays; NaN without numbers."""
+        log_probs = self._slice("log_probs", 0, self.entry.stop - self.entry.start)
+        return np.exp(log_probs[:, 0].astype(np.float64))
+
     def record(self, index: int, layer: str) -> PromptRecord:
         """Prompt `index` at one layer."""
         row = index - self.entry.start

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from fisher_vmap.results.index import TARGET_COLUMNS
 from fisher_vmap.results.kept import encodable
 
+CERTAIN = 0.999  # a next token of more than this probability: F of it alone is nearly zero
+
 _INTS, _FLOATS, _WORDS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
 # Of several targets, the columns of every prompt and of every layer: see `RecordTargets` and `PromptRecord`.
 _KINDS = (
@@ -19,6 +21,11 @@ _KINDS = (
 )
 _TYPES: dict[str, pa.DataType] = dict(zip(TARGET_COLUMNS, _KINDS, strict=True))
 _OF_LAYER = {"target_trace": _FLOATS, "trace_error": pa.float64()}
+_IN_WORDS = {
+    "last": "the next token",
+    "completion": "the tokens of a given completion",
+    "all": "the token after each position",
+}
 
 
 class RecordTargets(NamedTuple):
@@ -61,6 +68,30 @@ def targets_of(row: Mapping[str, Any], layer: str) -> RecordTargets | None:
         np.array([nan if x is None else x for x in row["target_log_probs"]]),
         np.array(row["target_entropy"], float),
         np.array(trace, float),
+    )
+
+
+def targets_in_words(fingerprint: Mapping[str, Any]) -> str:
+    """Which targets a run has, by its fingerprint; what is at its default is not in it."""
+    targets, samples = fingerprint.get("targets", "last"), fingerprint.get("samples", 1)
+    if targets in _IN_WORDS:
+        return _IN_WORDS[targets]
+    temperature = fingerprint.get("temperature")
+    drawn = samples > 1 if temperature is None else temperature > 0
+    seed = fingerprint.get("completion_seed", 0)
+    how = f"drawn at temperature {temperature or 1:g} with seed {seed}" if drawn else "the likeliest"
+    each = f"in each of {samples} samples, " if samples > 1 else ""
+    return f"{targets} tokens that the model writes, {each}{how}"
+
+
+def note_of(top_probability: NDArray[np.floating[Any]]) -> str | None:
+    """A line if the next token is certain in most of the prompts, [M] of them; else None."""
+    certain, of = int((top_probability > CERTAIN).sum()), len(top_probability)
+    if 2 * certain <= of:
+        return None
+    return (
+        f"the next token is certain (p > {CERTAIN}) for {certain:,} of {of:,} prompts: F of one target is nearly "
+        "nothing there; use --targets completion, or a number"
     )
 
 

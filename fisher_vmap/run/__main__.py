@@ -167,3 +167,5 @@ def tell(summary: "Summary", settings: Settings, extent: "Extent") -> None:
     if summary.without_results is not None:
         none = summary.failed + summary.skipped
         log.warning("none of %d prompts has results: %s", none, summary.without_results)
+    if summary.note is not None:
+        log.warning("%s", summary.note)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from fisher_vmap.data.batching import PromptNumbers, pack
@@ -29,8 +28,7 @@ from fisher_vmap.linearize.select import NoFormAgrees
 from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 from fisher_vmap.progress import step
-from fisher_vmap.results.index import TABLE_NAME
-from fisher_vmap.results.outputs import wants_npz
+from fisher_vmap.results.outputs import columns_of, note_on_targets, wants_npz
 from fisher_vmap.results.record import PromptResult, was
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.bar import Progress
@@ -75,6 +73,8 @@ class Summary:
     """Of the first few failed prompts."""
     without_results: str | None = None
     """Why the first prompt has no results, if no prompt of the folder has any."""
+    note: str | None = None
+    """What to know of the folder's targets: that the next token is certain in most prompts."""
     finished: bool = True
     """Whether the folder is complete; False while other processes have shards to compute."""
 
@@ -174,9 +174,9 @@ def finish(summary: Summary, writer: ResultsWriter, settings: Settings, total: i
         UserError: a shard is missing or damaged, or the folder cannot be written.
     """
     npz = wants_npz(settings.export_npz, settings.save, total)
-    writer.finish(total, settings=settings.model_dump(), save=settings.save, export_npz=npz)
-    with pq.ParquetFile(writer.folder / TABLE_NAME) as file:  # `read_table` would look for columns in the path
-        table = file.read(columns=["prompt_index", "status", "reason"])
+    index = writer.finish(total, settings=settings.model_dump(), save=settings.save, export_npz=npz)
+    summary.note = note_on_targets(writer.folder, index)
+    table = columns_of(writer.folder, index, ("prompt_index", "status", "reason"))
     table = table.filter((pc.field("prompt_index") < total) & (pc.field("status") != "ok"))
     if table.num_rows == total > 0:
         first = table.slice(0, 1).to_pylist()[0]

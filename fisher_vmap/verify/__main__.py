@@ -16,15 +16,16 @@ if __name__ == "__main__":
 import argparse
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
@@ -38,13 +39,14 @@ from fisher_vmap.results.index import (
     FileEntry,
     Index,
     ShardEntry,
+    ShardLayout,
     npz_name,
     read_index,
     sum_name,
 )
 from fisher_vmap.results.means import read_mean, running_sum, sum_is_intact
 from fisher_vmap.results.outputs import npz_arrays
-from fisher_vmap.results.record import Stack, covered_mass, natural
+from fisher_vmap.results.record import Float32, Stack, covered_mass, natural
 from fisher_vmap.results.shard import common_schema, in_schema
 from fisher_vmap.results.shard_reader import ShardReader, is_ok, readers
 
@@ -140,16 +142,11 @@ def _check_shard(folder: Path, index: Index, entry: ShardEntry) -> str:
     if entry.folded:
         return f"SHA-256 of its table; {prompts}, in the sum alone"
     ok = is_ok(shard)
-    mass = shard.table.column("mass").to_pylist()
+    agree: Agree = _pairs_agree if index.layout.pairs else partial(_tokens_agree, index.layout.top_k)
+    described = shard.table.select(_target_lists(index.layout) if index.layout.pairs else ["mass"]).to_pylist()
     for row, prompt in enumerate(range(entry.start, entry.stop)):
         token_ids, log_probs = shard.tokens(prompt)
-        if not ok[row]:
-            continue
-        # Of several targets there is no mass, and fewer pairs than there is room for are padded.
-        several = shard.layout.pairs > 0
-        covered, stored = (0.0, mass[row] or 0.0) if several else (covered_mass(log_probs, token_ids) or 0.0, mass[row])
-        known = token_ids[: 1 if several else shard.layout.top_k]
-        if not np.isfinite(log_probs).all() or (known < 0).any() or abs(covered - stored) > 1e-5:
+        if ok[row] and not (np.isfinite(log_probs).all() and agree(token_ids, log_probs, described[row])):
             raise damaged(shard.path, f"the tokens of prompt {prompt} are not the table's")
     for layer in shard.layout.layers:
         stack = shard.stack(layer)
@@ -158,6 +155,34 @@ def _check_shard(folder: Path, index: Index, entry: ShardEntry) -> str:
             raise damaged(shard.path, f"{layer}: a prompt without a result has numbers")
     without = f", {(~ok).sum()} without numbers" if not ok.all() else ""
     return f"SHA-256, shapes, order of S, orthonormal V; {prompts}{without}"
+
+
+Agree = Callable[[NDArray[np.int64], Float32, Mapping[str, Any]], bool]
+
+
+def _tokens_agree(top_k: int, token_ids: NDArray[np.int64], log_probs: Float32, row: Mapping[str, Any]) -> bool:
+    """Whether the tokens of the only target are those of the row; after the `top_k` may come "any other token"."""
+    covered = covered_mass(log_probs, token_ids) or 0.0
+    return bool((token_ids[:top_k] >= 0).all() and abs(covered - row["mass"]) <= 1e-5)
+
+
+def _target_lists(layout: ShardLayout) -> list[str]:
+    """Columns about several targets: their number, and lists."""
+    of_layers = [f"{layer}/target_trace" for layer in layout.layers]
+    lists = ["target_positions", "target_samples", "target_log_probs", "target_entropy", *of_layers]
+    return ["targets", "token_targets", *lists]
+
+
+def _pairs_agree(token_ids: NDArray[np.int64], log_probs: Float32, row: Mapping[str, Any]) -> bool:
+    """Whether the (target, token) pairs are of the row's targets, each of which has its place in the row's lists."""
+    row = dict(row)
+    n, of_pair = row.pop("targets"), np.array(row.pop("token_targets"))
+    there = of_pair >= 0  # the others pad
+    return (
+        {len(values) for values in row.values()} == {n}
+        and of_pair.shape == token_ids.shape == log_probs.shape
+        and bool((of_pair < n).all() and ((token_ids >= 0) == there).all())
+    )
 
 
 def _check_numbers(
