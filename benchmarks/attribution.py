@@ -8,9 +8,13 @@ alone writes the page and its figure again). Fisher scope is computed by the pac
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import count, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +36,8 @@ LAYER = "model.embed_tokens"
 TOP_K, STEPS, SHARE = 10, 32, 10  # tokens of the matrix; points on the path; one in so many tokens is removed
 NEUTRAL = " the"
 AT_ONCE = 8  # points of the path in one pass
+
+_NET: "Opened | None" = None  # of a worker
 
 
 class Opened(NamedTuple):
@@ -82,22 +88,6 @@ def case_of(net: Opened, text: Text) -> Case | None:
     top = int(log_p_V.argmax())
     said, asked = (net.workload.tokenizer.decode([token]).strip() for token in (top, int(ids[cue])))
     return Case(text, ids, cue, top, float(log_p_V[top])) if said == asked else None
-
-
-def cases(net: Opened, each: int) -> tuple[list[Case], dict[str, list[int]]]:
-    """So many cases of each kind that the model completes by the cue; and how many texts were tried for them."""
-    found: list[Case] = []
-    tried = {}
-    for kind in KINDS:
-        before = len(found)
-        for number, text in enumerate(texts(kind), 1):
-            if (case := case_of(net, text)) is not None:
-                found.append(case)
-            if len(found) - before == each or number == 6 * each:
-                break
-        tried[kind] = [number, len(found) - before]
-        print(f"{kind}: {tried[kind][1]} of {number} texts are completed by their cue", flush=True)
-    return found, tried
 
 
 def gradient(net: Opened, case: Case) -> tuple[Tensor, Tensor]:
@@ -161,46 +151,29 @@ def drops(net: Opened, case: Case, removed: list[list[int]]) -> dict[str, list[f
     return {way: [round(nats, 5) for nats in of] for way, of in zip(REMOVALS, lost, strict=True)}
 
 
-@contextmanager
-def counted(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the CPU time of what happens within."""
-    began = time.process_time()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.process_time() - began
-
-
-def measure(net: Opened, each: int) -> dict[str, Any]:
-    """Every method on every text, as plain numbers."""
-    chosen, tried = cases(net, each)
-    fisher_scope(net, chosen[0])  # once before the clock runs: the form is proven
-    seconds: dict[str, float] = {}
-    rows, gaps = [], []
-    for number, case in enumerate(chosen, 1):
-        T = len(case.ids)
-        n = max(1, T // SHARE)
-        found: dict[str, Tensor] = {}
-        for name, way in WAYS.items():
-            with counted(seconds, name):
-                found[name] = way(net, case)
-        # The last position is where the distribution is read: it is left in place for all methods.
-        order = {name: scores[: T - 1].argsort(descending=True).tolist() for name, scores in found.items()}
-        lost = drops(net, case, [order[name][:n] for name in WAYS])
-        with torch.no_grad():
-            start = float(net.log_p(net.mean.expand(1, T, -1))[0, case.top])
-        gaps.append(abs(float(found["integrated gradients"].sum()) / (case.log_p - start) - 1))
-        rows.append({
-            "kind": case.text.kind, "text": case.text.text, "cue": case.text.cue, "tokens": T, "cue_at": case.cue,
-            "removed": n, "p": round(float(np.exp(case.log_p)), 5),
-            "rank": {name: order[name].index(case.cue) + 1 for name in WAYS},
-            "drop": {name: {way: lost[way][i] for way in REMOVALS} for i, name in enumerate(WAYS)},
-        })  # fmt: skip
-        print(number, case.text.kind, T, rows[-1]["rank"], rows[-1]["drop"]["Fisher scope"], flush=True)
-    check(net, chosen[0])
+def measured(net: Opened, text: Text) -> dict[str, Any] | None:
+    """Every method on a text, as plain numbers; None if the model does not say the cue next."""
+    case = case_of(net, text)
+    if case is None:
+        return None
+    T, found, seconds = len(case.ids), dict[str, Tensor](), dict[str, float]()
+    n = max(1, T // SHARE)
+    for name, way in WAYS.items():
+        began = time.process_time()
+        found[name] = way(net, case)
+        seconds[name] = round(time.process_time() - began, 3)
+    # The last position is where the distribution is read: it is left in place for all methods.
+    order = {name: scores[: T - 1].argsort(descending=True).tolist() for name, scores in found.items()}
+    lost = drops(net, case, [order[name][:n] for name in WAYS])
+    with torch.no_grad():
+        start = float(net.log_p(net.mean.expand(1, T, -1))[0, case.top])
     return {
-        "machine": machine(), "model": net.workload.name, "layer": LAYER, "top_k": TOP_K, "steps": STEPS,
-        "share": SHARE, "neutral": NEUTRAL, "tried": tried, "texts": rows,
-        "seconds": {name: round(s / len(rows), 4) for name, s in seconds.items()},
-        "integration_gap": round(float(np.median(gaps)), 5),
+        "text": text.text, "cue": text.cue, "tokens": T, "cue_at": case.cue, "removed": n,
+        "p": round(float(np.exp(case.log_p)), 5),
+        "rank": {name: order[name].index(case.cue) + 1 for name in WAYS},
+        "drop": {name: {way: lost[way][i] for way in REMOVALS} for i, name in enumerate(WAYS)},
+        "seconds": seconds,
+        "integration_gap": round(float(found["integrated gradients"].sum()) / (case.log_p - start) - 1, 5),
     }  # fmt: skip
 
 
@@ -212,15 +185,62 @@ def check(net: Opened, case: Case) -> None:
     torch.testing.assert_close(scores.position_energy[LAYER][0], one_token(net, case), rtol=1e-3, atol=1e-6)
 
 
+def begin() -> None:
+    """Open the model in a worker, on one thread, and prove the package's form there before any clock runs."""
+    global _NET
+    torch.set_num_threads(1)
+    _NET = opened()
+    case = next(case for text in texts("colour") if (case := case_of(_NET, text)) is not None)
+    check(_NET, case)
+
+
+def work(kind: str, number: int) -> tuple[str, int, dict[str, Any] | None]:
+    """What is measured on the text of a kind with this number."""
+    assert _NET is not None
+    return kind, number, measured(_NET, next(islice(texts(kind), number, None)))
+
+
+def fill(kept: dict[str, Any], each: int, workers: int, until: float) -> None:
+    """Measure until there are `each` texts of every kind that the model completes by their cue, or the time is up.
+
+    `kept["texts"]` has a row for each text, by kind and number, with None for one that is not completed so.
+    """
+    kept.setdefault("texts", [])
+    done = {(row["kind"], row["number"]) for row in kept["texts"]}
+    with ProcessPoolExecutor(workers, get_context("spawn"), begin) as pool:
+        running: set[Future[Any]] = set()
+        numbers = {kind: count() for kind in KINDS}
+        while True:
+            good = Counter(row["kind"] for row in kept["texts"] if "tokens" in row)
+            wanted = [kind for kind in KINDS if good[kind] < each]
+            while wanted and len(running) < workers and time.monotonic() < until:
+                kind = min(wanted, key=lambda kind: good[kind])
+                number = next(n for n in numbers[kind] if (kind, n) not in done)
+                running.add(pool.submit(work, kind, number))
+                good[kind] += 1  # if it is completed by its cue
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for kind, number, row in (one.result() for one in finished):
+                kept["texts"].append({"kind": kind, "number": number, **(row or {})})
+                write_json(KEPT, kept)
+                print(len(kept["texts"]), kind, number, row and (row["tokens"], row["rank"]), flush=True)
+
+
 def main() -> None:
-    """Measure, keep the numbers, write the page and the figure."""
+    """Measure what is missing, keep the numbers, write the page and the figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attribution", description=__doc__.splitlines()[0])
     parser.add_argument("--each", type=int, default=10, help="texts of each kind")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no new text after this time")
     parser.add_argument("--render", action="store_true", help="write the page again from the kept numbers")
     args = parser.parse_args()
+    kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {"machine": machine()}
     if not args.render:
-        write_json(KEPT, measure(opened(), args.each))
-    kept = json.loads(KEPT.read_text("utf-8"))
+        kept |= {"model": "SmolLM2-135M", "top_k": TOP_K, "steps": STEPS, "share": SHARE, "neutral": NEUTRAL}
+        fill(kept, args.each, args.workers, time.monotonic() + args.seconds)
+        kept["texts"].sort(key=lambda row: (list(KINDS).index(row["kind"]), row["number"]))
+        write_json(KEPT, kept)
     draw(kept, FIGURE)
     PAGE.write_text(page(kept), "utf-8")
     print(f"{PAGE} written")

@@ -81,14 +81,19 @@ def _over(values: NDArray[np.float64], of: Any) -> Measured:
     return Measured(float(of(values)), float(low), float(high))
 
 
+def good(kept: dict[str, Any]) -> list[dict[str, Any]]:
+    """The texts that the model completes by their cue."""
+    return [row for row in kept["texts"] if "tokens" in row]
+
+
 def drop(kept: dict[str, Any], method: str, way: str) -> NDArray[np.float64]:
     """[n] nats that each text loses."""
-    return np.array([row["drop"][method][way] for row in kept["texts"]])
+    return np.array([row["drop"][method][way] for row in good(kept)])
 
 
 def found(kept: dict[str, Any], method: str, kind: str | None = None) -> NDArray[np.float64]:
     """[n] 1 where the cue is among the removed tokens, else 0."""
-    rows = [row for row in kept["texts"] if kind in (None, row["kind"])]
+    rows = [row for row in good(kept) if kind in (None, row["kind"])]
     return np.array([float(row["rank"][method] <= row["removed"]) for row in rows])
 
 
@@ -110,14 +115,14 @@ def winner(values: dict[str, NDArray[np.float64]], of: Any) -> str:
 
 def page(kept: dict[str, Any]) -> str:
     """docs/attribution.md."""
-    rows = kept["texts"]
+    rows = good(kept)
     machine, example = kept["machine"], rows[0]
     lengths, removed = [row["tokens"] for row in rows], [row["removed"] for row in rows]
     far = [row["tokens"] - 1 - row["cue_at"] for row in rows]
-    tried = sum(number for number, _ in kept["tried"].values())
+    gap = float(np.median([abs(row["integration_gap"]) for row in rows]))
     drops = {way: {name: drop(kept, name, way) for name in METHODS} for way in REMOVALS}
     recall = {name: found(kept, name) for name in METHODS}
-    kinds = list(kept["tried"])
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     titles = {
         "neutral": f"replaced by `{kept['neutral']}`",
         "mean": "replaced by the mean",
@@ -128,8 +133,9 @@ def page(kept: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in METHODS:
+        seconds = float(np.median([row["seconds"][name] for row in rows]))
         cells = [str(median(drops[way][name])) for way in REMOVALS]
-        table.append(f"| {name} | {' | '.join(cells)} | {mean(recall[name])} | {kept['seconds'][name]:.2f} |")
+        table.append(f"| {name} | {' | '.join(cells)} | {mean(recall[name])} | {seconds:.2f} |")
     by_kind = [f"| method | {' | '.join(kinds)} |", "| --- |" + " --- |" * len(kinds)]
     for name in METHODS:
         by_kind.append(f"| {name} | {' | '.join(f'{found(kept, name, kind).mean():.2f}' for kind in kinds)} |")
@@ -145,17 +151,17 @@ def page(kept: dict[str, Any]) -> str:
         "",
         "## Is it right?",
         "",
-        f"Measured by `python -m benchmarks.attribution` on {machine['threads']} threads of a CPU "
+        f"Measured by `python -m benchmarks.attribution` on a CPU with two cores "
         f"({machine['cpu_capability']}), torch {machine['torch']}: {kept['model']}-Instruct in float32, {len(rows)} "
         f"texts of {min(lengths)} to {max(lengths)} tokens, {len(kinds)} kinds. In each a word of the first sentence, "
         f"the cue, is what the last clause asks for, {min(far)} to {max(far)} tokens later. Such as:",
         "",
         f"> {example['text']}",
         "",
-        f"The texts are made from templates; of the {tried} that were tried, those are kept whose likeliest next "
-        f"token is the cue's. The top tenth of the tokens by each method ({min(removed)} to {max(removed)} tokens; "
-        "never the last one, where the distribution is read) is removed in three ways: replaced by the embedding of a "
-        "neutral word, replaced by the mean of all embeddings, or deleted. The table has how many nats the "
+        f"The texts are made from templates; of the {len(kept['texts'])} that were tried, those are kept whose "
+        "likeliest next token is the cue's. The top tenth of the tokens by each method "
+        f"({min(removed)} to {max(removed)} tokens; never the last one, where the distribution is read) is "
+        "removed in three ways: replaced by the embedding of a neutral word, replaced by the mean of all embeddings, or deleted. The table has how many nats the "
         "log-probability of the formerly likeliest token loses, the median over the texts with a 95% bootstrap "
         "interval; and the share of texts whose cue is among the removed tokens. Higher is better in all of them.",
         "",
@@ -166,7 +172,7 @@ def page(kept: dict[str, Any]) -> str:
         f'Fisher scope is `topk` with {kept["top_k"]} tokens; "one token" is p \\|g\\|² of the likeliest one alone. '
         "Gradient x input and integrated gradients are of that token's log p and keep their sign. Integrated gradients "
         f"take {kept['steps']} steps from the mean embedding at all positions; their sum misses the change of log p by "
-        f"{kept['integration_gap']:.1%} in the median. The way of removal by the mean embedding is thus their own "
+        f"{gap:.1%} in the median. The way of removal by the mean embedding is thus their own "
         "baseline.",
         "",
         "## Who wins",
