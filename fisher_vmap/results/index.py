@@ -43,6 +43,9 @@ TARGET_COLUMNS = (
     *("target_log_probs", "target_entropy", "completions", "completion_ids", "completion_tokens"),
 )
 
+# Fields of `ShardLayout` that folders made before do not have; where they say "not there", the mark leaves them out.
+_LATER = ("pairs", "attribution")
+
 _ENTRY_NAME = re.compile(r"shard-(\d{5,})\.json")
 _NO_CHECKSUM = "0" * 64
 _HEAD = re.compile(rb'\{\s*"checksum":\s*"([0-9a-f]{64})"')
@@ -91,6 +94,8 @@ class ShardLayout(Stored):
     store_text: bool = True
     keep_columns: tuple[str, ...] = ()
     means_only: bool = False
+    attribution: bool = False
+    """Whether the table has "<layer>/attribution", a number a position; folders made before have it in shards alone."""
     """Whether shards lose their arrays once they are in the sum, so that only the table and the mean remain."""
 
     @property
@@ -216,7 +221,8 @@ class Index(Stored):
     @property
     def mark(self) -> str:
         """A hash of the settings and shapes. It is written into the run's entry files to tell runs apart."""
-        what = [self.shard_size, self.layout.model_dump(), self.fingerprint]
+        shapes = {name: x for name, x in self.layout.model_dump().items() if x or name not in _LATER}
+        what = [self.shard_size, shapes, self.fingerprint]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -248,11 +248,17 @@ class PromptRecord:
         return self._number("trace_error")
 
     def attribution(self) -> Float32:
-        """How much the output hangs on each position, [T]: the trace of the position's own J^T C J.
+        """How much the output hangs on each position, [T]: the trace of the position's own J^T C J, its Fisher scope.
 
-        The bias is added at that position alone; of a layer above the embedding it is the residual stream there that
-        counts, which knows earlier tokens too. Hook the embedding for a number of each token itself. The last entries
-        are the tokens of the completion, if there is a single one.
+        a_i = sum over targets and tokens of p_t |d log p_t / d x_i|^2, nats^2 per squared unit of the residual stream,
+        for a bias at position i alone: a random step of length eps there causes a KL divergence of eps^2 a_i / 2D on
+        average. It has no sign, and the positions do not add up to the trace of F. Zero where `bias_positions` adds no
+        bias.
+
+        Hook the embedding (`model.embed_tokens`) for a number of each token itself; above it, the residual stream at a
+        position knows earlier tokens too. The entries belong to `prompt_tokens`, followed by the tokens of the
+        completion if there is a single one. Estimator topk sums over its K tokens at each target, full over what its
+        directions hold at the position: with several targets that is too little.
         """
         return self.position_energy
 

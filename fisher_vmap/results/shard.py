@@ -13,7 +13,8 @@ top_probability (that of the likeliest one), top_tokens and prompt_tokens (as te
 Columns of every layer, named "<layer>/...": trace, trace_norm2 (trace x residual_norm^2, comparable between layers),
 effective_rank, and share_kept (sum of S / trace). If the whole vocabulary's matrix was estimated: trace_full,
 trace_full_error (its standard error), share_full (sum of S / trace_full) and relative_error (of the stored matrix, in
-the Frobenius norm).
+the Frobenius norm). Where the prompts' own matrices are kept, attribution: a number a position, the shard's
+position_energy (with `save: mean` these lists would be most of what is left on the disk, and are left out).
 
 If the run asked for other targets than the last token: targets (their number), mean_entropy and mean_log_prob in nats,
 a list for each of the other properties of a target and of the completions (`TARGET_COLUMNS`), and for every layer
@@ -79,6 +80,10 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         numbers = [_layer_numbers(r, layer) for r in results]
         for name in ("trace", "trace_norm2", "effective_rank", *QUALITY):
             columns[f"{layer}/{name}"] = pa.array([row.get(name) for row in numbers], pa.float64())
+        if layout.attribution:
+            energies = [r.layers[layer].position_energy if r.status == "ok" else None for r in results]
+            lists = [None if energy is None else np.asarray(energy, np.float32) for energy in energies]
+            columns[f"{layer}/attribution"] = pa.array(lists, pa.list_(pa.float32()))
     columns |= {name: pa.array(values, pa.int64()) for name, values in checksums.items()}
     return pa.table(columns)
 

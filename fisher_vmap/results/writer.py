@@ -363,7 +363,7 @@ class ResultsWriter:
 
 def _shape(shard_size: int, layout: ShardLayout) -> dict[str, Any]:
     """The shards' shapes as settings, so that differences are compared and named like those of the fingerprint."""
-    shape = layout.model_dump()
+    shape = layout.model_dump(exclude={"attribution"})  # a resumed folder keeps the columns that it began with
     return {"shard_size": shard_size, "save": "mean" if shape.pop("means_only") else "both or prompts", **shape}
 
 

@@ -90,6 +90,7 @@ def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
         store_text=settings.store_text,
         keep_columns=tuple(settings.keep_columns or ()),
         means_only=settings.save == "mean",
+        attribution=settings.save != "mean",  # as long as the prompt: most of the disk where only means are kept
     )
 
 

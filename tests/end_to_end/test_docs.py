@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.accuracy_page import page as accuracy_page
+from benchmarks.attribution_page import page as attribution_page
 from fisher_vmap.run.settings import RunOptions, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +26,10 @@ def test_the_page_is_written_from_the_measured_numbers(name):
     assert module.page(numbers) == (DOCS / f"{name}.md").read_text("utf-8")
 
 
-def test_the_page_of_accuracy_is_written_from_the_measured_numbers():
-    numbers = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text("utf-8"))
-    assert accuracy_page(numbers) == (DOCS / "accuracy.md").read_text("utf-8")
+@pytest.mark.parametrize(("name", "page"), [("accuracy", accuracy_page), ("attribution", attribution_page)])
+def test_the_page_of_a_benchmark_is_written_from_the_measured_numbers(name, page):
+    numbers = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+    assert page(numbers) == (DOCS / f"{name}.md").read_text("utf-8")
 
 
 @pytest.mark.needs("jsonschema", "ray")
