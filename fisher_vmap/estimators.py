@@ -63,8 +63,8 @@ class Estimate(NamedTuple):
     Attributes:
         log_probs: [B, K], of the likeliest next tokens, highest first at each target, in nats.
         token_ids: [B, K] int64.
-        factors: for each layer, A, [B, m, D].
-        loadings: for each layer, [B, K, m]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows. Empty if
+        factors: for each layer, A, [B, n, D], of as many rows n as the estimator makes.
+        loadings: for each layer, [B, K, n]: loadings @ A approximates diag(sqrt p) G, the tokens' own rows. Empty if
             these are the rows of A.
         remainder: for each layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole vocabulary
             minus A^T A.

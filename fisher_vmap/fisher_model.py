@@ -182,7 +182,7 @@ class FisherModel:
         Args:
             input_ids: [B, T] int64, padded on either side.
             attention_mask: [B, T], 1 for real tokens; None: no padding.
-            choices: arguments of `fisher_scores` that replace this model's.
+            choices: arguments of `fisher_scores` that replace this model's; `targets` is "last" if not given.
         """
         settings: dict[str, Any] = {
             "layers": self.layers,
@@ -195,7 +195,7 @@ class FisherModel:
 
     @autocast_off()
     def estimate(self, input_ids: Tensor, attention_mask: Tensor | None = None, rank: int = 10) -> Estimate:
-        """The factors of the batch's Fisher matrices, by this model's estimator and settings.
+        """The factors of the batch's Fisher matrices at the last tokens, by this model's estimator and settings.
 
         Args:
             input_ids: [B, T] int64, padded on either side.

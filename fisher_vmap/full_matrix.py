@@ -37,9 +37,9 @@ def fisher_full(
 
     F = sum over all tokens of p_t g_t g_t^T = J^T C J, by two pullbacks and one pushforward of rank + oversampling
     vectors for each pass [Halko, Martinsson and Tropp, SIAM Review 2011]. With several layers the first pullback is
-    shared; each layer has its own push and second pull. If rank + oversampling is D or more, the result is F itself,
-    for all layers by one pullback of D vectors. With several targets the number of vectors is the same; each target
-    adds the head's work for its own row.
+    shared; each layer has its own push and second pull. If rank + oversampling is D or more, the result is F itself; of
+    one target, for all layers by one pullback of D vectors. With several targets F is the sum of their matrices, and
+    the number of vectors is the same; each target adds the head's work for its own row.
 
     Args:
         model: as for `fisher_scores`.
@@ -85,9 +85,10 @@ def fisher_sampled(
 ) -> Estimate:
     """An unbiased estimate of the Fisher matrix of the whole vocabulary, from drawn scores, for a batch of prompts.
 
-    F ~ 1/S sum_s g_s g_s^T, g_s = sum_j J_j^T a_{j, y_j}: the gradient of the log-probability of tokens y_j drawn from
-    the model's own distribution at each target j. It takes one pullback of S vectors and a push of R, whatever the
-    number of targets. The standard error of the trace is `trace_error`; the seeds depend on the prompts' tokens alone.
+    F ~ 1/S sum_s g_s g_s^T with g_s = sum_j J_j^T a_{j, y_j}, the gradient of the log-probability of tokens y_j, one
+    drawn from the model's own distribution at each target j. It takes one pullback of S vectors and a push of R,
+    whatever the number of targets. `trace_error` is the standard error of the trace, sqrt(Var |g|^2 / S). The same
+    prompt always gives the same draws.
 
     Args:
         model: as for `fisher_scores`.

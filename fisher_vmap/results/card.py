@@ -43,7 +43,7 @@ def data_card(index: Index, metadata: dict[str, Any], table: Any, repo_id: str, 
     whole = index.fingerprint.get("estimator") in ("full", "sampled")
     of_what = "of the whole vocabulary" if whole else f"summed over the {layout.top_k} likeliest tokens"
     if layout.pairs:
-        which = f"the next-token distributions at its targets ({escaped(targets_in_words(index.fingerprint))})"
+        which = f"the next-token distributions at its targets ({markdown(targets_in_words(index.fingerprint))})"
         how_much = (
             f"The median prompt has\n{_median(ok, 'targets'):.0f} targets; their mean entropy is "
             f"{_median(ok, 'mean_entropy'):.3g} nats."

@@ -244,7 +244,7 @@ class PromptRecord:
 
     @property
     def trace_error(self) -> float:
-        """The standard error of `trace` over completions that the model has drawn; NaN of a single one."""
+        """The standard error of `trace`, over several completions or drawn scores; NaN where nothing was drawn."""
         return self._number("trace_error")
 
     def attribution(self) -> Float32:

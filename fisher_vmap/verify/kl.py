@@ -52,8 +52,8 @@ def measured_kl(
 
     To second order it is 1/2 step^T F step with the Fisher matrix F of the whole vocabulary. It is summed in float64 as
     sum_v p_v (e^d - 1 - d) with d = log p_step - log p_0: no term is negative, so that small values do not cancel.
-    The tokens of the prompt are given: each target's distribution is that after the same tokens, with the step and
-    without.
+    Each target's distribution with the step is compared with the one without it after the same tokens, those of
+    `input_ids`: nothing is generated.
 
     Args:
         model: a causal LM.

@@ -74,15 +74,17 @@ def test_notes_are_understood(page):
         assert above is None or re.match(r"(file: |not run: |ends with \d|illustration|run: |python: )", above["note"])
 
 
-def test_the_results_folder_is_as_its_page_says(reader, tmp_path):
+@pytest.mark.parametrize("targets", ["last", "all", "3"])
+def test_the_results_folder_is_as_its_page_says(targets, reader, tmp_path):
     text = (DOCS / "reference" / "results-folder.md").read_text("utf-8")
     flags = f"--model_path {STAND_IN} --dataset_name prompts.jsonl --hook_layer_name 15 --trace_samples 2 --save both"
-    assert run_command(flags.split()) == 0
+    assert run_command([*flags.split(), "--targets", targets]) == 0
     with safe_open(tmp_path / "fisher_results/shards/shard-00000.safetensors", "np") as shard:
         stored = {name.replace("model.layers.15", "LAYER") for name in shard.keys()}  # noqa: SIM118 (no mapping)
     table = pq.read_schema(tmp_path / "fisher_results/prompts.parquet").names
     columns = {name.replace("model.layers.15", "LAYER") for name in table}
-    of_shard, of_table = text.split("## A shard")[1].split("## prompts.parquet")
+    of_shard, of_tables = text.split("## A shard")[1].split("## prompts.parquet")
+    of_table, of_targets = of_tables.split("## With several targets")
 
     def named(part):
         """What stands in backticks in the first column of the part's table."""
@@ -90,7 +92,7 @@ def test_the_results_folder_is_as_its_page_says(reader, tmp_path):
         return set(re.findall(r"`([\w/]+)`", " ".join(rows)))
 
     assert named(of_shard) == stored
-    assert named(of_table) == columns
+    assert named(of_table) | (set() if targets == "last" else named(of_targets)) == columns
     for name in re.findall(r"(?m)^  ([\w.-]+\.\w+) ", text):
         assert name.startswith("sum-") or (tmp_path / "fisher_results" / name).is_file(), name
 
