@@ -179,7 +179,7 @@ def mean_over_samples(found: Estimate, samples: int) -> Estimate:
 
     def block_diagonal(x_NOm: Tensor) -> Tensor:
         together: Tensor = torch.stack([torch.block_diag(*rows) for rows in x_NOm.split(S)])  # type: ignore[no-untyped-call]
-        return together * S**0.5
+        return together.mul_(S**0.5)
 
     trace = {layer: A.square().sum((1, 2)).view(-1, S) for layer, A in found.factors.items()}
     loadings = found.loadings or {

@@ -317,7 +317,8 @@ def with_completions(
     """
     if completions is not None:
         missing = object()
-        for number, (prompt, completion) in enumerate(zip_longest(prompts, completions, fillvalue=missing)):
+        pairs: Iterator[tuple[Any, Any]] = zip_longest(prompts, completions, fillvalue=missing)
+        for number, (prompt, completion) in enumerate(pairs):
             if missing in (prompt, completion):
                 raise ValueError(f"completions are as many as the prompts, but one of the two has {number} alone")
             if not isinstance(completion, str | Mapping):
