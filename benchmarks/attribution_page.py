@@ -161,8 +161,8 @@ def page(kept: dict[str, Any]) -> str:
         f"The texts are made from templates; of the {len(kept['texts'])} that were tried, those are kept whose "
         "likeliest next token is the cue's. The top tenth of the tokens by each method "
         f"({min(removed)} to {max(removed)} tokens; never the last one, where the distribution is read) is "
-        "removed in three ways: replaced by the embedding of a neutral word, replaced by the mean of all embeddings, or "
-        "deleted. The table has how many nats the "
+        "removed in three ways: replaced by the embedding of a neutral word, replaced by the mean of all embeddings, "
+        "or deleted. The table has how many nats the "
         "log-probability of the formerly likeliest token loses, the median over the texts with a 95% bootstrap "
         "interval; and the share of texts whose cue is among the removed tokens. Higher is better in all of them.",
         "",

@@ -323,7 +323,7 @@ def with_completions(
                 raise ValueError(f"completions are as many as the prompts, but one of the two has {number} alone")
             if not isinstance(completion, str | Mapping):
                 raise ValueError(f"completion {number} is a {type(completion).__name__}; expected a text")
-            yield prompt, completion
+            yield prompt, completion if isinstance(completion, str) else dict(completion)
         return
     for prompt in prompts:
         try:
