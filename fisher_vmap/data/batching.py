@@ -317,9 +317,12 @@ def with_completions(
     """
     if completions is not None:
         missing = object()
-        for number, (prompt, completion) in enumerate(zip_longest(prompts, completions, fillvalue=missing)):
-            if missing in (prompt, completion):
-                raise ValueError(f"completions are as many as the prompts, but one of the two has {number} alone")
+        both: Iterator[tuple[Any, Any]] = zip_longest(prompts, completions, fillvalue=missing)
+        for number, (prompt, completion) in enumerate(both):
+            if prompt is missing or completion is missing:
+                raise ValueError(
+                    f"there must be as many completions as prompts, and one of the two ends after {number}"
+                )
             if not isinstance(completion, str | Mapping):
                 raise ValueError(f"completion {number} is a {type(completion).__name__}; expected a text")
             yield prompt, completion
