@@ -320,10 +320,8 @@ def with_completions(
         both: Iterator[tuple[Any, Any]] = zip_longest(prompts, completions, fillvalue=missing)
         for number, (prompt, completion) in enumerate(both):
             if prompt is missing or completion is missing:
-                raise ValueError(
-                    f"there must be as many completions as prompts, and one of the two ends after {number}"
-                )
-            if not isinstance(completion, str | Mapping):
+                raise ValueError(f"expected as many completions as prompts, but one of the two ends after {number}")
+            if not isinstance(completion, str | dict):
                 raise ValueError(f"completion {number} is a {type(completion).__name__}; expected a text")
             yield prompt, completion
         return
