@@ -16,7 +16,7 @@ vectors does not depend on that of the targets. With as many vectors as theta is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import nan, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +179,7 @@ def mean_over_samples(found: Estimate, samples: int) -> Estimate:
 
     def block_diagonal(x_NOm: Tensor) -> Tensor:
         together: Tensor = torch.stack([torch.block_diag(*rows) for rows in x_NOm.split(S)])  # type: ignore[no-untyped-call]
-        return together.mul_(S**0.5)
+        return together * sqrt(S)
 
     trace = {layer: A.square().sum((1, 2)).view(-1, S) for layer, A in found.factors.items()}
     loadings = found.loadings or {

@@ -299,10 +299,10 @@ class FisherModel:
 
     def _numbers(self, prompts: Sequence[Sequence[Tokens]], rank: int, chunk_size: int | None) -> list[PromptNumbers]:
         rows, samples = [row for sequences in prompts for row in sequences], len(prompts[0])
-        width, where, parts = max(len(row.ids) for row in rows), str(self.options.positions), []
+        width, where = max(len(row.ids) for row in rows), str(self.options.positions)
+        parts: list[Estimate] = []
         groups = rows_apart([row.targets(self.targets) for row in rows], self.vocabulary, self.device)
-        for group in groups:
-            some = [rows[b] for b in group]
+        for some in ([rows[b] for b in group] for group in groups):
             input_ids, mask = padded(some, self.device, width)
             options = replace(
                 self.options,

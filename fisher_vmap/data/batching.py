@@ -317,13 +317,13 @@ def with_completions(
     """
     if completions is not None:
         missing = object()
-        pairs: Iterator[tuple[Any, Any]] = zip_longest(prompts, completions, fillvalue=missing)
-        for number, (prompt, completion) in enumerate(pairs):
-            if missing in (prompt, completion):
-                raise ValueError(f"completions are as many as the prompts, but one of the two has {number} alone")
-            if not isinstance(completion, str | Mapping):
+        both: Iterator[tuple[Any, Any]] = zip_longest(prompts, completions, fillvalue=missing)
+        for number, (prompt, completion) in enumerate(both):
+            if prompt is missing or completion is missing:
+                raise ValueError(f"expected as many completions as prompts, but one of the two ends after {number}")
+            if not isinstance(completion, str | dict):
                 raise ValueError(f"completion {number} is a {type(completion).__name__}; expected a text")
-            yield prompt, completion if isinstance(completion, str) else dict(completion)
+            yield prompt, completion
         return
     for prompt in prompts:
         try:

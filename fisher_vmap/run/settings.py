@@ -144,7 +144,7 @@ class Settings(BaseModel):
         None, r'A prompt out of several columns, such as "{instruction}\n\n{input}"; none: by the form of the data.'
     )
     completion_column: OptionalName = _setting(
-        None, "Column with the completion; none: the last assistant turn, or a column that is known for it."
+        None, "Column with the completion; none: the assistant turn after the prompt, or a column that is known for it."
     )
     keep_columns: Columns = _setting(None, "Further columns copied into prompts.parquet, as a list.")
     conversation: Literal["first_turn", "full"] = _setting(

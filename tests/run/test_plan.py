@@ -63,6 +63,39 @@ def test_tokens_and_storage_are_those_of_the_run(model, data, tmp_path, choice):
         assert found.storage.parts["shards"] == pytest.approx(stored, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        (
+            {"targets": 3, "estimator": "full"},
+            "of these up to 186 that the model writes: a completion of 3 tokens to each",
+        ),
+        (
+            {"targets": 4, "samples": 2, "top_k_tokens": 3},
+            "of these up to 496 that the model writes: 2 completions of 4 tokens to each prompt",
+        ),
+        ({"targets": "completion", "completion_column": "kind", "estimator": "full"}, None),
+        ({"targets": "all", "estimator": "sampled"}, None),
+    ],
+)
+def test_completions_are_counted(model, data, tmp_path, choice, line):
+    settings, last = settings_of(model, data, **choice), settings_of(model, data, max_length=124)
+    found, plain = planned(settings, skeleton_of(settings)), planned(last, skeleton_of(last))
+    out = tmp_path / "out"
+    assert run_here(model, data, out, **choice) == 0
+    rows = open_results(out).to_pandas()
+    rows = rows[rows["status"] == "ok"]
+    written, samples = choice["targets"] if isinstance(choice["targets"], int) else 0, choice.get("samples", 1)
+    given = 2 * len(rows) if choice["targets"] == "completion" else 0  # a letter, and the end of the turn
+    assert found.tokens == samples * (rows["tokens"].sum() + written * len(rows)) + given
+    assert found.storage.total == pytest.approx(folder_bytes(out), rel=0.08)
+    told = [told.strip() for told in plan(settings) if "that the model writes" in told]
+    assert told == ([] if line is None else [line])
+    assert ("writing" in found.operations) == (written > 0)
+    assert found.operations["head"] > plain.operations["head"]
+    assert found.batch.parts and found.longest.tokens <= 128 * samples
+
+
 def test_the_lines(model, data, tmp_path, capsys, monkeypatch):
     """Without the weights, and without a folder."""
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
