@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.attribution_page import METHODS, REMOVALS, SIGNED, draw, page
+from benchmarks.attribution_page import LEAST, METHODS, REMOVALS, SIGNED, draw, good, page
 from benchmarks.attribution_texts import KINDS, Text, texts
 from benchmarks.timing import machine, write_json
 from benchmarks.workloads import Workload, smollm2
@@ -240,13 +240,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no new text after this time")
     parser.add_argument("--render", action="store_true", help="write the page again from the kept numbers")
     args = parser.parse_args()
-    kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {"machine": machine(), "texts": []}
+    kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {"texts": []}
     if not args.render:
-        kept |= {"model": "SmolLM2-135M", "top_k": TOP_K, "steps": STEPS, "share": SHARE}
+        kept |= {"machine": machine(), "model": "SmolLM2-135M", "top_k": TOP_K, "steps": STEPS, "share": SHARE}
         fill(kept, args.each, args.workers, time.monotonic() + args.seconds)
         kept["texts"].sort(key=lambda row: (list(KINDS).index(row["kind"]), row["number"]))
         write_json(KEPT, kept)
-    draw(kept, FIGURE)
+    if len(good(kept)) >= LEAST:
+        draw(kept, FIGURE)
     PAGE.write_text(page(kept), "utf-8")
     print(f"{PAGE} written")
 

@@ -13,7 +13,7 @@ METHODS = (
 )
 SCOPE = METHODS[0]
 REMOVALS = ("mean", "deleted")
-LEAST = 60  # texts that the page is made for
+LEAST = 60  # texts; the page shows no numbers of fewer
 RESAMPLES = 2000  # of the texts, for the intervals
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 
@@ -120,7 +120,16 @@ def winner(values: dict[str, NDArray[np.float64]], of: Any) -> str:
 
 def page(kept: dict[str, Any]) -> str:
     """docs/attribution.md."""
+    head = ["# Which tokens the next token hangs on", "", "## Fisher scope", "", WHAT_IT_IS, "", HOW, ""]
+    head += ["## Is it right?", ""]
     rows = good(kept)
+    if len(rows) < LEAST:
+        so_far = (
+            "`python -m benchmarks.attribution` puts it beside gradient x input, integrated gradients and chance, on "
+            f"texts with a cue far before the word that it decides. It has done {len(rows)} of {LEAST} texts; the same "
+            "command carries on, and writes the numbers here when all are done."
+        )
+        return "\n".join([*head, so_far]) + "\n"
     machine, example = kept["machine"], rows[0]
     lengths, removed = [row["tokens"] for row in rows], [row["removed"] for row in rows]
     far = [row["tokens"] - 1 - row["cue_at"] for row in rows]
@@ -142,16 +151,7 @@ def page(kept: dict[str, Any]) -> str:
         by_kind.append(f"| {name} | {' | '.join(f'{found(kept, name, kind).mean():.2f}' for kind in kinds)} |")
     best = {titles[way]: winner(drops[way], median) for way in REMOVALS} | {"cue found": winner(recall, mean)}
     lines = [
-        "# Which tokens the next token hangs on",
-        "",
-        "## Fisher scope",
-        "",
-        WHAT_IT_IS,
-        "",
-        HOW,
-        "",
-        "## Is it right?",
-        "",
+        *head,
         f"Measured by `python -m benchmarks.attribution` on {machine['cores']} cores of a CPU "
         f"({machine['cpu_capability']}), torch {machine['torch']}: {kept['model']}-Instruct in float32, {len(rows)} "
         f"texts of {min(lengths)} to {max(lengths)} tokens, {len(kinds)} kinds. In each a word of the first sentence, "
@@ -159,7 +159,6 @@ def page(kept: dict[str, Any]) -> str:
         "",
         f"> {example['text']}",
         "",
-        *([f"**Preliminary: {len(rows)} of {LEAST} texts.** The same command carries on.", ""] * (len(rows) < LEAST)),
         f"The texts are made from templates; of the {len(kept['texts'])} that were tried, those are kept whose "
         "likeliest next token is the cue's. The top tenth of the tokens by each method "
         f"({min(removed)} to {max(removed)} tokens; never the last one, where the distribution is read) is removed in "

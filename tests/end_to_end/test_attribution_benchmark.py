@@ -119,10 +119,18 @@ def kept_of(nats):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("texts_done", [0, 1, 59])
+def test_the_page_shows_no_numbers_of_few_texts(texts_done):
+    kept = kept_of(dict.fromkeys(METHODS, 1.0))
+    kept["texts"] = kept["texts"][:texts_done]
+    text = page(kept)
+    assert f"It has done {texts_done} of 60 texts" in text and "| method |" not in text and "wins" not in text
+
+
 @pytest.mark.parametrize("best", METHODS)
 def test_the_page_says_who_wins(best):
     lines = page(kept_of({name: 3.0 if name == best else 1.0 for name in METHODS})).splitlines()
-    assert not any("Preliminary" in line for line in lines)
+    assert not any("It has done" in line for line in lines)
     tables = [line.count("|") for line in lines if line.startswith("| ")]
     assert tables == [6] * (len(METHODS) + 2) + [3] * (len(METHODS) + 2)  # head, rule, rows
     deleted = next(line for line in lines if line.startswith("* deleted: "))
