@@ -1,4 +1,4 @@
-"""Which tokens does the next token hang on? `python -m benchmarks.attribution`: five ways to tell, put to the test.
+"""Which tokens does the next token hang on? `python -m benchmarks.attribution`: several ways to tell, put to the test.
 
 Texts with a cue far before the word that it decides (`attribution_texts`), SmolLM2 in float32. The top tenth of the
 tokens, by each method, is taken out of the text, and the log-probability of what was the likeliest next token is read
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.attribution_page import METHODS, REMOVALS, draw, page
+from benchmarks.attribution_page import LEAST, METHODS, REMOVALS, SIGNED, draw, good, page
 from benchmarks.attribution_texts import KINDS, Text, texts
 from benchmarks.timing import machine, write_json
 from benchmarks.workloads import Workload, smollm2
@@ -34,7 +34,6 @@ PAGE = ROOT / "docs" / "attribution.md"
 FIGURE = ROOT / "docs" / "images" / "attribution.png"
 LAYER = "model.embed_tokens"
 TOP_K, STEPS, SHARE = 10, 32, 10  # tokens of the matrix; points on the path; one in so many tokens is removed
-NEUTRAL = " the"
 AT_ONCE = 8  # points of the path in one pass
 
 _NET: "Opened | None" = None  # of a worker
@@ -46,7 +45,6 @@ class Opened(NamedTuple):
     workload: Workload
     embedding: Tensor
     mean: Tensor
-    neutral: Tensor
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """[T, D]."""
@@ -73,8 +71,7 @@ def opened() -> Opened:
     workload = smollm2("float32", "cpu", "float32")
     workload.model.requires_grad_(False)
     embedding = workload.model.get_input_embeddings().weight.detach()
-    (neutral,) = workload.tokenizer(NEUTRAL, add_special_tokens=False).input_ids
-    return Opened(workload, embedding, embedding.mean(0), embedding[neutral])
+    return Opened(workload, embedding, embedding.mean(0))
 
 
 def case_of(net: Opened, text: Text) -> Case | None:
@@ -110,7 +107,7 @@ def one_token(net: Opened, case: Case) -> Tensor:
 
 
 def gradient_x_input(net: Opened, case: Case) -> Tensor:
-    """g . x, signed: what speaks for the token comes first."""
+    """g . x with its sign: what speaks for the token is positive."""
     x, g = gradient(net, case)
     return (g * x).sum(1)
 
@@ -131,49 +128,53 @@ def random(net: Opened, case: Case) -> Tensor:
     return torch.rand(len(case.ids), generator=torch.Generator().manual_seed(seed))
 
 
-WAYS: dict[str, Callable[[Opened, Case], Tensor]] = dict(
-    zip(METHODS, (fisher_scope, one_token, gradient_x_input, integrated_gradients, random), strict=True)
-)
+WAYS: dict[str, Callable[[Opened, Case], Tensor]] = {
+    "Fisher scope": fisher_scope,
+    "Fisher scope, one token": one_token,
+    "gradient x input": gradient_x_input,
+    "integrated gradients": integrated_gradients,
+    "random": random,
+}
 
 
 def drops(net: Opened, case: Case, removed: list[list[int]]) -> dict[str, list[float]]:
     """How many nats the token's log p loses by each way of removal, for each list of removed places."""
     x, T = net.embed(case.ids), len(case.ids)
-    changed = []
-    for stand_in in (net.neutral, net.mean):
-        for places in removed:
-            changed.append(x.clone())
-            changed[-1][places] = stand_in
+    replaced = x.repeat(len(removed), 1, 1)
+    for row, places in zip(replaced, removed, strict=True):
+        row[places] = net.mean
     shorter = [x[[i for i in range(T) if i not in places]] for places in removed]
     with torch.no_grad():
-        log_p = torch.cat([net.log_p(torch.stack(changed)), net.log_p(torch.stack(shorter))])[:, case.top]
+        log_p = torch.cat([net.log_p(replaced), net.log_p(torch.stack(shorter))])[:, case.top]
     lost = (case.log_p - log_p).view(len(REMOVALS), len(removed)).tolist()
     return {way: [round(nats, 5) for nats in of] for way, of in zip(REMOVALS, lost, strict=True)}
 
 
-def measured(net: Opened, text: Text) -> dict[str, Any] | None:
-    """Every method on a text, as plain numbers; None if the model does not say the cue next."""
+def measured(net: Opened, text: Text) -> dict[str, Any]:
+    """Every method on a text, as plain numbers; nothing if the model does not say the cue next."""
     case = case_of(net, text)
     if case is None:
-        return None
-    T, found, seconds = len(case.ids), dict[str, Tensor](), dict[str, float]()
+        return {}
+    T, scores, seconds = len(case.ids), dict[str, Tensor](), dict[str, float]()
     n = max(1, T // SHARE)
     for name, way in WAYS.items():
         began = time.process_time()
-        found[name] = way(net, case)
+        scores[name] = way(net, case)
         seconds[name] = round(time.process_time() - began, 3)
+    total = float(scores["integrated gradients"].sum())
+    scores |= {f"{name}, unsigned": scores[name].abs() for name in SIGNED}
     # The last position is where the distribution is read: it is left in place for all methods.
-    order = {name: scores[: T - 1].argsort(descending=True).tolist() for name, scores in found.items()}
-    lost = drops(net, case, [order[name][:n] for name in WAYS])
+    order = {name: scores[name][: T - 1].argsort(descending=True).tolist() for name in METHODS}
+    lost = drops(net, case, [order[name][:n] for name in METHODS])
     with torch.no_grad():
         start = float(net.log_p(net.mean.expand(1, T, -1))[0, case.top])
     return {
         "text": text.text, "cue": text.cue, "tokens": T, "cue_at": case.cue, "removed": n,
         "p": round(float(np.exp(case.log_p)), 5),
-        "rank": {name: order[name].index(case.cue) + 1 for name in WAYS},
-        "drop": {name: {way: lost[way][i] for way in REMOVALS} for i, name in enumerate(WAYS)},
+        "rank": {name: order[name].index(case.cue) + 1 for name in METHODS},
+        "drop": {name: {way: lost[way][i] for way in REMOVALS} for i, name in enumerate(METHODS)},
         "seconds": seconds,
-        "integration_gap": round(float(found["integrated gradients"].sum()) / (case.log_p - start) - 1, 5),
+        "integration_gap": round(total / (case.log_p - start) - 1, 5),
     }  # fmt: skip
 
 
@@ -194,37 +195,41 @@ def begin() -> None:
     check(_NET, case)
 
 
-def work(kind: str, number: int) -> tuple[str, int, dict[str, Any] | None]:
+def work(kind: str, number: int) -> dict[str, Any]:
     """What is measured on the text of a kind with this number."""
     assert _NET is not None
-    return kind, number, measured(_NET, next(islice(texts(kind), number, None)))
+    return {"kind": kind, "number": number, **measured(_NET, next(islice(texts(kind), number, None)))}
+
+
+def task(rows: list[dict[str, Any]], each: int, begun: set[tuple[str, int]]) -> tuple[str, int] | None:
+    """The next text to be measured, of the kind that has fewest: its kind and number; None if there are enough."""
+    done = {(row["kind"], row["number"]) for row in rows}
+    good = Counter(row["kind"] for row in rows if "p" in row)
+    good.update(kind for kind, _ in begun)  # if they turn out so
+    kind = min(KINDS, key=lambda kind: good[kind])
+    return None if good[kind] >= each else (kind, next(n for n in count() if (kind, n) not in done | begun))
 
 
 def fill(kept: dict[str, Any], each: int, workers: int, until: float) -> None:
     """Measure until there are `each` texts of every kind that the model completes by their cue, or the time is up.
 
-    `kept["texts"]` has a row for each text, by kind and number, with None for one that is not completed so.
+    `kept["texts"]` has a row for each text, by kind and number, without numbers for one that is not completed so.
     """
-    kept.setdefault("texts", [])
-    done = {(row["kind"], row["number"]) for row in kept["texts"]}
     with ProcessPoolExecutor(workers, get_context("spawn"), begin) as pool:
-        running: set[Future[Any]] = set()
-        numbers = {kind: count() for kind in KINDS}
+        running: dict[Future[Any], tuple[str, int]] = {}
         while True:
-            good = Counter(row["kind"] for row in kept["texts"] if "tokens" in row)
-            wanted = [kind for kind in KINDS if good[kind] < each]
-            while wanted and len(running) < workers and time.monotonic() < until:
-                kind = min(wanted, key=lambda kind: good[kind])
-                number = next(n for n in numbers[kind] if (kind, n) not in done)
-                running.add(pool.submit(work, kind, number))
-                good[kind] += 1  # if it is completed by its cue
+            while len(running) < workers and time.monotonic() < until:
+                wanted = task(kept["texts"], each, set(running.values()))
+                if wanted is None:
+                    break
+                running[pool.submit(work, *wanted)] = wanted
             if not running:
                 return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for kind, number, row in (one.result() for one in finished):
-                kept["texts"].append({"kind": kind, "number": number, **(row or {})})
-                write_json(KEPT, kept)
-                print(len(kept["texts"]), kind, number, row and (row["tokens"], row["rank"]), flush=True)
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[done]
+                kept["texts"].append(row := done.result())
+                print(len(kept["texts"]), row["kind"], row["number"], row.get("tokens"), row.get("rank"), flush=True)
+            write_json(KEPT, kept)
 
 
 def main() -> None:
@@ -235,13 +240,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no new text after this time")
     parser.add_argument("--render", action="store_true", help="write the page again from the kept numbers")
     args = parser.parse_args()
-    kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {"machine": machine()}
+    kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {"texts": []}
     if not args.render:
-        kept |= {"model": "SmolLM2-135M", "top_k": TOP_K, "steps": STEPS, "share": SHARE, "neutral": NEUTRAL}
+        kept |= {"machine": machine(), "model": "SmolLM2-135M", "top_k": TOP_K, "steps": STEPS, "share": SHARE}
         fill(kept, args.each, args.workers, time.monotonic() + args.seconds)
         kept["texts"].sort(key=lambda row: (list(KINDS).index(row["kind"]), row["number"]))
         write_json(KEPT, kept)
-    draw(kept, FIGURE)
+    if len(good(kept)) >= LEAST:
+        draw(kept, FIGURE)
     PAGE.write_text(page(kept), "utf-8")
     print(f"{PAGE} written")
 

@@ -81,7 +81,7 @@ BETWEEN = (
     "The river was higher than usual.",
     "An old clock stood on the shelf.",
 )
-FEWEST, MOST = 2, 3  # sentences in between
+FEWEST, MOST = 1, 3  # sentences in between
 
 
 class Text(NamedTuple):

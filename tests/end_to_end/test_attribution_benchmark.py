@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import prompts, tiny
-from oracles import log_probabilities
+from oracles import bias_added, log_probabilities
 
 from benchmarks import attribution
 from benchmarks.attribution_page import METHODS, REMOVALS, page
@@ -18,7 +18,7 @@ from benchmarks.workloads import Workload
 def net():
     model = tiny("llama", torch.float32)
     embedding = model.get_input_embeddings().weight.detach()
-    return attribution.Opened(Workload("tiny", model, None), embedding, embedding.mean(0), embedding[7])
+    return attribution.Opened(Workload("tiny", model, None), embedding, embedding.mean(0))
 
 
 @pytest.fixture(params=[(5, 1), (12, 2), (23, 3)], ids=lambda p: f"{p[0]} tokens")
@@ -67,14 +67,38 @@ def test_what_is_removed_is_gone(net, case):
     removed = [[1], [T - 2]]
     found = attribution.drops(net, case, removed)
     for i, (place,) in enumerate(removed):
-        shorter = torch.cat([case.ids[:place], case.ids[place + 1 :]])
-        with_neutral = case.ids.clone()
-        with_neutral[place] = 7
-        for way, ids in (("deleted", shorter), ("neutral", with_neutral)):
-            with torch.no_grad():
-                lost = case.log_p - float(log_probabilities(net.workload.model, ids)[case.top])
-            assert found[way][i] == pytest.approx(lost, abs=1e-4)
+        shorter, model = torch.cat([case.ids[:place], case.ids[place + 1 :]]), net.workload.model
+        to_the_mean = torch.zeros(len(case.ids), net.mean.shape[0])
+        to_the_mean[place] = net.mean - net.embedding[case.ids[place]]
+        with torch.no_grad():
+            deleted = case.log_p - float(log_probabilities(model, shorter)[case.top])
+            with bias_added(model.get_input_embeddings(), to_the_mean):
+                mean = case.log_p - float(log_probabilities(model, case.ids)[case.top])
+        assert found["deleted"][i] == pytest.approx(deleted, abs=1e-4)
+        assert found["mean"][i] == pytest.approx(mean, abs=1e-4)
     assert list(found) == list(REMOVALS)
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 7, 30, 100])
+def test_a_run_that_was_stopped_goes_on_to_the_same_texts(stopped):
+    """Two workers, whose texts come back in their order; every third text is not completed by its cue."""
+
+    def fill(rows, most):
+        begun = []
+        for _ in range(most):
+            while len(begun) < 2 and (task := attribution.task(rows, 4, set(begun))):
+                begun.append(task)
+            if not begun:
+                return True
+            kind, number = begun.pop(0)
+            rows.append({"kind": kind, "number": number} | ({"p": 0.5} if number % 3 != 1 else {}))
+        return False
+
+    rows, whole = [], []
+    fill(rows, stopped)
+    assert fill(rows, 1000) and fill(whole, 1000)
+    assert sorted(map(str, rows)) == sorted(map(str, whole))
+    assert all(sum(row["kind"] == kind and "p" in row for row in rows) == 4 for kind in KINDS)
 
 
 def kept_of(nats):
@@ -90,14 +114,25 @@ def kept_of(nats):
         for i in range(60)
     ]  # fmt: skip
     return {
-        "machine": {"threads": 2, "cpu_capability": "AVX2", "torch": "2"}, "model": "tiny", "top_k": 10, "steps": 32,
-        "neutral": " the", "texts": [*rows, {"kind": "name", "number": 60}],
+        "machine": {"cores": 2, "cpu_capability": "AVX2", "torch": "2"}, "model": "tiny", "top_k": 10, "steps": 32,
+        "texts": [*rows, {"kind": "name", "number": 60}],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("texts_done", [0, 1, 59])
+def test_the_page_shows_no_numbers_of_few_texts(texts_done):
+    kept = kept_of(dict.fromkeys(METHODS, 1.0))
+    kept["texts"] = kept["texts"][:texts_done]
+    text = page(kept)
+    assert f"It has done {texts_done} of 60 texts" in text and "| method |" not in text and "wins" not in text
 
 
 @pytest.mark.parametrize("best", METHODS)
 def test_the_page_says_who_wins(best):
     lines = page(kept_of({name: 3.0 if name == best else 1.0 for name in METHODS})).splitlines()
+    assert not any("It has done" in line for line in lines)
+    tables = [line.count("|") for line in lines if line.startswith("| ")]
+    assert tables == [6] * (len(METHODS) + 2) + [3] * (len(METHODS) + 2)  # head, rule, rows
     deleted = next(line for line in lines if line.startswith("* deleted: "))
     beaten = deleted.partition("It is beaten by ")[2]
     beats = deleted.partition("It beats ")[2]
