@@ -12,15 +12,17 @@ QUOTED = re.compile(r"(``.*?``|`[^`]*`|\"[^\"]*\")")
 ARRAY = re.compile(r"ndarray\[tuple\[Any, \.\.\.\], dtype\[(\w+)\]\]")
 # numpy's ArrayLike, spelled out
 ARRAY_LIKE = re.compile(r"_Buffer \| .*? \| _NestedSequence\[complex \| bytes \| str\]")
+BULLET = re.compile(r" *(?:\* )?")
 SPECIAL = re.compile(r"([|*\\]|_(?=\W|$))")
 
 
 def escape(_app: Sphinx, _what: str, _name: str, _thing: object, _options: object, lines: list[str]) -> None:
     """Take |norms|, products with * and trailing underscores for what they are."""
     for number, line in enumerate(lines):
-        pieces = QUOTED.split(line)
+        _, start = BULLET.match(line).span()  # the asterisk of a list's item is markup
+        pieces = QUOTED.split(line[start:])
         pieces[::2] = [SPECIAL.sub(r"\\\1", piece) for piece in pieces[::2]]
-        lines[number] = "".join(pieces)
+        lines[number] = line[:start] + "".join(pieces)
     lines[:] = [line for line in lines if not line.startswith("Create new instance of ")]  # a NamedTuple's __new__
 
 
