@@ -52,8 +52,12 @@ def read_targets(tables: Sequence[pa.Table]) -> TargetRows | None:
     if not tables:
         return None
     *numbers, completions = ([x for table in tables for x in table.column(name).to_pylist()] for name in COLUMNS)
-    arrays = [np.array([np.nan if x is None else x for x in column], np.float64) for column in numbers]
-    return TargetRows(*arrays, [_first_of(found) for found in completions] if any(completions) else None)
+    counts, entropy, log_prob = (
+        np.array([np.nan if x is None else x for x in column], np.float64) for column in numbers
+    )
+    return TargetRows(
+        counts, entropy, log_prob, [_first_of(found) for found in completions] if any(completions) else None
+    )
 
 
 def shortened(text: str | None) -> str | None:
