@@ -241,7 +241,7 @@ function targetTexts(targets, own) {
   const of = (block) => block.targets.reduce((sum, j) => sum + trace[j], 0);
   const parts = targets.blocks.map((block, number_) => {
     const total = of(block), share = (j) => `${(100 * trace[j] / total).toPrecision(2)}% of the trace`;
-    const about = (j) => [share(j), `target ${targets.position[j]}, after ${visible(targets.before[j])}`, `log p ${number(targets.log_prob[j])}, entropy ${number(targets.entropy[j])} nats`];
+    const about = (j) => [share(j), `target ${targets.position[j]}, after ${targets.before[j] || "∅"}`, `log p ${number(targets.log_prob[j])}, entropy ${number(targets.entropy[j])} nats`];
     const head = make("div", { class: "key" }, (several ? `completion ${number_ + 1}: ` : "") + `log p ${number(block.log_prob)} nats in all · mean entropy ${number(block.entropy)} nats a target · trace ${number(total)}`);
     if (!block.pieces) return [head, make("p", { class: "note" }, "The tokens are not stored in this run, so there is no text to colour.")];
     const spans = block.pieces.map((_, i) => block.of[i] === null ? make("span", {}, readable(block.pieces[i]))
@@ -260,7 +260,7 @@ function pairParts(detail, own, r) {
   const rows = pairs.flatMap(([k, x]) => {
     const j = targets.of[k], width = (50 * Math.abs(x)) / most, taken = targets.taken[k];
     const bar = make("i", { style: { background: x > 0 ? "var(--blue)" : "var(--orange)", width: width + "%", left: (x > 0 ? 50 : 50 - width) + "%" } });
-    return [make("span", { class: "muted id" }, `${targets.position[j]}${several ? ` · ${targets.sample[j] + 1}` : ""}`), make("span", { class: "token muted", title: targets.before[j] }, targets.before[j] ? visible(targets.before[j]) : ""),
+    return [make("span", { class: "muted id" }, `${targets.position[j]}${several ? ` · ${targets.sample[j] + 1}` : ""}`), make("span", { class: "token muted", title: targets.before[j] }, targets.before[j]),
       make("span", { class: taken ? "token taken" : "token", title: detail.top[k] + (taken ? " · the completion's own token" : "") }, visible(detail.top[k])), make("span", { class: "muted id", title: "the token's id" }, String(detail.ids[k])), make("span", { class: "muted value" }, percent(detail.p[k])),
       make("span", { class: "track" }, bar), make("span", { class: "value" }, (x > 0 ? "+" : "−") + number(Math.abs(x)))];
   });

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fisher_vmap.escape import visible
 from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.results.targets import RecordTargets
 
@@ -157,9 +158,9 @@ def describe_trades(record: PromptRecord, rounded: Any) -> dict[str, Any]:
 
 
 def _name(pieces: Sequence[str], place: int) -> str:
-    """A token's text; of the parts of a character, which of several tokens the last one has, the character."""
+    """A token's text, fit to be seen. Of the tokens of one character only the last has it; others are named by it."""
     whole = next((piece for piece in pieces[place:] if piece), "")
-    return pieces[place] if pieces[place] or not whole else f"part of {whole}"
+    return visible(pieces[place]) if pieces[place] or not whole else f"part of {visible(whole)}"
 
 
 def _completions(record: PromptRecord) -> list[list[str]]:
