@@ -102,3 +102,28 @@ def test_values_and_reasons_stay_on_their_lines(tmp_path, capsys):
     (settings,) = (line for line in lines if line.startswith("settings"))
     assert "system_prompt one↵two<U+001B>[0m  three" in settings and "…" in settings and len(settings) < 500
     assert lines[-1] == "failed    prompt 0: the text↵begins with <U+001B>[31m<U+202E>"
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "words"),
+    [
+        ({}, "targets   the next token"),
+        ({"targets": "completion", "estimator": "full"}, "targets   the tokens of a given completion"),
+        ({"targets": "all", "estimator": "topk"}, "targets   the token after each position"),
+        ({"targets": 20}, "targets   20 tokens that the model writes, the likeliest"),
+        ({"targets": 20, "temperature": 0.5, "completion_seed": 3},
+         "targets   20 tokens that the model writes, drawn at temperature 0.5 with seed 3"),
+        ({"targets": 4, "samples": 8, "estimator": "sampled"},
+         "targets   4 tokens that the model writes, in each of 8 samples, drawn at temperature 1 with seed 0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_targets_samples_and_estimator(tmp_path, capsys, fingerprint, words):
+    open_writer(tmp_path, make_layout(pairs=16 if fingerprint else 0), fingerprint=fingerprint)
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert words in lines
+    (matrix,) = (line for line in lines if line.startswith("matrix"))
+    how = f"estimator {fingerprint['estimator']}, " if "estimator" in fingerprint else ""
+    many = " a target, 16 (target, token) pairs kept" if fingerprint else ""
+    assert matrix == f"matrix    {how}4 tokens{many}, rank 3, vectors in float32"

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
+from numpy.typing import NDArray
 
 from fisher_vmap.escape import code_points, file_names, short, visible
 from fisher_vmap.progress import bar, passing
@@ -169,7 +170,9 @@ def _spectra(axes: list[Axes], survey: Survey, layer: LayerSurvey) -> None:
         rank = np.arange(1, found.S.shape[1] + 1)
         axes[0].plot(rank, found.S[found.lines].T, color=GREY, alpha=0.25, linewidth=0.6)
         _bands(axes[0], found.bands)
-        axes[0].set(yscale="log", xlabel="rank of the singular value", ylabel=f"singular value\n({numbers.UNIT})")
+        axes[0].set(
+            yscale=_scale(found.S), xlabel="rank of the singular value", ylabel=f"singular value\n({numbers.UNIT})"
+        )
         axes[0].set_title("Single prompts", fontsize=10, loc="left")
         axes[0].legend(frameon=False, fontsize=8)
     else:
@@ -188,7 +191,7 @@ def _prompts(axes: list[Axes], survey: Survey, layer: LayerSurvey) -> None:
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": RED, "s": 75, "linewidths": 1.3}
         axes[0].scatter(x[unlike], y[unlike], label="unlike the rest", **ring)
         axes[0].legend(frameon=False, fontsize=8)
-    axes[0].set(yscale="log", xlabel=numbers.TITLES["effective_rank"], ylabel=numbers.TITLES["trace_norm2"])
+    axes[0].set(yscale=_scale(y), xlabel=numbers.TITLES["effective_rank"], ylabel=numbers.TITLES["trace_norm2"])
     bar = axes[0].figure.colorbar(found, ax=axes[0], label=shade.title)
     bar.outline.set_visible(False)
     counts, edges, median = numbers.histogram(rows.trace[layer.name], log=True)
@@ -233,9 +236,14 @@ def _layers(axes: list[Axes], survey: Survey, lettering: Lettering) -> None:
         found = numbers.over_layers(survey, column)
         _bands(ax, found)
         ax.plot(found.x, found.median, "o", color=BLUE, markersize=4)
-        ax.set(xlabel="layer", ylabel=numbers.TITLES[column], yscale="linear" if column == "effective_rank" else "log")
+        ax.set(xlabel="layer", ylabel=numbers.TITLES[column], yscale=_scale(found.median, column))
         ax.set_xticks(range(len(names)), [lettering.drawn(visible(name)) for name in names], **lettering.style)
     axes[0].legend(frameon=False, fontsize=8)
+
+
+def _scale(values: NDArray[np.float64], column: str = "") -> str:
+    """Logarithmic where something is above zero, but for the effective rank."""
+    return "log" if column != "effective_rank" and (values > 0).any() else "linear"
 
 
 def _bands(ax: Axes, found: Bands) -> None:

@@ -236,34 +236,35 @@ function targetFacts(row, detail) {
     ...(own && own.trace_error !== null ? [fact("standard error of the trace", number(own.trace_error))] : [])];
 }
 function targetTexts(targets, own) {
-  const trace = own.target_trace, most = Math.max(...trace), several = targets.blocks.length > 1;
+  const trace = own.target_trace, most = Math.max(...trace) || 1, several = targets.blocks.length > 1;
+  const part = (j) => 0.85 * trace[j] / most; // linear: traces of targets differ less than the energies of positions
   const of = (block) => block.targets.reduce((sum, j) => sum + trace[j], 0);
   const parts = targets.blocks.map((block, number_) => {
     const total = of(block), share = (j) => `${(100 * trace[j] / total).toPrecision(2)}% of the trace`;
-    const about = (j) => [share(j), `target ${targets.position[j]}, after ${visible(targets.before[j])}`, `log p ${number(targets.log_prob[j])}, entropy ${number(targets.entropy[j])} nats`];
+    const about = (j) => [share(j), `target ${targets.position[j]}, after ${targets.before[j] || "∅"}`, `log p ${number(targets.log_prob[j])}, entropy ${number(targets.entropy[j])} nats`];
     const head = make("div", { class: "key" }, (several ? `completion ${number_ + 1}: ` : "") + `log p ${number(block.log_prob)} nats in all · mean entropy ${number(block.entropy)} nats a target · trace ${number(total)}`);
     if (!block.pieces) return [head, make("p", { class: "note" }, "The tokens are not stored in this run, so there is no text to colour.")];
     const spans = block.pieces.map((_, i) => block.of[i] === null ? make("span", {}, readable(block.pieces[i]))
-      : shaded(block.pieces, i, strength(trace[block.of[i]], most), [` · position ${block.first + i}`, ...about(block.of[i])]));
-    if (block.after !== null) spans.push(shaded(["…"], 0, strength(trace[block.after], most), [" what follows the last token", ...about(block.after)], "after"));
+      : shaded(block.pieces, i, part(block.of[i]), [` · position ${block.first + i}`, ...about(block.of[i])]));
+    if (block.after !== null) spans.push(shaded(["…"], 0, part(block.after), [" what follows the last token", ...about(block.after)], "after"));
     const named = (j) => block.of.includes(j) ? pieceName(block.pieces, block.of.indexOf(j)) : "what follows";
     const lead = [...block.targets].sort((a, b) => trace[b] - trace[a]).slice(0, 3).map((j) => `${named(j)} ${(100 * trace[j] / total).toFixed(0)}%`).join(", ");
     return [head, make("div", { class: "coloured" }, ...spans), make("div", { class: "key" }, `most of it: ${lead}`)];
   });
-  return [...parts.flat(), make("div", { class: "key" }, "a thousandth of the strongest", make("i"), "the strongest · part of the trace that the distribution of each token adds, on a logarithmic scale")];
+  return [...parts.flat(), make("div", { class: "key" }, "nothing", make("i"), "the strongest · part of the trace that the distribution of each token adds")];
 }
 function pairParts(detail, own, r) {
   const { targets } = detail, pairs = own.pairs[r], several = targets.blocks.length > 1;
   const most = Math.max(...pairs.map(([, x]) => Math.abs(x))) || 1;
-  const head = ["target", "after", "token", "id", "p", "", "change"].map((title) => make("span", { class: "muted head" }, title));
+  const head = [several ? "target · completion" : "target", "after", "token", "id", "p", "", "change"].map((title) => make("span", { class: "muted title" }, title));
   const rows = pairs.flatMap(([k, x]) => {
     const j = targets.of[k], width = (50 * Math.abs(x)) / most, taken = targets.taken[k];
     const bar = make("i", { style: { background: x > 0 ? "var(--blue)" : "var(--orange)", width: width + "%", left: (x > 0 ? 50 : 50 - width) + "%" } });
-    return [make("span", { class: "muted id" }, `${targets.position[j]}${several ? ` of ${targets.sample[j] + 1}` : ""}`), make("span", { class: "token muted", title: targets.before[j] }, targets.before[j] ? visible(targets.before[j]) : ""),
+    return [make("span", { class: "muted id" }, `${targets.position[j]}${several ? ` · ${targets.sample[j] + 1}` : ""}`), make("span", { class: "token muted", title: targets.before[j] }, targets.before[j]),
       make("span", { class: taken ? "token taken" : "token", title: detail.top[k] + (taken ? " · the completion's own token" : "") }, visible(detail.top[k])), make("span", { class: "muted id", title: "the token's id" }, String(detail.ids[k])), make("span", { class: "muted value" }, percent(detail.p[k])),
       make("span", { class: "track" }, bar), make("span", { class: "value" }, (x > 0 ? "+" : "−") + number(Math.abs(x)))];
   });
-  return [make("div", { class: "trade pairs" }, ...head, ...rows), make("p", { class: "say" }, `The ${pairs.length} pairs of a target and a token with the largest change, of ${detail.ids.filter((id) => id >= 0).length} that are stored. `
+  return [make("div", { class: "trade pairs" }, ...head, ...rows), make("p", { class: "say below" }, `The ${pairs.length} pairs of a target and a token with the largest change, of ${detail.ids.filter((id) => id >= 0).length} that are stored. `
     + `"target" is the position whose distribution it is${several ? " and the number of its completion" : ""}, "after" the token there` + (targets.written ? "; in bold, a token that the completion has there." : "."))];
 }
 function directionParts(detail, own) {

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fisher_vmap.escape import visible
 from fisher_vmap.results.record import PromptRecord
 from fisher_vmap.results.targets import RecordTargets
 
@@ -52,8 +53,12 @@ def read_targets(tables: Sequence[pa.Table]) -> TargetRows | None:
     if not tables:
         return None
     *numbers, completions = ([x for table in tables for x in table.column(name).to_pylist()] for name in COLUMNS)
-    count, entropy, log_p = (np.array([np.nan if x is None else x for x in column], np.float64) for column in numbers)
-    return TargetRows(count, entropy, log_p, [_first_of(found) for found in completions] if any(completions) else None)
+    counts, entropy, log_prob = (
+        np.array([np.nan if x is None else x for x in column], np.float64) for column in numbers
+    )
+    return TargetRows(
+        counts, entropy, log_prob, [_first_of(found) for found in completions] if any(completions) else None
+    )
 
 
 def shortened(text: str | None) -> str | None:
@@ -153,9 +158,9 @@ def describe_trades(record: PromptRecord, rounded: Any) -> dict[str, Any]:
 
 
 def _name(pieces: Sequence[str], place: int) -> str:
-    """A token's text; of the parts of a character, which of several tokens the last one has, the character."""
+    """A token's text, fit to be seen. Of the tokens of one character only the last has it; others are named by it."""
     whole = next((piece for piece in pieces[place:] if piece), "")
-    return pieces[place] if pieces[place] or not whole else f"part of {whole}"
+    return visible(pieces[place]) if pieces[place] or not whole else f"part of {visible(whole)}"
 
 
 def _completions(record: PromptRecord) -> list[list[str]]:

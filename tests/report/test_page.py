@@ -219,6 +219,18 @@ def test_a_folder_that_kept_the_mean_alone(tmp_path):
     assert data["details"] == {} and not data["single"] and len(data["layers"][0]["trace"]) == 60
 
 
+@pytest.mark.parametrize("zero", [slice(None), slice(0, 1), slice(1, None)], ids=["all", "one", "all but one"])
+def test_matrices_that_are_zero(tmp_path, zero, recwarn):
+    """The next token of a chat model may be certain, so that nothing changes it."""
+    factors = planted("common", 0, count=12)[0]
+    factors[zero] = 0
+    write_factors(tmp_path, {"m": factors})
+    assert main([str(tmp_path)]) == 0
+    data = Page((tmp_path / "report.html").read_text("utf-8")).data
+    assert len(data["details"]) == 12 and not any("nan" in text for text in data["layers"][0]["findings"])
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
 @pytest.mark.parametrize("name", ["plotly", "matplotlib", "scipy"])
 def test_a_missing_package_is_named_with_what_to_do(results, monkeypatch, capsys, name):
     real = importlib.util.find_spec

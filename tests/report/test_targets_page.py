@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from command_cases import TARGET_RUNS, run_here, run_targets, save_model, texts, write_prompts
 
+from fisher_vmap.escape import visible
 from fisher_vmap.report.__main__ import main
 from fisher_vmap.report.data import Sampling, survey
 from fisher_vmap.report.page import page_data, render_page
@@ -73,8 +74,8 @@ def test_each_token_has_the_target_that_predicts_it(made):
                 assert targets["sample"][j] == number
                 assert targets["position"][j] + 1 == block["first"] + i
                 at = targets["position"][j]  # of several tokens of a character the last has its text
-                part = f"part of {next((token for token in tokens[at:] if token), '')}"
-                assert targets["before"][j] == (tokens[at] or (part if any(tokens[at:]) else ""))
+                part = f"part of {visible(next((token for token in tokens[at:] if token), ''))}"
+                assert targets["before"][j] == (visible(tokens[at]) or (part if any(tokens[at:]) else ""))
             assert (block["after"] is not None) == (kind == "all")
         everyone = [j for block in targets["blocks"] for j in block["targets"]]
         assert sorted(everyone) == list(range(len(record.target_trace)))
