@@ -68,7 +68,7 @@ def test_tokens_and_storage_are_those_of_the_run(model, data, tmp_path, choice):
     [
         (
             {"targets": 3, "estimator": "full"},
-            "of these up to 186 that the model writes: a completion of 3 tokens to each",
+            "of these up to 186 that the model writes: a completion of 3 tokens to each prompt",
         ),
         (
             {"targets": 4, "samples": 2, "top_k_tokens": 3},
