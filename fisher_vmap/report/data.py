@@ -76,6 +76,8 @@ def read_rows(results: Results) -> Rows:
             if name == "text":
                 found = [shortened(text) for text in found]
             elif name == "top_tokens":
+                if results.index.layout.pairs:
+                    found = [[text for text in texts or () if text] for texts in found]  # "" pads the pairs
                 found = [_next_tokens(texts, reader, row) for row, texts in enumerate(found)]
             values.extend(found)
     of_targets = read_targets(whole)
@@ -127,8 +129,7 @@ def _next_tokens(texts: list[str] | None, reader: ShardReader, row: int) -> str:
 
     Older folders have U+FFFD for every token that is a part of a character.
     """
-    stored = [text for text in texts or () if text or not reader.layout.pairs]  # "" pads the pairs
-    shown = [visible(text) for text in stored[:TOP]]
+    shown = [visible(text) for text in (texts or ())[:TOP]]
     unclear = [not text or "\ufffd" in text or shown.count(text) > 1 for text in shown]
     if any(unclear) and not reader.entry.folded:  # of a mean that is kept alone there are no ids
         token_ids, _ = reader.tokens(reader.entry.start + row)

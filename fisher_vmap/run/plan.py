@@ -285,7 +285,10 @@ def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[
     table = found.storage.parts["tables"]
 
     def with_(**changes: object) -> Storage:
-        return storage_of(settings.model_copy(update=changes), skeleton, found.sample, table)
+        changed, rows = settings.model_copy(update=changes), table
+        if changed.save != settings.save:  # the table of means lacks attribution
+            rows = table_bytes(found.sample, layout_of(changed, skeleton.widths), Pieces(skeleton.tokenizer))
+        return storage_of(changed, skeleton, found.sample, rows)
 
     if settings.save != "mean":
         if settings.vectors_dtype == "float32":

@@ -16,7 +16,7 @@ from fisher_vmap.verify.__main__ import main as verify
 
 DRAWN = {"targets": 3, "samples": 2, "completion_seed": 4, "estimator": "full"}
 GREEDY = {"targets": 3, "estimator": "full"}
-SHARD = 4  # prompts, as `arguments` has it
+NEW = {"targets", "samples", "temperature", "completion_seed", "score_samples"}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_prompt_for_whose_completion_there_is_no_memory_fails_alone(inputs, tm
 def test_folders_from_before_have_none_of_it(inputs, tmp_path):
     assert run_here(*inputs, tmp_path / "out", num_prompts=4) == 0
     index = read_index(tmp_path / "out")
-    assert not {*LATER, "completions", "completion_column"} & set(index.fingerprint)
+    assert not {*NEW, "completions", "completion_column"} & set(index.fingerprint) and NEW < LATER
     older = {name: value for name, value in index.layout.model_dump().items() if name != "pairs"}
     assert ShardLayout.model_validate({**older, "keep_columns": ()}) == index.layout
     assert run_here(*inputs, tmp_path / "out", num_prompts=8) == 0
