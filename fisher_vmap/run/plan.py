@@ -287,7 +287,8 @@ def _otherwise(settings: Settings, skeleton: Skeleton, found: Plan) -> Iterator[
     def with_(**changes: object) -> Storage:
         changed, rows = settings.model_copy(update=changes), table
         if changed.save != settings.save:  # the table of means lacks attribution
-            rows = table_bytes(found.sample, layout_of(changed, skeleton.widths), Pieces(skeleton.tokenizer))
+            layout, pieces = layout_of(changed, skeleton.widths), Pieces(skeleton.tokenizer)
+            rows = table_bytes(found.sample, layout, pieces, Sequences.of(changed))
         return storage_of(changed, skeleton, found.sample, rows)
 
     if settings.save != "mean":

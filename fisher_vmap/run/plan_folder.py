@@ -126,7 +126,8 @@ def _random_result(
     K, R = layout.outcomes, layout.rank
     token_ids = rng.choice(rendered.ids, K)
     empty = np.zeros((0,), np.float32)
-    T = len(rendered.ids) if layout.attribution else 0
+    written = sequences.written if sequences.samples == 1 else 0
+    T = len(rendered.ids) + written if layout.attribution else 0
     # All numbers differ, as in a real table: the compressed size depends on that.
     layers = {
         layer: LayerResult(rng.random(R), empty, empty, float(rng.random()), rng.random(T), float(rng.random()))
