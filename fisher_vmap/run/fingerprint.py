@@ -36,8 +36,10 @@ def fingerprint(settings: Settings, loaded: Loaded, source: PromptSource, fisher
         chosen["chat_template_file"] = content_mark(settings.chat_template_file)
     if source.completions is not None:
         chosen["completions"] = source.completions
+    chosen.pop("model_kwargs", None)
+    if (overrides := kwargs_of_results(settings.model_kwargs)) is not None:
+        chosen["model_kwargs"] = overrides
     return chosen | {
-        "model_kwargs": kwargs_of_results(settings.model_kwargs),
         "model": loaded.identity,
         "layers": fisher.layers,
         "data": source.fingerprint,

@@ -76,7 +76,10 @@ def test_the_command(tmp_path):
     command = [sys.executable, "-m", "fisher_vmap.verify"]
     assert subprocess.run([*command, str(tmp_path)], capture_output=True, check=False).returncode == 0
     run = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert run.returncode == 2 and run.stderr == f"{tmp_path / 'none'} is not a results folder: it has no index.json\n"
+    assert (
+        run.returncode == 2
+        and run.stderr == f"fisher_vmap: {tmp_path / 'none'} is not a results folder: it has no index.json\n"
+    )
 
 
 @pytest.mark.parametrize(
