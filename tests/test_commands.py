@@ -54,6 +54,7 @@ def folder(inputs, tmp_path_factory):
 # Streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "2>&- <&- >&-"])
 def test_a_run_whose_progress_cannot_be_written_goes_on(inputs, folder, tmp_path, redirected):
     done = through_the_shell(["run", *arguments(*inputs, tmp_path / "out")], redirected)
@@ -65,6 +66,7 @@ def test_a_run_whose_progress_cannot_be_written_goes_on(inputs, folder, tmp_path
             assert found[name] == expected[name]
 
 
+@pytest.mark.slow
 def test_a_run_whose_log_ends_too_early_goes_on(inputs, tmp_path):
     reads, writes = os.pipe()
     os.close(reads)
@@ -102,6 +104,7 @@ def test_characters_that_cannot_be_printed_are_escaped(tmp_path, words):
     assert "\\u65e5" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_can_be_printed_anywhere(inputs, tmp_path):
     data = write_prompts(tmp_path / "日本.jsonl", texts(3))
     words = ["run", *arguments(inputs[0], data, tmp_path / "日本"), "--plan"]

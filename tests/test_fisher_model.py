@@ -248,7 +248,8 @@ def test_records_of_every_estimator_say_how_good_they_are(tokenizer):
 
 def told(caplog):
     """What `FisherModel` logged."""
-    return [record.getMessage() for record in caplog.records if record.name == "fisher_vmap.fisher_model"]
+    names = ("fisher_vmap.fisher_model", "fisher_vmap.data.batching")
+    return [record.getMessage() for record in caplog.records if record.name in names]
 
 
 def too_small(monkeypatch, most):

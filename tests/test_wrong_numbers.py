@@ -189,7 +189,7 @@ def test_another_default_device_changes_nothing(family):
 def test_a_token_that_the_tokenizer_does_not_know_is_shown_by_its_number():
     tokenizer = tiny_tokenizer()
     pieces = Pieces(tokenizer)
-    assert pieces.single(len(tokenizer)) == f"<{len(tokenizer)}>" and pieces.single(len(tokenizer) - 1)
+    assert pieces.single(len(tokenizer)) == f"<id {len(tokenizer)}>" and pieces.single(len(tokenizer) - 1)
 
 
 def test_a_model_that_is_run_in_another_thread_meanwhile_says_so():

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from fisher_vmap.errors import UserError, listed
-from fisher_vmap.results.index import INDEX_NAME, SHARD_FOLDER, TABLE_COLUMNS, TABLE_NAME, is_index
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -259,6 +258,8 @@ def _has_vectors(path: Path) -> bool:
 def is_results(folder: Path) -> bool:
     """Whether a folder is a results folder of ours, finished or not."""
     try:
+        from fisher_vmap.results.index import is_index  # pydantic, which the loading of models does without
+
         return is_index(folder)
     except OSError:
         return False
@@ -269,6 +270,8 @@ def refuse_results(name: str, path: Path) -> None:
     real = path.resolve()
     for home in (real, *real.parents[:2]):
         if is_results(home):
+            from fisher_vmap.results.index import INDEX_NAME, SHARD_FOLDER, TABLE_NAME
+
             inside = real.relative_to(home).parts
             if not inside:
                 raise UserError(f"{name} is a results folder of fisher_vmap, not data; correct dataset_name")
@@ -278,6 +281,8 @@ def refuse_results(name: str, path: Path) -> None:
 
 def refuse_results_table(name: str, columns: Sequence[str]) -> None:
     """Raise UserError if a table has all columns of the prompts table of a results folder, wherever it lies now."""
+    from fisher_vmap.results.index import TABLE_COLUMNS
+
     if set(TABLE_COLUMNS) - {"crc32", "top_tokens", "prompt_tokens", "audit", "top_probability"} <= set(columns):
         raise UserError(
             f"{name} is the table of a results folder of fisher_vmap, not data; correct dataset_name (the run's "

@@ -20,7 +20,7 @@ class Throwing(ShardWorker):
         ids = self.run.renderer.render(poison[0].messages_or_text).ids
 
         def careful(prompts_ids, rank):
-            if ids in prompts_ids:
+            if any(one.ids == ids for sequences in prompts_ids for one in sequences):
                 self.fail()
             return numbers(prompts_ids, rank)
 

@@ -21,7 +21,7 @@ from fisher_vmap.model import precision as precision_module
 from fisher_vmap.model import widening
 from fisher_vmap.model.precision import Rates, choose_precision
 
-SEEDS = range(8)
+SEEDS = range(24)
 LENGTHS = (18, 5, 40)
 SLACK = 1.1  # two ways to round are never equally good on every prompt
 KERNELS = ("layerwise", "whole", "loop")

@@ -102,7 +102,7 @@ def test_the_shard_is_named(tmp_path):
     path = tmp_path / "shards" / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
-        UserError, match=r"shard-00001\.safetensors is damaged: it has \d+ bytes instead of \d+; run the"
+        UserError, match=r"shard-00001\.safetensors is damaged: it has \d+ bytes instead of \d+; give the"
     ):
         open_results(tmp_path)
     assert open_results(tmp_path, check="none")[0].status == "ok"

@@ -155,6 +155,7 @@ def test_a_changed_file_is_another_run(change, model, tmp_path, capsys):
     assert json.loads((out / "index.json").read_text()) == json.loads((tmp_path / "before/index.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_real_command_says_it_too(model, tmp_path):
     write_prompts(tmp_path / "p.jsonl", texts(3))
     done = real_command(_command(model, tmp_path / "p.jsonl", tmp_path / "out", 2))

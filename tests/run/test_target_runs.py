@@ -63,6 +63,7 @@ def expected(record, text, settings):
     return torch.stack(found).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -136,6 +137,7 @@ def test_the_records_are_those_of_python(inputs, tmp_path, settings, estimator):
         np.testing.assert_allclose(one.targets.entropy, other.targets.entropy, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -244,6 +246,7 @@ def test_what_topk_costs_is_said_before_it_begins(inputs, tmp_path, settings, wo
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["topk", "full", "sampled"])
 @pytest.mark.parametrize("settings", [{"targets": "all"}, {"targets": 4, "samples": 3}, COMPLETION])
 def test_few_distributions_are_computed_at_a_time(inputs, tmp_path, monkeypatch, settings, estimator):

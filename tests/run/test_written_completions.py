@@ -73,6 +73,7 @@ def test_stopped_and_resumed_to_the_bit(inputs, tmp_path, settings, asked):
     assert verify([str(out)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 def test_killed_and_resumed_to_the_bit(inputs, tmp_path):
     argv = arguments(*inputs, tmp_path / "killed", **DRAWN)
