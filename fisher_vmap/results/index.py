@@ -37,12 +37,6 @@ TABLE_COLUMNS = (
     *("top_tokens", "prompt_tokens", "top_probability"),
 )
 
-# And of a run with other targets than the last token.
-TARGET_COLUMNS = (
-    *("targets", "mean_entropy", "mean_log_prob", "target_positions", "target_samples", "token_targets"),
-    *("target_log_probs", "target_entropy", "completions", "completion_ids", "completion_tokens"),
-)
-
 # Fields of `ShardLayout` that folders made before do not have; where they say "not there", the mark leaves them out.
 _LATER = ("pairs", "attribution")
 
@@ -116,6 +110,8 @@ class ShardLayout(Stored):
             # The name becomes part of a file name (the npz of each layer) and of tensor names ("<layer>/S").
             if not layer or layer.startswith("__") or any(character in layer for character in "/\\:\0\n"):
                 raise UserError(f"layer name {layer!r} cannot be part of a file name; hook a module with a plain name")
+        from fisher_vmap.results.targets import TARGET_COLUMNS  # pyarrow, which settings do without
+
         for column in self.keep_columns:
             if column in TABLE_COLUMNS or "/" in column or (self.pairs and column in TARGET_COLUMNS):
                 raise UserError(f"keep_columns has {column!r}, a name that prompts.parquet uses; rename it in the data")

@@ -8,13 +8,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fisher_vmap.results.index import TARGET_COLUMNS
 from fisher_vmap.results.kept import encodable
 
 CERTAIN = 0.999  # a next token of more than this probability: F of it alone is nearly zero
 
 _INTS, _FLOATS, _WORDS = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.string())
 # Of several targets, the columns of every prompt and of every layer: see `RecordTargets` and `PromptRecord`.
+TARGET_COLUMNS = (
+    *("targets", "mean_entropy", "mean_log_prob", "target_positions", "target_samples", "token_targets"),
+    *("target_log_probs", "target_entropy", "completions", "completion_ids", "completion_tokens"),
+)
+
 _KINDS = (
     *(pa.int64(), pa.float64(), pa.float64(), _INTS, _INTS, _INTS),
     *(_FLOATS, _FLOATS, _WORDS, pa.list_(_INTS), pa.list_(_WORDS)),

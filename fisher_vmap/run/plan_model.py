@@ -32,7 +32,6 @@ from fisher_vmap.load.options import LoadOptions, saved_by_packing
 from fisher_vmap.load.source import explained, quiet_progress
 from fisher_vmap.model.layers import block_numbers
 from fisher_vmap.model.recording import hooks, output_of
-from fisher_vmap.run.open import loading_of
 
 if TYPE_CHECKING:
     from fisher_vmap.run.settings import Settings
@@ -76,6 +75,8 @@ def skeleton_of(settings: Settings) -> Skeleton:
     Raises:
         UserError: the model is missing or gated, or has no such layer.
     """
+    from fisher_vmap.run.open import loading_of  # pydantic
+
     how = LoadOptions(**loading_of(settings))
     path, config, tokenizer = without_weights(settings.model_path, how)
     with quiet_progress():
