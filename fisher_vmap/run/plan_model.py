@@ -77,8 +77,7 @@ def skeleton_of(settings: Settings) -> Skeleton:
     """
     from fisher_vmap.run.open import loading_of  # pydantic
 
-    how = LoadOptions(**loading_of(settings))
-    path, config, tokenizer = without_weights(settings.model_path, how)
+    path, config, tokenizer = without_weights(settings.model_path, how := LoadOptions(**loading_of(settings)))
     with quiet_progress():
         packed = getattr(config, "quantization_config", None) is not None
         if packed:
