@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.model.offload import input_device
 from fisher_vmap.model.patches import autocast_off
-from fisher_vmap.model.validation import check_whole, forget_freed, is_out_of_memory
+from fisher_vmap.model.validation import check_whole, in_halves
 
 TOGETHER = 16  # completions that a model writes at a time
 _NEUTRAL = ("eos_token_id", "bos_token_id", "pad_token_id", "cache_implementation")  # what a model's own settings keep
@@ -151,12 +151,15 @@ class Completions:
         rows = [(b, number) for b in range(len(prompts_ids)) for number in range(self.samples)]
         rows.sort(key=lambda row: -len(prompts_ids[row[0]]))  # stable: a prompt's completions stay in order
         found: list[list[list[int]]] = [[] for _ in prompts_ids]
+
+        def written(some: Sequence[tuple[int, int]]) -> list[list[int]]:
+            seeds = [completion_seed(prompts_ids[b], self.seed, number) for b, number in some] if temperature else None
+            ids = [prompts_ids[b] for b, _ in some]
+            return complete(model, ids, int(self.targets), seeds=seeds, temperature=temperature or 1.0)
+
         for start in range(0, len(rows), TOGETHER):
             some = rows[start : start + TOGETHER]
-            ids = [prompts_ids[b] for b, _ in some]
-            seeds = [completion_seed(prompts_ids[b], self.seed, number) for b, number in some] if temperature else None
-            written = _in_halves(model, ids, int(self.targets), seeds, temperature or 1.0)
-            for (b, _), tokens in zip(some, written, strict=True):
+            for (b, _), tokens in zip(some, in_halves(written, some), strict=True):
                 found[b].append(tokens)
         return found
 
@@ -164,25 +167,6 @@ class Completions:
 def _check_generates(model: nn.Module) -> None:
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"{type(model).__name__} has no generate, so it cannot write completions; give them as data")
-
-
-def _in_halves(
-    model: nn.Module, ids: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int] | None, temperature: float
-) -> list[list[int]]:
-    """`complete`; out of memory a batch is halved."""
-    try:
-        return complete(model, ids, tokens, seeds=seeds, temperature=temperature)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or len(ids) == 1:
-            raise
-    forget_freed()
-    half = (len(ids) + 1) // 2
-    parts = (slice(None, half), slice(half, None))
-    return [
-        written
-        for part in parts
-        for written in _in_halves(model, ids[part], tokens, seeds and seeds[part], temperature)
-    ]
 
 
 def completion_seed(ids: Sequence[int], seed: int, number: int) -> int:

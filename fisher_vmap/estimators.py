@@ -189,14 +189,14 @@ def mean_over_samples(found: Estimate, samples: int) -> Estimate:
     return Estimate(
         beside(found.log_probs),
         beside(found.token_ids),
-        {layer: beside(A) / S**0.5 for layer, A in found.factors.items()},
+        {layer: beside(A) / sqrt(S) for layer, A in found.factors.items()},
         {layer: block_diagonal(x) for layer, x in loadings.items()},
         {layer: beside(x) for layer, x in found.remainder.items()},
         {layer: mean(x) for layer, x in found.position_energy.items()},
         {layer: mean(x) for layer, x in found.residual_norm.items()},
         Targets(*(beside(x) for x in found.targets)),
         {layer: beside(x) for layer, x in found.target_trace.items()},
-        {layer: x.std(1) / S**0.5 for layer, x in trace.items()},
+        {layer: x.std(1) / sqrt(S) for layer, x in trace.items()},
     )
 
 
@@ -225,27 +225,15 @@ def join_groups(parts: list[Estimate], groups: list[list[int]]) -> Estimate:
     return join_prompts(padded, groups)
 
 
-class Drawing(NamedTuple):
-    """What the random numbers and the tables of a batch depend on.
-
-    Attributes:
-        seeds: one for each prompt.
-        most_targets: the most targets of a prompt of the batch that these prompts belong to.
-    """
-
-    seeds: Sequence[int]
-    most_targets: int
-
-
 def full(
-    net: LinearizedNetwork, *, vectors: int, drawing: Drawing, passes: int = 1, top_k: int = 10, samples: int = 0
+    net: LinearizedNetwork, *, vectors: int, seeds: Sequence[int], passes: int = 1, top_k: int = 10, samples: int = 0
 ) -> Estimate:
     """Close to the best low-rank approximation of the whole vocabulary's Fisher matrix; see the module.
 
     `vectors` is a few more than the rank wanted. Each of the `passes` rounds of push and pull starts from the range of
     the previous result. `samples` is the number of random vectors for the remainder.
     """
-    found = [_full_of(one, vectors, drawing, passes, top_k, samples) for one in net.maps()]
+    found = [_full_of(one, vectors, seeds, passes, top_k, samples) for one in net.maps()]
     return join_layers(found, net.layers)
 
 
@@ -286,19 +274,19 @@ class _At(NamedTuple):
             {layer: remainder_BSD},
             {layer: factor.energy},
             {layer: net.residual_norm[layer]},
-            targets_read(net.layout, grid, self.c.log_probs),
+            targets_read(net.layout, grid, self.c.log_probs, self.c.probs),
             {layer: grid.spread(trace_M, 0)},
             {},
         )
 
 
-def _full_of(net: LinearMap, vectors: int, drawing: Drawing, passes: int, top_k: int, samples: int) -> Estimate:
+def _full_of(net: LinearMap, vectors: int, seeds: Sequence[int], passes: int, top_k: int, samples: int) -> Estimate:
     """The estimate for the layers of one linear map."""
     layout, one_target = net.layout, most_targets(net.layout) == 1
     with net.prepared():
         exact = one_target and vectors >= net.rows.shape[1]
-        grid = grid_of(layout, drawing.most_targets)
-        seeds = target_seeds(layout, grid, drawing.seeds)
+        grid = grid_of(layout)
+        seeds = target_seeds(layout, grid, seeds)
         probes = Probes(samples, seeds) if samples and not exact else None
         at = _At(net, distribution(net.head, net.rows, Asked(top_k, probes=probes)), grid)
         if exact:
@@ -363,7 +351,7 @@ def _inverse_root(M_Bmm: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(finite_B11, inverse_Bm[:, :, None] * X_Bmm.mT, torch.nan).flip(1).to(dtype)
 
 
-def sampled(net: LinearizedNetwork, *, samples: int, rank: int, drawing: Drawing, top_k: int = 10) -> Estimate:
+def sampled(net: LinearizedNetwork, *, samples: int, rank: int, seeds: Sequence[int], top_k: int = 10) -> Estimate:
     """An unbiased estimate of the whole vocabulary's Fisher matrix: the mean of g g^T over S drawn scores g.
 
     g = sum_j J_j^T a_{j, y_j}, with y_j drawn from the distribution at target j. The a of different targets are
@@ -371,15 +359,15 @@ def sampled(net: LinearizedNetwork, *, samples: int, rank: int, drawing: Drawing
 
     `samples` is S. The tokens' shares come from a push of the `rank` leading directions.
     """
-    found = [_sampled_of(one, samples, rank, drawing, top_k) for one in net.maps()]
+    found = [_sampled_of(one, samples, rank, seeds, top_k) for one in net.maps()]
     return join_layers(found, net.layers)
 
 
-def _sampled_of(net: LinearMap, samples: int, rank: int, drawing: Drawing, top_k: int) -> Estimate:
-    grid = grid_of(net.layout, drawing.most_targets)
+def _sampled_of(net: LinearMap, samples: int, rank: int, seeds: Sequence[int], top_k: int) -> Estimate:
+    grid = grid_of(net.layout)
     with net.prepared():
         at = _At(net, distribution(net.head, net.rows, Asked(top_k)), grid)
-        drawn_MS = drawn_tokens(at.c, samples, target_seeds(net.layout, grid, drawing.seeds))
+        drawn_MS = drawn_tokens(at.c, samples, target_seeds(net.layout, grid, seeds))
         equal_BS = at.c.probs.new_full((grid.shape[0], samples), 1 / samples)
         pulled = net.pull(at.c.rows(drawn_MS), None, equal_BS)
         found = []

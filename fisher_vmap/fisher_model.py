@@ -16,10 +16,10 @@ from fisher_vmap.data.batching import (
     Prompt,
     PromptNumbers,
     batch_tokens_for,
-    in_halves,
     in_windows,
     numbers_of,
     rows_apart,
+    tell_of_halving,
     with_completions,
 )
 from fisher_vmap.data.conversations import SkippedPrompt, check_prompts
@@ -41,7 +41,7 @@ from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.offload import input_device
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.precision import choose_precision
-from fisher_vmap.model.validation import check_whole, forget_freed, is_out_of_memory, most_positions
+from fisher_vmap.model.validation import check_whole, forget_freed, in_halves, is_out_of_memory, most_positions
 from fisher_vmap.model.wrappers import names_inside, tokenizer_of, unwrapped
 
 log = logging.getLogger(__name__)
@@ -241,10 +241,7 @@ class FisherModel:
         if not isinstance(self.targets, int):
             return [[prompt] for prompt in prompts]
         written = self.completions.write(self.model, [prompt.ids for prompt in prompts])
-        return [
-            [Tokens([*prompt.ids, *ids], len(prompt.ids)) for ids in each]
-            for prompt, each in zip(prompts, written, strict=True)
-        ]
+        return [[prompt.completed(ids) for ids in each] for prompt, each in zip(prompts, written, strict=True)]
 
     @property
     def several(self) -> bool:
@@ -359,7 +356,7 @@ class FisherModel:
         found = in_windows(
             pairs,
             renderer,
-            lambda batch: in_halves(lambda some: self.numbers(some, rank), batch),
+            lambda batch: in_halves(lambda some: self.numbers(some, rank), batch, tell_of_halving),
             self.sequences,
             self.batch_size,
             self.max_batch_tokens,

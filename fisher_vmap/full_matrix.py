@@ -5,7 +5,7 @@ from typing import Unpack
 
 from torch import Tensor, inference_mode, nn, no_grad
 
-from fisher_vmap.estimators import SCORE_SAMPLES, Drawing, Estimate, full, join_groups, sampled
+from fisher_vmap.estimators import SCORE_SAMPLES, Estimate, full, join_groups, sampled
 from fisher_vmap.fisher import broken_off, check_inputs, prompt_seeds
 from fisher_vmap.linearize.linear_map import KernelOptions, Options, as_it_is, differentiable
 from fisher_vmap.linearize.network import LinearizedNetwork, OneAtATime, linearize
@@ -15,7 +15,6 @@ from fisher_vmap.model.layers import resolve_layers
 from fisher_vmap.model.layout import Layout, lay_out, select
 from fisher_vmap.model.recording import StructureChanged
 from fisher_vmap.model.rope_scaling import batches_apart
-from fisher_vmap.model.targets import most_targets
 from fisher_vmap.model.validation import check_whole
 from fisher_vmap.model.wrappers import names_inside, unwrapped
 
@@ -65,8 +64,8 @@ def fisher_full(
         check_whole(name, value, least)
     vectors = rank + oversampling
 
-    def estimated(net: LinearizedNetwork, drawing: Drawing) -> Estimate:
-        return full(net, vectors=vectors, drawing=drawing, passes=passes, top_k=top_k, samples=trace_samples)
+    def estimated(net: LinearizedNetwork, seeds: Sequence[int]) -> Estimate:
+        return full(net, vectors=vectors, seeds=seeds, passes=passes, top_k=top_k, samples=trace_samples)
 
     products = 2 * passes * vectors + trace_samples
     return _by_groups(model, input_ids, attention_mask, layers, KernelOptions(**options), products, estimated)
@@ -109,8 +108,8 @@ def fisher_sampled(
     for name, value, least in (("samples", samples, 2), ("rank", rank, 1), ("top_k", top_k, 1)):
         check_whole(name, value, least)
 
-    def estimated(net: LinearizedNetwork, drawing: Drawing) -> Estimate:
-        return sampled(net, samples=samples, rank=rank, drawing=drawing, top_k=top_k)
+    def estimated(net: LinearizedNetwork, seeds: Sequence[int]) -> Estimate:
+        return sampled(net, samples=samples, rank=rank, seeds=seeds, top_k=top_k)
 
     return _by_groups(model, input_ids, attention_mask, layers, KernelOptions(**options), samples + rank, estimated)
 
@@ -122,13 +121,12 @@ def _by_groups(
     layers: str | int | Sequence[str | int],
     how: KernelOptions,
     products: int,
-    estimated: Callable[[LinearizedNetwork, Drawing], Estimate],
+    estimated: Callable[[LinearizedNetwork, Sequence[int]], Estimate],
 ) -> Estimate:
     """An estimate of a batch, in groups of prompts that may share a linear map; `products` is how many it takes."""
     if how.kernel == "loop":
         raise ValueError("kernel loop has no forward derivatives, which the full matrix needs; use auto or whole")
     layout = lay_out(input_ids, attention_mask, how.positions, how.targets)
-    most = most_targets(layout)
     given, model = model, unwrapped(model)
     how = how.on(model)
     with inference_mode(False), no_grad(), as_it_is(model, how.precision):
@@ -143,7 +141,7 @@ def _by_groups(
 
             def run() -> Estimate:
                 net = linearize(model, known, part, names, how, products)
-                return estimated(net, Drawing(prompt_seeds(part), most))
+                return estimated(net, prompt_seeds(part))
 
             try:
                 return run()

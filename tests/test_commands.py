@@ -122,35 +122,31 @@ time.sleep(60)
 HEARS_CTRL_C = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job starts without it
 
 
+def assert_stops(stand_ins, *words):
+    """Ctrl-C while `python -m WORDS` imports one of the modules in the folder `stand_ins` is one line and code 130."""
+    found = environment()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=HEARS_CTRL_C,
+        env={**found, "PYTHONPATH": os.pathsep.join([str(stand_ins), found["PYTHONPATH"]])},
+    )  # fmt: skip
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped" in one_line(error)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("start", ["fisher_vmap {name}", "fisher_vmap.{name}"])
 def test_ctrl_c_while_libraries_are_imported(name, start, tmp_path):
     for library in ("numpy", "pyarrow", "pydantic", "yaml"):
         (tmp_path / f"{library}.py").write_text(WAITS)
-    found = environment()
-    process = subprocess.Popen(
-        [sys.executable, "-m", *start.format(name=name).split(), *NEEDED.get(name, [])],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=HEARS_CTRL_C,
-        env={**found, "PYTHONPATH": os.pathsep.join([str(tmp_path), found["PYTHONPATH"]])},
-    )  # fmt: skip
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped" in one_line(error)
+    assert_stops(tmp_path, *start.format(name=name).split(), *NEEDED.get(name, []))
 
 
 def test_ctrl_c_before_anything_is_imported(tmp_path):
     (tmp_path / "argparse.py").write_text(WAITS)
-    found = environment()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fisher_vmap.info", "DIR"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=HEARS_CTRL_C,
-        env={**found, "PYTHONPATH": os.pathsep.join([str(tmp_path), found["PYTHONPATH"]])},
-    )  # fmt: skip
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped" in one_line(error)
+    assert_stops(tmp_path, "fisher_vmap.info", "DIR")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from models import VOCABULARY, WIDTH, block, fresh, padded, prompts, tiny
 from oracles import fisher_matrix, log_probabilities, plain_scores, relative
 
 from fisher_vmap import FisherModel, fisher_full, fisher_sampled, fisher_scores
-from fisher_vmap.estimators import Drawing, sampled
+from fisher_vmap.estimators import sampled
 from fisher_vmap.model.layout import Layout
 
 LENGTHS, TARGETS = (6, 3, 8), ((1, 4, 5), (2,), (0, 7))
@@ -135,8 +135,7 @@ def test_drawn_scores_are_unbiased():
     repeats, found = 200, []
     with FisherModel(model, layers=layer).linearize(ids, mask, targets=mask_of(TARGETS, ids, mask)) as net:
         for seed in range(repeats):
-            drawing = Drawing([1000 * seed + b for b in range(len(rows))], 3)
-            one = sampled(net, samples=8, rank=2, drawing=drawing)
+            one = sampled(net, samples=8, rank=2, seeds=[1000 * seed + b for b in range(len(rows))])
             found.append(one.factors[layer].mT @ one.factors[layer])
     every = torch.stack(found)
     for b, row in enumerate(rows):

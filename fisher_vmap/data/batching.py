@@ -18,7 +18,6 @@ from fisher_vmap.linearize.blockwise import Widths, pull_memory, widths_of
 from fisher_vmap.model.layers import block_numbers, decoder_blocks, layers_of
 from fisher_vmap.model.offload import model_dtype
 from fisher_vmap.model.targets import NO_TOKEN
-from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 from fisher_vmap.results.record import LayerResult
 
 log = logging.getLogger(__name__)
@@ -341,16 +340,6 @@ def _rendered(prompt: Prompt, completion: Completion, renderer: Renderer) -> Tok
         return reason
 
 
-def in_halves(
-    compute: Callable[[list[list[Tokens]]], list[PromptNumbers]], prompts: list[list[Tokens]]
-) -> list[PromptNumbers]:
-    """The numbers of a batch; out of memory it is halved."""
-    try:
-        return compute(prompts)
-    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error) or len(prompts) == 1:
-            raise
+def tell_of_halving(prompts: Sequence[Sequence[Tokens]]) -> None:
+    """Say that a batch did not fit in memory, for `in_halves`."""
     log.warning("out of memory on %d prompts of up to %d tokens", len(prompts), max(map(tokens_of, prompts)))
-    forget_freed()
-    half = (len(prompts) + 1) // 2
-    return in_halves(compute, prompts[:half]) + in_halves(compute, prompts[half:])

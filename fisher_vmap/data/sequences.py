@@ -22,6 +22,10 @@ class Tokens(NamedTuple):
     ids: list[int]
     start: int | None = None
 
+    def completed(self, ids: Sequence[int]) -> "Tokens":
+        """The prompt, all of these tokens, with a completion."""
+        return Tokens([*self.ids, *ids], len(self.ids))
+
     def targets(self, asked: str | int) -> int:
         """How many targets it has; `asked` is as the argument of `FisherModel`."""
         if asked in ("last", "all"):

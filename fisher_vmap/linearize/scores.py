@@ -249,7 +249,7 @@ def scores_of(net: LinearMap, wanted: Wanted) -> Scores:
     if token_ids is not None:  # [B, m K] -> [M, K]
         token_ids = token_ids.view(*grid.shape, -1)[list(grid.prompts), list(grid.ranks)]
     c = distribution(net.head, net.rows, Asked(wanted.top_k, token_ids, wanted.include_rest, probes, True))
-    targets = targets_read(layout, grid, c.log_probs)
+    targets = targets_read(layout, grid, c.log_probs, c.probs)
     if wanted.most_targets == 1:
         outcomes = outcomes_of(c.reading, wanted.include_rest)
         found = net.pull(outcomes.cotangents.transpose(0, 1), None, outcomes.weights(), outcomes.derivation())

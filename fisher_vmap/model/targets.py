@@ -71,8 +71,8 @@ def most_targets(layout: Layout) -> int:
     return 1 if layout.targets is None else max(map(len, layout.targets))
 
 
-def targets_read(layout: Layout, grid: TargetGrid, log_probs_MV: Tensor) -> Targets:
-    """What is known of a layout's targets from the distribution at each."""
+def targets_read(layout: Layout, grid: TargetGrid, log_probs_MV: Tensor, p_MV: Tensor) -> Targets:
+    """What is known of a layout's targets from the distribution at each, log p and p."""
     columns = [layout.start[b] + place for b, place in zip(grid.prompts, grid.places, strict=True)]
     follows = [place + 1 < layout.lengths[b] for b, place in zip(grid.prompts, grid.places, strict=True)]
     rows = [layout.first_row[b] + place for b, place in zip(grid.prompts, grid.places, strict=True)]
@@ -80,7 +80,6 @@ def targets_read(layout: Layout, grid: TargetGrid, log_probs_MV: Tensor) -> Targ
     ids_M = layout.input_ids.flatten()[on_device(next_rows, layout.device)].to(log_probs_MV.device)
     log_p_M = log_probs_MV.gather(1, ids_M[:, None])[:, 0]
     log_p_M = log_p_M.where(on_device(torch.tensor(follows, device="cpu"), log_p_M.device), torch.nan)
-    p_MV = log_probs_MV.exp()
     entropy_M = -(p_MV * log_probs_MV.where(p_MV > 0, 0)).sum(1)
     device = layout.device
     return Targets(

@@ -1,13 +1,16 @@
 """Checks of arguments, with one-line errors; kinds of errors; the number of positions of a model."""
 
 import operator
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _FAULTS = (AssertionError, AttributeError, NameError, TypeError)
 
@@ -54,6 +57,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def in_halves(
+    compute: Callable[[Sequence[T]], list[R]], items: Sequence[T], halving: Callable[[Sequence[T]], None] | None = None
+) -> list[R]:
+    """What `compute` returns for a batch, one result an item; out of memory for its two halves, down to single items.
+
+    `halving` is told each batch that did not fit.
+    """
+    try:
+        return compute(items)
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error) or len(items) == 1:
+            raise
+    # Outside of the handler, whose traceback keeps the tensors alive.
+    if halving is not None:
+        halving(items)
+    forget_freed()
+    half = (len(items) + 1) // 2
+    return [*in_halves(compute, items[:half], halving), *in_halves(compute, items[half:], halving)]
 
 
 def check_tensor(name: str, value: Any, expected: str) -> None:

@@ -48,7 +48,7 @@ from fisher_vmap.results.index import (
 )
 from fisher_vmap.results.kept import as_type, common_type, encodable, kept_column
 from fisher_vmap.results.record import QUALITY, PromptResult, covered_mass, effective_rank, how_good, top_probability
-from fisher_vmap.results.targets import target_columns
+from fisher_vmap.results.targets import table_columns
 
 
 def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: dict[str, list[int]]) -> pa.Table:
@@ -75,7 +75,7 @@ def rows_table(results: Sequence[PromptResult], layout: ShardLayout, checksums: 
         "prompt_tokens": _texts([r.prompt_tokens if layout.store_text else None for r in results]),
     }
     if layout.pairs:
-        columns |= target_columns([r.targets for r in results], layout.layers, layout.store_text)
+        columns |= table_columns([r.targets for r in results], layout.layers, layout.store_text)
     for layer in layout.layers:
         numbers = [_layer_numbers(r, layer) for r in results]
         for name in ("trace", "trace_norm2", "effective_rank", *QUALITY):

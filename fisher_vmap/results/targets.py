@@ -47,7 +47,7 @@ class RecordTargets(NamedTuple):
     """[n] the part of the matrix's trace that each adds at this layer; of one of several completions, to its own."""
 
 
-def target_columns(
+def table_columns(
     described: Sequence[Mapping[str, Any]], layers: Sequence[str], with_text: bool
 ) -> dict[str, pa.Array]:
     """The columns of the prompts table, from what is known of each prompt's targets; nothing without numbers."""

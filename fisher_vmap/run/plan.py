@@ -140,15 +140,13 @@ def operations_of(
     work = work_of(settings)._replace(targets=targets)
     if settings.estimator == "topk" and targets:
         work = work._replace(shared=round(work.shared * sum(targets) / len(targets)))
-    operations = Counter[str]()
-    blocks = list(skeleton.blocks.values())
-    for product in unavoidable(skeleton.model, blocks, lengths, skeleton.hooks, work):
-        kind = product.kind.partition(",")[0]
-        operations[kind] += product.shape.flops
-        if sequences.written and (kind == "forward" or (kind == "head" and not operations["written"])):
-            operations["writing"] += product.shape.flops
-            operations["written"] += kind == "head"
-    del operations["written"]
+    products = list(unavoidable(skeleton.model, list(skeleton.blocks.values()), lengths, skeleton.hooks, work))
+    operations = Counter[str](dict.fromkeys(("forward", "writing"), 0) if sequences.written else {})
+    for product in products:
+        operations[product.kind.partition(",")[0]] += product.shape.flops
+    if sequences.written:
+        logits = next(product.shape.flops for product in products if product.kind.startswith("head"))
+        operations["writing"] = operations["forward"] + logits
     return operations
 
 

@@ -41,7 +41,7 @@ def _for_proof(prompt: TokenizedPrompt, targets: str | int, most: int | None = N
     """The first tokens of a prompt, with a completion if the run has any: one token where the model is to write it."""
     ids = prompt.ids[:most]
     if isinstance(targets, int) or (targets == "completion" and prompt.start is None):
-        return Tokens([*ids, ids[-1]], len(ids))
+        return Tokens(ids).completed(ids[-1:])
     return Tokens(ids, prompt.start and min(prompt.start, len(ids) - 1))
 
 

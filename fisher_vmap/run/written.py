@@ -17,11 +17,11 @@ from fisher_vmap.run.settings import Settings
 
 log = logging.getLogger(__name__)
 
-Written = Mapping[int, list[list[int]]]
+StoredIds = Mapping[int, list[list[int]]]
 """The token ids of each of a prompt's completions, by prompt index."""
 
 
-def stored_completions(writer: ResultsWriter, number: int) -> Written:
+def stored_completions(writer: ResultsWriter, number: int) -> StoredIds:
     """The completions in a shard that is stored intact, with fewer prompts than it has now; empty if there is none."""
     start = number * writer.index.shard_size
     if not writer.is_stored(number, start, start + 1):
@@ -31,13 +31,9 @@ def stored_completions(writer: ResultsWriter, number: int) -> Written:
     return {row["prompt_index"]: row["completion_ids"] for row in rows if row["completion_ids"]}
 
 
-def sequences_of(fisher: FisherModel, prompts: Mapping[int, Tokens], written: Written) -> dict[int, list[Tokens]]:
+def sequences_of(fisher: FisherModel, prompts: Mapping[int, Tokens], written: StoredIds) -> dict[int, list[Tokens]]:
     """The sequences of prompts by index, in their order; without those for whose completions there is no memory."""
-    found = {
-        i: [Tokens([*prompt.ids, *ids], len(prompt.ids)) for ids in written[i]]
-        for i, prompt in prompts.items()
-        if i in written
-    }
+    found = {i: [prompt.completed(ids) for ids in written[i]] for i, prompt in prompts.items() if i in written}
     found |= _made(fisher, {i: prompt for i, prompt in prompts.items() if i not in found})
     return {i: found[i] for i in prompts if i in found}
 

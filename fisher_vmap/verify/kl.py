@@ -282,7 +282,7 @@ def _fresh(model: Any, record: PromptRecord, one: Tokens, direction_1D: Numbers,
     predicted = PREDICTED[FRESH_STEP : FRESH_STEP + 1]
     eps = np.sqrt(2 * predicted / np.maximum(record.quadratic(direction_1D[0]), np.finfo(np.float32).tiny))[None]
     kl = [
-        float(_measured(model, record, Tokens([*prompt, *ids], len(prompt)), direction_1D, eps, settings)[0, 0])
+        float(_measured(model, record, Tokens(prompt).completed(ids), direction_1D, eps, settings)[0, 0])
         for ids in drawn
     ]
     return [float(predicted[0]), float(np.mean(kl)), float(np.std(kl, ddof=1) / len(kl) ** 0.5)]
