@@ -62,16 +62,6 @@ def test_every_public_name_is_there_and_no_other_is():
         _ = fisher_vmap.fisher_score
 
 
-def test_a_public_name_is_not_hidden_by_the_module_of_that_name():
-    run(
-        "import fisher_vmap, sys\n"
-        "from fisher_vmap import NaturalStep\n"
-        "from fisher_vmap.natural_step import natural_step\n"
-        "assert fisher_vmap.natural_step is natural_step and callable(natural_step)\n"
-        "assert sys.modules['fisher_vmap.natural_step'].NaturalStep is NaturalStep\n"
-    )
-
-
 def test_the_kernel_needs_neither_datasets_nor_transformers():
     run(
         "import sys\n"
