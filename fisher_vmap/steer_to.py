@@ -110,13 +110,16 @@ def _user_errors() -> Iterator[None]:
 
 
 def _look_up_before_loading(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Look the tokens up before the weights are loaded, unless an adapter may bring a tokenizer of its own."""
+    """Look the tokens up before the weights are loaded, where that is much faster.
+
+    A .gguf file is read whole for its tokenizer, and an adapter may bring one of its own.
+    """
     from fisher_vmap.load.model import without_weights
     from fisher_vmap.load.options import LoadOptions
     from fisher_vmap.load.source import refuse_empty, without_slash
     from fisher_vmap.run.open import loading_of
 
-    if settings.adapter_path is None:
+    if settings.adapter_path is None and not settings.model_path.endswith(".gguf"):
         with step("looking up the tokens"):
             name, _, tokenizer = without_weights(settings.model_path, LoadOptions(**loading_of(settings)))
         if name == without_slash(settings.model_path):

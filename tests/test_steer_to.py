@@ -209,6 +209,16 @@ def test_the_kl_of_tokens_that_the_model_writes(folder, tmp_path, capsys):
     assert Step.load(out).positions == "all" and notes(out)["targets"] == str(N)
 
 
+def test_completions_that_are_drawn(folder, tmp_path, capsys):
+    out = tmp_path / "step.safetensors"
+    flags = ["--targets", 3, "--samples", 2, "--completion_seed", 5, "--bias_positions", "prompt", "--output", out]
+    assert main(words(folder, *flags)) == 0
+    fisher = FisherModel(loaded(folder), tiny_tokenizer(), layers=1, targets=3, samples=2, seed=5, positions="prompt")
+    expected = natural_step(fisher, PROMPT, towards=token("e"), at="first", kl=1e-3)
+    torch.testing.assert_close(load_file(out)["step"], expected.step, rtol=1e-5, atol=1e-7)
+    assert "of up to 3 tokens together" in told(capsys)[0]["KL in nats"]
+
+
 def test_the_texts_are_greedy_ones_of_the_first_prompt(folder, tmp_path, capsys):
     out = tmp_path / "step.safetensors"
     assert main(words(folder, "--prompt", OTHER, "--output", out, kl=5.0, tokens=7)) == 0
