@@ -347,7 +347,7 @@ COMMANDS = {
     "report": ("fisher_vmap.report.__main__", "write a page and images to look at a results folder"),
     "verify": ("fisher_vmap.verify.__main__", "check a results folder"),
     "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),
-    "steer-to": ("fisher_vmap.steer_to", "find the step of the residual stream that gains a token most for its KL"),
+    "steer-to": ("fisher_vmap.steer_to", "find the step that gains tokens most for a given KL divergence"),
     "info": ("fisher_vmap.info", "show what a results folder holds"),
     "demo": ("fisher_vmap.demo", "run the main job on a small model and the prompts shipped with the package"),
 }
@@ -387,7 +387,7 @@ def _no_command(name: str, arguments: Sequence[str]) -> str:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:8} {what}" for name, (_module, what) in COMMANDS.items()]
+    lines = [f"  {name:9} {what}" for name, (_module, what) in COMMANDS.items()]
     return (
         "usage: fisher-vmap COMMAND ...\n\n"
         + "\n".join(lines)

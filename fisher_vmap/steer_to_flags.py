@@ -35,10 +35,12 @@ _HINTS = {
 _EPILOG = """\
 examples:
   fisher-vmap steer-to --model_path Qwen/Qwen2.5-0.5B-Instruct --hook_layer_name 12 \\
-      --prompt "Is the sky green?" --towards Yes --away_from No --kl 0.5 --output yes.safetensors
-  fisher-vmap steer-to --hook_layer_name 12 --dataset_name prompts.jsonl --num_prompts 20 --towards " Paris"
+      --prompt "Is the sky green?" --towards Yes --away_from No --output yes.safetensors
+  fisher-vmap steer-to --model_path Qwen/Qwen2.5-0.5B-Instruct --hook_layer_name 12 \\
+      --dataset_name prompts.jsonl --num_prompts 20 --towards " Paris" --kl 0.02
 
-The file of --output holds the tensor `step`, [D]. In Python: steer(model, Step.load("yes.safetensors")).
+The file of --output holds the tensor `step`, [D].
+In Python: steer(model, Step.load("yes.safetensors")).
 """
 
 

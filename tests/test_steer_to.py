@@ -453,7 +453,7 @@ def test_help(capsys):
         text = capsys.readouterr().out
         assert stop.value.code == 0 and text.startswith("usage: fisher-vmap steer-to --towards TOKEN")
         assert all(f"--{name} " in text for name in (*SETTINGS, "prompt", "towards", "away_from", "kl", "output"))
-    assert "  steer-to find the step" in usage()
+    assert "  steer-to  find the step" in usage()
 
 
 def test_settings_reach_the_prompt(folder, capsys):
