@@ -296,7 +296,7 @@ def test_a_file_says_what_it_was_made_from(folder, tmp_path):
     assert main(words(folder, "--prompt", OTHER, "--away_from", "o", "--out", out)) == 0
     found = notes(out)
     told = {name: float(found.pop(name)) for name in ("predicted_kl", "measured_kl", "off_target_kl", "damping")}
-    assert all(value > 0 for value in told.values()) and told["predicted_kl"] < 0.001
+    assert all(value > 0 for value in told.values()) and told["predicted_kl"] == pytest.approx(0.001, rel=0.5)
     assert {name: found[name] for name in found if name != "format"} == {
         "layer": "model.layers.1", "positions": "all", "model": "model", "towards": '["e"]', "away_from": '["o"]',
         "kl": "0.001", "steps": "1", "estimator": "full", "rank": "32", "targets": "last", "prompts": "2",
