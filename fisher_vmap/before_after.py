@@ -17,7 +17,7 @@ from fisher_vmap.data.render import TokenizedPrompt
 from fisher_vmap.escape import short, visible
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.model.recording import hooks, output_of
-from fisher_vmap.natural_step import REACH, NaturalStep
+from fisher_vmap.natural import REACH, NaturalStep
 from fisher_vmap.objective import Objective
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.steering import steer

@@ -26,7 +26,7 @@ from fisher_vmap.steer_to_flags import read
 if TYPE_CHECKING:
     from fisher_vmap.data.prompts import SourcePrompt
     from fisher_vmap.data.render import Renderer, TokenizedPrompt
-    from fisher_vmap.natural_step import NaturalStep
+    from fisher_vmap.natural import NaturalStep
 
 log = logging.getLogger("fisher_vmap")
 
@@ -50,7 +50,7 @@ def steer_to(arguments: argparse.Namespace, settings: Settings) -> Iterator[str]
         from fisher_vmap.before_after import lines, look
         from fisher_vmap.completions import Completions
         from fisher_vmap.data.prompts import SourcePrompt
-        from fisher_vmap.natural_step import natural_step
+        from fisher_vmap.natural import natural_step
         from fisher_vmap.objective import Objective, token_ids
         from fisher_vmap.run.open import make_renderer, model_of, open_model, source_of
 

@@ -420,7 +420,7 @@ def test_a_text_that_the_vocabulary_has_not(folder):
 )
 def test_mistakes_that_the_model_shows(folder, tmp_path, monkeypatch, capsys, more, layer, message):
     monkeypatch.setattr(
-        sys.modules["fisher_vmap.natural_step"], "natural_step", lambda *_, **__: pytest.fail("it was computed")
+        sys.modules["fisher_vmap.natural"], "natural_step", lambda *_, **__: pytest.fail("it was computed")
     )
     assert main(words(folder, *more, layer=layer)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
