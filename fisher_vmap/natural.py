@@ -20,7 +20,7 @@ lambda shortens the part of a step along which F is (nearly) zero: there it cost
 long.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from fisher_vmap.fisher import prompt_seeds
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.network import LinearizedNetwork
-from fisher_vmap.linearize.output import distribution
+from fisher_vmap.linearize.output import Probes, distribution
 from fisher_vmap.linearize.scores import Wanted, scores_of
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.targets import grid_of, most_targets
@@ -43,6 +43,7 @@ from fisher_vmap.steering import Step
 
 TRACE_SAMPLES = 4  # random vectors for the trace of what estimator full lacks
 DAMPING = 0.01  # lambda as a part of F's mean eigenvalue, tr F / D, if not given
+SOLVED = 1e-6  # the residual of the equation for y, relative to g, at which no more products are taken
 REACH = 0.1  # by which part measured and predicted KL may differ where the quadratic form holds
 
 
@@ -93,6 +94,7 @@ def natural_step(
     steps: int = 1,
     estimator: str = "full",
     rank: int = 32,
+    products: int = 4,
     layer: str | int | None = None,
     attention_mask: Tensor | None = None,
     positions: str | Tensor | None = None,
@@ -133,6 +135,7 @@ def natural_step(
     _check(objective, at, estimator, kl, damping, (towards, away_from, gradient))
     check_whole("steps", steps, 1)
     check_whole("rank", rank, 1)
+    check_whole("products", products, 1)
     if isinstance(model, LinearizedNetwork):
         if prompt is not None or steps > 1:
             raise ValueError("an open network has its prompt and its point; leave prompt and steps out")
@@ -150,10 +153,15 @@ def natural_step(
         g_D = torch.stack([point.gradient for point in points]).sum(0) / B
         if not (bool(g_D.isfinite().all()) and bool(g_D.any())):
             raise ValueError("the gradient of what is wanted is zero or not finite: no small step gains anything")
-        trace = float(A_nD.square().sum()) + sum(point.rest for point in points) / B
-        ridge = DAMPING * trace / len(g_D) if damping is None else float(damping)
-        y_D = solved(A_nD, g_D, ridge)
-        curvature = sum(_curvature(net, y_D) for net in where.networks(theta_D)) / B
+        rest = sum(point.rest for point in points) / B / len(g_D)
+        mean_eigenvalue = float(A_nD.square().sum()) / len(g_D) + rest
+        ridge = DAMPING * mean_eigenvalue if damping is None else float(damping)
+        approximately = _inverse(A_nD, ridge + rest)
+
+        def times_F(v_D: Tensor, theta_D: Tensor = theta_D, B: int = B) -> Tensor:
+            return torch.stack([_product(net, v_D) for net in where.networks(theta_D)]).sum(0) / B
+
+        y_D, curvature = solved(times_F, approximately, g_D, ridge, products)
         length = (2 * kl / (curvature + ridge * float(y_D @ y_D))) ** 0.5 / steps
         theta_D, path = theta_D + length * y_D, path + length * curvature**0.5
         first = first or points
@@ -197,11 +205,12 @@ def _look(net: LinearMap, wanted: Objective, estimator: str, rank: int, top_k: i
     """F and g of one batch."""
     (layer,), B = net.layers, len(net.layout.lengths)
     with net.prepared():
+        seeds = prompt_seeds(net.layout)
         if estimator == "full":
-            seeds = prompt_seeds(net.layout)
             found = full(LinearizedNetwork({layer: net}), vectors=rank, seeds=seeds, top_k=1, samples=TRACE_SAMPLES)
         else:
-            found = topk(scores_of(net, Wanted(top_k, most_targets=most_targets(net.layout))))
+            probes = Probes(TRACE_SAMPLES, seeds)
+            found = topk(scores_of(net, Wanted(top_k, probes=probes, most_targets=most_targets(net.layout))))
         c = distribution(net.head, net.rows)
         chosen_M = _chosen(net, wanted.at)
         u_MX = wanted.cotangents(c, net.rows.shape[1]) * chosen_M[:, None].to(c.probs)
@@ -218,20 +227,55 @@ def _chosen(net: LinearMap, at: str) -> Tensor:
     return torch.tensor([float(at == "all" or rank == 0) for rank in ranks], device="cpu")
 
 
-def solved(A_nD: Tensor, g_D: Tensor, ridge: float) -> Tensor:
-    """(A^T A + ridge I)^-1 g in float64, by the singular values of A; a direction that A lacks is divided by ridge."""
+def _inverse(A_nD: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    """v -> (A^T A + ridge I)^-1 v in float64, by the singular values of A; what A lacks is divided by ridge."""
     _, S_r, V_rD = torch.linalg.svd(A_nD, full_matrices=False)
-    along_r = V_rD @ g_D
-    y_D: Tensor = (along_r / (S_r.square() + ridge)) @ V_rD + (g_D - along_r @ V_rD) / ridge
-    return y_D
+
+    def times(v_D: Tensor) -> Tensor:
+        along_r = V_rD @ v_D
+        y_D: Tensor = (along_r / (S_r.square() + ridge)) @ V_rD + (v_D - along_r @ V_rD) / ridge
+        return y_D
+
+    return times
 
 
-def _curvature(net: LinearMap, y_D: Tensor) -> float:
-    """y^T F y with F of the whole vocabulary, summed over the prompts of a batch."""
+def solved(
+    times_F: Callable[[Tensor], Tensor],
+    approximately: Callable[[Tensor], Tensor],
+    g_D: Tensor,
+    ridge: float,
+    products: int,
+) -> tuple[Tensor, float]:
+    """y = (F + ridge I)^-1 g and y^T F y, by conjugate gradients with so many products by F.
+
+    Each y is the best of its span: none there has a larger g . y for its y^T (F + ridge I) y. `approximately` is a
+    product by about the inverse; the residual's change, and not the residual, gives the next direction (Polak and
+    Ribiere), so that rounding of the products does no harm.
+    """
+    y_D, Fy_D = torch.zeros_like(g_D), torch.zeros_like(g_D)
+    residual_D, near_D = g_D, approximately(g_D)
+    direction_D = near_D
+    for _ in range(products):
+        F_D = times_F(direction_D)
+        along = F_D + ridge * direction_D
+        size = float(residual_D @ near_D)
+        step = size / float(direction_D @ along)
+        y_D, Fy_D, before_D = y_D + step * direction_D, Fy_D + step * F_D, residual_D
+        residual_D = residual_D - step * along
+        if float(residual_D.norm()) <= SOLVED * float(g_D.norm()):
+            break
+        near_D = approximately(residual_D)
+        direction_D = near_D + float(near_D @ (residual_D - before_D)) / size * direction_D
+    return y_D, float(y_D @ Fy_D)
+
+
+def _product(net: LinearMap, v_D: Tensor) -> Tensor:
+    """F v with F of the whole vocabulary, [D] float64, summed over the prompts of a batch."""
     (layer,), B = net.layers, len(net.layout.lengths)
     with net.prepared():
-        z_M1X = net.push(y_D.to(net.rows).expand(B, 1, -1), layer)
-        return float((z_M1X * distribution(net.head, net.rows).product(z_M1X)).double().sum())
+        z_M1X = net.push(v_D.to(net.rows).expand(B, 1, -1), layer)
+        Cz_M1X = distribution(net.head, net.rows).product(z_M1X)
+        return net.pull(Cz_M1X)[layer].gradients[:, 0].double().sum(0).cpu()
 
 
 def _end(net: LinearMap, wanted: Objective, before: _Point) -> tuple[Tensor, ...]:
