@@ -72,7 +72,7 @@ class Estimate(NamedTuple):
         remainder: for each layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole vocabulary
             minus A^T A.
         position_energy: for each layer, [B, T] in the caller's columns: the trace of each position's own A^T A.
-        residual_norm: for each layer, [B]: the mean norm of its output over the prompt's tokens.
+        residual_norm: for each layer, [B]: the median norm of its output over the prompt's tokens.
         targets: columns, log p of the token that follows, and entropy, [B, m] each.
         target_trace: for each layer, [B, m]: the part of the trace that each target adds; of `full` and `sampled` in
             the span of the vectors that were pushed. Zero where it pads.

@@ -91,6 +91,7 @@ def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
         keep_columns=tuple(settings.keep_columns or ()),
         means_only=settings.save == "mean",
         attribution=settings.save != "mean",  # as long as the prompt: most of the disk where only means are kept
+        median_norm=True,
     )
 
 
