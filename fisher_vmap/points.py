@@ -1,4 +1,4 @@
-"""The linear maps of prompts at any point theta of a hooked layer: of an open network, or of prompts in batches."""
+"""The networks of prompts at any point theta of a hooked layer: of an open network, or of prompts in batches."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,37 @@ from torch import Tensor, nn
 
 from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.sequences import Tokens, masked, padded, tokens_of
+from fisher_vmap.fisher import prompt_seeds
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.linear_map import LinearMap, undisturbed
 from fisher_vmap.linearize.network import LinearizedNetwork
+from fisher_vmap.linearize.output import Asked, Distribution, Probes, distribution
 from fisher_vmap.linearize.probe import layer_widths
 from fisher_vmap.model.layers import resolve_layers
+from fisher_vmap.model.targets import grid_of, target_seeds
 from fisher_vmap.model.wrappers import names_inside
 from fisher_vmap.steering import at_point
+
+TRACE_SAMPLES = 4  # random vectors for the trace of what the likeliest tokens leave out
+
+
+class Point(NamedTuple):
+    """The network of a batch, opened at a point.
+
+    Attributes:
+        net: its linear map.
+        c: the distribution at the targets, with the likeliest tokens read and random vectors for all others.
+    """
+
+    net: LinearMap
+    c: Distribution
+
+
+def _point(net: LinearMap, top_k: int) -> Point:
+    seeds = target_seeds(net.layout, grid_of(net.layout), prompt_seeds(net.layout))
+    asked = Asked(top_k, probes=Probes(TRACE_SAMPLES, seeds), of_rest=True)
+    with net.prepared():
+        return Point(net, distribution(net.head, net.rows, asked))
 
 
 class OneNetwork:
@@ -30,19 +54,20 @@ class OneNetwork:
             layer = next(iter(maps))
         if not isinstance(layer, str) or layer not in maps:
             raise ValueError(f"layer is {layer!r}; expected one of the hooked layers, {list(maps)}")
-        self._net, self.layer = copy.copy(maps[layer]), layer
-        self._net.layers = [layer]
-        self.width, self.dtype, self.positions = self._net.widths[layer], self._net.dtype, self._net.layout.positions
+        net, self.layer = copy.copy(maps[layer]), layer
+        net.layers = [layer]
+        self.width, self.dtype, self.positions = net.widths[layer], net.dtype, net.layout.positions
+        self._first = _point(net, self.top_k)
 
-    def networks(self, theta_D: Tensor) -> Iterator[LinearMap]:
+    def points(self, theta_D: Tensor) -> Iterator[Point]:
         """The network at a point."""
         if not bool(theta_D.any()):
-            yield self._net
+            yield self._first
             return
-        with at_point(self._net.model, self.layer, theta_D):
-            there = copy.copy(self._net)
+        with at_point(self._first.net.model, self.layer, theta_D):
+            there = copy.copy(self._first.net)
             there.open()
-            yield there
+            yield _point(there, self.top_k)
 
 
 class _Batch(NamedTuple):
@@ -89,7 +114,7 @@ class Prompts:
             self._batches = [_Batch(ids[None] if ids.dim() == 1 else ids, attention_mask, self.positions, targets)]
         else:
             self._batches = list(self._of_text(prompt))
-        self._last: tuple[Tensor, LinearMap] | None = None
+        self._last: tuple[Tensor, Point] | None = None
 
     def _of_text(self, prompt: Any) -> Iterator[_Batch]:
         """Batches of about as many tokens as the FisherModel's, in the order given."""
@@ -109,7 +134,7 @@ class Prompts:
                 str(read) if read in ("last", "all") else masked(some, mask, "targets"),
             )
 
-    def networks(self, theta_D: Tensor) -> Iterator[LinearMap]:
+    def points(self, theta_D: Tensor) -> Iterator[Point]:
         """The networks of the batches at a point, one after the other; that of a single batch is kept."""
         moved = bool(theta_D.any())
         with at_point(self._fisher.model, self.layer, theta_D) if moved else nullcontext():
@@ -120,9 +145,10 @@ class Prompts:
                 ids, mask, positions, targets = batch
                 with self._fisher.linearize(ids, mask, positions=positions, targets=targets) as network:
                     (net,) = network.maps()
+                    point = _point(net, self.top_k)
                 if len(self._batches) == 1:
-                    self._last = theta_D, net
-                yield net
+                    self._last = theta_D, point
+                yield point
 
 
 def one_layer(model: FisherModel | nn.Module, layer: str | int | None) -> FisherModel:

@@ -12,6 +12,7 @@ from fisher_vmap.linearize import probe as probing
 from fisher_vmap.model.layers import decoder_blocks
 
 LAYER = 1
+EXACT = {"estimator": "full", "rank": WIDTH}
 
 
 def log_p(model, ids, theta, family="gpt2", mask=None, targets=(-1,)):
@@ -77,9 +78,7 @@ def longest(F, g, ridge, kl):
 def test_it_gains_most_of_all_steps_of_its_budget(family, away):
     model, ids, kl, ridge = tiny(family), prompts([7])[0], 1e-3, 1e-4
     F, g = dense(model, ids, odds([11, 12], away), family=family)
-    found = natural_step(
-        model, ids, layer=LAYER, towards=[11, 12], away_from=away, kl=kl, damping=ridge, rank=WIDTH, estimator="full"
-    )
+    found = natural_step(model, ids, layer=LAYER, towards=[11, 12], away_from=away, kl=kl, damping=ridge, **EXACT)
     expected = longest(F, g, ridge, kl)
     tolerance = 1e-6 if family == "gpt2" else 1e-4  # the others compute their norms in float32
     np.testing.assert_allclose(found.step.numpy(), expected, atol=tolerance * np.abs(expected).max())
@@ -92,14 +91,14 @@ def test_it_gains_most_of_all_steps_of_its_budget(family, away):
 def test_log_prob_and_any_gradient():
     """Log p has the gradient of the log-odds times 1 - p; a gradient at h is that of a function of h."""
     model, ids = tiny("gpt2"), prompts([7])[0]
-    how = {"layer": LAYER, "kl": 1e-3, "damping": 1e-4, "rank": WIDTH}
+    how = {"layer": LAYER, "kl": 1e-3, "damping": 1e-4, **EXACT}
     by_odds, by_prob = (natural_step(model, ids, towards=4, objective=name, **how) for name in ("log_odds", "log_prob"))
     torch.testing.assert_close(by_odds.step, by_prob.step)
     assert by_prob.objective[0] == pytest.approx(np.log(by_prob.probability[0]))
     fisher = FisherModel(model, layers=LAYER)
     with fisher.linearize(ids[None]) as net:
         u = net.metric().rows(torch.tensor([[4]]))[:, 0]
-        given = natural_step(net, gradient=u, kl=1e-3, damping=1e-4, rank=WIDTH)
+        given = natural_step(net, gradient=u, kl=1e-3, damping=1e-4, **EXACT)
     torch.testing.assert_close(given.step, by_prob.step)
     assert np.isnan(given.off_target_kl) and given.measured_kl == pytest.approx(by_prob.measured_kl, rel=1e-6)
 
@@ -111,7 +110,7 @@ def test_several_targets_and_biased_positions():
     where = {"mask": mask, "targets": targets.nonzero()[:, 0].tolist()}
     for at, wanted in (("all", odds([9])), ("first", lambda x: odds([9])(x[:1]))):
         F, g = dense(model, ids, wanted, **where)
-        found = natural_step(model, ids, layer=LAYER, towards=9, at=at, kl=1e-3, damping=1e-3, rank=WIDTH,
+        found = natural_step(model, ids, layer=LAYER, towards=9, at=at, kl=1e-3, damping=1e-3, **EXACT,
                              positions=mask[None], targets=targets[None])  # fmt: skip
         y = torch.linalg.solve(F + 1e-3 * torch.eye(WIDTH), g)
         expected = y * (2e-3 / (y @ g)) ** 0.5
@@ -128,7 +127,7 @@ def test_of_several_prompts_the_mean():
         batch[b, at], mask[b, at] = ids, 1
     each = [dense(model, ids, odds([2])) for ids in rows]
     F, g = (torch.stack(x).mean(0) for x in zip(*each, strict=True))
-    found = natural_step(model, batch, layer=LAYER, attention_mask=mask, towards=2, kl=1e-3, damping=1e-4, rank=WIDTH)
+    found = natural_step(model, batch, layer=LAYER, attention_mask=mask, towards=2, kl=1e-3, damping=1e-4, **EXACT)
     y = torch.linalg.solve(F + 1e-4 * torch.eye(WIDTH), g)
     torch.testing.assert_close(found.step, y * (2e-3 / (y @ g)) ** 0.5, rtol=1e-6, atol=1e-8)
     kl = [float(measured_kl(model, ids, LAYER, found.step[None])[0]) for ids in rows]
@@ -151,7 +150,7 @@ def test_iterated_steps_approach_a_fine_integration():
     expected = flow(model, ids, odds([7]), ridge, np.sqrt(2 * kl))
     errors = []
     for steps in (1, 8, 64):
-        found = natural_step(model, ids, layer=LAYER, towards=7, kl=kl, damping=ridge, rank=WIDTH, steps=steps)
+        found = natural_step(model, ids, layer=LAYER, towards=7, kl=kl, damping=ridge, **EXACT, steps=steps)
         errors.append(np.linalg.norm(found.step.numpy() - expected) / np.linalg.norm(expected))
         assert found.steps == steps
     assert errors[0] > 0.05  # else it would show nothing
@@ -170,7 +169,7 @@ def test_the_network_is_opened_at_the_point_without_a_new_probe(positions, monke
         F, g = dense(model, ids, odds([7]), theta, mask=mask)
         y = torch.linalg.solve(F + 1e-3 * torch.eye(WIDTH), g)
         theta = theta + y * (2 * 0.2 / (y @ g)) ** 0.5 / 2
-    found = natural_step(model, ids, layer=LAYER, towards=7, kl=0.2, damping=1e-3, rank=WIDTH, steps=2,
+    found = natural_step(model, ids, layer=LAYER, towards=7, kl=0.2, damping=1e-3, **EXACT, steps=2,
                          positions=positions)  # fmt: skip
     torch.testing.assert_close(found.step, theta, rtol=1e-6, atol=1e-8)
     assert len(looks) == 1
@@ -255,7 +254,7 @@ def test_texts_in_batches(tokenizer, batch_size):
     model = tiny("gpt2")
     rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in TEXTS]
     fisher = FisherModel(model, tokenizer, layers=LAYER, batch_size=batch_size)
-    found = natural_step(fisher, TEXTS, towards=5, kl=1e-2, damping=1e-3, rank=WIDTH, steps=2)
+    found = natural_step(fisher, TEXTS, towards=5, kl=1e-2, damping=1e-3, **EXACT, steps=2)
     theta = torch.zeros(WIDTH, dtype=torch.float64)
     for _ in range(2):
         F, g = (
@@ -280,7 +279,7 @@ def test_a_text_is_followed_by_what_the_model_writes(tokenizer):
     F, g = dense(model, whole, lambda x: odds([5])(x[:1]), **where)
     y = torch.linalg.solve(F + 1e-3 * torch.eye(WIDTH), g)
     fisher = FisherModel(model, tokenizer, layers=LAYER, targets=4, positions="prompt")
-    found = natural_step(fisher, TEXTS[0], towards=5, at="first", kl=1e-3, damping=1e-3, rank=WIDTH)
+    found = natural_step(fisher, TEXTS[0], towards=5, at="first", kl=1e-3, damping=1e-3, **EXACT)
     torch.testing.assert_close(found.step, y * (2e-3 / (y @ g)) ** 0.5, rtol=1e-6, atol=1e-8)
 
 
@@ -305,3 +304,26 @@ def test_an_audit_at_the_point_compares_with_the_model_there():
     plain = natural_step(model, ids, layer=LAYER, towards=7, kl=1.0, steps=3, positions="last")
     torch.testing.assert_close(given.step, plain.step)
     assert "gave" not in str(fisher.forms)
+
+
+@pytest.mark.parametrize("estimator", ["topk", "full"])
+def test_the_equation_is_solved_whatever_the_first_guess(estimator):
+    """By default a small model's step is that of F itself, from any A."""
+    model, ids = tiny("gpt2"), prompts([7])[0]
+    F, g = dense(model, ids, odds([11]))
+    found = natural_step(model, ids, layer=LAYER, towards=11, kl=1e-3, damping=1e-4, estimator=estimator, rank=3)
+    y = torch.linalg.solve(F + 1e-4 * torch.eye(WIDTH), g)
+    torch.testing.assert_close(found.step, y * (2e-3 / (y @ g)) ** 0.5, rtol=1e-5, atol=1e-8)
+
+
+def test_more_products_gain_more():
+    """Each y is the best of a larger space; all keep the budget."""
+    model, ids, kl, ridge = tiny("gpt2"), prompts([7])[0], 1e-3, 1e-4
+    F, g = dense(model, ids, odds([11]))
+    y = torch.linalg.solve(F + ridge * torch.eye(WIDTH), g)
+    best, gains = float((2 * kl * (y @ g)) ** 0.5), []
+    for products in (1, 2, 4, 8, 40):
+        delta = natural_step(model, ids, layer=LAYER, towards=11, kl=kl, damping=ridge, products=products).step
+        assert float(delta @ F @ delta + ridge * delta @ delta) == pytest.approx(2 * kl, rel=1e-6)
+        gains.append(float(delta @ g) / best)
+    assert gains == sorted(gains) and gains[0] < 0.9 and gains[-1] == pytest.approx(1, abs=1e-8)
