@@ -27,7 +27,6 @@ NAME = 15  # columns of what a line is about
 SHOWN, TOKEN = 6, 24  # next tokens, and the most characters of one
 PROMPT = 72  # characters of the first prompt
 BAR = 40
-MORE_STEPS = 8  # what is advised where one step is too long
 
 
 class Look(NamedTuple):
@@ -130,11 +129,10 @@ def lines(
     yield from _field("off target", f"{found.off_target_kl:.3g} nats, the KL among the other tokens")
     yield from _field("budget used", used(found.measured_kl / found.kl, unicode))
     if not found.quadratic:
-        more = f"--steps {MORE_STEPS}" if found.steps < MORE_STEPS else f"more than {found.steps} --steps"
         yield from _field(
             "note",
             f"the measured KL differs from the budget by more than {REACH:.0%}: the quadratic form does not reach so "
-            f"far; take a smaller --kl, or {more}",
+            f"far; --kl {found.kl**2 / found.measured_kl:.2g} comes nearer to {found.kl:.3g}",
         )
     if before.text or after.text:
         yield ""

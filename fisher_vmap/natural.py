@@ -47,7 +47,7 @@ DAMPING = 0.01  # lambda as a part of F's mean eigenvalue, tr F / D, if not give
 PRODUCTS = 8  # by F, if not given
 SMALL_WIDTH = 128  # up to which D the equation for y is solved, if their number is not given
 SOLVED = 1e-10  # the residual of the equation for y, relative to g, at which no more products are taken
-LATER = 8  # a step after the first takes this part of its products: it knows F along the directions before
+LATER = 4  # a step after the first takes this part of its products: it knows F along the directions before
 REACH = 0.1  # by which part measured and predicted KL may differ where the quadratic form holds
 
 
@@ -126,7 +126,7 @@ def natural_step(
         estimator: of A, the first guess of F: "topk", of the FisherModel's top_k tokens (10 of a plain model), or
             "full".
         rank: vectors of estimator full; with D or more A^T A is F itself.
-        products: by F of the whole vocabulary, one push and one pull each, that refine y; an eighth of them in each
+        products: by F of the whole vocabulary, one push and one pull each, that refine y; a quarter of them in each
             step after the first. None: 8, or as many as solve for y where D is at most 128.
         layer: the hooked layer; may be left out if there is only one.
         attention_mask: [B, T] of token ids, 1 for real tokens.
@@ -152,26 +152,31 @@ def natural_step(
         where = Prompts(one_layer(model, layer), prompt, attention_mask, positions, targets)
     tokens = [token_ids(given, where.tokenizer) for given in (towards, away_from)]
     wanted = Objective(tokens[0], tokens[1], gradient, objective, at)
-    theta_D, path, ridge = torch.zeros(where.width, dtype=torch.float64), 0.0, 0.0
+    theta_D, path = torch.zeros(where.width, dtype=torch.float64), 0.0
+    ridge = rest = mean_eigenvalue = 0.0
     first: list[_Local] = []
     rows: list[Tensor] = []
+    solution: Solution | None = None
     for number in range(steps):
-        found = [_look(point, wanted, estimator, rank) for point in where.points(theta_D)]
+        guessing = number == 0 or rest == 0  # F is A^T A itself where that lacks nothing
+        found = [_look(point, wanted, estimator if guessing else None, rank) for point in where.points(theta_D)]
         B = sum(each.prompts for each in found)
-        A_nD = torch.cat([each.factor for each in found]) / B**0.5
         g_D = torch.stack([each.gradient for each in found]).sum(0) / B
         if not (bool(g_D.isfinite().all()) and bool(g_D.any())):
             raise ValueError("the gradient of what is wanted is zero or not finite: no small step gains anything")
-        rest = sum(each.rest for each in found) / B / len(g_D)
-        mean_eigenvalue = float(A_nD.square().sum()) / len(g_D) + rest
-        ridge = DAMPING * mean_eigenvalue if damping is None else float(damping)
-        near = _inverse(torch.cat([A_nD, *rows]), ridge + (mean_eigenvalue if rest else 0.0))
+        if guessing:
+            rows = [torch.cat([each.factor for each in found]) / B**0.5]
+            rest = sum(each.rest for each in found) / B / len(g_D)
+            mean_eigenvalue = float(rows[0].square().sum()) / len(g_D) + rest
+            ridge = DAMPING * mean_eigenvalue if damping is None else float(damping)
+        near = _inverse(torch.cat(rows), ridge + (mean_eigenvalue if rest else 0.0))
 
         def times_F(v_D: Tensor, theta_D: Tensor = theta_D, B: int = B) -> Tensor:
             return torch.stack([_product(point, v_D) for point in where.points(theta_D)]).sum(0) / B
 
-        y_D, curvature, more = solved(times_F, near, g_D, ridge, _most_products(products, number, len(g_D)))
-        rows += more if rest else []
+        solution = solved(times_F, near, g_D, ridge, _most_products(products, number, len(g_D)), solution)
+        y_D, curvature = solution.y, float(solution.y @ solution.Fy)
+        rows += solution.rows
         length = (2 * kl / (curvature + ridge * float(y_D @ y_D))) ** 0.5 / steps
         theta_D, path = theta_D + length * y_D, path + length * curvature**0.5
         first = first or found
@@ -211,13 +216,16 @@ class _Local(NamedTuple):
     log_probs: Tensor
 
 
-def _look(point: Point, wanted: Objective, estimator: str, rank: int) -> _Local:
-    """A and g of one batch: of one target a prompt by one pull."""
+def _look(point: Point, wanted: Objective, estimator: str | None, rank: int) -> _Local:
+    """A and g of one batch, of one target a prompt by one pull; without an estimator g alone."""
     net, c = point
     (layer,), B = net.layers, len(net.layout.lengths)
     u_MX = wanted.cotangents(c, net.rows.shape[1]) * _chosen(net, wanted.at)[:, None].to(c.probs)
     with net.prepared():
-        if estimator == "topk" and most_targets(net.layout) == 1:
+        if estimator is None:
+            g_BD = net.pull(u_MX[:, None])[layer].gradients[:, 0]
+            A_BnD = random_BSD = g_BD.new_zeros(B, 0, g_BD.shape[1])
+        elif estimator == "topk" and most_targets(net.layout) == 1:
             reading = c.reading
             tokens_KMX = reading.cotangents * (reading.log_probs / 2).exp().T[:, :, None]
             pulled = net.pull(torch.cat([tokens_KMX, reading.random, u_MX[None]]).transpose(0, 1))[layer].gradients
@@ -263,38 +271,48 @@ def _most_products(asked: int | None, number: int, width: int) -> int:
     return most if number == 0 else -(-most // LATER)
 
 
+class Solution(NamedTuple):
+    """The solution of (F + ridge I) y = g.
+
+    Attributes:
+        y: [D].
+        Fy: [D], F y.
+        rows: for each direction p that was tried a row r, [1, D]: r^T r = F p p^T F / p^T F p is F along p.
+    """
+
+    y: Tensor
+    Fy: Tensor
+    rows: list[Tensor]
+
+
 def solved(
     times_F: Callable[[Tensor], Tensor],
     near: Callable[[Tensor], Tensor],
     g_D: Tensor,
     ridge: float,
     products: int,
-) -> tuple[Tensor, float, list[Tensor]]:
+    before: Solution | None = None,
+) -> Solution:
     """Solve (F + ridge I) y = g by conjugate gradients, with so many products by F at most.
 
     Each y is the best of its span: none there has a larger g . y for its y^T (F + ridge I) y. `near` is a product by
-    about the inverse. The residual's change, and not the residual, gives the next direction [Polak and Ribiere, 1969],
-    so that rounding of the products does no harm.
-
-    Returns:
-        y, [D]; y^T F y; and for each direction p a row r, [1, D]: r^T r = F p p^T F / p^T F p is F along p.
+    about the inverse. With the solution at the point before, the first direction is that solution, corrected for the
+    new g.
     """
-    y_D, Fy_D, rows = torch.zeros_like(g_D), torch.zeros_like(g_D), []
-    residual_D, near_D = g_D, near(g_D)
-    direction_D = near_D
+    y_D, Fy_D, residual_D, rows = torch.zeros_like(g_D), torch.zeros_like(g_D), g_D, []
+    direction_D = near(g_D) if before is None else before.y + near(g_D - before.Fy - ridge * before.y)
     for _ in range(products):
         F_D = times_F(direction_D)
         rows.append(F_D[None] / float(direction_D @ F_D) ** 0.5)
-        along = F_D + ridge * direction_D
-        size = float(residual_D @ near_D)
-        step = size / float(direction_D @ along)
-        y_D, Fy_D, before_D = y_D + step * direction_D, Fy_D + step * F_D, residual_D
-        residual_D = residual_D - step * along
+        along_D = F_D + ridge * direction_D
+        curved = float(direction_D @ along_D)
+        step = float(residual_D @ direction_D) / curved
+        y_D, Fy_D, residual_D = y_D + step * direction_D, Fy_D + step * F_D, residual_D - step * along_D
         if float(residual_D.norm()) <= SOLVED * float(g_D.norm()):
             break
-        near_D = near(residual_D)
-        direction_D = near_D + float(near_D @ (residual_D - before_D)) / size * direction_D
-    return y_D, float(y_D @ Fy_D), rows
+        next_D = near(residual_D)
+        direction_D = next_D - float(next_D @ along_D) / curved * direction_D
+    return Solution(y_D, Fy_D, rows)
 
 
 def _product(point: Point, v_D: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def steer_to(arguments: argparse.Namespace, settings: Settings) -> Iterator[str]
             steps=arguments.steps,
             estimator=arguments.estimator,
             rank=arguments.rank,
+            products=arguments.products,
         )
     wanted = Objective(token_ids(towards, None), token_ids(away_from or None, None), None, "log_odds", "first")
     with _user_errors():
@@ -185,7 +186,7 @@ def _notes(arguments: argparse.Namespace, settings: Settings, found: "NaturalSte
         if values.get(told) and name in found_here({name: values[told]}):
             values[told] = last_part(values[told])
     values |= {name: json.dumps(getattr(arguments, name), ensure_ascii=False) for name in ("towards", "away_from")}
-    values |= {name: getattr(arguments, name) for name in ("estimator", "rank")}
+    values |= {name: getattr(arguments, name) for name in ("estimator", "rank", "products")}
     of_step = ("layer", "positions", "kl", "predicted_kl", "measured_kl", "off_target_kl", "damping", "steps")
     values |= {name: getattr(found, name) for name in of_step}
     values |= {"targets": settings.targets, "prompts": prompts, "fisher_vmap": __version__}

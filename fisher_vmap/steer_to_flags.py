@@ -71,8 +71,8 @@ def _checked(arguments: argparse.Namespace) -> Settings:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} is {value:g}; expected {expected}")
-    for name, least in (("steps", 1), ("rank", 1), ("tokens", 0)):
-        if getattr(arguments, name) < least:
+    for name, least in (("steps", 1), ("rank", 1), ("products", 1), ("tokens", 0)):
+        if (value := getattr(arguments, name)) is not None and value < least:
             raise UserError(f"--{name} is {getattr(arguments, name)}; expected {least} or more")
     given = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
     # overwrite: a results folder that lies here has nothing to say about the precision
@@ -132,9 +132,15 @@ def _parser() -> Parser:
         "--damping", type=float, metavar="LAMBDA", help="lambda, in the units of F (0.01 of its mean eigenvalue)"
     )
     own.add_argument(
-        "--estimator", choices=("full", "topk"), default="full",
-        help="of F: full, of all tokens (the default), or topk, of the --top_k_tokens likeliest",
+        "--estimator", choices=("topk", "full"), default="topk",
+        help="the first guess of F: of the --top_k_tokens likeliest tokens (topk), or of all (full)",
     )  # fmt: skip
+    own.add_argument(
+        "--products",
+        type=int,
+        metavar="K",
+        help="by F of all tokens, which refine the step; a push and a pull each (8)",
+    )
     own.add_argument("--rank", type=int, default=32, metavar="R", help="vectors of estimator full (32)")
     own.add_argument("--tokens", type=int, default=24, metavar="N", help="length of the texts; 0: none (24)")
     own.add_argument(

@@ -264,10 +264,9 @@ def test_prompts_of_a_data_set(folder, tmp_path, capsys, caplog):
 def test_it_says_where_the_quadratic_form_ends(folder, capsys):
     assert main(words(folder, kl=20.0)) == 0
     note = told(capsys)[0]["note"]
-    assert "measured KL differs from the budget by more than 10%" in note
+    assert "measured KL differs from the budget by more than 10%" in note and "--kl " in note
     assert main(words(folder, "--steps", 8, kl=20.0)) == 0
-    seen, text = told(capsys)
-    assert "more than 8 --steps" in " ".join(text.split()) and "in 8 steps" in seen["length"]
+    assert "in 8 steps" in told(capsys)[0]["length"]
 
 
 def test_several_steps_and_topk(folder, tmp_path):
@@ -299,7 +298,7 @@ def test_a_file_says_what_it_was_made_from(folder, tmp_path):
     assert all(value > 0 for value in told.values()) and told["predicted_kl"] == pytest.approx(0.001, rel=0.5)
     assert {name: found[name] for name in found if name != "format"} == {
         "layer": "model.layers.1", "positions": "all", "model": "model", "towards": '["e"]', "away_from": '["o"]',
-        "kl": "0.001", "steps": "1", "estimator": "full", "rank": "32", "targets": "last", "prompts": "2",
+        "kl": "0.001", "steps": "1", "estimator": "topk", "rank": "32", "targets": "last", "prompts": "2",
         "prompt_texts": json.dumps([PROMPT, OTHER]), "fisher_vmap": fisher_vmap.__version__,
     }  # fmt: skip
     assert str(tmp_path).encode() not in out.read_bytes() and str(folder).encode() not in out.read_bytes()
