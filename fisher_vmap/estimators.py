@@ -53,7 +53,7 @@ from fisher_vmap.model.validation import check_whole, in_float64
 
 TRACE_SAMPLES = 4  # random vectors for estimator full, a twelfth of its cost
 SCORE_SAMPLES = 64  # drawn scores of estimator sampled
-SKETCHED = 8  # of several targets: vectors of the sketch beyond those that are pushed
+SKETCHED = 10  # of several targets: vectors of the sketch beyond those that are pushed
 START_ITERATIONS = 1  # iterations of the subspace iteration for C's leading eigenvectors
 
 

@@ -38,7 +38,7 @@ from fisher_vmap.linearize.output import Probes
 from fisher_vmap.linearize.scores import Wanted, scores_of
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.targets import grid_of, most_targets
-from fisher_vmap.model.validation import check_whole
+from fisher_vmap.model.validation import check_whole, in_float64
 from fisher_vmap.objective import OBJECTIVES, Objective, divergence, token_ids, without
 from fisher_vmap.points import TRACE_SAMPLES, OneNetwork, Point, Prompts, one_layer
 from fisher_vmap.steering import Step
@@ -176,6 +176,8 @@ def natural_step(
 
         solution = solved(times_F, near, g_D, ridge, _most_products(products, number, len(g_D)), solution)
         y_D, curvature = solution.y, float(solution.y @ solution.Fy)
+        if not curvature > 0:
+            raise ValueError("no step along the gradient of what is wanted changes the output by a finite number")
         rows += solution.rows
         length = (2 * kl / (curvature + ridge * float(y_D @ y_D))) ** 0.5 / steps
         theta_D, path = theta_D + length * y_D, path + length * curvature**0.5
@@ -241,8 +243,8 @@ def _look(point: Point, wanted: Objective, estimator: str | None, rank: int) -> 
                 found = topk(scores_of(net, asked))
             A_BnD, random_BSD = found.factors[layer], found.remainder[layer]
             g_BD = net.pull(u_MX[:, None])[layer].gradients[:, 0]
-    rest = float(random_BSD.double().square().sum((1, 2)).sum() / max(1, random_BSD.shape[1]))
-    return _Local(B, A_BnD.flatten(0, 1).double().cpu(), rest, g_BD.double().sum(0).cpu(), c.log_probs)
+    rest = float(random_BSD.cpu().double().square().sum((1, 2)).sum() / max(1, random_BSD.shape[1]))
+    return _Local(B, A_BnD.flatten(0, 1).cpu().double(), rest, g_BD.cpu().double().sum(0), c.log_probs)
 
 
 def _chosen(net: LinearMap, at: str) -> Tensor:
@@ -303,7 +305,10 @@ def solved(
     direction_D = near(g_D) if before is None else before.y + near(g_D - before.Fy - ridge * before.y)
     for _ in range(products):
         F_D = times_F(direction_D)
-        rows.append(F_D[None] / float(direction_D @ F_D) ** 0.5)
+        seen = float(direction_D @ F_D)
+        if not seen > 0:  # nothing but rounding, or not finite
+            break
+        rows.append(F_D[None] / seen**0.5)
         along_D = F_D + ridge * direction_D
         curved = float(direction_D @ along_D)
         step = float(residual_D @ direction_D) / curved
@@ -321,13 +326,13 @@ def _product(point: Point, v_D: Tensor) -> Tensor:
     (layer,), B = net.layers, len(net.layout.lengths)
     with net.prepared():
         z_M1X = net.push(v_D.to(net.rows).expand(B, 1, -1), layer)
-        return net.pull(c.product(z_M1X))[layer].gradients[:, 0].double().sum(0).cpu()
+        return net.pull(c.product(z_M1X))[layer].gradients[:, 0].cpu().double().sum(0)
 
 
 def _end(point: Point, wanted: Objective, before: _Local) -> tuple[Tensor, ...]:
     """At the end of the step, for each prompt: its KL, off target KL, objective before and after, and probability."""
-    net, log_q_MV = point.net, point.c.log_probs.double()
-    log_p_MV, grid = before.log_probs.double(), grid_of(net.layout)
+    net, log_q_MV = point.net, in_float64(point.c.log_probs)
+    log_p_MV, grid = in_float64(before.log_probs), grid_of(net.layout)
 
     def by_prompt(x_M: Tensor) -> Tensor:
         return grid.spread(x_M.cpu(), 0.0).sum(1)

@@ -119,7 +119,7 @@ class AddStep:
             raise ValueError(
                 f"the direction has {len(self._step_D)} entries, but {self._name} gives {shape}; expected as many"
             )
-        step = self._step_D.to(stream.device, stream.dtype)
+        step = self._step_D.to(stream.dtype).to(stream.device)
         if self._in_norms:
             step = step * stream.norm(dim=-1, keepdim=True)
         if (where := self._where()) is not None:
