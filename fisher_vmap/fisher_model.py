@@ -163,10 +163,9 @@ class FisherModel:
     def forms(self) -> dict[str, dict[str, str]]:
         """What ran, in words, for each layer that has been computed.
 
-        "form" is the kernel's form and "why" the reason for it; "attention", "prompts" (how they are laid out), "rules"
-        (the blocks pulled back by a rule, and why others are not), "last_block" (whether only its last row is run),
-        "precision", "audit" (how many batches were compared with plain autograd), and "audit_attention" (the attention
-        of transformers that the unchanged model ran with in that comparison).
+        "form" of the kernel, "why", "attention", "prompts" (how they are laid out), "rules" (the blocks pulled back by
+        a rule, and why others are not), "last_block" (whether only its last row is run), "precision", "audit" (how many
+        batches were compared with plain autograd), "audit_attention" (that of the unchanged model there).
         """
         with undisturbed(self.model, self.precision):
             known = known_of(self.model)
@@ -319,7 +318,8 @@ class FisherModel:
     ) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
 
-        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command.
+        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command. The
+        status of a record is "skipped" for a prompt without text, "failed" if its numbers are not finite.
 
         Args:
             prompts: an iterable of texts, lists of messages ({"role": ..., "content": ...}), such lists as JSON, or
@@ -328,34 +328,37 @@ class FisherModel:
             completions: with targets "completion", the completion of each prompt; None: the assistant turn that follows
                 the last user turn of each conversation.
 
-        Yields:
-            One record for each prompt. Its status is "skipped" for a prompt without text, "failed" if its numbers are
-            not finite.
-
         Raises:
             ValueError: one prompt was given instead of several, or the model was opened without a tokenizer.
         """
-        check_prompts(prompts)
         check_whole("rank", rank, 1)
+        return self._records(self.pairs(prompts, completions), rank)
+
+    @property
+    def renderer(self) -> Renderer:
+        """What turns prompts into tokens, made when it is first needed; raises ValueError without a tokenizer."""
         if self._renderer is None:
             if self.tokenizer is None:
                 raise ValueError("this FisherModel has no tokenizer; give FisherModel(model, tokenizer, ...) one")
-            limits = (most_positions(self.model), layers_of(self.model).positions)
-            room = min([MAX_LENGTH, *(self.completions.room(limit) for limit in limits if limit is not None)])
+            limits = [limit for limit in (most_positions(self.model), layers_of(self.model).positions) if limit]
+            room = min([MAX_LENGTH, *map(self.completions.room, limits)])
             self._renderer = Renderer(self.tokenizer, max_length=room, chat_template_kwargs=self._template_kwargs)
-        if completions is not None and self.targets != "completion":
+        return self._renderer
+
+    def pairs(self, prompts: Iterable[Prompt], completions: Iterable[str] | None) -> Iterator[tuple[Any, Completion]]:
+        """Prompts for the renderer, with the completion of each; arguments and errors as `fisher`."""
+        check_prompts(prompts)
+        from_turns = self.targets == "completion"
+        if completions is not None and not from_turns:
             raise ValueError(
                 f"completions are for targets 'completion', and targets is {self.targets!r}; leave them out"
             )
-        pairs = with_completions(map(self._renderer.given, prompts), completions, self.targets == "completion")
-        return self._records(pairs, self._renderer, rank)
+        return with_completions(map(self.renderer.given, prompts), completions, from_turns)
 
-    def _records(
-        self, pairs: Iterable[tuple[Prompt, Completion]], renderer: Renderer, rank: int
-    ) -> Iterator[FisherRecord]:
+    def _records(self, pairs: Iterable[tuple[Prompt, Completion]], rank: int) -> Iterator[FisherRecord]:
         found = in_windows(
             pairs,
-            renderer,
+            self.renderer,
             lambda batch: in_halves(lambda some: self.numbers(some, rank), batch, tell_of_halving),
             self.sequences,
             self.batch_size,

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from models import BLOCKS, VOCABULARY, WIDTH, block, fresh, prompts, tiny
+from oracles import plain_scores, relative
 
-from fisher_vmap import FisherModel, measured_kl
+from fisher_vmap import FisherModel, Step, fisher_scores, measured_kl
 from fisher_vmap.model.layers import decoder_blocks
-from fisher_vmap.model.recording import hidden_of
+from fisher_vmap.model.recording import hidden_of, output_of, with_output
 from fisher_vmap.steering import steer
 
 V = np.random.default_rng(0).normal(size=WIDTH)
@@ -151,3 +152,137 @@ def test_directions_of_any_dtype_and_with_gradients(change):
         expected = model(input_ids=ids).logits
     with torch.no_grad(), steer(model, 1, change(vector), 0.5):
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def by_columns(model, ids, step, columns, attention_mask=None):
+    """Logits [B, T, V] with a step at chosen columns [B, T], by a plain hook."""
+    hook = decoder_blocks(model)[block("llama", 1)].register_forward_hook(
+        lambda _m, _i, out: with_output(out, output_of(out) + columns[..., None] * step)
+    )
+    try:
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        hook.remove()
+
+
+def written(model, ids, mask, step, columns_of, new):
+    """[B, T + new]: the likeliest tokens, each from the whole sequence again with a step at some of its columns."""
+    for _ in range(new):
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        hook = decoder_blocks(model)[block("llama", 1)].register_forward_hook(
+            lambda _m, _i, out, at=columns_of(ids.shape[1]): with_output(out, output_of(out) + at[..., None] * step)
+        )
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        hook.remove()
+        ids = torch.cat([ids, logits[:, -1:].argmax(2)], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return ids
+
+
+LEFT = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+COLUMNS = {
+    "last": lambda T: (torch.arange(T) == 5).expand(3, -1),
+    "prompt": lambda T: torch.nn.functional.pad(LEFT, (0, T - 6)),
+    "completion": lambda T: (torch.arange(T) > 5).expand(3, -1),
+    "mask": lambda T: torch.nn.functional.pad(LEFT * torch.tensor([1, 0, 0, 1, 1, 0]), (0, T - 6)),
+}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("positions", COLUMNS)
+def test_generation_is_steered_at_these_positions_alone(positions, use_cache):
+    """A batch padded on the left, the cache and no cache, twice in one context: as the whole sequences with a mask."""
+    model, ids = tiny("llama"), torch.stack(prompts([6, 6, 6])) * LEFT
+    step = torch.tensor(9.0 * V / np.linalg.norm(V))
+    expected = written(model, ids, LEFT, step, COLUMNS[positions], 7)
+    plain = written(model, ids, LEFT, 0 * step, COLUMNS[positions], 7)
+    assert not torch.equal(expected, plain)
+    where = LEFT * torch.tensor([1, 0, 0, 1, 1, 0]) if positions == "mask" else positions
+    choices = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": use_cache}
+    with steer(model, 1, V, 9.0, residual_norm=1.0, positions=where):
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, attention_mask=LEFT, **choices), expected)
+    assert torch.equal(model.generate(ids, attention_mask=LEFT, **choices), plain)
+
+
+def test_the_last_token_of_prompts_padded_on_the_right():
+    model, ids = tiny("llama"), torch.stack(prompts([6, 6, 6]))
+    mask = LEFT.flip(1)
+    last = torch.nn.functional.one_hot(mask.sum(1) - 1, 6)
+    step = torch.tensor(3.0 * V / np.linalg.norm(V))
+    expected = by_columns(model, ids, step, last, mask)
+    with torch.no_grad(), steer(model, 1, V, 3.0, residual_norm=1.0, positions="last"):
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+def test_a_cache_given_by_hand_goes_on():
+    """Passes with a cache of the caller's, of several tokens each: all after the first are the completion."""
+    model, ids = tiny("llama"), prompts([9])[0][None]
+    columns = (torch.arange(9) >= 4).double()[None]
+    expected = by_columns(model, ids, torch.tensor(3.0 * V / np.linalg.norm(V)), columns)
+    with torch.no_grad(), steer(model, 1, V, 3.0, residual_norm=1.0, positions="completion"):
+        out, found = None, []
+        for part in ids.split([4, 3, 2], 1):
+            out = model(input_ids=part, past_key_values=out and out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected)
+
+
+def test_several_layers_at_once():
+    model, ids, other = tiny("llama"), prompts([6])[0][None], V[::-1].copy()
+    with torch.no_grad():
+        with steer(model, 1, V, 2.0, residual_norm=1.0), steer(model, 2, other, 2.0, residual_norm=1.0):
+            expected = model(input_ids=ids).logits
+        with steer(model, {1: V, 2: other}, scale=2.0, residual_norm=1.0):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        steps = [Step(torch.tensor(2 * v / np.linalg.norm(v)), name) for v, name in
+                 ((V, block("llama", 1)), (other, block("llama", 2)))]  # fmt: skip
+        with steer(model, steps):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        with steer(model, steps, scale=-1.0), steer(model, steps):
+            torch.testing.assert_close(model(input_ids=ids).logits, by_columns(model, ids, 0, torch.zeros(1, 6)))
+
+
+@pytest.mark.parametrize("positions", ["last", "prompt", "completion", torch.tensor([[1, 0, 0, 1, 0, 0]])])
+def test_scores_of_a_model_that_is_steered_at_some_positions(positions):
+    """The package's own runs add the step where it belongs, whatever way they lay out a prompt."""
+    model, ids = fresh("llama"), prompts([6])[0][None]
+    columns = {"last": [0, 0, 0, 0, 0, 1], "prompt": [1] * 6, "completion": [0] * 6}
+    at = torch.tensor(columns[positions])[None] if isinstance(positions, str) else positions
+    step = torch.tensor(3.0 * V / np.linalg.norm(V))
+    expected = by_columns(model, ids, step, at)[0, -1].log_softmax(0)
+    handle = decoder_blocks(model)[block("llama", 1)].register_forward_hook(
+        lambda _m, _i, out: with_output(out, output_of(out) + at[..., None] * step)
+    )
+    by_hand = plain_scores(model, ids[0], block("llama", 2), top_k=5)
+    handle.remove()
+    with steer(model, 1, V, 3.0, residual_norm=1.0, positions=positions):
+        found = fisher_scores(model, ids, layers=2, top_k=5, audit="always")
+    torch.testing.assert_close(found.log_probs[0], expected.topk(5).values)
+    assert relative(found.factor().mT[0] @ found.factor()[0], by_hand.fisher) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((1, V, 1.0), {"positions": "first"}), "positions is 'first'; expected one of all, last, prompt, completion"),
+        (((1, V), {}), "scale is missing"),
+        (((1,), {}), "no direction"),
+        ((([V],), {}), "is no Step"),
+        (((1, Step(torch.ones(36), "x"), 1.0), {"residual_norm": 2.0}), "residual_norm was given with a Step"),
+    ],
+)
+def test_what_is_no_step_is_said(arguments, message):
+    given, named = arguments
+    with pytest.raises(ValueError, match=message), steer(tiny("llama"), *given, **named):
+        raise AssertionError
+
+
+def test_positions_of_another_shape_and_a_part_of_the_model_are_told_when_it_runs():
+    model, ids = tiny("llama"), prompts([5])[0][None]
+    with steer(model, 1, V, 1.0, positions=torch.ones(1, 4)), pytest.raises(ValueError, match=r"positions has shape"):
+        model(input_ids=ids)
+    with steer(model, 1, V, 1.0, positions="last"), pytest.raises(ValueError, match="the causal LM itself"):
+        model.model(input_ids=ids)

@@ -216,6 +216,11 @@ class LinearMap(ABC):
         self._chunk_size, self._precision, self._vectors = options.chunk_size, options.precision, vectors
         self.note: Callable[[str, str], None] = lambda _what, line: log.info(line)  # reports a slower path taken
 
+    @property
+    def model(self) -> nn.Module:
+        """The model, without its wrapper."""
+        return self._model
+
     def open(self) -> None:
         """Run the model."""
         with self.prepared():

@@ -17,7 +17,7 @@ from fisher_vmap.linearize.whole import rows_from_logits
 from fisher_vmap.model.layers import Place, decoder_blocks, hooked
 from fisher_vmap.model.layout import Layout, alone, as_given
 from fisher_vmap.model.offload import is_offloaded, small_graph
-from fisher_vmap.model.recording import forwards_set, hooks, inputs_of, output_of, with_output
+from fisher_vmap.model.recording import forwards_set, hooks, output_of, run_model, with_output
 from fisher_vmap.model.rope_scaling import forget_lengths
 from fisher_vmap.model.validation import is_our_fault, is_out_of_memory
 from fisher_vmap.model.wrappers import hook_behind, is_hooked
@@ -86,7 +86,7 @@ def _why_not(model: nn.Module, reference: Reference) -> Exception | None:
     ids = reference.layout.input_ids
     try:
         with torch.no_grad():
-            logits: Tensor = model(**inputs_of(model, reference.layout)).logits
+            logits: Tensor = run_model(model, reference.layout).logits
     except Exception as error:  # a user's hook may raise anything
         if is_out_of_memory(error) or is_our_fault(error):
             raise

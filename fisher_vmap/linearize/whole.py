@@ -20,10 +20,10 @@ from fisher_vmap.model.patches import OldFunction
 from fisher_vmap.model.recording import (
     StructureChanged,
     hooks,
-    inputs_of,
     output_embedding,
     output_of,
     run_blocks,
+    run_model,
     with_output,
 )
 
@@ -127,7 +127,7 @@ def rows_from_logits(model: nn.Module, layout: Layout, *, gather: bool) -> Calla
     def run() -> Tensor:
         handles = [] if unembedding is None else [unembedding.register_forward_pre_hook(gather_last)]
         with hooks(*handles):
-            logits: Tensor = model(**inputs_of(model, layout)).logits
+            logits: Tensor = run_model(model, layout).logits
         return logits[:, 0] if logits.shape[1] == 1 else layout.targets_of(logits)
 
     return run

@@ -181,6 +181,7 @@ class PrimalCheck(NamedTuple):
 
 
 _PENDING: ContextVar[list[PrimalCheck] | None] = ContextVar("checks of primals that wait", default=None)
+_RUNNING: ContextVar[Layout | None] = ContextVar("the layout of the forward that is running", default=None)
 
 
 class _BlocksEnded(Exception):
@@ -214,9 +215,18 @@ def forwards_set(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> It
                 module.forward = forward
 
 
-def inputs_of(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    """The arguments of a forward of the model: tokens, no cache, and the positions or the mask of the layout."""
-    return forward_inputs(model, layout.input_ids, layout.position_ids, layout.attention_mask)
+def run_model(model: nn.Module, layout: Layout) -> Any:
+    """A forward of the model on a layout, without a cache; its hooks may ask for the layout (`running`)."""
+    token = _RUNNING.set(layout)
+    try:
+        return model(**forward_inputs(model, layout.input_ids, layout.position_ids, layout.attention_mask))
+    finally:
+        _RUNNING.reset(token)
+
+
+def running() -> Layout | None:
+    """The layout of the forward that this package is running; None outside of one."""
+    return _RUNNING.get()
 
 
 def run_blocks(
@@ -261,7 +271,7 @@ def run_blocks(
         handles.append(blocks[call_order[-1]].register_forward_pre_hook(stop, with_kwargs=True))
     with hooks(*handles):
         try:
-            model(**inputs_of(model, layout))
+            run_model(model, layout)
         except _BlocksEnded:
             return ended[0]
     raise StructureChanged(f"the model's forward made {seen} block calls where the probe saw {len(call_order)}")

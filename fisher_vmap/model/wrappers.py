@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from fisher_vmap.model.steps import AddStep
 from fisher_vmap.model.validation import listed_layers
 
 NOT_THE_USERS = {"torch", "transformers", "accelerate", "peft"}  # packages whose hooks are part of a model
-STEERING = "fisher_vmap.steering"
 # Adapters that act in the wrapper's own forward, not in the model's modules: without the wrapper they would be lost.
 ACT_IN_THE_WRAPPER = {"XLORA", "POLY", "CARTRIDGE", "SHADOW"}
 
@@ -26,8 +26,8 @@ Layers = str | int | Sequence[str | int]
 
 
 def is_step(hook: Any) -> bool:
-    """Whether a hook is from `steer`, which adds a step at every position of any batch."""
-    return getattr(hook, "__module__", None) == STEERING
+    """Whether a hook is from `steer` and acts alike on any batch."""
+    return isinstance(hook, AddStep) and hook.fits_any_batch
 
 
 def has_hooks(module: nn.Module) -> bool:
