@@ -1,0 +1,2 @@
+def measure_variants(*a): return {}
+def measure_texts(*a): return {}
