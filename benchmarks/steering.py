@@ -44,6 +44,7 @@ DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # in units of tr F / D
 MEAN = {"natural, full": Estimator("full", 16), "natural, top 10": Estimator("topk", 10)}  # of many prompts
 OWN_BY = {"natural, full": Estimator("full", 32), "natural, top 10": Estimator("topk", 10)}  # of one
 SEEDS = (0,)
+PARTS = ("layers", "variants", "texts")
 
 
 class Loaded(NamedTuple):
@@ -194,15 +195,15 @@ def choose(tries: dict[str, dict[str, Any]]) -> dict[str, float]:
     return chosen
 
 
-def run(kept: dict[str, Any], loaded: Loaded, concepts: list[str], file: Path) -> Iterator[str]:
-    """Measure what is missing, layer by layer, and keep the numbers after each step; yields what was done."""
+def run(kept: dict[str, Any], loaded: Loaded, concepts: list[str], parts: list[str]) -> Iterator[str]:
+    """Measure what is missing, layer by layer; yields what was done."""
     all_known = {concept: Known(loaded, concept) for concept in concepts}
     model = kept["models"].setdefault(loaded.name, {"layers": {}, "variants": {}, "texts": {}})
     model["concepts"] = {
         concept: {"tokens": [loaded.tokenizer.decode([t]) for t in known.wanted.tolist()], "example": known.cases[0]}
         for concept, known in all_known.items()
     }
-    for layer in loaded.layers:
+    for layer in loaded.layers if "layers" in parts else ():
         of = model["layers"].setdefault(layer, {"tries": {}, "cells": {}})
         for concept, known in all_known.items():
             if concept not in of["tries"]:
@@ -214,17 +215,24 @@ def run(kept: dict[str, Any], loaded: Loaded, concepts: list[str], file: Path) -
                 of["cells"][concept] = measure(known, layer, of["chosen"])
                 yield f"{layer}, {concept}: measured"
             known.forget(layer)
-    yield from more(model, loaded, all_known)
+    if "variants" in parts:
+        yield from variants(model, loaded, all_known)
+    if "texts" in parts:
+        yield from texts(model, loaded, all_known)
 
 
-def more(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known]) -> Iterator[str]:
-    """Ranks and several steps at one layer, and whole texts at two."""
+def variants(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known]) -> Iterator[str]:
+    """Ranks, and several steps, at one layer."""
     layer = loaded.layers[2]
     for concept, known in all_known.items():
         if concept not in model["variants"]:
-            model["variants"][concept] = measure_variants(known, layer, swept)
+            model["variants"][concept] = measure_variants(known, layer)
             yield f"{layer}, {concept}: ranks and steps"
         known.forget(layer)
+
+
+def texts(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known]) -> Iterator[str]:
+    """Whole texts, at two layers."""
     for layer in loaded.layers[1:3]:
         for concept in ("French", "sentiment"):
             if concept in all_known and f"{layer}/{concept}" not in model["texts"]:
@@ -240,6 +248,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=list(CONCEPTS))
     parser.add_argument("--layers", nargs="+", type=int, help="numbers of blocks; of a single model")
     parser.add_argument("--model_path", help="of a single model: a file or folder to load it from")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path, default=KEPT)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
     parser.add_argument("--render", action="store_true", help="write the page again from the kept numbers")
@@ -249,7 +258,7 @@ def main() -> None:
     for name in [] if args.render else args.models:
         kept |= {"machine": machine(), "half": HALF, "own": OWN, "tried": TRIED, "gains": GAINS, "dampings": DAMPINGS}
         loaded = opened(name, args.model_path, tuple(args.layers) if args.layers else None)
-        for done in run(kept, loaded, args.concepts, args.json):
+        for done in run(kept, loaded, args.concepts, args.parts):
             write_json(args.json, kept)
             print(time.strftime("%H:%M:%S"), name, done, flush=True)
             if time.monotonic() > until:

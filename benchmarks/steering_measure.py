@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
+from fisher_vmap.model.recording import hooks
+
 AT_ONCE = 2048  # tokens in one pass
 LOGITS_AT_ONCE = 2**25  # numbers in the logits of one pass
 
@@ -53,7 +55,10 @@ class Site(NamedTuple):
 
     def logits(self, stream_bTD: Tensor, keep: int = 1) -> Tensor:
         """[b, keep, V] at the last positions, from the residual stream; within `above`."""
-        logits: Tensor = self.model(inputs_embeds=stream_bTD, use_cache=False, logits_to_keep=keep).logits
+        # Of the rows cut out of a batch as they are, torch would multiply one after the other by the unembedding.
+        head = self.model.get_output_embeddings()
+        with hooks(head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),))):
+            logits: Tensor = self.model(inputs_embeds=stream_bTD, use_cache=False, logits_to_keep=keep).logits
         return logits
 
 
@@ -64,11 +69,16 @@ class Split(NamedTuple):
     others: Tensor
 
 
+def between(wanted: Tensor, V: int) -> list[tuple[int, int]]:
+    """The ranges of tokens that are not wanted."""
+    ends = [-1, *sorted(wanted.tolist()), V]
+    return [(a + 1, b) for a, b in zip(ends, ends[1:], strict=False) if b > a + 1]
+
+
 def split(logits_nV: Tensor, wanted: Tensor) -> Split:
     """In float64."""
-    among = torch.ones(logits_nV.shape[-1], dtype=torch.bool)
-    among[wanted] = False
-    inside, others = logits_nV[..., wanted].double(), logits_nV[..., among].double()
+    others = torch.cat([logits_nV[..., start:stop] for start, stop in between(wanted, logits_nV.shape[-1])], -1).double()
+    inside = logits_nV[..., wanted].double()
     total = others.logsumexp(-1)
     return Split(inside.logsumexp(-1) - total, others - total[..., None])
 
@@ -133,20 +143,19 @@ def prompt_at(site: Site, ids: Sequence[int], stream_TD: Tensor, wanted: Tensor)
 def effects(site: Site, prompt: Prompt, steps_nD: Tensor, wanted: Tensor) -> Effect:
     """The effect of each step on the next token."""
     at_once = max(1, min(AT_ONCE // len(prompt.ids), LOGITS_AT_ONCE // len(prompt.before.others)))
-    gains, off_target = [], []
+    p_V, gains, off_target = prompt.before.others.exp(), [], []
     with site.above(), torch.no_grad():
         for some_bD in steps_nD.float().split(at_once):
             for row_V in site.logits(prompt.stream + some_bD[:, None])[:, -1]:
                 after = split(row_V, wanted)
                 gains.append(float(after.odds - prompt.before.odds))
-                off_target.append(float(divergence(prompt.before.others, after.others)))
+                off_target.append(float(divergence(p_V, after.others - prompt.before.others)))
     return Effect(np.array(gains), np.array(off_target))
 
 
-def divergence(log_p_nV: Tensor, log_q_nV: Tensor) -> Tensor:
+def divergence(p_nV: Tensor, change_nV: Tensor) -> Tensor:
     """KL(p || q) as sum p (e^d - 1 - d) with d = log q - log p: no term is negative."""
-    change_nV = log_q_nV - log_p_nV
-    return (log_p_nV.exp() * (torch.expm1(change_nV) - change_nV)).sum(-1)
+    return (p_nV * (torch.expm1(change_nV) - change_nV)).sum(-1)
 
 
 def along(site: Site, prompt: Prompt, sweeps: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> list[Effect]:
