@@ -37,6 +37,11 @@ class Estimator(NamedTuple):
         return f"{self.name} {self.rank}"
 
 
+MEAN = {"natural, full": Estimator("full", 16), "natural, top 10": Estimator("topk", 10)}  # of many prompts
+OWN_BY = {"natural, full": Estimator("full", 32), "natural, top 10": Estimator("topk", 10)}  # of one
+SEEDS = (0,)
+
+
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, [B, T]."""
     T = max(map(len, rows))
@@ -44,8 +49,18 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
 
 
-def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator) -> list[Factor]:
-    """The Fisher matrix of each prompt, by the package."""
+def predicting(mask: Tensor, targets: int) -> Tensor:
+    """[B, T]: the positions that predict the last so many tokens of each row."""
+    ends = mask.sum(1, keepdim=True) - 1
+    places = torch.arange(mask.shape[1])
+    return ((places >= ends - targets) & (places < ends)).long()
+
+
+def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator, targets: int = 0) -> list[Factor]:
+    """The Fisher matrix of each prompt, by the package; of the positions that predict its last `targets` tokens, if any.
+
+    Without targets it is of the token that follows.
+    """
     found: list[Factor] = []
     for start in range(0, len(rows), BATCH):
         ids, mask = padded(rows[start : start + BATCH])
@@ -55,7 +70,7 @@ def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator) -> list[F
             continue
         full = fisher_full(
             site.model, ids, mask, layers=site.layer, rank=how.rank, oversampling=0, top_k=1,
-            trace_samples=TRACE_SAMPLES,
+            trace_samples=TRACE_SAMPLES, targets=predicting(mask, targets) if targets else "last",
         )  # fmt: skip
         rest_BSD = full.remainder[site.layer].double()
         for b, A_nD in enumerate(full.factors[site.layer]):
