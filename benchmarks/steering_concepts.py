@@ -39,8 +39,8 @@ WORDS: dict[str, str] = {
         teaching wearing speaking staying meeting seeing sharing helping growing fishing hiking climbing gardening""",
     "French": """La Le Les Un Une Il Elle Ils Je Nous Vous Voici Bon Bien Ce Cette Ces Dans Oui Pour Bonjour Si Selon
         Tout Mais Votre Notre Mon""",
-    "sentiment": """good great wonderful excellent amazing fantastic beautiful brilliant delightful perfect lovely superb
-        outstanding fun enjoyable incredible awesome nice best magnificent charming impressive marvelous""",
+    "sentiment": """good great wonderful excellent amazing fantastic beautiful brilliant delightful perfect lovely
+        superb outstanding fun enjoyable incredible awesome nice best magnificent charming impressive marvelous""",
     "list": "1 - * # ``` • ## ### ** A. (1) 1.",
 }
 NAMES = ("Anna", "Peter", "Maria", "Daniel", "Julia", "Thomas", "Helen", "Robert")
@@ -63,7 +63,15 @@ TASKS = (
 )
 TOPICS = (
     *("good habits", "the planets", "healthy food", "the seasons", "Italian cities", "board games", "garden tools"),
-    *("musical instruments", "sea animals", "kinds of bread", "camping", "winter sports", "famous bridges", "computers"),
+    *(
+        "musical instruments",
+        "sea animals",
+        "kinds of bread",
+        "camping",
+        "winter sports",
+        "famous bridges",
+        "computers",
+    ),
     *("the human body", "public transport", "old castles", "wild birds", "tropical fruit", "the weather"),
 )
 FILMS = ("film", "party", "concert", "play", "restaurant", "hotel", "museum", "show")

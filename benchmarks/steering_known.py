@@ -122,5 +122,3 @@ def swept(known: Known, case: Case, layer: str, directions: list[Tensor], points
 def rounded(values: list[float]) -> list[float | None]:
     """Four digits; None where a gain is not reached."""
     return [float(f"{x:.4g}") if math.isfinite(x) else None for x in values]
-
-

@@ -6,6 +6,7 @@ again: they are left out, and the model is given the residual stream with the st
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,12 +73,14 @@ class Split(NamedTuple):
 def between(wanted: Tensor, V: int) -> list[tuple[int, int]]:
     """The ranges of tokens that are not wanted."""
     ends = [-1, *sorted(wanted.tolist()), V]
-    return [(a + 1, b) for a, b in zip(ends, ends[1:], strict=False) if b > a + 1]
+    return [(a + 1, b) for a, b in pairwise(ends) if b > a + 1]
 
 
 def split(logits_nV: Tensor, wanted: Tensor) -> Split:
     """In float64."""
-    others = torch.cat([logits_nV[..., start:stop] for start, stop in between(wanted, logits_nV.shape[-1])], -1).double()
+    others = torch.cat(
+        [logits_nV[..., start:stop] for start, stop in between(wanted, logits_nV.shape[-1])], -1
+    ).double()
     inside = logits_nV[..., wanted].double()
     total = others.logsumexp(-1)
     return Split(inside.logsumexp(-1) - total, others - total[..., None])
@@ -155,7 +158,8 @@ def effects(site: Site, prompt: Prompt, steps_nD: Tensor, wanted: Tensor) -> Eff
 
 def divergence(p_nV: Tensor, change_nV: Tensor) -> Tensor:
     """KL(p || q) as sum p (e^d - 1 - d) with d = log q - log p: no term is negative."""
-    return (p_nV * (torch.expm1(change_nV) - change_nV)).sum(-1)
+    kl_n: Tensor = (p_nV * (torch.expm1(change_nV) - change_nV)).sum(-1)
+    return kl_n
 
 
 def along(site: Site, prompt: Prompt, sweeps: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> list[Effect]:
@@ -202,4 +206,5 @@ def lengths_for(prompt: Prompt, direction: Tensor, unit: float, points: int, lea
     first = 4 * unit / 2 ** (points - 1)
     if slope > 0:
         first = min(first, least / slope)
-    return first * 2.0 ** torch.arange(points, dtype=torch.float64)
+    doubled: Tensor = first * 2.0 ** torch.arange(points, dtype=torch.float64)
+    return doubled

@@ -10,7 +10,7 @@ from benchmarks.steering_concepts import Case
 from benchmarks.steering_known import POINTS_TRIED, Known, rounded, swept
 from benchmarks.steering_measure import Effect, Prompt, along, at_gain, divergence, effects, lengths_for, streams
 from benchmarks.steering_numbers import DAMPINGS, GAINS
-from benchmarks.steering_steps import MEAN, Estimator, factors, natural, unit
+from benchmarks.steering_steps import MEAN, OWN_BY, Estimator, factors, natural, unit
 from fisher_vmap.natural_step import natural_step
 
 FEW = 3  # testing prompts
@@ -32,6 +32,10 @@ def measure_variants(known: Known, layer: str, damping: float) -> dict[str, Any]
         for how in (*ESTIMATORS, Estimator("full", width)):
             name = "exact" if how.rank == width else str(how)
             directions |= {f"{name}/{c:g}": known.natural([case], layer, how, c) for c in DAMPINGS}
+            if how == OWN_BY["natural, full"]:
+                one = known.factors([case], layer, how)
+                spread = {c: natural(one, [prompt.gradient], c, spread=True) for c in DAMPINGS}
+                directions |= {f"{name} and the rest/{c:g}": v for c, v in spread.items()}
         for name, values in zip(
             directions, swept(known, case, layer, list(directions.values()), POINTS_TRIED), strict=True
         ):
@@ -103,7 +107,9 @@ def lengths_at(known: Known, layer: str, directions: dict[str, Tensor]) -> dict[
         prompt: Prompt = known.prompt(case, layer)
         norm = float(prompt.stream[-1].norm())
         sweeps = [(v, lengths_for(prompt, v, norm, POINTS_TRIED + 1, 0.4)) for v in directions.values()]
-        for name, (_, lengths), effect in zip(directions, sweeps, along(site, prompt, sweeps, known.wanted), strict=True):
+        for name, (_, lengths), effect in zip(
+            directions, sweeps, along(site, prompt, sweeps, known.wanted), strict=True
+        ):
             found[name] += at_gain(Effect(effect.gain, lengths.numpy()), [AT])
     medians = {name: float(np.median(values)) for name, values in found.items()}
     return {name: length for name, length in medians.items() if np.isfinite(length)}

@@ -78,9 +78,7 @@ class Pool:
     def median(self, gain: float) -> Measured:
         """Over prompts, concepts and layers; the interval by drawing prompts anew within each concept."""
         parts, rng = self.at(gain), np.random.default_rng(0)
-        drawn = [
-            middle([part[rng.integers(len(part), size=len(part))] for part in parts]) for _ in range(RESAMPLES)
-        ]
+        drawn = [middle([part[rng.integers(len(part), size=len(part))] for part in parts]) for _ in range(RESAMPLES)]
         # An order statistic, without interpolation: some of them may be infinite.
         low, high = np.sort(drawn)[[int(0.025 * RESAMPLES), int(0.975 * RESAMPLES) - 1]]
         return Measured(middle(parts), float(low), float(high))

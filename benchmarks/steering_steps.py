@@ -57,9 +57,9 @@ def predicting(mask: Tensor, targets: int) -> Tensor:
 
 
 def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator, targets: int = 0) -> list[Factor]:
-    """The Fisher matrix of each prompt, by the package; of the positions that predict its last `targets` tokens, if any.
+    """The Fisher matrix of each prompt, by the package: of the token that follows.
 
-    Without targets it is of the token that follows.
+    With `targets` it is the sum over its last so many tokens, at the positions that predict them.
     """
     found: list[Factor] = []
     for start in range(0, len(rows), BATCH):
@@ -79,17 +79,28 @@ def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator, targets: 
     return found
 
 
-def natural(known: Sequence[Factor], gradients: Sequence[Tensor], damping: float) -> Tensor:
-    """[D], length 1: (F + lambda I)^-1 g of the mean F and g, with lambda = damping * tr F / D."""
+def natural(known: Sequence[Factor], gradients: Sequence[Tensor], damping: float, spread: bool = False) -> Tensor:
+    """[D], length 1: (F + lambda I)^-1 g of the mean F and g, with lambda = damping * tr F / D.
+
+    With `spread` the trace that the factors lack is taken to be the same along all directions that they lack.
+    """
     g_D = torch.stack(list(gradients)).mean(0)
     A_nD = torch.cat([one.rows for one in known]) / len(known) ** 0.5
     trace = sum(one.trace for one in known) / len(known)
-    return unit(solved(A_nD, g_D, damping * trace / len(g_D)))
+    y_D = solved(A_nD, g_D, ridge := damping * trace / len(g_D))
+    if spread:
+        _, S_r, V_rD = torch.linalg.svd(A_nD, full_matrices=False)
+        seen_rD = V_rD[S_r > 1e-6 * S_r[0]]
+        outside_D = y_D - (seen_rD @ y_D) @ seen_rD
+        rest = sum(one.rest for one in known) / len(known) / max(1, len(g_D) - len(seen_rD))
+        y_D = y_D + outside_D * (ridge / (ridge + rest) - 1)
+    return unit(y_D)
 
 
 def unit(v_D: Tensor) -> Tensor:
     """A vector of length 1."""
-    return v_D / v_D.norm()
+    length: Tensor = v_D.norm()
+    return v_D / length
 
 
 def from_contrast(wanted_nD: Tensor, unwanted_nD: Tensor) -> dict[str, Tensor]:

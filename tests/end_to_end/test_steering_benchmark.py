@@ -1,14 +1,22 @@
 """The study of steering: its prompts, its measures on a tiny model, and what its page says of its numbers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from models import VOCABULARY, prompts, tiny
 from oracles import bias_added, log_probabilities
 
+from benchmarks.steering import choose
+from benchmarks.steering_concepts import CONCEPTS, cases, tokens
 from benchmarks.steering_measure import Effect, Site, along, at_gain, lengths_for, prompt_at, streams
-from benchmarks.steering_steps import Estimator, check, factors, from_contrast, natural
+from benchmarks.steering_more import NEW, over_tokens
+from benchmarks.steering_numbers import DAMPINGS, GAINS, NATURAL, middle
+from benchmarks.steering_page import draw, page
+from benchmarks.steering_steps import Estimator, check, factors, from_contrast, natural, predicting
 from fisher_vmap.model.layers import decoder_blocks
+from fisher_vmap.natural_step import natural_step
 
 WANTED = torch.tensor([3, 40, 77])
 
@@ -69,6 +77,33 @@ def test_a_natural_step_by_its_parts_is_the_packages(site, how):
     assert float(v @ g / g.norm()) == pytest.approx(1)  # with a large damping it is the gradient
 
 
+def test_a_natural_step_over_a_text_is_the_packages(site):
+    (ids,) = prompts((8,), seed=6)
+    prompt = prompt_at(
+        site, ids[:-3].tolist(), streams(site.model, [site.layer], ids[:-3].tolist())[site.layer], WANTED
+    )
+    (factor,) = factors(site, [ids.tolist()], Estimator("full", VOCABULARY), targets=3)
+    expected = natural([factor], [prompt.gradient], 0.1)
+    ridge = 0.1 * factor.trace / len(expected)
+    mask = predicting(torch.ones(1, 8, dtype=torch.int64), 3)
+    found = natural_step(site.model, ids, layer=site.layer, towards=WANTED.tolist(), at="first", targets=mask,
+                         rank=VOCABULARY, damping=ridge).step.double()  # fmt: skip
+    assert float(found @ expected / found.norm()) == pytest.approx(1, abs=1e-4)
+
+
+def test_kl_over_a_text_is_that_of_a_hook(site):
+    (ids,) = prompts((NEW + 4,), seed=7)
+    stream = streams(site.model, [site.layer], ids.tolist())[site.layer]
+    known = SimpleNamespace(loaded=SimpleNamespace(site=lambda layer: site))
+    step = 0.3 * torch.randn(1, stream.shape[1], generator=torch.Generator().manual_seed(0))
+    (found,) = over_tokens(known, site.layer, stream, step)
+    with torch.no_grad():
+        before = site.model(input_ids=ids[None]).logits[0, -NEW:].double().log_softmax(-1)
+        with bias_added(site.model.get_submodule(site.layer), step[0]):
+            after = site.model(input_ids=ids[None]).logits[0, -NEW:].double().log_softmax(-1)
+    torch.testing.assert_close(found, (before.exp() * (before - after)).sum(-1), rtol=1e-3, atol=1e-7)
+
+
 def test_a_natural_step_costs_least_at_small_gains(site):
     """In the exact metric no direction reaches a small gain with less change of the other tokens; of one token."""
     (ids,) = prompts((6,), seed=5)
@@ -109,3 +144,87 @@ def test_contrast_directions_are_the_mean_and_scikit_learns_component():
     assert abs(found["PCA of differences"].numpy() @ first) == pytest.approx(1)
     onto = (a - b) @ found["PCA of differences"].numpy()
     assert (onto > 0).sum() >= (onto < 0).sum()
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_prompts_have_contrast_texts_with_the_same_end(concept):
+    class Words:
+        chat_template = None
+
+        def encode(self, text, add_special_tokens):
+            return [hash(text)] if text.count(" ") < 2 else [0, 1]
+
+    made = cases(concept, Words())
+    assert len({case.neutral for case in made}) == 40 and made == cases(concept, Words())
+    for case in made:
+        last = case.neutral.split(". ")[-1][-20:]
+        assert case.wanted.endswith(last) and case.unwanted.endswith(last) and case.wanted != case.unwanted
+    assert len(tokens(concept, Words())) > 5
+
+
+def test_the_targets_of_a_text_are_what_predicts_its_last_tokens():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert predicting(mask, 2).tolist() == [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]
+
+
+def cell_of(rng, factors, prompts_tested=6):
+    """Numbers as they are kept: natural steps of a random cost, the others' of so many times as much."""
+    cost = np.outer(np.exp(rng.standard_normal(prompts_tested)), np.square(GAINS)) * 0.01
+    found = {name: (cost * factor).tolist() for name, factor in factors.items()}
+    for values in found.values():
+        for row in values:
+            row[:] = [None if np.isinf(x) else x for x in row]
+    return found
+
+
+FACTORS = {NATURAL: 1.0, "natural, top 10": 1.5, "Euclidean gradient": 3.0, "difference of means": np.inf,
+           "PCA of differences": 0.5, "random 0": np.inf}  # fmt: skip
+
+
+def kept_of(factors):
+    rng = np.random.default_rng(0)
+    own = {name: factors[name] for name in (NATURAL, "natural, top 10", "Euclidean gradient")}
+    kinds = [f"{setting}/{by}" for setting in ("own", "average") for by in (NATURAL, "natural, top 10")]
+    tries = {f"{kind}/{c:g}": [[0.1 * (1 + (c != 1.0))] * len(GAINS)] * 3 for kind in kinds for c in DAMPINGS}
+    layers = {
+        f"model.layers.{i}": {
+            "tries": {"list": tries}, "chosen": dict.fromkeys(kinds, 1.0),
+            "cells": {c: {"average": cell_of(rng, factors), "own": cell_of(rng, own, 4)} for c in ("list", "French")},
+        }
+        for i in (1, 2)
+    }  # fmt: skip
+    concepts = {c: {"tokens": ["1", "-"], "example": ["How?", "", ""]} for c in ("list", "French")}
+    model = {"layers": layers, "variants": {}, "texts": {}, "concepts": concepts}
+    return {"models": {"tiny": model}, "half": 20, "machine": {"cores": 2, "cpu_capability": "AVX2", "torch": "2"}}
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path):
+    kept = kept_of(FACTORS)
+    text = page(kept)
+    assert "Euclidean gradient** over natural: 3.00 (3.00 to 3.00) at +1" in text
+    assert "difference of means** over natural: ∞ (∞ to ∞) at +1" in text
+    assert "PCA of differences** over natural: 0.5 (0.5 to 0.5) at +1" in text
+    assert "own step, against Euclidean gradient: 0 of 12 medians are below 1: none." in text
+    assert text.count("| natural, full | ") == 2 and "own, full: 1" in text
+    worse = page(kept_of(FACTORS | {"Euclidean gradient": 0.9}))
+    assert "against Euclidean gradient: 12 of 12 medians are below 1: tiny, model.layers.1, list at +1 (0.9)" in worse
+    draw(kept, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_page_of_nothing_and_of_a_part():
+    kept = kept_of(FACTORS)
+    assert "Nothing is measured yet" in page({"models": {}})
+    layers = kept["models"]["tiny"]["layers"]
+    layers["model.layers.2"] = {"tries": layers["model.layers.2"]["tries"], "cells": {}}
+    assert "Euclidean gradient** over natural: 3.00" in page(kept)
+
+
+def test_a_median_counts_what_is_never_reached():
+    assert middle([np.array([1.0, np.inf, np.nan, 3.0])]) == 3.0 and middle([np.array([np.inf, np.inf, 1])]) == np.inf
+    assert middle([np.array([1.0, 3.0, np.inf, np.inf])]) == np.inf and np.isnan(middle([np.array([np.nan])]))
+
+
+def test_the_damping_of_least_cost_is_chosen():
+    chosen = choose({"list": kept_of(FACTORS)["models"]["tiny"]["layers"]["model.layers.1"]["tries"]["list"]})
+    assert set(chosen.values()) == {1.0}
