@@ -20,10 +20,22 @@ import numpy as np
 
 from benchmarks import steering_page
 from benchmarks.steering_concepts import CONCEPTS
-from benchmarks.steering_known import HALF, LAYERS, OWN, POINTS_TRIED, TRIED, Known, Loaded, opened, rounded, swept
-from benchmarks.steering_more import measure_texts, measure_variants
-from benchmarks.steering_numbers import DAMPINGS, GAINS, score
-from benchmarks.steering_steps import MEAN, OWN_BY, check, unit
+from benchmarks.steering_known import (
+    HALF,
+    LAYERS,
+    OWN,
+    POINTS,
+    POINTS_TRIED,
+    TRIED,
+    Known,
+    Loaded,
+    opened,
+    rounded,
+    swept,
+)
+from benchmarks.steering_more import AT, EIGHT, MADE, NEW, measure_texts, measure_variants
+from benchmarks.steering_numbers import DAMPINGS, GAINS, NATURAL, score
+from benchmarks.steering_steps import MEAN, OWN_BY, SEEDS, check, unit
 from benchmarks.timing import machine, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +83,15 @@ def measure(known: Known, layer: str, chosen: dict[str, float]) -> dict[str, Any
         "odds": rounded(odds), "average": average, "own": own,
         "cosines": {name: round(float(v @ directions["Euclidean gradient"]), 4) for name, v in directions.items()},
         "norm": round(float(np.median([known.stream(case.neutral, layer)[-1].norm() for case in testing])), 3),
+    }  # fmt: skip
+
+
+def settings() -> dict[str, Any]:
+    """What was fixed beforehand."""
+    return {
+        "half": HALF, "own": OWN, "tried": TRIED, "gains": GAINS, "dampings": DAMPINGS, "seeds": SEEDS,
+        "furthest": 0.2 * 2 ** (POINTS - 1), "rank": {"average": MEAN[NATURAL].rank, "own": OWN_BY[NATURAL].rank},
+        "steps": EIGHT, "tokens": NEW, "texts": MADE, "gain": AT,
     }  # fmt: skip
 
 
@@ -147,7 +168,7 @@ def main() -> None:
     kept = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {"models": {}}
     until = time.monotonic() + args.seconds
     for name in [] if args.render else args.models:
-        kept |= {"machine": machine(), "half": HALF, "own": OWN, "tried": TRIED, "gains": GAINS, "dampings": DAMPINGS}
+        kept |= {"machine": machine(), "settings": settings()}
         loaded = opened(name, args.model_path, tuple(args.layers) if args.layers else None)
         for done in run(kept, loaded, args.concepts, args.parts):
             write_json(args.json, kept)

@@ -13,7 +13,7 @@ from benchmarks.steering_numbers import DAMPINGS, GAINS
 from benchmarks.steering_steps import MEAN, OWN_BY, Estimator, factors, natural, unit
 from fisher_vmap.natural_step import natural_step
 
-FEW = 3  # testing prompts
+FEW = 2  # testing prompts
 ESTIMATORS = (*(Estimator("topk", k) for k in (10, 50)), *(Estimator("full", rank) for rank in (16, 32, 64)))
 EIGHT, BUDGETS = 8, (1.5, 3.0, 6.0)  # steps in a row; their budget: that of a single step that would gain so much
 NEW = 20  # tokens of a text

@@ -1,7 +1,7 @@
 """What the numbers of `benchmarks.steering` say: ratios, medians and intervals. A gain that is not reached costs
 infinitely much."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,10 +40,10 @@ def array(values: list[Any]) -> Array:
     return np.where(np.isnan(found), np.inf, found)
 
 
-def score(tries: dict[str, dict[str, Any]], key: str) -> float:
-    """The mean logarithm, over gains of 1 to 3 nats, of the median off-target KL over concepts and prompts."""
+def score(tries: dict[str, dict[str, Any]], key: str, gains: Sequence[float] = SHOWN) -> float:
+    """The mean logarithm, over some gains, of the median off-target KL over concepts and prompts."""
     rows = np.concatenate([array(of[key]) for of in tries.values()])
-    medians = np.median(rows[:, [GAINS.index(gain) for gain in SHOWN]], axis=0)
+    medians = np.median(rows[:, [GAINS.index(gain) for gain in gains]], axis=0)
     return float(np.log(medians).mean())
 
 

@@ -82,7 +82,8 @@ def _setting(kept: dict[str, Any], every: list[Any]) -> list[str]:
         shown = shown.split("<|im_start|>user")[-1].replace("<|im_start|>assistant", " …").strip()
         words = ", ".join(f"`{token}`" for token in of["tokens"][:6] if "`" not in token)
         lines.append(f"| {concept} | {shown} | {words} ({len(of['tokens'])}) |")
-    half = kept["half"]
+    fixed = kept["settings"]
+    half = fixed["half"]
     return [
         *lines,
         "",
@@ -90,13 +91,14 @@ def _setting(kept: dict[str, Any], every: list[Any]) -> list[str]:
         "directions, their sign, and the damping λ. All numbers but those of λ are of the other half. Each choosing "
         "prompt has two contrast texts with the same end, one that calls for the concept and one that calls for its "
         "opposite; difference of means and PCA (as repeng's pca_diff takes it) are of the residual streams at their "
-        "last token. `natural, full` is of the whole vocabulary (rank 16 a prompt for a mean, 32 for a prompt's own), "
-        "`natural, top 10` of the ten likeliest tokens. λ is chosen for each model, layer, kind of step and "
-        "estimator, over all concepts at once.",
+        f"last token. `natural, full` is of the whole vocabulary (rank {fixed['rank']['average']} a prompt for a "
+        f"mean, {fixed['rank']['own']} for a prompt's own; {fixed['own']} testing prompts have their own), "
+        "`natural, top 10` of the ten likeliest tokens. λ is chosen for each model, layer, kind of step and estimator, "
+        "over all concepts at once.",
         "",
-        "Along each direction the length is doubled again and again, until by the gradient it would gain 12.8 nats, or "
-        "to four times the residual stream's norm. The off-target KL at a gain is interpolated in the logarithms. A "
-        "gain that is never reached costs infinitely much; medians count it so. Intervals (95%) are by drawing "
+        "Along each direction the length is doubled again and again, until by the gradient it would gain "
+        f"{fixed['furthest']:.3g} nats, or to four times the residual stream's norm. The off-target KL at "
+        "a gain is interpolated in the logarithms. A gain that is never reached costs infinitely much; medians count it so. Intervals (95%) are by drawing "
         "prompts anew within each concept.",
     ]
 
@@ -185,9 +187,9 @@ def _losses(kept: dict[str, Any]) -> list[str]:
         f"on {(small > 1).mean():.0%} of the prompts; the ratio is {number(float(np.median(small)))} in the median and "
         f"{number(float(small.min()))} at the least. One direction for a concept is made on other prompts than it is "
         "tested on, and its F is a mean. There no theory says that it must win, prompt by prompt: at +1, +2 and +3 it "
-        f"beats the difference of means on {won[1.0]}, {won[2.0]} and {won[3.0]} of them. Far out a straight step "
-        "leaves the region in which the quadratic form holds (compare λ below: what is best there is much larger than "
-        "what is best for small steps), and its advantage shrinks.",
+        f"beats the difference of means on {won[1.0]}, {won[2.0]} and {won[3.0]} of them. A step that makes use of the "
+        "directions along which F is small is long, and far out the quadratic form no longer holds: the tables of λ "
+        "below show what is best for small and for large gains.",
     ]
 
 

@@ -1,5 +1,6 @@
 """Sections of docs/steering-study.md: the damping, estimators and ranks, several steps in a row, whole texts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,45 +11,52 @@ KINDS = (("own", NATURAL), ("own", "natural, top 10"), ("average", NATURAL), ("a
 SETTINGS = {"own": "own", "average": "one for a concept"}
 
 
-def penalties(kept: dict[str, Any], kind: str) -> Array:
+def penalties(kept: dict[str, Any], kind: str, gains: Sequence[float] = SHOWN) -> Array:
     """[layers, dampings]: the logarithm of how much more off-target KL each costs than the layer's best one."""
     rows = []
     for of in kept["models"].values():
         for found in of["layers"].values():
-            scores = np.array([score(found["tries"], f"{kind}/{c:g}") for c in DAMPINGS])
-            rows.append(scores - scores.min())
+            scores = np.array([score(found["tries"], f"{kind}/{c:g}", gains) for c in DAMPINGS])
+            if np.isfinite(scores).any():
+                rows.append(scores - scores.min())
     return np.array(rows)
 
 
-def best_single(kept: dict[str, Any], kind: str) -> float:
-    """The damping that costs least over all layers of all models: the least median."""
-    return DAMPINGS[int(np.argmin(np.median(penalties(kept, kind), axis=0)))]
+def best_single(kept: dict[str, Any], kind: str, gains: Sequence[float] = SHOWN) -> float:
+    """The damping whose median cost over all layers of all models is the least."""
+    return DAMPINGS[int(np.argmin([middle([row]) for row in penalties(kept, kind, gains).T]))]
 
 
 def dampings(kept: dict[str, Any]) -> list[str]:
     """How the damping was chosen, and what others cost."""
+    ends = (GAINS[0], *SHOWN)
     lines = [
         "## The damping",
         "",
         "λ is c tr F / D. On the choosing half, over the concepts and at gains of 1 to 3 nats: how many times the "
-        "off-target KL of the layer's best c another c costs, the median over all layers, and the c that was best in "
-        "each layer.",
+        "off-target KL of the layer's best c another c costs, the median over all layers, and the c that was chosen "
+        "for each layer, model by model.",
         "",
-        f"| step, estimator | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | best, layer by layer |",
+        f"| step, estimator | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | chosen |",
         "| --- |" + " --- |" * (len(DAMPINGS) + 1),
     ]
-    best = {}
+    best = [
+        "The single c that costs least, by the gain at which steps are compared:",
+        "",
+        f"| step, estimator | {' | '.join(f'+{gain:g}' for gain in ends)} | +1 to +3 |",
+        "| --- |" + " --- |" * (len(ends) + 1),
+    ]
     for setting, by in KINDS:
-        kind = f"{setting}/{by}"
-        costs = [number(float(x)) for x in np.exp(np.median(penalties(kept, kind), axis=0))]
+        kind, name = f"{setting}/{by}", f"{SETTINGS[setting]}, {by.removeprefix('natural, ')}"
+        costs = [number(float(np.exp(middle([row])))) for row in penalties(kept, kind).T]
         chosen = "; ".join(
             ", ".join(f"{found['chosen'][kind]:g}" for found in of["layers"].values() if "chosen" in found)
             for of in kept["models"].values()
         )
-        lines.append(f"| {SETTINGS[setting]}, {by.removeprefix('natural, ')} | {' | '.join(costs)} | {chosen} |")
-        best[kind] = best_single(kept, kind)
-    told = ", ".join(f"{SETTINGS[kind.split('/')[0]]}, {kind.split(', ')[1]}: {c:g}" for kind, c in best.items())
-    return [*lines, "", f"The best single c: {told}.", ""]
+        lines.append(f"| {name} | {' | '.join(costs)} | {chosen} |")
+        told = [f"{best_single(kept, kind, [gain]):g}" for gain in ends]
+        best.append(f"| {name} | {' | '.join(told)} | {best_single(kept, kind):g} |")
+    return [*lines, "", *best, ""]
 
 
 def ranks(kept: dict[str, Any]) -> list[str]:
@@ -59,8 +67,8 @@ def ranks(kept: dict[str, Any]) -> list[str]:
     lines = [
         "## Estimator and rank",
         "",
-        "Each prompt's own step at one layer, three testing prompts of each concept, by estimator, rank and c: the "
-        "off-target KL over that of the exact F with its best c, the geometric mean over gains of 1, 2 and 3 nats of "
+        f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of each concept, by estimator, "
+        "rank and c: the off-target KL over that of the exact F with its best c, the geometric mean over gains of 1, 2 and 3 nats of "
         "medians; and at a gain of 0.25, where the theory holds. `and the rest`: the trace that the estimate lacks is "
         "taken to be spread evenly over the directions that it lacks.",
         "",
@@ -83,6 +91,10 @@ def ranks(kept: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _prompts(variants: dict[str, Any]) -> int:
+    return min(len(rows) for of in variants.values() for found in of.values() for rows in found["by"].values())
+
+
 def _geometric(values: Array) -> float:
     return float(np.exp(np.mean([np.log(middle([values[:, GAINS.index(gain)]])) for gain in SHOWN])))
 
@@ -95,10 +107,10 @@ def in_a_row(kept: dict[str, Any]) -> list[str]:
     lines = [
         "## Several steps in a row",
         "",
-        "`steps=8` takes F and g anew after every eighth of the way. Off-target KL in nats on the same prompts, the "
-        "median, with the damping chosen above and rank 16:",
+        f"`steps={kept['settings']['steps']}` takes F and g anew so many times along the way. Off-target KL in nats on "
+        f"the same prompts, the median, with the damping chosen above and rank {kept['settings']['rank']['average']}:",
         "",
-        "| model | gain | one natural step | eight | Euclidean gradient | one / eight, prompt by prompt |",
+        "| model | gain | one natural step | several | Euclidean gradient | one / several, prompt by prompt |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for model, of in variants.items():
@@ -121,16 +133,18 @@ def texts(kept: dict[str, Any]) -> list[str]:
     measured = {model: of["texts"] for model, of in kept["models"].items() if of["texts"]}
     if not measured:
         return []
+    fixed = kept["settings"]
     lines = [
         "## Over a text",
         "",
-        "One direction for a concept, at the length that gains two nats on choosing prompts in the median, added at "
-        "all positions of ten testing prompts and of the 20 tokens that the unsteered model writes: the KL divergence "
-        "of what comes next, summed over these tokens, and that of the first alone. `natural, over the text` is of "
-        'F summed over the 20 tokens of ten choosing prompts (`targets=20`, `at="first"`). Medians in nats; a method '
-        "that does not gain two nats on most choosing prompts is left out.",
+        f"One direction for a concept, at the length that gains {fixed['gain']:g} nats on choosing prompts in the "
+        f"median, added at all positions of {fixed['texts']} testing prompts and of the {fixed['tokens']} tokens that "
+        "the unsteered model writes: the KL divergence of what comes next, summed over these tokens, and that of the "
+        f"first alone. `natural, over the text` is of F summed over the {fixed['tokens']} tokens of {fixed['texts']} "
+        f'choosing prompts (`targets={fixed["tokens"]}`, `at="first"`). Medians in nats; a method that does not gain '
+        "so much on most choosing prompts is left out.",
         "",
-        "| model, layer, concept | method | length | gain | KL, first token | KL, 20 tokens |",
+        "| model, layer, concept | method | length | gain | KL, first token | KL, all |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for model, of in measured.items():

@@ -8,7 +8,7 @@ import torch
 from models import VOCABULARY, prompts, tiny
 from oracles import bias_added, log_probabilities
 
-from benchmarks.steering import choose
+from benchmarks.steering import choose, settings
 from benchmarks.steering_concepts import CONCEPTS, cases, tokens
 from benchmarks.steering_measure import Effect, Site, along, at_gain, lengths_for, prompt_at, streams
 from benchmarks.steering_more import NEW, over_tokens
@@ -195,7 +195,11 @@ def kept_of(factors):
     }  # fmt: skip
     concepts = {c: {"tokens": ["1", "-"], "example": ["How?", "", ""]} for c in ("list", "French")}
     model = {"layers": layers, "variants": {}, "texts": {}, "concepts": concepts}
-    return {"models": {"tiny": model}, "half": 20, "machine": {"cores": 2, "cpu_capability": "AVX2", "torch": "2"}}
+    return {
+        "models": {"tiny": model},
+        "settings": settings(),
+        "machine": {"cores": 2, "cpu_capability": "AVX2", "torch": "2"},
+    }
 
 
 def test_the_page_says_what_the_numbers_say(tmp_path):
@@ -205,11 +209,28 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert "difference of means** over natural: ∞ (∞ to ∞) at +1" in text
     assert "PCA of differences** over natural: 0.5 (0.5 to 0.5) at +1" in text
     assert "own step, against Euclidean gradient: 0 of 12 medians are below 1: none." in text
-    assert text.count("| natural, full | ") == 2 and "own, full: 1" in text
+    assert text.count("| natural, full | ") == 2 and "| own, full | 1 | 1 | 1 | 1 | 1 |" in text
     worse = page(kept_of(FACTORS | {"Euclidean gradient": 0.9}))
     assert "against Euclidean gradient: 12 of 12 medians are below 1: tiny, model.layers.1, list at +1 (0.9)" in worse
     draw(kept, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_page_has_ranks_steps_and_texts():
+    kept, flat = kept_of(FACTORS), [[1.0] * len(GAINS)] * 2
+    by = {
+        f"{name}/{c:g}": [[times] * len(GAINS)] * 2
+        for name, times in (("full 16", 1.5), ("exact", 1.0))
+        for c in DAMPINGS
+    }
+    row = {"one step": flat, "eight steps": [[0.25] * len(GAINS)] * 2}
+    model = kept["models"]["tiny"]
+    model["variants"] = {"list": {"damping": 1.0, "by": by | {"Euclidean gradient": flat}, "in a row": row}}
+    model["texts"] = {"model.layers.1/list": {NATURAL: {"length": 4.0, "gain": [2.0], "first": [0.5], "kl": [3.0]}}}
+    text = page(kept)
+    assert "| tiny | full 16 | 1.50 |" in text and "| tiny | exact | 1.00 |" in text
+    assert "| tiny | +2 | 1.00 | 0.25 | 1.00 | 4.00 |" in text
+    assert f"| tiny, model.layers.1, list | {NATURAL} | 4.00 | 2.00 | 0.5 | 3.00 |" in text
 
 
 def test_the_page_of_nothing_and_of_a_part():
