@@ -97,9 +97,9 @@ def _setting(kept: dict[str, Any], every: list[Any]) -> list[str]:
         "over all concepts at once.",
         "",
         "Along each direction the length is doubled again and again, until by the gradient it would gain "
-        f"{fixed['furthest']:.3g} nats, or to four times the residual stream's norm. The off-target KL at "
-        "a gain is interpolated in the logarithms. A gain that is never reached costs infinitely much; medians count it so. Intervals (95%) are by drawing "
-        "prompts anew within each concept.",
+        f"{fixed['furthest']:.3g} nats, or to four times the residual stream's norm. The off-target KL at a gain is "
+        "interpolated in the logarithms. A gain that is never reached costs infinitely much; medians count it so. "
+        "Intervals (95%) are by drawing prompts anew within each concept.",
     ]
 
 

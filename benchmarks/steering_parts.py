@@ -68,9 +68,9 @@ def ranks(kept: dict[str, Any]) -> list[str]:
         "## Estimator and rank",
         "",
         f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of each concept, by estimator, "
-        "rank and c: the off-target KL over that of the exact F with its best c, the geometric mean over gains of 1, 2 and 3 nats of "
-        "medians; and at a gain of 0.25, where the theory holds. `and the rest`: the trace that the estimate lacks is "
-        "taken to be spread evenly over the directions that it lacks.",
+        "rank and c: the off-target KL over that of the exact F with its best c, the geometric mean over gains of 1, "
+        "2 and 3 nats of medians; and at a gain of 0.25, where the theory holds. `and the rest`: the trace "
+        "that the estimate lacks is taken to be spread evenly over the directions that it lacks.",
         "",
         f"| model | estimator | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | best c, at +0.25 |",
         "| --- | --- |" + " --- |" * (len(DAMPINGS) + 1),
