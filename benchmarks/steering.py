@@ -23,6 +23,7 @@ from benchmarks.steering_concepts import CONCEPTS
 from benchmarks.steering_known import (
     HALF,
     LAYERS,
+    MADE,
     OWN,
     POINTS,
     POINTS_TRIED,
@@ -33,98 +34,98 @@ from benchmarks.steering_known import (
     rounded,
     swept,
 )
-from benchmarks.steering_more import AT, EIGHT, MADE, NEW, measure_texts, measure_variants
-from benchmarks.steering_numbers import DAMPINGS, GAINS, NATURAL, score
-from benchmarks.steering_steps import MEAN, OWN_BY, SEEDS, check, unit
+from benchmarks.steering_more import AT, EIGHT, NEW, TEXTS, measure_texts, measure_variants
+from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS, NATURAL, SETTINGS, score
+from benchmarks.steering_steps import SEEDS, unit
 from benchmarks.timing import machine, write_json
+from fisher_vmap.natural import PRODUCTS
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "steering.json"
 PAGE = ROOT / "docs" / "steering-study.md"
 FIGURE = ROOT / "docs" / "images" / "steering-study.png"
-PARTS = ("layers", "variants", "texts")
+PARTS = ("dampings", "layers", "variants", "texts")
 
 
 def try_dampings(known: Known, layer: str) -> dict[str, Any]:
-    """On the choosing half: for each setting, estimator and damping the off-target KL at each gain on some prompts.
+    """On the choosing half: for each setting and damping the off-target KL at each gain on some prompts.
 
-    A direction of the mean is made on the first ten prompts; it is tried on others.
+    A direction of the mean is made on the first prompts; it is tried on others.
     """
-    made, tried = known.choosing[: known.half // 2], known.choosing[known.half // 2 :][:TRIED]
-    names = [(setting, by, c) for setting in ("average", "own") for by in MEAN for c in DAMPINGS]
-    found: dict[str, Any] = {f"{setting}/{by}/{c:g}": [] for setting, by, c in names}
-    mean = {(by, c): known.natural(made, layer, MEAN[by], c) for by in MEAN for c in DAMPINGS}
+    made, tried = known.choosing[:MADE], known.choosing[-TRIED:]
+    names = [(setting, c) for setting in SETTINGS for c in DAMPINGS]
+    found: dict[str, Any] = {f"{setting}/{c:g}": [] for setting, c in names}
+    unit_of_mean = known.unit(made, layer)
+    mean = {c: known.natural(made, layer, c * unit_of_mean) for c in DAMPINGS}
     for case in tried:
-        own = {(by, c): known.natural([case], layer, OWN_BY[by], c) for by in MEAN for c in DAMPINGS}
-        directions = [(mean if setting == "average" else own)[by, c] for setting, by, c in names]
-        for (setting, by, c), values in zip(names, swept(known, case, layer, directions, POINTS_TRIED), strict=True):
-            found[f"{setting}/{by}/{c:g}"].append(rounded(values))
+        unit_of_own = known.unit([case], layer)
+        own = {c: known.natural([case], layer, c * unit_of_own) for c in DAMPINGS}
+        directions = [(mean if setting == "average" else own)[c] for setting, c in names]
+        for (setting, c), values in zip(names, swept(known, case, layer, directions, POINTS_TRIED), strict=True):
+            found[f"{setting}/{c:g}"].append(rounded(values))
     return found
 
 
 def measure(known: Known, layer: str, chosen: dict[str, float]) -> dict[str, Any]:
     """On the testing half: the off-target KL at each gain, by each method, for each prompt."""
-    site, choosing, testing = known.loaded.site(layer), known.choosing, known.testing
-    directions = known.directions(layer, chosen)
+    directions = known.directions(layer, chosen["average"])
     average: dict[str, list[Any]] = {name: [] for name in directions}
-    own: dict[str, list[Any]] = {name: [] for name in (*OWN_BY, "Euclidean gradient")}
-    for number, case in enumerate(testing):
+    own: dict[str, list[Any]] = {name: [] for name in (NATURAL, EUCLID)}
+    for number, case in enumerate(known.testing):
         mine = {}
         if number < OWN:
-            mine = {by: known.natural([case], layer, how, chosen[f"own/{by}"]) for by, how in OWN_BY.items()}
-            mine["Euclidean gradient"] = unit(known.prompt(case, layer).gradient)
+            mine[NATURAL] = known.natural([case], layer, chosen["own"] * known.unit([case], layer))
+            mine[EUCLID] = unit(known.prompt(case, layer).gradient)
         values = swept(known, case, layer, [*directions.values(), *mine.values()])
         for into, names in ((average, list(directions)), (own, list(mine))):
             for name in names:
                 into[name].append(rounded(values.pop(0)))
-    check(site, [known.prompt(case, layer) for case in choosing[:2]], MEAN["natural, top 10"], 0.01, known.wanted)
-    odds = [float(known.prompt(case, layer).before.odds) for case in testing]
     return {
-        "odds": rounded(odds), "average": average, "own": own,
-        "cosines": {name: round(float(v @ directions["Euclidean gradient"]), 4) for name, v in directions.items()},
-        "norm": round(float(np.median([known.stream(case.neutral, layer)[-1].norm() for case in testing])), 3),
+        "odds": rounded([float(known.prompt(case, layer).before.odds) for case in known.testing]),
+        "average": average, "own": own,
+        "cosines": {name: round(float(v @ directions[EUCLID]), 4) for name, v in directions.items()},
+        "norm": round(float(np.median([known.stream(case.neutral, layer)[-1].norm() for case in known.testing])), 3),
     }  # fmt: skip
 
 
 def settings() -> dict[str, Any]:
     """What was fixed beforehand."""
     return {
-        "half": HALF, "own": OWN, "tried": TRIED, "gains": GAINS, "dampings": DAMPINGS, "seeds": SEEDS,
-        "furthest": 0.2 * 2 ** (POINTS - 1), "rank": {"average": MEAN[NATURAL].rank, "own": OWN_BY[NATURAL].rank},
-        "steps": EIGHT, "tokens": NEW, "texts": MADE, "gain": AT,
+        "half": HALF, "own": OWN, "made": MADE, "tried": TRIED, "gains": GAINS, "dampings": DAMPINGS, "seeds": SEEDS,
+        "furthest": 0.2 * 2 ** (POINTS - 1), "products": PRODUCTS, "steps": EIGHT, "tokens": NEW, "texts": TEXTS,
+        "gain": AT,
     }  # fmt: skip
 
 
 def choose(tries: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """For each setting and estimator the damping of least off-target KL at gains of 1 to 3 nats, over all concepts."""
-    chosen = {}
-    for setting in ("average", "own"):
-        for by in MEAN:
-            scores = {c: score(tries, f"{setting}/{by}/{c:g}") for c in DAMPINGS}
-            chosen[f"{setting}/{by}"] = min(scores, key=lambda c: scores[c])
-    return chosen
+    """For each setting the damping of least off-target KL at gains of 1 to 3 nats, over layers and concepts."""
+    scores = {setting: {c: score(tries, f"{setting}/{c:g}") for c in DAMPINGS} for setting in SETTINGS}
+    return {setting: min(of, key=lambda c: of[c]) for setting, of in scores.items()}
 
 
 def run(kept: dict[str, Any], loaded: Loaded, concepts: list[str], parts: list[str]) -> Iterator[str]:
-    """Measure what is missing, layer by layer; yields what was done."""
+    """Measure what is missing; yields what was done."""
     all_known = {concept: Known(loaded, concept) for concept in concepts}
-    model = kept["models"].setdefault(loaded.name, {"layers": {}, "variants": {}, "texts": {}})
+    model = kept["models"].setdefault(loaded.name, {"tries": {}, "layers": {}, "variants": {}, "texts": {}})
     model["concepts"] = {
         concept: {"tokens": [loaded.tokenizer.decode([t]) for t in known.wanted.tolist()], "example": known.cases[0]}
         for concept, known in all_known.items()
     }
-    for layer in loaded.layers if "layers" in parts else ():
-        of = model["layers"].setdefault(layer, {"tries": {}, "cells": {}})
-        for concept, known in all_known.items():
-            if concept not in of["tries"]:
-                of["tries"][concept] = try_dampings(known, layer)
-                yield f"{layer}, {concept}: dampings"
-        of["chosen"] = choose(of["tries"])
-        for concept, known in all_known.items():
-            if concept not in of["cells"]:
-                of["cells"][concept] = measure(known, layer, of["chosen"])
-                yield f"{layer}, {concept}: measured"
-            known.forget(layer)
+    if "dampings" in parts:
+        for layer in loaded.layers[1:3]:
+            for concept, known in all_known.items():
+                if f"{layer}/{concept}" not in model["tries"]:
+                    model["tries"][f"{layer}/{concept}"] = try_dampings(known, layer)
+                    yield f"{layer}, {concept}: dampings"
+        model["chosen"] = choose(model["tries"])
+    if "layers" in parts:
+        for layer in loaded.layers:
+            cells = model["layers"].setdefault(layer, {})
+            for concept, known in all_known.items():
+                if concept not in cells:
+                    cells[concept] = measure(known, layer, model["chosen"])
+                    yield f"{layer}, {concept}: measured"
+                known.forget(layer)
     if "variants" in parts:
         yield from variants(model, loaded, all_known)
     if "texts" in parts:
@@ -148,8 +149,8 @@ def texts(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known]) ->
     for layer in loaded.layers[1:3]:
         for concept in ("French", "sentiment"):
             if concept in all_known and f"{layer}/{concept}" not in model["texts"]:
-                chosen = model["layers"][layer]["chosen"]
-                model["texts"][f"{layer}/{concept}"] = measure_texts(all_known[concept], layer, chosen)
+                damping = model["chosen"]["average"]
+                model["texts"][f"{layer}/{concept}"] = measure_texts(all_known[concept], layer, damping)
                 yield f"{layer}, {concept}: texts"
 
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,19 @@ from torch import Tensor
 
 from benchmarks.steering_concepts import Case, cases, token_ids, tokens
 from benchmarks.steering_measure import Prompt, Site, along, at_gain, lengths_for, prompt_at, streams
-from benchmarks.steering_numbers import GAINS
-from benchmarks.steering_steps import MEAN, SEEDS, Estimator, Factor, at_random, factors, from_contrast, natural, unit
+from benchmarks.steering_numbers import EUCLID, GAINS, NATURAL
+from benchmarks.steering_steps import SEEDS, at_random, from_contrast, mean_eigenvalues, natural, unit
 from fisher_vmap.demo import demo_model
 from fisher_vmap.load.model import load_model
 from fisher_vmap.model.layers import decoder_blocks
 
 LAYERS = {"SmolLM2-135M-Instruct": (10, 15, 20, 25), "Gemma 3 270M": (6, 9, 12, 15)}
-HALF, OWN, TRIED = 20, 8, 3  # prompts: of each half; with a direction of their own; on which a damping is tried
+HALF, OWN, MADE, TRIED = (
+    20,
+    8,
+    5,
+    3,
+)  # prompts: of each half; with a direction of their own; on which a damping is tried
 POINTS, POINTS_TRIED = 7, 5  # of a sweep, each twice as long as the one before
 
 
@@ -56,7 +62,6 @@ class Known:
         self.wanted = torch.tensor(tokens(concept, loaded.tokenizer))
         self._streams: dict[str, dict[str, Tensor]] = {}
         self._prompts: dict[tuple[str, str], Prompt] = {}
-        self._factors: dict[tuple[str, str, Estimator], Factor] = {}
 
     @property
     def choosing(self) -> list[Case]:
@@ -83,32 +88,27 @@ class Known:
             self._prompts[key] = prompt_at(site, ids, self.stream(case.neutral, layer), self.wanted)
         return self._prompts[key]
 
-    def factors(self, some: list[Case], layer: str, how: Estimator) -> list[Factor]:
-        """The prompts' Fisher matrices."""
-        missing = [case for case in some if (case.neutral, layer, how) not in self._factors]
-        if missing:
-            rows = [self.prompt(case, layer).ids for case in missing]
-            for case, found in zip(missing, factors(self.loaded.site(layer), rows, how), strict=True):
-                self._factors[case.neutral, layer, how] = found
-        return [self._factors[case.neutral, layer, how] for case in some]
+    def unit(self, some: list[Case], layer: str) -> float:
+        """The mean over prompts of F's mean eigenvalue, tr F / D: what a damping is a multiple of."""
+        found = mean_eigenvalues(self.loaded.site(layer), [self.prompt(case, layer).ids for case in some])
+        return sum(found) / len(found)
 
-    def natural(self, some: list[Case], layer: str, how: Estimator, damping: float) -> Tensor:
-        """The natural step of the mean over prompts, of length 1."""
-        gradients = [self.prompt(case, layer).gradient for case in some]
-        return natural(self.factors(some, layer, how), gradients, damping)
+    def natural(self, some: list[Case], layer: str, ridge: float, **how: Any) -> Tensor:
+        """The natural step for the mean over prompts, of length 1."""
+        rows = [self.prompt(case, layer).ids for case in some]
+        return natural(self.loaded.site(layer), rows, self.wanted, ridge, **how)
 
-    def directions(self, layer: str, chosen: dict[str, float]) -> dict[str, Tensor]:
+    def directions(self, layer: str, damping: float) -> dict[str, Tensor]:
         """One direction for the concept by each method, made on the choosing half, of length 1."""
         gradient_D = torch.stack([self.prompt(case, layer).gradient for case in self.choosing]).mean(0)
         ends = [torch.stack([self.stream(case[i], layer)[-1] for case in self.choosing]) for i in (1, 2)]
-        found = {by: self.natural(self.choosing, layer, how, chosen[f"average/{by}"]) for by, how in MEAN.items()}
-        found |= {"Euclidean gradient": unit(gradient_D)}
+        ridge = damping * self.unit(self.choosing[:MADE], layer)
+        found = {NATURAL: self.natural(self.choosing, layer, ridge), EUCLID: unit(gradient_D)}
         return found | from_contrast(*ends) | at_random(gradient_D, SEEDS)
 
     def forget(self, layer: str) -> None:
         """Free what belongs to a layer."""
         self._prompts = {key: value for key, value in self._prompts.items() if key[1] != layer}
-        self._factors = {key: value for key, value in self._factors.items() if key[1] != layer}
 
 
 def swept(known: Known, case: Case, layer: str, directions: list[Tensor], points: int = POINTS) -> list[list[float]]:

@@ -9,73 +9,73 @@ from torch import Tensor
 from benchmarks.steering_concepts import Case
 from benchmarks.steering_known import POINTS_TRIED, Known, rounded, swept
 from benchmarks.steering_measure import Effect, Prompt, along, at_gain, divergence, effects, lengths_for, streams
-from benchmarks.steering_numbers import DAMPINGS, GAINS
-from benchmarks.steering_steps import MEAN, OWN_BY, Estimator, factors, natural, unit
-from fisher_vmap.natural_step import natural_step
+from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS
+from benchmarks.steering_steps import Estimator, factors, from_estimate, natural, unit
+from fisher_vmap.natural import PRODUCTS as DEFAULT
+from fisher_vmap.natural import natural_step
 
 FEW = 2  # testing prompts
-ESTIMATORS = (*(Estimator("topk", k) for k in (10, 50)), *(Estimator("full", rank) for rank in (16, 32, 64)))
+ALONE = (Estimator("topk", 10), Estimator("full", 16), Estimator("full", 64))  # estimates without products by F
+PRODUCTS = (2, 4, 8, 16, 32)
 EIGHT, BUDGETS = 8, (1.5, 3.0, 6.0)  # steps in a row; their budget: that of a single step that would gain so much
 NEW = 20  # tokens of a text
-MADE, TRIED = 10, 5  # choosing prompts on whose texts a step is made; on which the length is found
+TEXTS, TRIED = 10, 5  # choosing prompts on whose texts a step is made, testing prompts; for the length
 AT = 2.0  # nats of gain, at which texts are compared
 
 
 def measure_variants(known: Known, layer: str, damping: float) -> dict[str, Any]:
-    """Each prompt's own step: by estimator, rank and damping; and eight steps in a row with one damping."""
-    some, width = known.testing[:FEW], int(known.prompt(known.testing[0], layer).stream.shape[1])
-    by: dict[str, list[Any]] = {}
-    eight: dict[str, list[Any]] = {"one step": [], "eight steps": []}
-    for case in some:
+    """Each prompt's own step: by products and damping, from estimates alone, exact; and eight steps in a row."""
+    site, by = known.loaded.site(layer), dict[str, list[Any]]()
+    several: dict[str, list[Any]] = {"one step": [], "several steps": []}
+    for case in known.testing[:FEW]:
         prompt = known.prompt(case, layer)
-        directions = {"Euclidean gradient": unit(prompt.gradient)}
-        for how in (*ESTIMATORS, Estimator("full", width)):
-            name = "exact" if how.rank == width else str(how)
-            directions |= {f"{name}/{c:g}": known.natural([case], layer, how, c) for c in DAMPINGS}
-            if how == OWN_BY["natural, full"]:
-                one = known.factors([case], layer, how)
-                spread = {c: natural(one, [prompt.gradient], c, spread=True) for c in DAMPINGS}
-                directions |= {f"{name} and the rest/{c:g}": v for c, v in spread.items()}
-        for name, values in zip(
-            directions, swept(known, case, layer, list(directions.values()), POINTS_TRIED), strict=True
-        ):
+        directions, tr = {EUCLID: unit(prompt.gradient)}, known.unit([case], layer)
+        for products in PRODUCTS:
+            made = {c: known.natural([case], layer, c * tr, products=products) for c in DAMPINGS}
+            directions |= {f"{products} products/{c:g}": v for c, v in made.items()}
+        for how in (*ALONE, Estimator("full", len(prompt.gradient))):
+            name = "exact" if how.rank == len(prompt.gradient) else f"{how} alone"
+            (factor,) = factors(site, [prompt.ids], how)
+            directions |= {f"{name}/{c:g}": from_estimate(factor, prompt.gradient, c) for c in DAMPINGS}
+        kl_at = swept(known, case, layer, list(directions.values()), POINTS_TRIED)
+        for name, values in zip(directions, kl_at, strict=True):
             by.setdefault(name, []).append(rounded(values))
-        how = MEAN["natural, full"]
-        eight["one step"].append(by[f"{how}/{damping:g}"][-1])
-        eight["eight steps"].append(rounded(in_a_row(known, case, layer, how, damping)))
-    return {"damping": damping, "by": by, "in a row": eight}
+        several["one step"].append(by[f"{DEFAULT} products/{damping:g}"][-1])
+        several["several steps"].append(rounded(in_a_row(known, case, layer, damping)))
+    return {"damping": damping, "by": by, "in a row": several}
 
 
-def in_a_row(known: Known, case: Case, layer: str, how: Estimator, damping: float) -> list[float]:
-    """The off-target KL at `GAINS`, of natural_step with eight steps at several budgets."""
+def in_a_row(known: Known, case: Case, layer: str, damping: float) -> list[float]:
+    """The off-target KL at `GAINS`, of natural_step with several steps at some budgets."""
     site, prompt = known.loaded.site(layer), known.prompt(case, layer)
-    (factor,) = known.factors([case], layer, how)
-    direction_D = natural([factor], [prompt.gradient], damping)
-    ridge = damping * factor.trace / len(direction_D)
-    curvature = float((factor.rows @ direction_D).square().sum()) + ridge
-    slope = float(direction_D @ prompt.gradient)
+    how: dict[str, Any] = {"layer": layer, "towards": known.wanted.tolist()}
+    tr = known.unit([case], layer)
+    one = natural_step(site.model, torch.tensor(prompt.ids), kl=0.01, damping=damping * tr, **how)
+    slope = float(one.step.double() @ prompt.gradient)
     steps = [
         natural_step(
-            site.model, torch.tensor(prompt.ids), layer=layer, towards=known.wanted.tolist(), damping=ridge,
-            kl=0.5 * curvature * (gain / slope) ** 2, steps=EIGHT, estimator=how.name, rank=how.rank,
+            site.model,
+            torch.tensor(prompt.ids),
+            kl=0.01 * (gain / slope) ** 2,
+            damping=damping * tr,
+            steps=EIGHT,
+            **how,
         ).step
         for gain in BUDGETS
-    ]  # fmt: skip
+    ]
     return at_gain(effects(site, prompt, torch.stack(steps), known.wanted), GAINS)
 
 
-def measure_texts(known: Known, layer: str, chosen: dict[str, float]) -> dict[str, Any]:
+def measure_texts(known: Known, layer: str, damping: float) -> dict[str, Any]:
     """KL over the tokens that the unsteered model writes, at the length that gains two nats on the choosing half."""
     site = known.loaded.site(layer)
-    directions = known.directions(layer, chosen)
-    made = known.choosing[:MADE]
-    rows = [[*known.prompt(case, layer).ids, *written(known, case)] for case in made]
-    gradients = [known.prompt(case, layer).gradient for case in made]
-    over_text = factors(site, rows, MEAN["natural, full"], targets=NEW)
-    directions["natural, over the text"] = natural(over_text, gradients, chosen["average/natural, full"])
+    directions = known.directions(layer, damping)
+    rows = [[*known.prompt(case, layer).ids, *written(known, case)] for case in known.choosing[:TEXTS]]
+    ridge = NEW * damping * known.unit(known.choosing[:TEXTS], layer)
+    directions["natural, over the text"] = natural(site, rows, known.wanted, ridge, predict=NEW)
     lengths = lengths_at(known, layer, directions)
     found: dict[str, dict[str, list[float]]] = {name: {"kl": [], "first": [], "gain": []} for name in lengths}
-    for case in known.testing[:MADE]:
+    for case in known.testing[:TEXTS]:
         prompt = known.prompt(case, layer)
         ids = [*prompt.ids, *written(known, case)[: NEW - 1]]
         stream_TD = streams(known.loaded.model, [layer], ids)[layer]

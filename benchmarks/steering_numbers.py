@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # nats of log-odds
-DAMPINGS = (1e-2, 1e-1, 1.0, 10.0, 100.0)  # in units of tr F / D
+DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)  # in units of tr F / D
 SHOWN = (1.0, 2.0, 3.0)
 RESAMPLES = 1000
-NATURAL = "natural, full"
+NATURAL, EUCLID, MEANS, PCA = "natural", "Euclidean gradient", "difference of means", "PCA of differences"
+SETTINGS = ("average", "own")
 
 Array = NDArray[np.float64]
 
@@ -52,7 +53,7 @@ def cells(kept: dict[str, Any], models: list[str] | None = None) -> Iterator[tup
     for model, of in kept["models"].items():
         if models is None or model in models:
             for layer, found in of["layers"].items():
-                for concept, cell in found["cells"].items():
+                for concept, cell in found.items():
                     yield model, layer, concept, cell
 
 

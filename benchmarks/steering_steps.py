@@ -1,15 +1,15 @@
 """The directions that `benchmarks.steering` compares: natural steps, and what else is in use."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.steering_measure import Prompt, Site
+from benchmarks.steering_measure import Site
 from fisher_vmap import fisher_full, fisher_scores
-from fisher_vmap.natural_step import natural_step, solved
+from fisher_vmap.natural import natural_step
 
 TRACE_SAMPLES = 4  # as natural_step has
 BATCH = 10
@@ -37,8 +37,6 @@ class Estimator(NamedTuple):
         return f"{self.name} {self.rank}"
 
 
-MEAN = {"natural, full": Estimator("full", 16), "natural, top 10": Estimator("topk", 10)}  # of many prompts
-OWN_BY = {"natural, full": Estimator("full", 32), "natural, top 10": Estimator("topk", 10)}  # of one
 SEEDS = (0,)
 
 
@@ -56,11 +54,8 @@ def predicting(mask: Tensor, targets: int) -> Tensor:
     return ((places >= ends - targets) & (places < ends)).long()
 
 
-def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator, targets: int = 0) -> list[Factor]:
-    """The Fisher matrix of each prompt, by the package: of the token that follows.
-
-    With `targets` it is the sum over its last so many tokens, at the positions that predict them.
-    """
+def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator) -> list[Factor]:
+    """The Fisher matrix of each prompt, estimated by the package."""
     found: list[Factor] = []
     for start in range(0, len(rows), BATCH):
         ids, mask = padded(rows[start : start + BATCH])
@@ -70,7 +65,7 @@ def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator, targets: 
             continue
         full = fisher_full(
             site.model, ids, mask, layers=site.layer, rank=how.rank, oversampling=0, top_k=1,
-            trace_samples=TRACE_SAMPLES, targets=predicting(mask, targets) if targets else "last",
+            trace_samples=TRACE_SAMPLES,
         )  # fmt: skip
         rest_BSD = full.remainder[site.layer].double()
         for b, A_nD in enumerate(full.factors[site.layer]):
@@ -79,22 +74,36 @@ def factors(site: Site, rows: Sequence[Sequence[int]], how: Estimator, targets: 
     return found
 
 
-def natural(known: Sequence[Factor], gradients: Sequence[Tensor], damping: float, spread: bool = False) -> Tensor:
-    """[D], length 1: (F + lambda I)^-1 g of the mean F and g, with lambda = damping * tr F / D.
+def mean_eigenvalues(site: Site, rows: Sequence[Sequence[int]]) -> list[float]:
+    """The mean eigenvalue tr F / D of each prompt, as natural_step finds it: of ten tokens, and random vectors."""
+    ids, mask = padded(rows)
+    found = fisher_scores(site.model, ids, mask, layers=site.layer, top_k=10, trace_samples=TRACE_SAMPLES)
+    A_BnD, random_BSD = found.factor(site.layer).double(), found.remainder[site.layer].double()
+    traces = A_BnD.square().sum((1, 2)) + random_BSD.square().sum((1, 2)) / TRACE_SAMPLES
+    return [float(trace) / A_BnD.shape[2] for trace in traces]
 
-    With `spread` the trace that the factors lack is taken to be the same along all directions that they lack.
+
+def natural(site: Site, rows: Sequence[Sequence[int]], wanted: Tensor, ridge: float, **how: Any) -> Tensor:
+    """[D], length 1: the natural step for the mean of prompts, by the package; ridge is lambda.
+
+    With `predict` F is the sum over so many last tokens of each row, and the gradient that of the first of them.
     """
-    g_D = torch.stack(list(gradients)).mean(0)
-    A_nD = torch.cat([one.rows for one in known]) / len(known) ** 0.5
-    trace = sum(one.trace for one in known) / len(known)
-    y_D = solved(A_nD, g_D, ridge := damping * trace / len(g_D))
-    if spread:
-        _, S_r, V_rD = torch.linalg.svd(A_nD, full_matrices=False)
-        seen_rD = V_rD[S_r > 1e-6 * S_r[0]]
-        outside_D = y_D - (seen_rD @ y_D) @ seen_rD
-        rest = sum(one.rest for one in known) / len(known) / max(1, len(g_D) - len(seen_rD))
-        y_D = y_D + outside_D * (ridge / (ridge + rest) - 1)
-    return unit(y_D)
+    ids, mask = padded(rows)
+    if targets := how.pop("predict", 0):
+        how |= {"targets": predicting(mask, targets), "at": "first"}
+    found = natural_step(
+        site.model, ids, attention_mask=mask, layer=site.layer, towards=wanted.tolist(), damping=ridge, **how
+    )
+    return unit(found.step.double())
+
+
+def from_estimate(factor: Factor, gradient_D: Tensor, damping: float) -> Tensor:
+    """[D], length 1: (A^T A + lambda I)^-1 g, of an estimate alone; lambda = damping * tr F / D."""
+    ridge = damping * factor.trace / len(gradient_D)
+    _, S_r, V_rD = torch.linalg.svd(factor.rows, full_matrices=False)
+    along_r = V_rD @ gradient_D
+    inside_D = (along_r / (S_r.square() + ridge)) @ V_rD
+    return unit(inside_D + (gradient_D - along_r @ V_rD) / ridge)
 
 
 def unit(v_D: Tensor) -> Tensor:
@@ -123,17 +132,3 @@ def at_random(gradient_D: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
         v_D = torch.tensor(np.random.default_rng(seed).standard_normal(len(gradient_D)))
         found[f"random {seed}"] = unit(v_D) * torch.sign(v_D @ gradient_D)
     return found
-
-
-def check(site: Site, prompts: Sequence[Prompt], how: Estimator, damping: float, wanted: Tensor) -> None:
-    """What is put together here is the package's own natural step: raises AssertionError if it is not."""
-    known = factors(site, [prompt.ids for prompt in prompts], how)
-    expected = natural(known, [prompt.gradient for prompt in prompts], damping)
-    ids, mask = padded([prompt.ids for prompt in prompts])
-    ridge = damping * sum(one.trace for one in known) / len(known) / len(expected)
-    found = natural_step(
-        site.model, ids, attention_mask=mask, layer=site.layer, towards=wanted.tolist(), damping=ridge,
-        estimator=how.name, rank=how.rank,
-    )  # fmt: skip
-    cosine = float(unit(found.step.double()) @ expected)
-    assert cosine > 0.9999, f"{site.layer}: a natural step by its parts and natural_step differ, cosine {cosine}"

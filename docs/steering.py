@@ -33,7 +33,7 @@ def measure():
     with tempfile.TemporaryDirectory() as folder:
         assert run_demo(["--output_dir", folder, "--num_prompts", "all"]) == 0
         results = open_results(folder)
-        record, mean, mean_norm = most_torn(results), results.directions(1), results.residual_norm()
+        record, mean = most_torn(results), results.directions(1)
     loaded = load_model(str(demo_model()), dtype="float32")
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = torch.tensor(Renderer(tokenizer).render(record.text).ids)
@@ -55,8 +55,8 @@ def measure():
     with torch.no_grad():
         norms = model(input_ids=ids[None], output_hidden_states=True).hidden_states[16][0].norm(dim=-1)
     found = {
-        "prompt": record.text, "layer": LAYER, "residual_norm": record.residual_norm, "mean_norm": mean_norm,
-        "first_norm": float(norms[0]), "median_norm": float(norms.median()), "mass": record.mass,
+        "prompt": record.text, "layer": LAYER, "mean_norm": float(norms.mean()),
+        "first_norm": float(norms[0]), "median_norm": float(norms.quantile(0.5)), "mass": record.mass,
         "average": record.trace / len(record.V[0]), "lengths": LENGTHS,
         "predicted": {}, "measured": {}, "next": {}, "text": {},
         "plain": {"next": next_tokens(random, 0.0), "text": text(random, 0.0)},
@@ -90,7 +90,7 @@ def page(found):
     """The page's text, from the measured numbers."""
 
     def share(length):
-        return f"{length / found['residual_norm']:.2%}"
+        return f"{length / found['median_norm']:.2%}"
 
     lines = ["| length | of the norm | " + " | ".join(f"{NAMES[name]}: predicted | measured" for name in NAMES) + " |"]
     lines.append("| --- | --- |" + " --- | --- |" * len(NAMES))
@@ -179,9 +179,9 @@ tokens, {mass:.0%} of the probability, so the effect of a step on the other toke
 random direction. At the largest step the quadratic form overstates the prompt's own direction {large:.1f}-fold: once
 the distribution has tipped over, the KL divergence grows more slowly than the square of the length.
 
-A note on lengths: the mean norm of the residual stream over this prompt's positions is {residual_norm:.0f}, but its
-median is {median_norm:.0f}, because the first position alone has {first_norm:,.0f}. Where one position is that large,
-choose lengths by the KL divergence that F predicts, a step of sqrt(2 KL / S), rather than by the norm.
+A note on lengths: "of the norm" is of the median norm of the residual stream over this prompt's positions,
+{median_norm:.0f}, which is what `record.residual_norm` gives. Their mean is {mean_norm:.0f}, because the first position
+alone has {first_norm:,.0f}. A step of sqrt(2 KL / S), by the KL divergence that F predicts, goes by no norm at all.
 
 ## Next tokens
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fisher_vmap.linearize.network import LinearizedNetwork as LinearizedNetwork
     from fisher_vmap.linearize.scores import Scores as Scores
     from fisher_vmap.load.model import load_model as load_model
-    from fisher_vmap.natural_step import NaturalStep as NaturalStep
-    from fisher_vmap.natural_step import natural_step as natural_step
+    from fisher_vmap.natural import NaturalStep as NaturalStep
+    from fisher_vmap.natural import natural_step as natural_step
     from fisher_vmap.results.reader import Results as Results
     from fisher_vmap.results.reader import open_results as open_results
     from fisher_vmap.steering import Step as Step
@@ -41,7 +41,7 @@ _HOMES = {
     "FisherModel": "fisher_model",
     "LinearizedNetwork": "linearize.network",
     "LowRank": "decomposition",
-    "NaturalStep": "natural_step",
+    "NaturalStep": "natural",
     "Results": "results.reader",
     "Scores": "linearize.scores",
     "Step": "steering",
@@ -52,7 +52,7 @@ _HOMES = {
     "fisher_scores": "fisher",
     "load_model": "load.model",
     "measured_kl": "verify.kl",
-    "natural_step": "natural_step",
+    "natural_step": "natural",
     "open_results": "results.reader",
     "steer": "steering",
 }

@@ -311,7 +311,7 @@ def path_argument(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def add_quiet(parser: argparse.ArgumentParser) -> None:
+def add_quiet(parser: argparse._ActionsContainer) -> None:
     """Add --quiet, which `Parser.read` carries out."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no progress lines")
 
@@ -347,6 +347,7 @@ COMMANDS = {
     "report": ("fisher_vmap.report.__main__", "write a page and images to look at a results folder"),
     "verify": ("fisher_vmap.verify.__main__", "check a results folder"),
     "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),
+    "steer-to": ("fisher_vmap.steer_to", "find the step that gains tokens most for a given KL divergence"),
     "info": ("fisher_vmap.info", "show what a results folder holds"),
     "demo": ("fisher_vmap.demo", "run the main job on a small model and the prompts shipped with the package"),
 }
@@ -366,10 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(VERSION)
         return 0
     name, *rest = arguments
-    if name not in COMMANDS:
+    if (found := COMMANDS.get(name) or COMMANDS.get(name.replace("_", "-"))) is None:
         raise UserError(_no_command(name, arguments))
-    code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
-    return code
+    return int(importlib.import_module(found[0]).main(rest))
 
 
 DATA_ENDINGS = ("jsonl", "json", "csv", "tsv", "parquet", "txt", "jsonl.gz")  # the commonest
@@ -387,7 +387,7 @@ def _no_command(name: str, arguments: Sequence[str]) -> str:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:8} {what}" for name, (_module, what) in COMMANDS.items()]
+    lines = [f"  {name:9} {what}" for name, (_module, what) in COMMANDS.items()]
     return (
         "usage: fisher-vmap COMMAND ...\n\n"
         + "\n".join(lines)

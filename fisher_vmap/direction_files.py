@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -60,15 +60,10 @@ def save_control_vector(path: str | os.PathLike[str], vectors: Mapping[str, Arra
         UserError: a module that is not a block, block 0, numbers that are not finite, the package `gguf` is missing,
             or the file cannot be written.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("control vectors need the package gguf: pip install 'fisher_vmap[gguf]'")
+    check_control_vector(vectors)
     from gguf import GGUFWriter
 
     numbered = {_block_number(name): _finite(name, vector) for name, vector in vectors.items()}
-    if first := [name for name in vectors if _block_number(name) == 0]:
-        raise UserError(
-            f"{first[0]} is block 0, which llama.cpp cannot steer; take a higher layer, or a .safetensors file"
-        )
     if bad := [vector.shape for vector in numbered.values() if vector.ndim != 1]:
         raise UserError(f"a control vector has one direction a layer, [D]; this one has the shape {bad[0]}")
     with _in_place_of(path) as temporary:
@@ -81,6 +76,17 @@ def save_control_vector(path: str | os.PathLike[str], vectors: Mapping[str, Arra
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def check_control_vector(layers: Iterable[str]) -> None:
+    """Raise UserError, as `save_control_vector` does, unless these layers can stand in a control vector."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("control vectors need the package gguf: pip install 'fisher_vmap[gguf]'")
+    numbered = {name: _block_number(name) for name in layers}
+    if first := [name for name, number in numbered.items() if number == 0]:
+        raise UserError(
+            f"{first[0]} is block 0, which llama.cpp cannot steer; take a higher layer, or a .safetensors file"
+        )
 
 
 def _block_number(name: str) -> int:

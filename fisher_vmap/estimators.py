@@ -10,8 +10,9 @@ With F = L^T L, L = C^(1/2) J, this is L^T P L for the orthogonal projection P o
 never exceeds F, and rounding errors of the push enter only to second order. With as many vectors as h is wide, no
 search is needed: with Z = 1 the formula is F itself, by one pullback of C^(1/2).
 
-With several targets U is a random sketch of the root of C, each vector at all targets at once, so that the number of
-vectors does not depend on that of the targets. With as many vectors as theta is wide, the result is F itself.
+With several targets U is a random sketch of C, each vector at all targets at once, so that the number of vectors does
+not depend on that of the targets; a few more than are wanted, of whose pulled range Q is the leading part. With as many
+vectors as theta is wide, the result is F itself.
 """
 
 from collections.abc import Sequence
@@ -33,9 +34,10 @@ from fisher_vmap.linearize.output import (
     Probes,
     distribution,
     drawn_tokens,
+    leading_range,
     leading_vectors,
     orthonormal,
-    random_root,
+    random_sketch,
 )
 from fisher_vmap.linearize.scores import Scores, join_prompts
 from fisher_vmap.model.targets import (
@@ -51,6 +53,7 @@ from fisher_vmap.model.validation import check_whole, in_float64
 
 TRACE_SAMPLES = 4  # random vectors for estimator full, a twelfth of its cost
 SCORE_SAMPLES = 64  # drawn scores of estimator sampled
+SKETCHED = 8  # of several targets: vectors of the sketch beyond those that are pushed
 START_ITERATIONS = 1  # iterations of the subspace iteration for C's leading eigenvectors
 
 
@@ -69,7 +72,7 @@ class Estimate(NamedTuple):
         remainder: for each layer, [B, S, D]: random vectors r with E[r r^T] = the Fisher matrix of the whole vocabulary
             minus A^T A.
         position_energy: for each layer, [B, T] in the caller's columns: the trace of each position's own A^T A.
-        residual_norm: for each layer, [B]: the mean norm of its output over the prompt's tokens.
+        residual_norm: for each layer, [B]: the median norm of its output over the prompt's tokens.
         targets: columns, log p of the token that follows, and entropy, [B, m] each.
         target_trace: for each layer, [B, m]: the part of the trace that each target adds; of `full` and `sampled` in
             the span of the vectors that were pushed. Zero where it pads.
@@ -291,16 +294,18 @@ def _full_of(net: LinearMap, vectors: int, seeds: Sequence[int], passes: int, to
         at = _At(net, distribution(net.head, net.rows, Asked(top_k, probes=probes)), grid)
         if exact:
             return _exact_of(at, samples)
-        start_MmX = (
-            leading_vectors(at.c, vectors, START_ITERATIONS) if one_target else random_root(at.c, vectors, seeds)
-        )
-        random_MSX = at.c.reading.random.transpose(0, 1)
-        first = net.pull(torch.cat([start_MmX, random_MSX.to(start_MmX)], 1))
+        if one_target:
+            start_MnX = leading_vectors(at.c, vectors, START_ITERATIONS)
+        else:
+            start_MnX = random_sketch(at.c, vectors + SKETCHED, seeds)
+        random_MSX, n = at.c.reading.random.transpose(0, 1), start_MnX.shape[1]
+        first = net.pull(torch.cat([start_MnX, random_MSX.to(start_MnX)], 1))
         found = []
         for layer in net.layers:
-            pulled, random_BSD = first[layer].gradients[:, :vectors], first[layer].gradients[:, vectors:]
+            pulled, random_BSD = first[layer].gradients[:, :n], first[layer].gradients[:, n:]
             for _ in range(passes):
-                z_MmX, cz_MmX, trace_M = _whitened(at, net.push(orthonormal(pulled).to(pulled), layer))
+                basis = orthonormal(pulled) if pulled.shape[1] == vectors else leading_range(pulled, vectors)
+                z_MmX, cz_MmX, trace_M = _whitened(at, net.push(basis.to(pulled), layer))
                 last = net.pull(cz_MmX, [layer])[layer]
                 pulled = last.gradients
             remainder_BSD = random_BSD - at.by_prompt(random_MSX.to(z_MmX) @ z_MmX.mT) @ pulled

@@ -96,10 +96,13 @@ def token_ids(tokens: Any, tokenizer: Any) -> Tensor | None:
 
 
 def divergence(log_p_MV: Tensor, log_q_MV: Tensor) -> Tensor:
-    """KL(p || q) of each row, [M] nats, as sum p (e^d - 1 - d) with d = log q - log p: no term is negative."""
+    """KL(p || q) of each row, [..., M] nats, from log p [M, V] and log q [..., M, V].
+
+    It is summed as sum p (e^d - 1 - d) with d = log q - log p: no term is negative, so that small values do not cancel.
+    """
     change_MV = log_q_MV - log_p_MV
     terms_MV = log_p_MV.exp() * (torch.expm1(change_MV) - change_MV)
-    return torch.where(log_p_MV > -torch.inf, terms_MV, 0).sum(1)
+    return torch.where(log_p_MV > -torch.inf, terms_MV, 0).sum(-1)  # a banned token stays banned
 
 
 def without(log_p_MV: Tensor, tokens: Tensor) -> Tensor:

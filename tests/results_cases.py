@@ -1,11 +1,12 @@
 """Small results folders for the tests: random factors, decomposed densely, written through the public writer."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 
-from fisher_vmap.results.index import ShardLayout
+from fisher_vmap.results.index import INDEX_NAME, ShardLayout
 from fisher_vmap.results.record import LayerResult, PromptResult
 from fisher_vmap.results.writer import ResultsWriter
 
@@ -14,8 +15,8 @@ SETTINGS = {**FINGERPRINT, "output_dir": Path("somewhere")}
 RESOLVED = {"kernel": {"blocks.0": {"form": "layerwise", "why": "the chain is whole"}}, "max_batch_tokens": 512}
 
 
-def make_layout(widths=None, top_k=4, rank=3, **options):
-    return ShardLayout(widths=widths or {"blocks.0": 7}, top_k=top_k, rank=rank, **options)
+def make_layout(widths=None, top_k=4, rank=3, median_norm=True, **options):
+    return ShardLayout(widths=widths or {"blocks.0": 7}, top_k=top_k, rank=rank, median_norm=median_norm, **options)
 
 
 def factor(index, layer_number, K, D, seed=0):
@@ -82,6 +83,17 @@ def write_folder(
     if finish:
         writer.finish(settings=settings or SETTINGS, save=save, export_npz=export_npz)
     return [shard.number for shard in missing]
+
+
+def without_fields(folder, *names):
+    """Take fields of the layout out of a folder's index.json, as a package wrote it that did not know them."""
+    path = Path(folder) / INDEX_NAME
+    values = json.loads(path.read_text())
+    for name in names:
+        del values["layout"][name]
+    text = json.dumps({**values, "checksum": "0" * 64}, indent=1)
+    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+    return values
 
 
 def digests(folder):

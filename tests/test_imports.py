@@ -169,6 +169,8 @@ def test_the_house_stays_small_enough_to_hold_in_the_head():
     # results/, setting_types, fingerprint and plan_folder of run/, escape, direction_files and __main__.
     # And those of targets: targets and rope_scaling of model/, sequences, answers and literal_text of data/, targets of
     # results/ and of report/, completions, full_matrix, fisher_record and kl_report.
-    assert len(list(PACKAGE.rglob("*.py"))) <= 128
+    # And those of natural steps: natural, objective, points, and steps of model/, the hook that knows positions; of
+    # their command steer_to, its flags, and what it prints, before_after.
+    assert len(list(PACKAGE.rglob("*.py"))) <= 135
     assert {name: n for name, n in lines.items() if n > 400} == {}
     assert {name for name, n in lines.items() if n < 30} <= {"errors", "report.__main__"}

@@ -169,9 +169,9 @@ def by_columns(model, ids, step, columns, attention_mask=None):
 def written(model, ids, mask, step, columns_of, new):
     """[B, T + new]: the likeliest tokens, each from the whole sequence again with a step at some of its columns."""
     for _ in range(new):
-        position = (mask.cumsum(1) - 1).clamp(min=0)
+        position, at = (mask.cumsum(1) - 1).clamp(min=0), columns_of(ids.shape[1])
         hook = decoder_blocks(model)[block("llama", 1)].register_forward_hook(
-            lambda _m, _i, out, at=columns_of(ids.shape[1]): with_output(out, output_of(out) + at[..., None] * step)
+            lambda _m, _i, out, at=at: with_output(out, output_of(out) + at[..., None] * step)
         )
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
@@ -261,7 +261,7 @@ def test_scores_of_a_model_that_is_steered_at_some_positions(positions):
     with steer(model, 1, V, 3.0, residual_norm=1.0, positions=positions):
         found = fisher_scores(model, ids, layers=2, top_k=5, audit="always")
     torch.testing.assert_close(found.log_probs[0], expected.topk(5).values)
-    assert relative(found.factor().mT[0] @ found.factor()[0], by_hand.fisher) < 1e-8
+    assert relative(found.factor().mT[0] @ found.factor()[0], by_hand.fisher) < 1e-6  # its norms are float32
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ def settings_text() -> str:
 
 
 def commands_text() -> str:
-    """What each command's --help says, but for the settings among the flags of `run`."""
+    """What each command's --help says, but for the settings among the flags."""
     lines = []
     for name, (module, what) in COMMANDS.items():
         text = help_of(module)
-        if name == "run":
+        if name in ("run", "steer-to"):
             text = "\n".join(without_settings(text))
         text = text.replace(f"python -m {module.removesuffix('.command')}", f"fisher-vmap {name}")
         text = "\n".join(wrapped(text))
@@ -57,8 +57,8 @@ def without_settings(text: str) -> Iterator[str]:
     """The lines of a help text that are not of a flag that is a setting."""
     shown = True
     for line in text.splitlines():
-        if flag := re.match(r"  (?:-h, )?--(\w+)", line):
-            shown = flag[1] not in Settings.model_fields
+        if flag := re.match(r"  (?:-h, )?--(\w+)(?: (\[?VALUE)?)?", line):
+            shown = flag[1] not in Settings.model_fields or flag[2] is None
         elif not line.startswith("   "):
             shown = True
         if shown:

@@ -56,7 +56,7 @@ class Found:
         log_probs: [B, K].
         token_ids: [B, K] int64; negative entries are not single tokens.
         gradients: for each layer, [B, K, D].
-        norms: for each layer, [B], the mean norm of its output.
+        norms: for each layer, [B], the median norm of its output over the prompt's tokens.
         likeliest: whether the tokens should be the K likeliest.
     """
 

@@ -93,7 +93,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def distance_at(layer: str, scores_KD: Tensor, norm: Tensor, plain: Plain) -> float:
-    """The larger of two distances from plain autograd: of the scores, and of the mean norm of the layer's output."""
+    """The larger of two distances from plain autograd: of the scores, and of the norm of the layer's output."""
     expected = plain.norms[layer]
     return max(relative(scores_KD, plain.scores[layer]), abs(float(norm) - expected) / max(abs(expected), TINY))
 

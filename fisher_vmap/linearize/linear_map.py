@@ -26,7 +26,7 @@ from fisher_vmap.kernels.quantized import quantized_pullbacks
 from fisher_vmap.linearize.block import Arrived
 from fisher_vmap.linearize.model_info import Parts
 from fisher_vmap.model.head import Head
-from fisher_vmap.model.layout import Layout
+from fisher_vmap.model.layout import Layout, on_device
 from fisher_vmap.model.offload import placed, weights_ready
 from fisher_vmap.model.patches import OldFunction, autocast_off, experts_apart, modernised, one_at_a_time, own_forwards
 from fisher_vmap.model.precision import choose_precision
@@ -38,6 +38,7 @@ from fisher_vmap.model.widening import in_float32
 log = logging.getLogger(__name__)
 
 _INSIDE: ContextVar[frozenset[tuple[str, int]]] = ContextVar("inside", default=frozenset())
+_MEAN_NORMS: ContextVar[bool] = ContextVar("mean_norms", default=False)
 
 KERNELS = ("auto", "layerwise", "whole", "loop")
 AUDITS = ("auto", "always", "off")
@@ -184,7 +185,7 @@ class LinearMap(ABC):
         rows: [M, X], h at the targets, or the logits there.
         dtype: the format of the vectors that are pulled and pushed.
         head: the function of the rows.
-        residual_norm: for each layer, [B], the mean norm of its output over the prompt's tokens.
+        residual_norm: for each layer, [B], the median norm of its output over the prompt's tokens.
         widths: D of each layer.
     """
 
@@ -367,9 +368,31 @@ def energy_of_one(
     return energy_N if mask_N is None else energy_N * mask_N.to(device, wide)
 
 
+@contextmanager
+def mean_norms(wanted: bool = True) -> Iterator[None]:
+    """Within the context `residual_norm` is the mean over a prompt's tokens, as older results folders have it."""
+    token = _MEAN_NORMS.set(wanted)
+    try:
+        yield
+    finally:
+        _MEAN_NORMS.reset(token)
+
+
 def residual_norm(hidden: Tensor, layout: Layout) -> Tensor:
-    """The mean norm of a residual stream, [b, T, D] or [b, T, S, D], over each prompt's tokens, [B]."""
+    """The median norm of a residual stream, [b, T, D] or [b, T, S, D], over each prompt's tokens, [B].
+
+    float32 or wider. Of an even number of tokens it is the mean of the two middle norms; NaN where a token has NaN.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
     length_N = length_N.view(len(length_N), -1).mean(1)  # the mean over S streams
-    return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)
+    if _MEAN_NORMS.get():
+        return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)
+    first_B1, count_B1 = (torch.tensor(x, device="cpu")[:, None] for x in (layout.first_row, layout.lengths))
+    column_T = torch.arange(max(layout.lengths), device="cpu")
+    row_BT = torch.where(column_T < count_B1, first_B1 + column_T, len(length_N))  # beyond a prompt: the row of inf
+    length_N = torch.cat([length_N, length_N.new_full((1,), torch.inf)])
+    length_BT = length_N[on_device(row_BT, length_N.device)]
+    middle_B2 = on_device(torch.cat([(count_B1 - 1) // 2, count_B1 // 2], 1), length_N.device)
+    median_B = length_BT.sort(1).values.gather(1, middle_B2).mean(1)
+    return median_B.masked_fill(length_BT.isnan().any(1), torch.nan).to(layout.device)

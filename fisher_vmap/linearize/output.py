@@ -299,10 +299,11 @@ def leading_vectors(c: Distribution, count: int, iterations: int) -> Tensor:
     return u_BmX
 
 
-def random_root(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
+def random_sketch(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
     """Random vectors x at each row of a distribution, [M, count, X], independent of those at the others.
 
-    They are signs over the likeliest tokens, x = sum_v +-sqrt(p_v) a_v, so that E[x x^T] is these tokens' part of C.
+    They are signs over the likeliest tokens, x = sum_v +-p_v a_v. With sqrt(p_v) in place of p_v, E[x x^T] would be
+    these tokens' part of C; p_v lets the likeliest count more, as a step of the power method would.
 
     Args:
         c: the distribution at M rows.
@@ -311,9 +312,9 @@ def random_root(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
     """
     n = min(c.probs.shape[1], START_TOKENS * count)
     token_ids_Mn = likeliest(c.probs, n)
-    root_Mn = c.probs.gather(1, token_ids_Mn).sqrt()
+    weight_Mn = c.probs.gather(1, token_ids_Mn)
     signs_Mmn = torch.stack([_signs((count, n), seed) for seed in seeds])
-    return c.sketch(token_ids_Mn, signs_Mmn.to(root_Mn) * root_Mn[:, None])
+    return c.sketch(token_ids_Mn, signs_Mmn.to(weight_Mn) * weight_Mn[:, None])
 
 
 def drawn_tokens(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
@@ -323,6 +324,14 @@ def drawn_tokens(c: Distribution, count: int, seeds: Sequence[int]) -> Tensor:
         for p_V, seed in zip(c.probs, seeds, strict=True)
     ]
     return torch.stack(drawn).to(c.probs.device)
+
+
+def leading_range(rows_BmX: Tensor, count: int) -> Tensor:
+    """The leading right singular vectors of each prompt's rows, as rows, [B, count, X] float64; NaN of NaN."""
+    wide = in_float64(rows_BmX)
+    finite_B11 = wide.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+    basis: Tensor = torch.linalg.svd(torch.where(finite_B11, wide, 0), full_matrices=False).Vh[:, :count]
+    return torch.where(finite_B11, basis, torch.nan)
 
 
 def orthonormal(rows_BmX: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Plain(NamedTuple):
     Attributes:
         log_probs: log p of every token, [V].
         scores: for each layer, the scores of K tokens, [K, D].
-        norms: for each layer, the mean norm of its output over the prompt's tokens.
+        norms: for each layer, the median norm of its output over the prompt's tokens.
     """
 
     log_probs: Tensor

@@ -110,7 +110,7 @@ class Scores(NamedTuple):
         token_ids: [B, K] int64.
         gradients: for each hooked layer, [B, K, D].
         position_energy: for each hooked layer, [B, T] in the caller's columns: sum_t p_t |g_t at this position|^2.
-        residual_norm: for each hooked layer, [B]: the mean norm of its output over the prompt's tokens.
+        residual_norm: for each hooked layer, [B]: the median norm of its output over the prompt's tokens.
         remainder: for each hooked layer, [B, S, D]: S random vectors r, as many as were asked for, with E[r r^T] = the
             Fisher matrix of the whole vocabulary minus that of the K tokens.
         targets: the positions whose next-token distribution was read: columns, log p of the next token and entropy.

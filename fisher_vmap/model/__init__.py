@@ -6,7 +6,9 @@ targets       the positions whose next-token distribution is read
 groups        packed prompts that attend together
 rope_scaling  rotary frequencies that depend on the batch
 head          the head in float32: final norm, unembedding, function of each logit
+steps         the hook of a step: a vector added at chosen positions of a module's output
 recording     a forward that records the calls of the decoder blocks, and replays of them
+steps         the hook of a step: which rows of an output it is added to
 offload       weights on several devices, or offloaded by accelerate
 widening      a model with narrow weights computed in float32
 precision     which precision is faster on this processor

@@ -274,7 +274,7 @@ function directionParts(detail, own) {
     `${i + 1} · ${percent(value / own.trace)}`));
   const step = Math.sqrt(0.02 / own.S[r]);
   const said = [make("div", { class: "directions" }, ...buttons), make("p", { class: "say" },
-    `Direction ${r + 1} holds ${percent(own.S[r] / own.trace)} of the trace. A step of length ${number(step)}, ${number(100 * step / own.norm)}% of the residual stream's mean norm, `
+    `Direction ${r + 1} holds ${percent(own.S[r] / own.trace)} of the trace. A step of length ${number(step)}, ${number(100 * step / own.norm)}% of the residual stream's ${DATA.average} norm, `
     + "costs a KL divergence of 0.01 nats by F. Bars: change of log p, in nats, for a step of length 1; the sign of a direction is arbitrary.")];
   if (detail.targets) return [...said, ...pairParts(detail, own, r)];
   const trades = own.trades[r], order = trades.map((x, t) => [x, t]).sort((a, b) => b[0] - a[0]);

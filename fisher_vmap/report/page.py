@@ -89,6 +89,7 @@ def page_data(survey: Survey) -> dict[str, Any]:
         ],
         "outcome": "next tokens" if of_targets is None else "completion" if of_targets.completions else "tokens traded",
         "written": bool(of_targets and of_targets.completions),
+        "average": "median" if layout.median_norm else "mean",
         "shade": shade_of(rows.mass, of_targets).title,
         "rows": {
             "index": rows.index[listed].tolist(),

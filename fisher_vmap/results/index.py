@@ -38,7 +38,7 @@ TABLE_COLUMNS = (
 )
 
 # Fields of `ShardLayout` that folders made before do not have; where they say "not there", the mark leaves them out.
-_LATER = ("pairs", "attribution")
+_LATER = ("pairs", "attribution", "median_norm")
 
 _ENTRY_NAME = re.compile(r"shard-(\d{5,})\.json")
 _NO_CHECKSUM = "0" * 64
@@ -88,9 +88,11 @@ class ShardLayout(Stored):
     store_text: bool = True
     keep_columns: tuple[str, ...] = ()
     means_only: bool = False
+    """Whether shards lose their arrays once they are in the sum, so that only the table and the mean remain."""
     attribution: bool = False
     """Whether the table has "<layer>/attribution", a number a position; folders made before have it in shards alone."""
-    """Whether shards lose their arrays once they are in the sum, so that only the table and the mean remain."""
+    median_norm: bool = False
+    """Whether `residual_norm` is the median over a prompt's tokens; in folders made before it is the mean."""
 
     @property
     def outcomes(self) -> int:

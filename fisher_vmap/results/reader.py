@@ -320,7 +320,7 @@ class Results:
                     yield stack.S[part], stack.V[part]
 
     def residual_norm(self, layer: Layer | None = None, where: Where = None) -> float:
-        """The mean over prompts of the residual stream's mean norm at a layer; NaN without prompts.
+        """The mean over prompts of their `residual_norm` at a layer; NaN without prompts.
 
         Args:
             layer: its name or number, as for `at`; by default this view's layer.

@@ -88,7 +88,7 @@ class LayerResult(NamedTuple):
     Q: FloatArray
     """[K, R] how much of which token each direction carries."""
     residual_norm: float
-    """Mean norm of the residual stream over the prompt's real positions."""
+    """Median norm of the residual stream over the prompt's real positions; of several completions, their mean."""
     position_energy: FloatArray
     """[T] sum over tokens of p_t |g_t at that position|^2, for the prompt's T real positions."""
     trace: float
@@ -161,7 +161,7 @@ class PromptRecord:
     Q: Float32
     """[K, R] how much of which token each direction carries. Q diag(sqrt S) V has the rows sqrt(p_t) g_t."""
     residual_norm: float
-    """Mean norm of the residual stream over the prompt's positions."""
+    """Median norm of the residual stream over the prompt's positions; the mean in a folder that was begun with it."""
     position_energy: Float32
     """[T] sum over tokens of p_t |g_t at that position|^2."""
     token_ids: NDArray[np.int64]

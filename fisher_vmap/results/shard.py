@@ -10,8 +10,9 @@ Columns of every prompt: prompt_index, source_row, text, the kept columns, statu
 in how the prompt was computed, and why), tokens, truncated, mass (the total probability of the K tokens),
 top_probability (that of the likeliest one), top_tokens and prompt_tokens (as text).
 
-Columns of every layer, named "<layer>/...": trace, trace_norm2 (trace x residual_norm^2, comparable between layers),
-effective_rank, and share_kept (sum of S / trace). If the whole vocabulary's matrix was estimated: trace_full,
+Columns of every layer, named "<layer>/...": trace, trace_norm2 (trace x residual_norm^2, comparable between layers,
+residual_norm the median over the prompt's tokens, or the mean where the folder was begun with it), effective_rank, and
+share_kept (sum of S / trace). If the whole vocabulary's matrix was estimated: trace_full,
 trace_full_error (its standard error), share_full (sum of S / trace_full) and relative_error (of the stored matrix, in
 the Frobenius norm). Where the prompts' own matrices are kept, attribution: a number a position, the shard's
 position_energy (with `save: mean` these lists would be most of what is left on the disk, and are left out).
@@ -138,9 +139,14 @@ def _texts(values: list[list[str] | None]) -> pa.Array:
 
 Arrays = dict[str, NDArray[Any]]
 
-LAYER_TENSORS = ("S", "V", "Q", "residual_norm", "position_energy")
+LAYER_TENSORS = ("S", "V", "Q", "residual_norm", "position_energy")  # fields of a `LayerResult`
 TOKEN_TENSORS = ("token_ids", "log_probs")
 SAFETENSORS_DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
+
+
+def tensor_name(layer: str, field: str, layout: ShardLayout) -> str:
+    """The name of the tensor that holds one of `LAYER_TENSORS`: that of a norm says that it is the median."""
+    return f"{layer}/{field}{'_median' if field == 'residual_norm' and layout.median_norm else ''}"
 
 
 class TensorSpec(NamedTuple):
@@ -205,7 +211,7 @@ def tensor_specs(layout: ShardLayout, n: int, positions: int) -> dict[str, Tenso
         specs[f"{layer}/S"] = TensorSpec("float32", (n, R))
         specs[f"{layer}/V"] = TensorSpec(layout.vectors_dtype, (n, R, D))
         specs[f"{layer}/Q"] = TensorSpec("float32", (n, K, R))
-        specs[f"{layer}/residual_norm"] = TensorSpec("float32", (n,))
+        specs[tensor_name(layer, "residual_norm", layout)] = TensorSpec("float32", (n,))
         specs[f"{layer}/position_energy"] = TensorSpec("float32", (positions,))
     return specs
 
@@ -302,7 +308,7 @@ def _stacked(results: Sequence[PromptResult], layout: ShardLayout) -> tuple[dict
         for layer in layout.layers:
             for name in LAYER_TENSORS:
                 where = slice(offsets[row], offsets[row + 1]) if name == "position_energy" else row
-                _put(arrays, f"{layer}/{name}", where, getattr(result.layers[layer], name), result)
+                _put(arrays, tensor_name(layer, name, layout), where, getattr(result.layers[layer], name), result)
     return specs, arrays
 
 
@@ -334,7 +340,7 @@ def _checksums(arrays: Arrays, layout: ShardLayout, n: int) -> dict[str, list[in
     offsets = arrays["position_offsets"]
     sums = {"crc32": [row_checksum([arrays[name][row] for name in TOKEN_TENSORS]) for row in range(n)]}
     for layer in layout.layers:
-        S, V, Q, norm, energy = (arrays[f"{layer}/{name}"] for name in LAYER_TENSORS)
+        S, V, Q, norm, energy = (arrays[tensor_name(layer, name, layout)] for name in LAYER_TENSORS)
         sums[f"{layer}/crc32"] = [
             row_checksum([S[row], V[row], Q[row], norm[row], energy[offsets[row] : offsets[row + 1]]])
             for row in range(n)

@@ -26,6 +26,7 @@ from fisher_vmap.results.shard import (
     in_schema,
     is_checksum,
     row_checksum,
+    tensor_name,
     tensor_specs,
 )
 
@@ -88,7 +89,7 @@ class ShardReader:
         row = index - self.entry.start
         token_ids, log_probs = self.tokens(index)
         start, stop = (int(offset) for offset in self._slice("position_offsets", row, row + 2))
-        S, V, Q, norm = parts = [self._slice(f"{layer}/{name}", row, row + 1) for name in LAYER_TENSORS[:-1]]
+        S, V, Q, norm = parts = [self._slice(name, row, row + 1) for name in self._names(layer)]
         energy = self._slice(f"{layer}/position_energy", start, stop)
         self._compare(f"{layer}/crc32", row, [*parts, energy])
         values = self.table.slice(row, 1).to_pylist()[0]
@@ -109,7 +110,7 @@ class ShardReader:
         """All prompts of the shard at one layer."""
         n = self.entry.stop - self.entry.start
         offsets = self._slice("position_offsets", 0, n + 1)
-        S, V, Q, norm = (self._slice(f"{layer}/{name}", 0, n) for name in LAYER_TENSORS[:-1])
+        S, V, Q, norm = (self._slice(name, 0, n) for name in self._names(layer))
         energy = self._slice(f"{layer}/position_energy", 0, int(offsets[-1]))
         for row in range(n if self.verify else 0):
             positions = slice(offsets[row], offsets[row + 1])
@@ -129,6 +130,10 @@ class ShardReader:
             return safe_open(self.path, framework="np")
         except (SafetensorError, OSError) as error:
             raise damaged(self.path, str(error)) from error
+
+    def _names(self, layer: str) -> list[str]:
+        """The tensors of a layer that have a row a prompt."""
+        return [tensor_name(layer, field, self.layout) for field in LAYER_TENSORS[:-1]]
 
     def _slice(self, name: str, start: int, stop: int) -> NDArray[Any]:
         spec = tensor_specs(self.layout, self.entry.stop - self.entry.start, 0)[name]

@@ -363,7 +363,8 @@ class ResultsWriter:
 
 def _shape(shard_size: int, layout: ShardLayout) -> dict[str, Any]:
     """The shards' shapes as settings, so that differences are compared and named like those of the fingerprint."""
-    shape = layout.model_dump(exclude={"attribution"})  # a resumed folder keeps the columns that it began with
+    # A resumed folder keeps the columns and the norms that it began with.
+    shape = layout.model_dump(exclude={"attribution", "median_norm"})
     return {"shard_size": shard_size, "save": "mean" if shape.pop("means_only") else "both or prompts", **shape}
 
 

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import logging
 import os.path
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -102,6 +102,16 @@ def settings_of(**values: Any) -> Settings:
         raise UserError(f"{_explain(name, values[name])}correct the flag --{name}") from error
 
 
+def add_settings(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Add settings as flags: their values stay text, for `settings_of`, and one that is not given is no attribute."""
+    for name in names:
+        field = _FIELDS[name]
+        default = "none" if field.default is None else written(field.default)
+        text = f"{field.description} Default: {default}".replace("%", "%%")
+        truth = {"nargs": "?", "const": "true"} if bool in (field.annotation, *get_args(field.annotation)) else {}
+        parser.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text, **truth)  # type: ignore[arg-type]
+
+
 def default_config_yaml() -> str:
     """The text of config.yaml: every setting with its default, below a comment that says what it means."""
     heading = "# Settings of fisher_vmap, with their defaults. A flag of the same name overrides each: --top_k_tokens 5"
@@ -134,11 +144,7 @@ def _read_flags(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with settings; none: no file. Default: ./config.yaml if it exists"
     )
-    for name, field in _FIELDS.items():
-        default = "none" if field.default is None else written(field.default)
-        text = f"{field.description} Default: {default}".replace("%", "%%")
-        truth = {"nargs": "?", "const": "true"} if bool in (field.annotation, *get_args(field.annotation)) else {}
-        parser.add_argument(f"--{name}", metavar="VALUE", help=text, **truth)  # type: ignore[arg-type]
+    add_settings(parser, _FIELDS)
     for name in RETIRED:
         parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
     parsed, left = parser.read_known(argv)

@@ -22,7 +22,7 @@ from fisher_vmap.data.prompts import SourcePrompt
 from fisher_vmap.data.sequences import Tokens, completions_of, target_columns, tokens_of
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
-from fisher_vmap.linearize.linear_map import undisturbed
+from fisher_vmap.linearize.linear_map import mean_norms, undisturbed
 from fisher_vmap.linearize.probe import known_of, probe
 from fisher_vmap.linearize.select import NoFormAgrees
 from fisher_vmap.model.layout import lay_out
@@ -155,12 +155,14 @@ def compute_shards(
     Raises:
         UserError: the folder cannot be written, or the data cannot be read to the end.
     """
+    with_means = not run.writer.index.layout.median_norm
     with behind() as later, closing(ahead(run.prepared(numbers))) as shards:
         for shard in shards:
             if not (shard.rendered or shard.skipped):
                 yield ShardDone(shard.number, len(shard.prompts), True)
                 continue
-            results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.notes, report)
+            with mean_norms(with_means):
+                results = compute_shard(run.fisher, shard, run.settings.num_singular_values, run.notes, report)
             later(store, shard.number, results)
             tokens, skipped = sum(r.num_tokens for r in results), sum(r.status == "skipped" for r in results)
             failed = tuple(_failure(r.index, r.reason) for r in results if r.status == "failed")

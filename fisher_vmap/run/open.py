@@ -91,6 +91,7 @@ def layout_of(settings: Settings, widths: dict[str, int]) -> ShardLayout:
         keep_columns=tuple(settings.keep_columns or ()),
         means_only=settings.save == "mean",
         attribution=settings.save != "mean",  # as long as the prompt: most of the disk where only means are kept
+        median_norm=True,
     )
 
 
@@ -100,8 +101,8 @@ def check_save(settings: Settings) -> None:
         raise UserError("export_npz is true, but save: mean keeps no prompt's matrix; leave one of the two out")
 
 
-def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
-    """The model with the settings' layers and estimator.
+def open_model(settings: Settings, loaded: Loaded, renderer: Renderer | None = None) -> FisherModel:
+    """The model with the settings' layers and estimator; with a renderer it takes texts as the run does.
 
     Raises:
         UserError: settings do not fit the model.
@@ -129,6 +130,7 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
             seed=settings.completion_seed,
             precision=loaded.precision.name,
             audit=settings.audit,
+            renderer=renderer,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -143,8 +145,8 @@ def open_model(settings: Settings, loaded: Loaded) -> FisherModel:
     return fisher
 
 
-def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date: str | None) -> Renderer:
-    """The renderer of a run; `date` is the date for its chat template, None: today's."""
+def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource | None, date: str | None) -> Renderer:
+    """The renderer of a run; source None: of texts of no data set. `date` is for its chat template, None: today's."""
     if settings.prefill and settings.targets == "completion":
         raise UserError("prefill is the start of an answer, and targets: completion reads whole ones; leave one out")
     max_length, limit = settings.max_length, most_positions(loaded.model)
@@ -163,7 +165,7 @@ def make_renderer(settings: Settings, loaded: Loaded, source: PromptSource, date
         loaded.tokenizer,
         max_length=max_length,
         chat_template=settings.chat_template,
-        column=source.column,
+        column=None if source is None else source.column,
         system_prompt=settings.system_prompt,
         prefill=settings.prefill,
         date=date,

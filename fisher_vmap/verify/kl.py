@@ -28,6 +28,7 @@ from fisher_vmap.model.precision import choose_precision
 from fisher_vmap.model.targets import most_targets
 from fisher_vmap.model.validation import check_tensor
 from fisher_vmap.model.wrappers import names_inside, unwrapped
+from fisher_vmap.objective import divergence
 from fisher_vmap.progress import bar, passing, step
 from fisher_vmap.results.folder import plain_values
 from fisher_vmap.results.reader import Results
@@ -97,9 +98,7 @@ def measured_kl(
         (origin_mV,) = log_p(torch.zeros_like(steps[:1]))
         found = []
         for some in steps.split(max(1, ROWS_AT_A_TIME // T)):
-            change_nmV = log_p(some) - origin_mV
-            terms_nmV = origin_mV.exp() * (torch.expm1(change_nmV) - change_nmV)
-            found.append(torch.where(origin_mV > -torch.inf, terms_nmV, 0).sum((1, 2)))  # a banned token stays banned
+            found.append(divergence(origin_mV, log_p(some)).sum(1))
     return torch.cat(found).cpu()
 
 

@@ -74,8 +74,13 @@ def _by_temperature(found):
     return found._replace(log_probs=(found.log_probs * 1.05))
 
 
+def _by_the_norm(found):
+    return found._replace(residual_norm={layer: 1.01 * norm for layer, norm in found.residual_norm.items()})
+
+
 FAULTS = [
-    _by_one_token, _by_one_layer, _by_one_neighbour, _all_of_a_neighbour, _by_one_rank, _by_scale, _by_temperature
+    _by_one_token, _by_one_layer, _by_one_neighbour, _all_of_a_neighbour, _by_one_rank, _by_scale, _by_temperature,
+    _by_the_norm,
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from results_cases import make_layout, write_folder
 from fisher_vmap.report.__main__ import main
 from fisher_vmap.report.data import Sampling, compare_prompts, short_names, survey
 from fisher_vmap.report.figures import log_axis, typed
-from fisher_vmap.report.page import render_page, sampling_notes
+from fisher_vmap.report.page import page_data, render_page, sampling_notes
 from fisher_vmap.results.reader import open_results
 
 pytestmark = pytest.mark.needs("matplotlib", "plotly", "scipy")
@@ -217,6 +217,14 @@ def test_a_folder_that_kept_the_mean_alone(tmp_path):
     data = Page(text).data
     assert "This run kept the mean alone" in text and 'id="unlike"' not in text
     assert data["details"] == {} and not data["single"] and len(data["layers"][0]["trace"]) == 60
+
+
+@pytest.mark.parametrize("median", [True, False], ids=["now", "of before"])
+def test_a_step_is_compared_with_the_norm_that_the_folder_has(tmp_path, median):
+    factors, _, _ = planted("common", 0, count=8, width=14)
+    data = page_data(survey(write_factors(tmp_path, {"m": factors}, median_norm=median), Sampling()))
+    assert data["average"] == ("median" if median else "mean")
+    assert next(iter(data["details"].values()))["layers"]["m"]["norm"] == 5.0
 
 
 @pytest.mark.parametrize("zero", [slice(None), slice(0, 1), slice(1, None)], ids=["all", "one", "all but one"])

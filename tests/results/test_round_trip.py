@@ -130,7 +130,7 @@ def test_names_and_dtypes_of_a_shard(tmp_path):
         "prompt_index": ("I64", [4]), "position_offsets": ("I64", [5]),
         "token_ids": ("I64", [4, 4]), "log_probs": ("F32", [4, 4]),
         "blocks.0/S": ("F32", [4, 3]), "blocks.0/V": ("F16", [4, 3, 7]), "blocks.0/Q": ("F32", [4, 4, 3]),
-        "blocks.0/residual_norm": ("F32", [4]), "blocks.0/position_energy": ("F32", [int(offsets[-1])]),
+        "blocks.0/residual_norm_median": ("F32", [4]), "blocks.0/position_energy": ("F32", [int(offsets[-1])]),
     }  # fmt: skip
     assert offsets[2] == offsets[3] == offsets[4]  # prompts 2 and 3 have no numbers
 

@@ -67,9 +67,9 @@ def test_which_runs_have_the_column(model, data, tmp_path, choice, there):
 @pytest.mark.parametrize("choice", [{}, {"hook_layer_name": f"{LAYER},1"}, {"save": "mean"}])
 def test_a_run_begun_before_there_was_a_column_goes_on(model, data, tmp_path, monkeypatch, stored, choice):
     settings = {"hook_layer_name": LAYER, "shard_size": 4, **choice}
-    now = opening.layout_of
+    now, older = opening.layout_of, {"attribution": False, "median_norm": False}
     with monkeypatch.context() as before:
-        before.setattr(opening, "layout_of", lambda *given: now(*given).model_copy(update={"attribution": False}))
+        before.setattr(opening, "layout_of", lambda *given: now(*given).model_copy(update=older))
         assert run_here(model, data, tmp_path / "out", num_prompts=stored, **settings) == 0
     assert run_here(model, data, tmp_path / "out", num_prompts=9, **settings) == 0
     results = open_results(tmp_path / "out", check="full")

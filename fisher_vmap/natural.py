@@ -6,8 +6,10 @@ wanted, such as the log-odds of some tokens. To second order a step delta change
 
     delta = c y,    y = (F + lambda I)^-1 g,    c = sqrt(2 KL / y^T (F + lambda I) y)
 
-the natural gradient [Amari, Neural Computation 1998]. y is taken from a low-rank estimate A^T A of F, by the singular
-values of A. Its length is taken from F of the whole vocabulary itself: y^T F y is |J y|^2 in the metric C, one push.
+the natural gradient [Amari, Neural Computation 1998]. F is that of the whole vocabulary, F = J^T C J: a product F v is
+one push, C, and one pull. y is found by conjugate gradients with a few such products. A low-rank estimate A^T A of F
+preconditions them: (A^T A + r I)^-1, with F's mean eigenvalue for what A lacks. The y of k products gains most among
+all steps of a space of k dimensions that grows with k. Its length c is exact.
 
 With T the wanted tokens, p their probability and g the gradient of log p - log(1 - p),
 
@@ -20,35 +22,32 @@ lambda shortens the part of a step along which F is (nearly) zero: there it cost
 long.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.data.conversations import SkippedPrompt
-from fisher_vmap.data.sequences import Tokens, masked, padded, tokens_of
 from fisher_vmap.estimators import full, topk
 from fisher_vmap.fisher import prompt_seeds
 from fisher_vmap.fisher_model import FisherModel
-from fisher_vmap.linearize.linear_map import LinearMap, undisturbed
+from fisher_vmap.linearize.linear_map import LinearMap
 from fisher_vmap.linearize.network import LinearizedNetwork
-from fisher_vmap.linearize.output import distribution
-from fisher_vmap.linearize.probe import layer_widths
+from fisher_vmap.linearize.output import Probes
 from fisher_vmap.linearize.scores import Wanted, scores_of
-from fisher_vmap.model.layers import resolve_layers
 from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.targets import grid_of, most_targets
 from fisher_vmap.model.validation import check_whole
-from fisher_vmap.model.wrappers import names_inside
 from fisher_vmap.objective import OBJECTIVES, Objective, divergence, token_ids, without
-from fisher_vmap.steering import Step, at_point
+from fisher_vmap.points import TRACE_SAMPLES, OneNetwork, Point, Prompts, one_layer
+from fisher_vmap.steering import Step
 
-TRACE_SAMPLES = 4  # random vectors for the trace of what estimator full lacks
 DAMPING = 0.01  # lambda as a part of F's mean eigenvalue, tr F / D, if not given
+PRODUCTS = 8  # by F, if not given
+SMALL_WIDTH = 128  # up to which D the equation for y is solved, if their number is not given
+SOLVED = 1e-10  # the residual of the equation for y, relative to g, at which no more products are taken
+LATER = 8  # a step after the first takes this part of its products: it knows F along the directions before
 REACH = 0.1  # by which part measured and predicted KL may differ where the quadratic form holds
 
 
@@ -58,7 +57,8 @@ class NaturalStep(Step):
 
     Attributes:
         kl: the budget, in nats, a prompt: of several targets the sum over them.
-        predicted_kl: 1/2 step^T F step, with F of the whole vocabulary at theta = 0.
+        predicted_kl: 1/2 step^T F step, with F of the whole vocabulary at theta = 0; of several steps half the squared
+            length of the path, each step measured by F at its own point.
         measured_kl: KL(p || p_step) at the end, the mean over prompts, in nats.
         off_target_kl: the same of the distributions renormalised without the tokens that were wanted; NaN if a gradient
             was given.
@@ -96,8 +96,9 @@ def natural_step(
     kl: float = 0.1,
     damping: float | None = None,
     steps: int = 1,
-    estimator: str = "full",
+    estimator: str = "topk",
     rank: int = 32,
+    products: int | None = None,
     layer: str | int | None = None,
     attention_mask: Tensor | None = None,
     positions: str | Tensor | None = None,
@@ -122,8 +123,11 @@ def natural_step(
         damping: lambda, in units of F, above zero; None: 0.01 of F's mean eigenvalue, tr F / D.
         steps: how many steps to take. Each has the same length in the metric of its point, sqrt(2 kl) / steps, so that
             the path has the length of a single step; F and g are taken anew at each point.
-        estimator: of A: "full" or "topk", with the FisherModel's top_k tokens (10 of a plain model).
-        rank: vectors of estimator full; with D or more F is exact.
+        estimator: of A, the first guess of F: "topk", of the FisherModel's top_k tokens (10 of a plain model), or
+            "full".
+        rank: vectors of estimator full; with D or more A^T A is F itself.
+        products: by F of the whole vocabulary, one push and one pull each, that refine y; an eighth of them in each
+            step after the first. None: 8, or as many as solve for y where D is at most 128.
         layer: the hooked layer; may be left out if there is only one.
         attention_mask: [B, T] of token ids, 1 for real tokens.
         positions: of token ids: where the step is added: "all", "last" or a mask [B, T]; None: as the FisherModel.
@@ -136,34 +140,42 @@ def natural_step(
         ValueError: an argument is not as described, g is zero, or the model has no forward derivatives.
     """
     _check(objective, at, estimator, kl, damping, (towards, away_from, gradient))
-    check_whole("steps", steps)
-    check_whole("rank", rank)
+    check_whole("steps", steps, 1)
+    check_whole("rank", rank, 1)
+    if products is not None:
+        check_whole("products", products, 1)
     if isinstance(model, LinearizedNetwork):
         if prompt is not None or steps > 1:
             raise ValueError("an open network has its prompt and its point; leave prompt and steps out")
-        where: _Opened | _Prompts = _Opened(model, layer)
+        where: OneNetwork | Prompts = OneNetwork(model, layer)
     else:
-        where = _Prompts(_one_layer(model, layer, positions), prompt, attention_mask, targets)
+        where = Prompts(one_layer(model, layer), prompt, attention_mask, positions, targets)
     tokens = [token_ids(given, where.tokenizer) for given in (towards, away_from)]
     wanted = Objective(tokens[0], tokens[1], gradient, objective, at)
-    theta_D, reached, ridge = torch.zeros(where.width, dtype=torch.float64), None, 0.0
-    for _ in range(steps):
-        points = [_look(net, wanted, estimator, rank, where.top_k) for net in where.networks(theta_D)]
-        B = sum(point.prompts for point in points)
-        A_nD = torch.cat([point.factor for point in points]) / B**0.5
-        g_D = torch.stack([point.gradient for point in points]).sum(0) / B
+    theta_D, path, ridge = torch.zeros(where.width, dtype=torch.float64), 0.0, 0.0
+    first: list[_Local] = []
+    rows: list[Tensor] = []
+    for number in range(steps):
+        found = [_look(point, wanted, estimator, rank) for point in where.points(theta_D)]
+        B = sum(each.prompts for each in found)
+        A_nD = torch.cat([each.factor for each in found]) / B**0.5
+        g_D = torch.stack([each.gradient for each in found]).sum(0) / B
         if not (bool(g_D.isfinite().all()) and bool(g_D.any())):
             raise ValueError("the gradient of what is wanted is zero or not finite: no small step gains anything")
-        trace = float(A_nD.square().sum()) + sum(point.rest for point in points) / B
-        ridge = DAMPING * trace / len(g_D) if damping is None else float(damping)
-        y_D = solved(A_nD, g_D, ridge)
-        curvature = sum(_curvature(net, y_D) for net in where.networks(theta_D)) / B
+        rest = sum(each.rest for each in found) / B / len(g_D)
+        mean_eigenvalue = float(A_nD.square().sum()) / len(g_D) + rest
+        ridge = DAMPING * mean_eigenvalue if damping is None else float(damping)
+        near = _inverse(torch.cat([A_nD, *rows]), ridge + (mean_eigenvalue if rest else 0.0))
+
+        def times_F(v_D: Tensor, theta_D: Tensor = theta_D, B: int = B) -> Tensor:
+            return torch.stack([_product(point, v_D) for point in where.points(theta_D)]).sum(0) / B
+
+        y_D, curvature, more = solved(times_F, near, g_D, ridge, _most_products(products, number, len(g_D)))
+        rows += more if rest else []
         length = (2 * kl / (curvature + ridge * float(y_D @ y_D))) ** 0.5 / steps
-        theta_D = theta_D + length * y_D
-        reached = reached or (points, 0.5 * length**2 * curvature)
-    assert reached is not None
-    first, predicted = reached
-    ends = [_end(net, wanted, point) for net, point in zip(where.networks(theta_D), first, strict=True)]
+        theta_D, path = theta_D + length * y_D, path + length * curvature**0.5
+        first = first or found
+    ends = [_end(point, wanted, before) for point, before in zip(where.points(theta_D), first, strict=True)]
     kl_at_end, off_target, *values = (torch.cat(column).double() for column in zip(*ends, strict=True))
     before, after, p_before, p_after = (float(x.mean()) for x in values)
     return NaturalStep(
@@ -171,7 +183,7 @@ def natural_step(
         layer=where.layer,
         positions=where.positions,
         kl=float(kl),
-        predicted_kl=predicted,
+        predicted_kl=0.5 * path**2,
         measured_kl=float(kl_at_end.mean()),
         off_target_kl=float(off_target.mean()),
         objective=(before, after),
@@ -181,7 +193,7 @@ def natural_step(
     )
 
 
-class _Point(NamedTuple):
+class _Local(NamedTuple):
     """What one batch is at one point.
 
     Attributes:
@@ -199,23 +211,30 @@ class _Point(NamedTuple):
     log_probs: Tensor
 
 
-def _look(net: LinearMap, wanted: Objective, estimator: str, rank: int, top_k: int) -> _Point:
-    """F and g of one batch."""
+def _look(point: Point, wanted: Objective, estimator: str, rank: int) -> _Local:
+    """A and g of one batch: of one target a prompt by one pull."""
+    net, c = point
     (layer,), B = net.layers, len(net.layout.lengths)
+    u_MX = wanted.cotangents(c, net.rows.shape[1]) * _chosen(net, wanted.at)[:, None].to(c.probs)
     with net.prepared():
-        if estimator == "full":
-            seeds = prompt_seeds(net.layout)
-            found = full(LinearizedNetwork({layer: net}), vectors=rank, seeds=seeds, top_k=1, samples=TRACE_SAMPLES)
+        if estimator == "topk" and most_targets(net.layout) == 1:
+            reading = c.reading
+            tokens_KMX = reading.cotangents * (reading.log_probs / 2).exp().T[:, :, None]
+            pulled = net.pull(torch.cat([tokens_KMX, reading.random, u_MX[None]]).transpose(0, 1))[layer].gradients
+            A_BnD, random_BSD, g_BD = pulled[:, : len(tokens_KMX)], pulled[:, len(tokens_KMX) : -1], pulled[:, -1]
         else:
-            found = topk(scores_of(net, Wanted(top_k, most_targets=most_targets(net.layout))))
-        c = distribution(net.head, net.rows)
-        chosen_M = _chosen(net, wanted.at)
-        u_MX = wanted.cotangents(c, net.rows.shape[1]) * chosen_M[:, None].to(c.probs)
-        g_BD = net.pull(u_MX[:, None])[layer].gradients[:, 0]
-    random = found.remainder.get(layer)
-    rest = 0.0 if random is None or not random.numel() else float(random.square().sum((1, 2)).sum() / random.shape[1])
-    A_nD = found.factors[layer].flatten(0, 1).double().cpu()
-    return _Point(B, A_nD, rest, g_BD.double().sum(0).cpu(), c.log_probs)
+            seeds = prompt_seeds(net.layout)
+            if estimator == "full":
+                one = LinearizedNetwork({layer: net})
+                found = full(one, vectors=rank, seeds=seeds, top_k=1, samples=TRACE_SAMPLES)
+            else:
+                probes = Probes(TRACE_SAMPLES, seeds)
+                asked = Wanted(len(c.reading.cotangents), probes=probes, most_targets=most_targets(net.layout))
+                found = topk(scores_of(net, asked))
+            A_BnD, random_BSD = found.factors[layer], found.remainder[layer]
+            g_BD = net.pull(u_MX[:, None])[layer].gradients[:, 0]
+    rest = float(random_BSD.double().square().sum((1, 2)).sum() / max(1, random_BSD.shape[1]))
+    return _Local(B, A_BnD.flatten(0, 1).double().cpu(), rest, g_BD.double().sum(0).cpu(), c.log_probs)
 
 
 def _chosen(net: LinearMap, at: str) -> Tensor:
@@ -224,26 +243,72 @@ def _chosen(net: LinearMap, at: str) -> Tensor:
     return torch.tensor([float(at == "all" or rank == 0) for rank in ranks], device="cpu")
 
 
-def solved(A_nD: Tensor, g_D: Tensor, ridge: float) -> Tensor:
-    """(A^T A + ridge I)^-1 g in float64, by the singular values of A; a direction that A lacks is divided by ridge."""
+def _inverse(A_nD: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    """The function v -> (A^T A + ridge I)^-1 v in float64, by singular values; what A lacks is divided by ridge."""
     _, S_r, V_rD = torch.linalg.svd(A_nD, full_matrices=False)
-    along_r = V_rD @ g_D
-    y_D: Tensor = (along_r / (S_r.square() + ridge)) @ V_rD + (g_D - along_r @ V_rD) / ridge
-    return y_D
+
+    def times(v_D: Tensor) -> Tensor:
+        along_r = V_rD @ v_D
+        y_D: Tensor = (along_r / (S_r.square() + ridge)) @ V_rD + (v_D - along_r @ V_rD) / ridge
+        return y_D
+
+    return times
 
 
-def _curvature(net: LinearMap, y_D: Tensor) -> float:
-    """y^T F y with F of the whole vocabulary, summed over the prompts of a batch."""
+def _most_products(asked: int | None, number: int, width: int) -> int:
+    """How many products by F a step may take, by its number."""
+    if asked is None and width <= SMALL_WIDTH:
+        return 2 * width
+    most = PRODUCTS if asked is None else asked
+    return most if number == 0 else -(-most // LATER)
+
+
+def solved(
+    times_F: Callable[[Tensor], Tensor],
+    near: Callable[[Tensor], Tensor],
+    g_D: Tensor,
+    ridge: float,
+    products: int,
+) -> tuple[Tensor, float, list[Tensor]]:
+    """Solve (F + ridge I) y = g by conjugate gradients, with so many products by F at most.
+
+    Each y is the best of its span: none there has a larger g . y for its y^T (F + ridge I) y. `near` is a product by
+    about the inverse. The residual's change, and not the residual, gives the next direction [Polak and Ribiere, 1969],
+    so that rounding of the products does no harm.
+
+    Returns:
+        y, [D]; y^T F y; and for each direction p a row r, [1, D]: r^T r = F p p^T F / p^T F p is F along p.
+    """
+    y_D, Fy_D, rows = torch.zeros_like(g_D), torch.zeros_like(g_D), []
+    residual_D, near_D = g_D, near(g_D)
+    direction_D = near_D
+    for _ in range(products):
+        F_D = times_F(direction_D)
+        rows.append(F_D[None] / float(direction_D @ F_D) ** 0.5)
+        along = F_D + ridge * direction_D
+        size = float(residual_D @ near_D)
+        step = size / float(direction_D @ along)
+        y_D, Fy_D, before_D = y_D + step * direction_D, Fy_D + step * F_D, residual_D
+        residual_D = residual_D - step * along
+        if float(residual_D.norm()) <= SOLVED * float(g_D.norm()):
+            break
+        near_D = near(residual_D)
+        direction_D = near_D + float(near_D @ (residual_D - before_D)) / size * direction_D
+    return y_D, float(y_D @ Fy_D), rows
+
+
+def _product(point: Point, v_D: Tensor) -> Tensor:
+    """F v with F of the whole vocabulary, [D] float64, summed over the prompts of a batch."""
+    net, c = point
     (layer,), B = net.layers, len(net.layout.lengths)
     with net.prepared():
-        z_M1X = net.push(y_D.to(net.rows).expand(B, 1, -1), layer)
-        return float((z_M1X * distribution(net.head, net.rows).product(z_M1X)).double().sum())
+        z_M1X = net.push(v_D.to(net.rows).expand(B, 1, -1), layer)
+        return net.pull(c.product(z_M1X))[layer].gradients[:, 0].double().sum(0).cpu()
 
 
-def _end(net: LinearMap, wanted: Objective, before: _Point) -> tuple[Tensor, ...]:
+def _end(point: Point, wanted: Objective, before: _Local) -> tuple[Tensor, ...]:
     """At the end of the step, for each prompt: its KL, off target KL, objective before and after, and probability."""
-    with net.prepared():
-        log_q_MV = distribution(net.head, net.rows).log_probs.double()
+    net, log_q_MV = point.net, point.c.log_probs.double()
     log_p_MV, grid = before.log_probs.double(), grid_of(net.layout)
 
     def by_prompt(x_M: Tensor) -> Tensor:
@@ -259,122 +324,6 @@ def _end(net: LinearMap, wanted: Objective, before: _Point) -> tuple[Tensor, ...
     count_B = by_prompt(chosen_M)
     p = [by_prompt(x[:, wanted.towards].exp().sum(1).cpu() * chosen_M) / count_B for x in (log_p_MV, log_q_MV)]
     return (kl_B, off_B, *told, *p)
-
-
-class _Opened:
-    """An open network in place of a model and prompts; at its end it runs its model again."""
-
-    tokenizer, top_k = None, 10
-
-    def __init__(self, network: LinearizedNetwork, layer: str | int | None) -> None:
-        maps = {name: net for net in network.maps() for name in net.layers}
-        if layer is None and len(maps) == 1:
-            layer = next(iter(maps))
-        if not isinstance(layer, str) or layer not in maps:
-            raise ValueError(f"layer is {layer!r}; expected one of the hooked layers, {list(maps)}")
-        self._net, self.layer = copy.copy(maps[layer]), layer
-        self._net.layers = [layer]
-        self.width, self.dtype, self.positions = self._net.widths[layer], self._net.dtype, self._net.layout.positions
-
-    def networks(self, theta_D: Tensor) -> Iterator[LinearMap]:
-        """The network at a point."""
-        if not bool(theta_D.any()):
-            yield self._net
-            return
-        with at_point(self._net.model, self.layer, theta_D):
-            there = copy.copy(self._net)
-            there.open()
-            yield there
-
-
-class _Batch(NamedTuple):
-    """The arguments of `FisherModel.linearize`."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    positions: str | Tensor
-    targets: str | Tensor
-
-
-def _rows(fisher: FisherModel, prompts: Sequence[Any]) -> list[Tokens]:
-    """The token ids of prompts, with the completions that they have or that the model writes."""
-    rows: list[Tokens] = []
-    for prompt, completion in fisher.pairs(prompts, None):
-        try:
-            if isinstance(completion, SkippedPrompt):
-                raise completion
-            rendered = fisher.renderer.render(prompt, completion)
-        except SkippedPrompt as reason:
-            raise ValueError(f"prompt {len(rows)} has nothing to compute: {reason}") from reason
-        rows.append(Tokens(rendered.ids, rendered.start))
-    return [row for sequences in fisher.sequences(rows) for row in sequences]
-
-
-class _Prompts:
-    """Prompts of a FisherModel with one layer, in batches."""
-
-    def __init__(self, fisher: FisherModel, prompt: Any, attention_mask: Tensor | None, targets: str | Tensor) -> None:
-        (self.layer,) = fisher.layers
-        self._fisher, self.width, self.top_k = fisher, fisher.widths[self.layer], fisher.top_k
-        self.tokenizer, self.positions = fisher.tokenizer, fisher.options.positions
-        self.dtype = next(fisher.model.parameters()).dtype
-        if isinstance(prompt, Tensor) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
-            ids = torch.as_tensor(prompt, device=fisher.device)
-            self._batches = [_Batch(ids[None] if ids.dim() == 1 else ids, attention_mask, self.positions, targets)]
-        else:
-            self._batches = list(self._of_text(prompt))
-        self._last: tuple[Tensor, LinearMap] | None = None
-
-    def _of_text(self, prompt: Any) -> Iterator[_Batch]:
-        """Batches of about as many tokens as the FisherModel's, in the order given."""
-        one = isinstance(prompt, str | dict) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict))
-        fisher, rows = self._fisher, _rows(self._fisher, [prompt] if one else prompt)
-        while rows:
-            count = 1
-            while count < min(len(rows), fisher.batch_size) and tokens_of(rows[: count + 1]) <= fisher.max_batch_tokens:
-                count += 1
-            some, rows = rows[:count], rows[count:]
-            ids, mask = padded(some, fisher.device, max(len(row.ids) for row in some))
-            where, read = str(self.positions), fisher.targets
-            yield _Batch(
-                ids,
-                mask,
-                where if where in ("all", "last") else masked(some, mask, where),
-                str(read) if read in ("last", "all") else masked(some, mask, "targets"),
-            )
-
-    def networks(self, theta_D: Tensor) -> Iterator[LinearMap]:
-        """The networks of the batches at a point, one after the other; that of a single batch is kept."""
-        moved = bool(theta_D.any())
-        with at_point(self._fisher.model, self.layer, theta_D) if moved else nullcontext():
-            if self._last is not None and torch.equal(self._last[0], theta_D):
-                yield self._last[1]
-                return
-            for batch in self._batches:
-                ids, mask, positions, targets = batch
-                with self._fisher.linearize(ids, mask, positions=positions, targets=targets) as network:
-                    (net,) = network.maps()
-                if len(self._batches) == 1:
-                    self._last = theta_D, net
-                yield net
-
-
-def _one_layer(model: FisherModel | nn.Module, layer: str | int | None, positions: str | Tensor | None) -> FisherModel:
-    """A FisherModel with one layer."""
-    if not isinstance(model, FisherModel):
-        if layer is None:
-            raise ValueError("layer is missing; give the name or the number of a layer, or a FisherModel")
-        return FisherModel(model, layers=[layer], positions="all" if positions is None else positions)
-    one = copy.copy(model)
-    if positions is not None:
-        one.options = replace(model.options, positions=positions)
-    if layer is not None:
-        with undisturbed(model.model, model.precision):
-            one.layers = resolve_layers(model.model, names_inside(model.model, model.model, [layer]))
-        one.widths = layer_widths(model.model, one.layers)
-    if len(one.layers) > 1:
-        raise ValueError(f"the FisherModel has the layers {one.layers}; say with layer which one to steer")
-    return one
 
 
 def _check(objective: str, at: str, estimator: str, kl: float, damping: float | None, wanted: Sequence[Any]) -> None:
