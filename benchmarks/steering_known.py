@@ -3,7 +3,6 @@
 import importlib
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.steering_numbers import (
+    EUCLID,
     GAINS,
+    MEANS,
     NATURAL,
+    PCA,
     SHOWN,
     Pool,
     cells,
@@ -17,15 +20,11 @@ from benchmarks.steering_numbers import (
     ratios,
     reached,
 )
-from benchmarks.steering_parts import dampings, in_a_row, ranks, texts
+from benchmarks.steering_parts import dampings, in_a_row, products, texts
 
-EUCLID, MEANS, PCA = "Euclidean gradient", "difference of means", "PCA of differences"
-OTHERS = {"average": ("natural, top 10", EUCLID, MEANS, PCA, "random 0"), "own": ("natural, top 10", EUCLID)}
+OTHERS = {"average": (EUCLID, MEANS, PCA, "random 0"), "own": (EUCLID,)}
 TITLES = {"average": "One direction for a concept", "own": "Each prompt's own step"}
-COLOURS = {
-    NATURAL: "#0072b2", "natural, top 10": "#56b4e9", EUCLID: "#d55e00", MEANS: "#009e73", PCA: "#cc79a7",
-    "random 0": "#7a8490",
-}  # fmt: skip
+COLOURS = {NATURAL: "#0072b2", EUCLID: "#d55e00", MEANS: "#009e73", PCA: "#cc79a7", "random 0": "#7a8490"}
 
 WHAT = """\
 A step is added to the output of a block at all positions of a prompt, to make the tokens T of a concept likelier. Any
@@ -56,7 +55,7 @@ def page(kept: dict[str, Any]) -> str:
     for setting, title in TITLES.items():
         lines += [f"## {title}", "", *_setting_tables(kept, setting), ""]
     lines += ["## Where natural steps lose", "", *_losses(kept), ""]
-    lines += dampings(kept) + ranks(kept) + in_a_row(kept) + texts(kept)
+    lines += dampings(kept) + products(kept) + in_a_row(kept) + texts(kept)
     lines += ["## What this does not show", "", *_limits(kept)]
     return "\n".join(lines) + "\n"
 
@@ -91,10 +90,9 @@ def _setting(kept: dict[str, Any], every: list[Any]) -> list[str]:
         "directions, their sign, and the damping λ. All numbers but those of λ are of the other half. Each choosing "
         "prompt has two contrast texts with the same end, one that calls for the concept and one that calls for its "
         "opposite; difference of means and PCA (as repeng's pca_diff takes it) are of the residual streams at their "
-        f"last token. `natural, full` is of the whole vocabulary (rank {fixed['rank']['average']} a prompt for a "
-        f"mean, {fixed['rank']['own']} for a prompt's own; {fixed['own']} testing prompts have their own), "
-        "`natural, top 10` of the ten likeliest tokens. λ is chosen for each model, layer, kind of step and estimator, "
-        "over all concepts at once.",
+        "last token. Natural steps are those of `natural_step`, with "
+        f"{fixed['products']} products by F of the whole vocabulary; {fixed['own']} testing prompts have their own. "
+        "The damping is chosen once for each model and kind of step.",
         "",
         "Along each direction the length is doubled again and again, until by the gradient it would gain "
         f"{fixed['furthest']:.3g} nats, or to four times the residual stream's norm. The off-target KL at a gain is "
@@ -113,7 +111,7 @@ def _verdicts(kept: dict[str, Any], every: list[Any]) -> list[str]:
         got = f" Where both get to +2 ({n} of {of}): {number(both)}." if n < of and n else ""
         lines.append(f"* **{TITLES[setting]}, {other}** over natural: {told} nats.{got}")
     return [
-        "The off-target KL of another method over that of the natural step (`full`) on the same prompt at the same "
+        "The off-target KL of another method over that of the natural step on the same prompt at the same "
         "gain, the median over both models' layers, concepts and prompts with its interval. Above 1 the natural step "
         "changes less:",
         "",
@@ -129,7 +127,7 @@ def _setting_tables(kept: dict[str, Any], setting: str) -> list[str]:
             continue
         lines += [
             f"{model}: off-target KL in nats, the median over layers, concepts and prompts; the share of prompts that "
-            "are brought to +2 at any length; and the ratio to `natural, full`.",
+            "are brought to +2 at any length; and the ratio to the natural step.",
             "",
             f"| method | {' | '.join(f'at +{gain:g}' for gain in SHOWN)} | reaches +2 | "
             f"{' | '.join(f'ratio at +{gain:g}' for gain in SHOWN)} |",

@@ -1,78 +1,79 @@
-"""Sections of docs/steering-study.md: the damping, estimators and ranks, several steps in a row, whole texts."""
+"""Sections of docs/steering-study.md: the damping, products by F, several steps in a row, whole texts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.steering_numbers import DAMPINGS, GAINS, NATURAL, SHOWN, Array, array, middle, number, score
+from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS, SHOWN, Array, array, middle, number, score
 
-KINDS = (("own", NATURAL), ("own", "natural, top 10"), ("average", NATURAL), ("average", "natural, top 10"))
-SETTINGS = {"own": "own", "average": "one for a concept"}
+KINDS = {"own": "each prompt's own", "average": "one for a concept"}
 
 
-def penalties(kept: dict[str, Any], kind: str, gains: Sequence[float] = SHOWN) -> Array:
+def penalties(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> Array:
     """[layers, dampings]: the logarithm of how much more off-target KL each costs than the layer's best one."""
     rows = []
     for of in kept["models"].values():
-        for found in of["layers"].values():
-            scores = np.array([score(found["tries"], f"{kind}/{c:g}", gains) for c in DAMPINGS])
+        for layer in dict.fromkeys(key.split("/")[0] for key in of["tries"]):
+            tries = {key: found for key, found in of["tries"].items() if key.startswith(f"{layer}/")}
+            scores = np.array([score(tries, f"{setting}/{c:g}", gains) for c in DAMPINGS])
             if np.isfinite(scores).any():
                 rows.append(scores - scores.min())
-    return np.array(rows)
+    return np.array(rows).reshape(-1, len(DAMPINGS))
 
 
-def best_single(kept: dict[str, Any], kind: str, gains: Sequence[float] = SHOWN) -> float:
-    """The damping whose median cost over all layers of all models is the least."""
-    return DAMPINGS[int(np.argmin([middle([row]) for row in penalties(kept, kind, gains).T]))]
+def best_single(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> str:
+    """The damping whose median cost over the layers of all models is the least."""
+    found = penalties(kept, setting, gains)
+    return f"{DAMPINGS[int(np.argmin([middle([row]) for row in found.T]))]:g}" if len(found) else "none gets there"
 
 
 def dampings(kept: dict[str, Any]) -> list[str]:
     """How the damping was chosen, and what others cost."""
-    ends = (GAINS[0], *SHOWN)
+    ends, models = (GAINS[0], *SHOWN), {model: of for model, of in kept["models"].items() if "chosen" in of}
     lines = [
         "## The damping",
         "",
-        "λ is c tr F / D. On the choosing half, over the concepts and at gains of 1 to 3 nats: how many times the "
-        "off-target KL of the layer's best c another c costs, the median over all layers, and the c that was chosen "
-        "for each layer, model by model.",
+        "λ is c tr F / D. c is chosen for each model and kind of step on the choosing half, at two layers and over all "
+        f"concepts: steps of {kept['settings']['made']} prompts, or of a prompt by itself, are tried on "
+        f"{kept['settings']['tried']} others of each concept. The table has how many times the off-target KL of a "
+        "layer's best c another c costs, at gains of 1 to 3 nats, the median over models and layers.",
         "",
-        f"| step, estimator | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | chosen |",
-        "| --- |" + " --- |" * (len(DAMPINGS) + 1),
+        f"| step | {' | '.join([*(f'c = {c:g}' for c in DAMPINGS), *(f'chosen, {model}' for model in models)])} |",
+        "| --- |" + " --- |" * (len(DAMPINGS) + len(models)),
     ]
     best = [
         "The single c that costs least, by the gain at which steps are compared:",
         "",
-        f"| step, estimator | {' | '.join(f'+{gain:g}' for gain in ends)} | +1 to +3 |",
+        f"| step | {' | '.join(f'+{gain:g}' for gain in ends)} | +1 to +3 |",
         "| --- |" + " --- |" * (len(ends) + 1),
     ]
-    for setting, by in KINDS:
-        kind, name = f"{setting}/{by}", f"{SETTINGS[setting]}, {by.removeprefix('natural, ')}"
-        costs = [number(float(np.exp(middle([row])))) for row in penalties(kept, kind).T]
-        chosen = "; ".join(
-            ", ".join(f"{found['chosen'][kind]:g}" for found in of["layers"].values() if "chosen" in found)
-            for of in kept["models"].values()
-        )
-        lines.append(f"| {name} | {' | '.join(costs)} | {chosen} |")
-        told = [f"{best_single(kept, kind, [gain]):g}" for gain in ends]
-        best.append(f"| {name} | {' | '.join(told)} | {best_single(kept, kind):g} |")
+    for setting, name in KINDS.items():
+        found = penalties(kept, setting)
+        costs = [number(float(np.exp(middle([row])))) for row in found.T]
+        chosen = [f"{of['chosen'][setting]:g}" for of in models.values()]
+        lines.append(f"| {name} | {' | '.join([*costs, *chosen])} |")
+        told = [best_single(kept, setting, [gain]) for gain in ends]
+        best.append(f"| {name} | {' | '.join(told)} | {best_single(kept, setting)} |")
     return [*lines, "", *best, ""]
 
 
-def ranks(kept: dict[str, Any]) -> list[str]:
-    """What the estimate of F costs."""
+def products(kept: dict[str, Any]) -> list[str]:
+    """What fewer products by F cost."""
     variants = {model: of["variants"] for model, of in kept["models"].items() if of["variants"]}
     if not variants:
         return []
     lines = [
-        "## Estimator and rank",
+        "## Products by F",
         "",
-        f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of each concept, by estimator, "
-        "rank and c: the off-target KL over that of the exact F with its best c, the geometric mean over gains of 1, "
-        "2 and 3 nats of medians; and at a gain of 0.25, where the theory holds. `and the rest`: the trace "
-        "that the estimate lacks is taken to be spread evenly over the directions that it lacks.",
+        f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of each concept, by c and the "
+        "number of products by F that conjugate gradients may take (`products`; "
+        f"{kept['settings']['products']} if not given); from an estimate of F alone, of the likeliest tokens (topk) or "
+        "of a rank (full); and of the exact F. The off-target KL over that of the exact F with its best c, the "
+        "geometric mean over gains of 1, 2 and 3 nats of medians; and, with the best c, at a gain of 0.25, where the "
+        "theory holds.",
         "",
-        f"| model | estimator | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | best c, at +0.25 |",
+        f"| model | step from | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | best c, at +0.25 |",
         "| --- | --- |" + " --- |" * (len(DAMPINGS) + 1),
     ]
     for model, of in variants.items():
@@ -83,7 +84,7 @@ def ranks(kept: dict[str, Any]) -> list[str]:
         names = list(dict.fromkeys(key.split("/")[0] for key in rows if "/" in key))
         least = min(shown[f"exact/{c:g}"] for c in DAMPINGS)
         least_small = min(small[f"exact/{c:g}"] for c in DAMPINGS)
-        for name in [*names, "Euclidean gradient"]:
+        for name in [*names, EUCLID]:
             keys = [f"{name}/{c:g}" for c in DAMPINGS] if name in names else [name]
             told = [number(shown[key] / least) for key in keys] + [""] * (len(DAMPINGS) - len(keys))
             at_small = number(min(small[key] for key in keys) / least_small)
@@ -100,7 +101,7 @@ def _geometric(values: Array) -> float:
 
 
 def in_a_row(kept: dict[str, Any]) -> list[str]:
-    """Eight natural steps in place of one."""
+    """Several natural steps in place of one."""
     variants = {model: of["variants"] for model, of in kept["models"].items() if of["variants"]}
     if not variants:
         return []
@@ -108,22 +109,22 @@ def in_a_row(kept: dict[str, Any]) -> list[str]:
         "## Several steps in a row",
         "",
         f"`steps={kept['settings']['steps']}` takes F and g anew so many times along the way. Off-target KL in nats on "
-        f"the same prompts, the median, with the damping chosen above and rank {kept['settings']['rank']['average']}:",
+        "the same prompts, the median, with the damping chosen above:",
         "",
         "| model | gain | one natural step | several | Euclidean gradient | one / several, prompt by prompt |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for model, of in variants.items():
-        one, eight = (
+        one, several = (
             np.concatenate([array(found["in a row"][name]) for found in of.values()])
-            for name in ("one step", "eight steps")
+            for name in ("one step", "several steps")
         )
-        euclid = np.concatenate([array(found["by"]["Euclidean gradient"]) for found in of.values()])
+        euclid = np.concatenate([array(found["by"][EUCLID]) for found in of.values()])
         for gain in (2.0, 3.0):
             at = GAINS.index(gain)
             with np.errstate(invalid="ignore"):
-                ratio = middle([one[:, at] / eight[:, at]])
-            told = [number(middle([x[:, at]])) for x in (one, eight, euclid)]
+                ratio = middle([one[:, at] / several[:, at]])
+            told = [number(middle([x[:, at]])) for x in (one, several, euclid)]
             lines.append(f"| {model} | +{gain:g} | {' | '.join(told)} | {number(ratio)} |")
     return [*lines, ""]
 

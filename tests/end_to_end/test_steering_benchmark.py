@@ -12,11 +12,19 @@ from benchmarks.steering import choose, settings
 from benchmarks.steering_concepts import CONCEPTS, cases, tokens
 from benchmarks.steering_measure import Effect, Site, along, at_gain, lengths_for, prompt_at, streams
 from benchmarks.steering_more import NEW, over_tokens
-from benchmarks.steering_numbers import DAMPINGS, GAINS, NATURAL, middle
+from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS, MEANS, NATURAL, PCA, SETTINGS, middle
 from benchmarks.steering_page import draw, page
-from benchmarks.steering_steps import Estimator, check, factors, from_contrast, natural, predicting
+from benchmarks.steering_steps import (
+    Estimator,
+    factors,
+    from_contrast,
+    from_estimate,
+    mean_eigenvalues,
+    natural,
+    predicting,
+)
 from fisher_vmap.model.layers import decoder_blocks
-from fisher_vmap.natural_step import natural_step
+from fisher_vmap.natural import DAMPING, natural_step
 
 WANTED = torch.tensor([3, 40, 77])
 
@@ -67,28 +75,35 @@ def test_the_gradient_is_what_a_small_step_gains(site):
     assert effect.gain[0] == pytest.approx(0.01, rel=0.03)
 
 
-@pytest.mark.parametrize("how", [Estimator("full", 12), Estimator("topk", 10)], ids=str)
-def test_a_natural_step_by_its_parts_is_the_packages(site, how):
+def test_the_unit_of_the_damping_is_that_of_the_package(site):
+    rows = [prompts((n,), seed=n)[0].tolist() for n in (5, 7)]
+    found = mean_eigenvalues(site, rows)
+    for ids, expected in zip(rows, found, strict=True):
+        step = natural_step(site.model, torch.tensor(ids), layer=site.layer, towards=3)
+        assert step.damping / DAMPING == pytest.approx(expected, rel=0.02)
+
+
+def test_with_a_large_damping_it_is_the_gradient(site):
     some = [prompt_of(site, 7, 3), prompt_of(site, 5, 4)]
-    check(site, some, how, 0.01, WANTED)
-    known = factors(site, [prompt.ids for prompt in some], how)
-    v = natural(known, [prompt.gradient for prompt in some], 1e9)
+    v = natural(site, [prompt.ids for prompt in some], WANTED, 1e9)
     g = sum(prompt.gradient for prompt in some)
-    assert float(v @ g / g.norm()) == pytest.approx(1)  # with a large damping it is the gradient
+    assert float(v @ g / g.norm()) == pytest.approx(1)
 
 
-def test_a_natural_step_over_a_text_is_the_packages(site):
+def test_a_step_from_the_exact_matrix_is_the_packages(site):
+    prompt = prompt_of(site, 7, 3)
+    (exact,) = factors(site, [prompt.ids], Estimator("full", VOCABULARY))
+    tr = exact.trace / len(prompt.gradient)
+    v = natural(site, [prompt.ids], WANTED, 0.1 * tr)
+    assert float(v @ from_estimate(exact, prompt.gradient, 0.1)) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_natural_step_over_a_text_gains_at_its_first_target(site):
     (ids,) = prompts((8,), seed=6)
-    prompt = prompt_at(
-        site, ids[:-3].tolist(), streams(site.model, [site.layer], ids[:-3].tolist())[site.layer], WANTED
-    )
-    (factor,) = factors(site, [ids.tolist()], Estimator("full", VOCABULARY), targets=3)
-    expected = natural([factor], [prompt.gradient], 0.1)
-    ridge = 0.1 * factor.trace / len(expected)
-    mask = predicting(torch.ones(1, 8, dtype=torch.int64), 3)
-    found = natural_step(site.model, ids, layer=site.layer, towards=WANTED.tolist(), at="first", targets=mask,
-                         rank=VOCABULARY, damping=ridge).step.double()  # fmt: skip
-    assert float(found @ expected / found.norm()) == pytest.approx(1, abs=1e-4)
+    ids, first = ids.tolist(), ids[:-3].tolist()
+    prompt = prompt_at(site, first, streams(site.model, [site.layer], first)[site.layer], WANTED)
+    v = natural(site, [ids], WANTED, 1e9, predict=3)
+    assert float(v @ prompt.gradient / prompt.gradient.norm()) == pytest.approx(1)
 
 
 def test_kl_over_a_text_is_that_of_a_hook(site):
@@ -109,9 +124,8 @@ def test_a_natural_step_costs_least_at_small_gains(site):
     (ids,) = prompts((6,), seed=5)
     one = torch.tensor([11])
     prompt = prompt_at(site, ids.tolist(), streams(site.model, [site.layer], ids.tolist())[site.layer], one)
-    (exact,) = factors(site, [prompt.ids], Estimator("full", VOCABULARY))
     rng = torch.Generator().manual_seed(0)
-    best = natural([exact], [prompt.gradient], 1e-4)
+    best = natural(site, [prompt.ids], one, 1e-4 * mean_eigenvalues(site, [prompt.ids])[0])
     others = [prompt.gradient / prompt.gradient.norm()]
     others += [best + 0.3 * torch.randn(len(best), generator=rng, dtype=torch.float64) / 6 for _ in range(6)]
     sweeps = [(v, lengths_for(prompt, v, 100.0, 6, 0.02)) for v in (best, *others)]
@@ -177,29 +191,24 @@ def cell_of(rng, factors, prompts_tested=6):
     return found
 
 
-FACTORS = {NATURAL: 1.0, "natural, top 10": 1.5, "Euclidean gradient": 3.0, "difference of means": np.inf,
-           "PCA of differences": 0.5, "random 0": np.inf}  # fmt: skip
+FACTORS = {NATURAL: 1.0, EUCLID: 3.0, MEANS: np.inf, PCA: 0.5, "random 0": np.inf}
 
 
 def kept_of(factors):
     rng = np.random.default_rng(0)
-    own = {name: factors[name] for name in (NATURAL, "natural, top 10", "Euclidean gradient")}
-    kinds = [f"{setting}/{by}" for setting in ("own", "average") for by in (NATURAL, "natural, top 10")]
-    tries = {f"{kind}/{c:g}": [[0.1 * (1 + (c != 1.0))] * len(GAINS)] * 3 for kind in kinds for c in DAMPINGS}
+    own = {name: factors[name] for name in (NATURAL, EUCLID)}
+    tries = {f"{kind}/{c:g}": [[0.1 * (1 + (c != 1.0))] * len(GAINS)] * 3 for kind in SETTINGS for c in DAMPINGS}
     layers = {
         f"model.layers.{i}": {
-            "tries": {"list": tries}, "chosen": dict.fromkeys(kinds, 1.0),
-            "cells": {c: {"average": cell_of(rng, factors), "own": cell_of(rng, own, 4)} for c in ("list", "French")},
+            c: {"average": cell_of(rng, factors), "own": cell_of(rng, own, 4)} for c in ("list", "French")
         }
         for i in (1, 2)
-    }  # fmt: skip
-    concepts = {c: {"tokens": ["1", "-"], "example": ["How?", "", ""]} for c in ("list", "French")}
-    model = {"layers": layers, "variants": {}, "texts": {}, "concepts": concepts}
-    return {
-        "models": {"tiny": model},
-        "settings": settings(),
-        "machine": {"cores": 2, "cpu_capability": "AVX2", "torch": "2"},
     }
+    concepts = {c: {"tokens": ["1", "-"], "example": ["How?", "", ""]} for c in ("list", "French")}
+    model = {"tries": {"model.layers.1/list": tries}, "chosen": dict.fromkeys(SETTINGS, 1.0), "layers": layers,
+             "variants": {}, "texts": {}, "concepts": concepts}  # fmt: skip
+    machine = {"cores": 2, "cpu_capability": "AVX2", "torch": "2"}
+    return {"models": {"tiny": model}, "settings": settings(), "machine": machine}
 
 
 def test_the_page_says_what_the_numbers_say(tmp_path):
@@ -209,8 +218,8 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert "difference of means** over natural: ∞ (∞ to ∞) at +1" in text
     assert "PCA of differences** over natural: 0.5 (0.5 to 0.5) at +1" in text
     assert "own step, against Euclidean gradient: 0 of 12 medians are below 1: none." in text
-    assert text.count("| natural, full | ") == 2 and "| own, full | 1 | 1 | 1 | 1 | 1 |" in text
-    worse = page(kept_of(FACTORS | {"Euclidean gradient": 0.9}))
+    assert text.count("| natural | ") == 2 and "| one for a concept | 1 | 1 | 1 | 1 | 1 |" in text
+    worse = page(kept_of(FACTORS | {EUCLID: 0.9}))
     assert "against Euclidean gradient: 12 of 12 medians are below 1: tiny, model.layers.1, list at +1 (0.9)" in worse
     draw(kept, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -220,15 +229,15 @@ def test_the_page_has_ranks_steps_and_texts():
     kept, flat = kept_of(FACTORS), [[1.0] * len(GAINS)] * 2
     by = {
         f"{name}/{c:g}": [[times] * len(GAINS)] * 2
-        for name, times in (("full 16", 1.5), ("exact", 1.0))
+        for name, times in (("8 products", 1.5), ("exact", 1.0))
         for c in DAMPINGS
     }
-    row = {"one step": flat, "eight steps": [[0.25] * len(GAINS)] * 2}
+    row = {"one step": flat, "several steps": [[0.25] * len(GAINS)] * 2}
     model = kept["models"]["tiny"]
-    model["variants"] = {"list": {"damping": 1.0, "by": by | {"Euclidean gradient": flat}, "in a row": row}}
+    model["variants"] = {"list": {"damping": 1.0, "by": by | {EUCLID: flat}, "in a row": row}}
     model["texts"] = {"model.layers.1/list": {NATURAL: {"length": 4.0, "gain": [2.0], "first": [0.5], "kl": [3.0]}}}
     text = page(kept)
-    assert "| tiny | full 16 | 1.50 |" in text and "| tiny | exact | 1.00 |" in text
+    assert "| tiny | 8 products | 1.50 |" in text and "| tiny | exact | 1.00 |" in text
     assert "| tiny | +2 | 1.00 | 0.25 | 1.00 | 4.00 |" in text
     assert f"| tiny, model.layers.1, list | {NATURAL} | 4.00 | 2.00 | 0.5 | 3.00 |" in text
 
@@ -236,8 +245,7 @@ def test_the_page_has_ranks_steps_and_texts():
 def test_the_page_of_nothing_and_of_a_part():
     kept = kept_of(FACTORS)
     assert "Nothing is measured yet" in page({"models": {}})
-    layers = kept["models"]["tiny"]["layers"]
-    layers["model.layers.2"] = {"tries": layers["model.layers.2"]["tries"], "cells": {}}
+    kept["models"]["tiny"]["layers"]["model.layers.2"] = {}
     assert "Euclidean gradient** over natural: 3.00" in page(kept)
 
 
@@ -247,5 +255,4 @@ def test_a_median_counts_what_is_never_reached():
 
 
 def test_the_damping_of_least_cost_is_chosen():
-    chosen = choose({"list": kept_of(FACTORS)["models"]["tiny"]["layers"]["model.layers.1"]["tries"]["list"]})
-    assert set(chosen.values()) == {1.0}
+    assert choose(kept_of(FACTORS)["models"]["tiny"]["tries"]) == {"average": 1.0, "own": 1.0}
