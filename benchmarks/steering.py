@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "steering.json"
 PAGE = ROOT / "docs" / "steering-study.md"
 FIGURE = ROOT / "docs" / "images" / "steering-study.png"
+TRIED_AT = 1  # the layer, of the four, at which dampings are tried
 PARTS = ("dampings", "layers", "variants", "texts")
 
 
@@ -112,11 +113,11 @@ def run(kept: dict[str, Any], loaded: Loaded, concepts: list[str], parts: list[s
         for concept, known in all_known.items()
     }
     if "dampings" in parts:
-        for layer in loaded.layers[1:3]:
-            for concept, known in all_known.items():
-                if f"{layer}/{concept}" not in model["tries"]:
-                    model["tries"][f"{layer}/{concept}"] = try_dampings(known, layer)
-                    yield f"{layer}, {concept}: dampings"
+        layer = loaded.layers[TRIED_AT]
+        for concept, known in all_known.items():
+            if f"{layer}/{concept}" not in model["tries"]:
+                model["tries"][f"{layer}/{concept}"] = try_dampings(known, layer)
+                yield f"{layer}, {concept}: dampings"
         model["chosen"] = choose(model["tries"])
     if "layers" in parts:
         for layer in loaded.layers:

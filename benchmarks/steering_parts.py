@@ -10,49 +10,46 @@ from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS, SHOWN, Array, a
 KINDS = {"own": "each prompt's own", "average": "one for a concept"}
 
 
-def penalties(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> Array:
-    """[layers, dampings]: the logarithm of how much more off-target KL each costs than the layer's best one."""
-    rows = []
-    for of in kept["models"].values():
+def penalties(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> dict[str, Array]:
+    """Of each model and layer: how many times the off-target KL of the best damping each damping costs."""
+    rows = {}
+    for model, of in kept["models"].items():
         for layer in dict.fromkeys(key.split("/")[0] for key in of["tries"]):
             tries = {key: found for key, found in of["tries"].items() if key.startswith(f"{layer}/")}
             scores = np.array([score(tries, f"{setting}/{c:g}", gains) for c in DAMPINGS])
             if np.isfinite(scores).any():
-                rows.append(scores - scores.min())
-    return np.array(rows).reshape(-1, len(DAMPINGS))
+                rows[f"{model}, {layer}"] = np.exp(scores - scores.min())
+    return rows
 
 
 def best_single(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> str:
-    """The damping whose median cost over the layers of all models is the least."""
-    found = penalties(kept, setting, gains)
-    return f"{DAMPINGS[int(np.argmin([middle([row]) for row in found.T]))]:g}" if len(found) else "none gets there"
+    """The damping that costs least over all models: the least geometric mean."""
+    found = list(penalties(kept, setting, gains).values())
+    return f"{DAMPINGS[int(np.log(found).mean(0).argmin())]:g}" if found else "none gets there"
 
 
 def dampings(kept: dict[str, Any]) -> list[str]:
     """How the damping was chosen, and what others cost."""
-    ends, models = (GAINS[0], *SHOWN), {model: of for model, of in kept["models"].items() if "chosen" in of}
+    ends, fixed = (GAINS[0], *SHOWN), kept["settings"]
     lines = [
         "## The damping",
         "",
-        "λ is c tr F / D. c is chosen for each model and kind of step on the choosing half, at two layers and over all "
-        f"concepts: steps of {kept['settings']['made']} prompts, or of a prompt by itself, are tried on "
-        f"{kept['settings']['tried']} others of each concept. The table has how many times the off-target KL of a "
-        "layer's best c another c costs, at gains of 1 to 3 nats, the median over models and layers.",
+        "λ is c tr F / D. c is chosen for each model and kind of step on the choosing half, at one layer and over all "
+        f"concepts: steps of {fixed['made']} prompts, or of a prompt by itself, are tried on {fixed['tried']} others "
+        "of each concept. How many times the off-target KL of the best c another c costs, at gains of 1 to 3 nats:",
         "",
-        f"| step | {' | '.join([*(f'c = {c:g}' for c in DAMPINGS), *(f'chosen, {model}' for model in models)])} |",
-        "| --- |" + " --- |" * (len(DAMPINGS) + len(models)),
+        f"| step | tried at | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} |",
+        "| --- | --- |" + " --- |" * len(DAMPINGS),
     ]
     best = [
-        "The single c that costs least, by the gain at which steps are compared:",
+        "The single c that costs least over both models, by the gain at which steps are compared:",
         "",
         f"| step | {' | '.join(f'+{gain:g}' for gain in ends)} | +1 to +3 |",
         "| --- |" + " --- |" * (len(ends) + 1),
     ]
     for setting, name in KINDS.items():
-        found = penalties(kept, setting)
-        costs = [number(float(np.exp(middle([row])))) for row in found.T]
-        chosen = [f"{of['chosen'][setting]:g}" for of in models.values()]
-        lines.append(f"| {name} | {' | '.join([*costs, *chosen])} |")
+        for where, costs in penalties(kept, setting).items():
+            lines.append(f"| {name} | {where} | {' | '.join(number(float(cost)) for cost in costs)} |")
         told = [best_single(kept, setting, [gain]) for gain in ends]
         best.append(f"| {name} | {' | '.join(told)} | {best_single(kept, setting)} |")
     return [*lines, "", *best, ""]
