@@ -18,12 +18,8 @@ from fisher_vmap.load.model import load_model
 from fisher_vmap.model.layers import decoder_blocks
 
 LAYERS = {"SmolLM2-135M-Instruct": (10, 15, 20, 25), "Gemma 3 270M": (6, 9, 12, 15)}
-HALF, OWN, MADE, TRIED = (
-    20,
-    8,
-    5,
-    3,
-)  # prompts: of each half; with a direction of their own; on which a damping is tried
+HALF, OWN = 20, 8  # prompts of each half; testing prompts with a direction of their own
+MADE, TRIED = 5, 3  # choosing prompts on which a direction is made, and is tried, for the damping
 POINTS, POINTS_TRIED = 7, 5  # of a sweep, each twice as long as the one before
 
 

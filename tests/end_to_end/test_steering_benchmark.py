@@ -200,7 +200,8 @@ def kept_of(factors):
     tries = {f"{kind}/{c:g}": [[0.1 * (1 + (c != 1.0))] * len(GAINS)] * 3 for kind in SETTINGS for c in DAMPINGS}
     layers = {
         f"model.layers.{i}": {
-            c: {"average": cell_of(rng, factors), "own": cell_of(rng, own, 4)} for c in ("list", "French")
+            c: {"average": cell_of(rng, factors), "own": cell_of(rng, own, 4), "odds": [-2.0, -3.0]}
+            for c in ("list", "French")
         }
         for i in (1, 2)
     }
