@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.accuracy_page import page as accuracy_page
 from benchmarks.attribution_page import page as attribution_page
+from benchmarks.steering_page import page as steering_page
 from fisher_vmap.run.settings import RunOptions, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +27,17 @@ def test_the_page_is_written_from_the_measured_numbers(name):
     assert module.page(numbers) == (DOCS / f"{name}.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("name", "page"), [("accuracy", accuracy_page), ("attribution", attribution_page)])
-def test_the_page_of_a_benchmark_is_written_from_the_measured_numbers(name, page):
+@pytest.mark.parametrize(
+    ("name", "shown", "page"),
+    [
+        ("accuracy", "accuracy", accuracy_page),
+        ("attribution", "attribution", attribution_page),
+        ("steering", "steering-study", steering_page),
+    ],
+)
+def test_the_page_of_a_benchmark_is_written_from_the_measured_numbers(name, shown, page):
     numbers = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
-    assert page(numbers) == (DOCS / f"{name}.md").read_text("utf-8")
+    assert page(numbers) == (DOCS / f"{shown}.md").read_text("utf-8")
 
 
 @pytest.mark.needs("jsonschema", "ray")

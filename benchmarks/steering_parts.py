@@ -1,0 +1,156 @@
+"""Sections of docs/steering-study.md: the damping, products by F, several steps in a row, whole texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS, SHOWN, Array, array, middle, number, score
+
+KINDS = {"own": "each prompt's own", "average": "one for a concept"}
+
+
+def penalties(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> dict[str, Array]:
+    """Of each model and layer: how many times the off-target KL of the best damping each damping costs."""
+    rows = {}
+    for model, of in kept["models"].items():
+        for layer in dict.fromkeys(key.split("/")[0] for key in of["tries"]):
+            tries = {key: found for key, found in of["tries"].items() if key.startswith(f"{layer}/")}
+            scores = np.array([score(tries, f"{setting}/{c:g}", gains) for c in DAMPINGS])
+            if np.isfinite(scores).any():
+                rows[f"{model}, {layer}"] = np.exp(scores - scores.min())
+    return rows
+
+
+def best_single(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN) -> str:
+    """The damping that costs least over all models: the least geometric mean."""
+    found = list(penalties(kept, setting, gains).values())
+    return f"{DAMPINGS[int(np.log(found).mean(0).argmin())]:g}" if found else "none gets there"
+
+
+def dampings(kept: dict[str, Any]) -> list[str]:
+    """How the damping was chosen, and what others cost."""
+    ends, fixed = (GAINS[0], *SHOWN), kept["settings"]
+    lines = [
+        "## The damping",
+        "",
+        "λ is c tr F / D. c is chosen for each model and kind of step on the choosing half, at one layer and over all "
+        f"concepts: steps of {fixed['made']} prompts, or of a prompt by itself, are tried on {fixed['tried']} others "
+        "of each concept. How many times the off-target KL of the best c another c costs, at gains of 1 to 3 nats:",
+        "",
+        f"| step | tried at | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} |",
+        "| --- | --- |" + " --- |" * len(DAMPINGS),
+    ]
+    best = [
+        "The single c that costs least over both models, by the gain at which steps are compared:",
+        "",
+        f"| step | {' | '.join(f'+{gain:g}' for gain in ends)} | +1 to +3 |",
+        "| --- |" + " --- |" * (len(ends) + 1),
+    ]
+    for setting, name in KINDS.items():
+        for where, costs in penalties(kept, setting).items():
+            lines.append(f"| {name} | {where} | {' | '.join(number(float(cost)) for cost in costs)} |")
+        told = [best_single(kept, setting, [gain]) for gain in ends]
+        best.append(f"| {name} | {' | '.join(told)} | {best_single(kept, setting)} |")
+    return [*lines, "", *best, ""]
+
+
+def products(kept: dict[str, Any]) -> list[str]:
+    """What fewer products by F cost."""
+    variants = {model: of["variants"] for model, of in kept["models"].items() if of["variants"]}
+    if not variants:
+        return []
+    lines = [
+        "## Products by F",
+        "",
+        f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of each concept, by c and the "
+        "number of products by F that conjugate gradients may take (`products`; "
+        f"{kept['settings']['products']} if not given); from an estimate of F alone, of the likeliest tokens (topk) or "
+        "of a rank (full); and of the exact F. The off-target KL over that of the exact F with its best c, the "
+        "geometric mean over gains of 1, 2 and 3 nats of medians; and, with the best c, at a gain of 0.25, where the "
+        "theory holds.",
+        "",
+        f"| model | step from | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | best c, at +0.25 |",
+        "| --- | --- |" + " --- |" * (len(DAMPINGS) + 1),
+    ]
+    for model, of in variants.items():
+        rows = {key: np.concatenate([array(found["by"][key]) for found in of.values()])
+                for key in next(iter(of.values()))["by"]}  # fmt: skip
+        shown = {key: _geometric(values) for key, values in rows.items()}
+        small = {key: middle([values[:, 0]]) for key, values in rows.items()}
+        names = list(dict.fromkeys(key.split("/")[0] for key in rows if "/" in key))
+        least = min(shown[f"exact/{c:g}"] for c in DAMPINGS)
+        least_small = min(small[f"exact/{c:g}"] for c in DAMPINGS)
+        for name in [*names, EUCLID]:
+            keys = [f"{name}/{c:g}" for c in DAMPINGS] if name in names else [name]
+            told = [number(shown[key] / least) for key in keys] + [""] * (len(DAMPINGS) - len(keys))
+            at_small = number(min(small[key] for key in keys) / least_small)
+            lines.append(f"| {model} | {name} | {' | '.join(told)} | {at_small} |")
+    return [*lines, ""]
+
+
+def _prompts(variants: dict[str, Any]) -> int:
+    return min(len(rows) for of in variants.values() for found in of.values() for rows in found["by"].values())
+
+
+def _geometric(values: Array) -> float:
+    return float(np.exp(np.mean([np.log(middle([values[:, GAINS.index(gain)]])) for gain in SHOWN])))
+
+
+def in_a_row(kept: dict[str, Any]) -> list[str]:
+    """Several natural steps in place of one."""
+    variants = {model: of["variants"] for model, of in kept["models"].items() if of["variants"]}
+    if not variants:
+        return []
+    lines = [
+        "## Several steps in a row",
+        "",
+        f"`steps={kept['settings']['steps']}` takes F and g anew so many times along the way. Off-target KL in nats on "
+        "the same prompts, the median, with the damping chosen above:",
+        "",
+        "| model | gain | one natural step | several | Euclidean gradient | one / several, prompt by prompt |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, of in variants.items():
+        one, several = (
+            np.concatenate([array(found["in a row"][name]) for found in of.values()])
+            for name in ("one step", "several steps")
+        )
+        euclid = np.concatenate([array(found["by"][EUCLID]) for found in of.values()])
+        for gain in (2.0, 3.0):
+            at = GAINS.index(gain)
+            with np.errstate(invalid="ignore"):
+                ratio = middle([one[:, at] / several[:, at]])
+            told = [number(middle([x[:, at]])) for x in (one, several, euclid)]
+            lines.append(f"| {model} | +{gain:g} | {' | '.join(told)} | {number(ratio)} |")
+    return [*lines, ""]
+
+
+def texts(kept: dict[str, Any]) -> list[str]:
+    """KL over whole texts."""
+    measured = {model: of["texts"] for model, of in kept["models"].items() if of["texts"]}
+    if not measured:
+        return []
+    fixed = kept["settings"]
+    lines = [
+        "## Over a text",
+        "",
+        f"One direction for a concept, at the length that gains {fixed['gain']:g} nats on choosing prompts in the "
+        f"median, added at all positions of {fixed['texts']} testing prompts and of the {fixed['tokens']} tokens that "
+        "the unsteered model writes: the KL divergence of what comes next, summed over these tokens, and that of the "
+        f"first alone. `natural, over the text` is of F summed over the {fixed['tokens']} tokens of {fixed['texts']} "
+        f'choosing prompts (`targets={fixed["tokens"]}`, `at="first"`). Medians in nats; a method that does not gain '
+        "so much on most choosing prompts is left out.",
+        "",
+        "| model, layer, concept | method | length | gain | KL, first token | KL, all |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, of in measured.items():
+        for where, found in of.items():
+            for name, values in found.items():
+                told = [number(float(np.median(values[key]))) for key in ("gain", "first", "kl")]
+                lines.append(
+                    f"| {model}, {where.replace('/', ', ')} | {name.removesuffix(' 0')} | "
+                    f"{number(values['length'])} | {' | '.join(told)} |"
+                )
+    return [*lines, ""]
