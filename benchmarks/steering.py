@@ -138,9 +138,7 @@ def variants(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known])
     layer = loaded.layers[2]
     for concept, known in all_known.items():
         if concept not in model["variants"]:
-            model["variants"][concept] = measure_variants(
-                known, layer, model["layers"][layer]["chosen"]["own/natural, full"]
-            )
+            model["variants"][concept] = measure_variants(known, layer, model["chosen"]["own"])
             yield f"{layer}, {concept}: ranks and steps"
         known.forget(layer)
 
