@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "steering.json"
 PAGE = ROOT / "docs" / "steering-study.md"
 FIGURE = ROOT / "docs" / "images" / "steering-study.png"
-TRIED_AT = 1  # the layer, of the four, at which dampings are tried
+TRIED_AT = 1  # the layer, of the four, at which a damping is chosen; they are tried at the last one too
 PARTS = ("dampings", "layers", "variants", "texts")
 
 
@@ -113,12 +113,12 @@ def run(kept: dict[str, Any], loaded: Loaded, concepts: list[str], parts: list[s
         for concept, known in all_known.items()
     }
     if "dampings" in parts:
-        layer = loaded.layers[TRIED_AT]
-        for concept, known in all_known.items():
-            if f"{layer}/{concept}" not in model["tries"]:
-                model["tries"][f"{layer}/{concept}"] = try_dampings(known, layer)
-                yield f"{layer}, {concept}: dampings"
-        model["chosen"] = choose(model["tries"])
+        for layer in (loaded.layers[TRIED_AT], loaded.layers[-1]):
+            for concept, known in all_known.items():
+                if f"{layer}/{concept}" not in model["tries"]:
+                    model["tries"][f"{layer}/{concept}"] = try_dampings(known, layer)
+                    yield f"{layer}, {concept}: dampings"
+            model.setdefault("chosen", choose(model["tries"]))  # at the first of them
     if "layers" in parts:
         for layer in loaded.layers:
             cells = model["layers"].setdefault(layer, {})
@@ -144,8 +144,8 @@ def variants(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known])
 
 
 def texts(model: dict[str, Any], loaded: Loaded, all_known: dict[str, Known]) -> Iterator[str]:
-    """Whole texts, at two layers."""
-    for layer in loaded.layers[1:3]:
+    """Whole texts, at one layer."""
+    for layer in loaded.layers[2:3]:
         for concept in ("French", "sentiment"):
             if concept in all_known and f"{layer}/{concept}" not in model["texts"]:
                 damping = model["chosen"]["average"]

@@ -9,15 +9,15 @@ from torch import Tensor
 from benchmarks.steering_concepts import Case
 from benchmarks.steering_known import POINTS_TRIED, Known, rounded, swept
 from benchmarks.steering_measure import Effect, Prompt, along, at_gain, divergence, effects, lengths_for, streams
-from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS
+from benchmarks.steering_numbers import EUCLID, GAINS
 from benchmarks.steering_steps import Estimator, factors, from_estimate, natural, unit
 from fisher_vmap.natural import PRODUCTS as DEFAULT
 from fisher_vmap.natural import natural_step
 
 FEW = 2  # testing prompts
-ALONE = (Estimator("topk", 10), Estimator("full", 16), Estimator("full", 64))  # estimates without products by F
-PRODUCTS = (2, 4, 8, 16, 32)
-EIGHT, BUDGETS = 8, (1.5, 3.0, 6.0)  # steps in a row; their budget: that of a single step that would gain so much
+ALONE = (Estimator("topk", 10), Estimator("full", 64))  # estimates without products by F
+PRODUCTS, VARIED = (4, 8, 16), (1e-2, 1e-1)  # and dampings
+EIGHT, BUDGETS = 8, (2.0, 5.0)  # steps in a row; their budget: that of a single step that would gain so much
 NEW = 20  # tokens of a text
 TEXTS, TRIED = 10, 5  # choosing prompts on whose texts a step is made, testing prompts; for the length
 AT = 2.0  # nats of gain, at which texts are compared
@@ -31,12 +31,12 @@ def measure_variants(known: Known, layer: str, damping: float) -> dict[str, Any]
         prompt = known.prompt(case, layer)
         directions, tr = {EUCLID: unit(prompt.gradient)}, known.unit([case], layer)
         for products in PRODUCTS:
-            made = {c: known.natural([case], layer, c * tr, products=products) for c in DAMPINGS}
+            made = {c: known.natural([case], layer, c * tr, products=products) for c in VARIED}
             directions |= {f"{products} products/{c:g}": v for c, v in made.items()}
         for how in (*ALONE, Estimator("full", len(prompt.gradient))):
             name = "exact" if how.rank == len(prompt.gradient) else f"{how} alone"
             (factor,) = factors(site, [prompt.ids], how)
-            directions |= {f"{name}/{c:g}": from_estimate(factor, prompt.gradient, c) for c in DAMPINGS}
+            directions |= {f"{name}/{c:g}": from_estimate(factor, prompt.gradient, c) for c in VARIED}
         kl_at = swept(known, case, layer, list(directions.values()), POINTS_TRIED)
         for name, values in zip(directions, kl_at, strict=True):
             by.setdefault(name, []).append(rounded(values))

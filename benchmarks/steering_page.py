@@ -196,8 +196,24 @@ def _losses(kept: dict[str, Any]) -> list[str]:
         "directions along which F at the start is small; so it is long, and further out F is another one. At any "
         f"length, +3 is reached on {reached(every, 'average', NATURAL, 3.0):.0%} of the prompts by the natural step "
         f"for a concept, on {' and on '.join(short)}. By concept, with the median log-odds at the start: "
-        f"{'; '.join(_by_concept(every))}. `steps` (below, where measured) takes F anew on the way.",
+        f"{'; '.join(_by_concept(every))}. `steps` takes F anew on the way; what that gains is below.",
+        "",
+        "Where a direction for a concept loses, each prompt's own step wins in "
+        f"{_own_wins(kept)}. So it is the mean over other prompts that fails there; it seems that other prompts react "
+        "along directions that F of the choosing prompts hardly sees. A larger λ than the one chosen at another layer "
+        "helps (the tables of λ below): it keeps a step out of such directions.",
     ]
+
+
+def _own_wins(kept: dict[str, Any]) -> str:
+    """In how many of the cells in which the direction for a concept loses to the gradient a prompt's own step wins."""
+    won = [
+        middle([ratios(cell, "own", EUCLID)[:, GAINS.index(gain)]]) > 1
+        for *_, cell in cells(kept)
+        for gain in SHOWN
+        if middle([ratios(cell, "average", EUCLID)[:, GAINS.index(gain)]]) < 1
+    ]
+    return f"{sum(won)} of these {len(won)} medians"
 
 
 def _by_concept(every: list[Any]) -> list[str]:

@@ -18,7 +18,9 @@ def penalties(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHOWN
             tries = {key: found for key, found in of["tries"].items() if key.startswith(f"{layer}/")}
             scores = np.array([score(tries, f"{setting}/{c:g}", gains) for c in DAMPINGS])
             if np.isfinite(scores).any():
-                rows[f"{model}, {layer}"] = np.exp(scores - scores.min())
+                told = [key.split("/")[1] for key in tries]
+                part = "" if len(told) == len(of["concepts"]) else f" ({', '.join(told)})"
+                rows[f"{model}, {layer}{part}"] = np.exp(scores - scores.min())
     return rows
 
 
@@ -31,18 +33,24 @@ def best_single(kept: dict[str, Any], setting: str, gains: Sequence[float] = SHO
 def dampings(kept: dict[str, Any]) -> list[str]:
     """How the damping was chosen, and what others cost."""
     ends, fixed = (GAINS[0], *SHOWN), kept["settings"]
+    used = [
+        f"{model}, " + ", ".join(f"{name} {of['chosen'][setting]:g}" for setting, name in KINDS.items())
+        for model, of in kept["models"].items()
+        if "chosen" in of
+    ]
     lines = [
         "## The damping",
         "",
-        "λ is c tr F / D. c is chosen for each model and kind of step on the choosing half, at one layer and over all "
-        f"concepts: steps of {fixed['made']} prompts, or of a prompt by itself, are tried on {fixed['tried']} others "
-        "of each concept. How many times the off-target KL of the best c another c costs, at gains of 1 to 3 nats:",
+        "λ is c tr F / D. c is chosen for each model and kind of step on the choosing half, over all concepts at the "
+        f"first layer shown here, and used at all layers: {'; '.join(used)}. Steps of {fixed['made']} prompts, or of a "
+        f"prompt by itself, are tried on {fixed['tried']} others of each concept. How many times the off-target KL of "
+        "the best c another c costs, at gains of 1 to 3 nats:",
         "",
         f"| step | tried at | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} |",
         "| --- | --- |" + " --- |" * len(DAMPINGS),
     ]
     best = [
-        "The single c that costs least over both models, by the gain at which steps are compared:",
+        "The single c that costs least over all rows of this table, by the gain at which steps are compared:",
         "",
         f"| step | {' | '.join(f'+{gain:g}' for gain in ends)} | +1 to +3 |",
         "| --- |" + " --- |" * (len(ends) + 1),
@@ -60,33 +68,40 @@ def products(kept: dict[str, Any]) -> list[str]:
     variants = {model: of["variants"] for model, of in kept["models"].items() if of["variants"]}
     if not variants:
         return []
+    every = [found["by"] for of in variants.values() for found in of.values()]
+    shared = [key for key in every[0] if all(key in found for found in every)]
+    varied = list(dict.fromkeys(key.split("/")[1] for key in shared if "/" in key))
     lines = [
         "## Products by F",
         "",
-        f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of each concept, by c and the "
-        "number of products by F that conjugate gradients may take (`products`; "
-        f"{kept['settings']['products']} if not given); from an estimate of F alone, of the likeliest tokens (topk) or "
-        "of a rank (full); and of the exact F. The off-target KL over that of the exact F with its best c, the "
-        "geometric mean over gains of 1, 2 and 3 nats of medians; and, with the best c, at a gain of 0.25, where the "
-        "theory holds.",
+        f"Each prompt's own step at one layer, {_prompts(variants)} testing prompts of a concept "
+        f"({', '.join(_concepts(variants))}), by c and the number of products by F that conjugate gradients may take "
+        f"(`products`; {kept['settings']['products']} if not given); from an estimate of F alone, of the likeliest "
+        "tokens (topk) or of a rank (full); and of the exact F. The off-target KL over that of the exact F with its "
+        "best c, the geometric mean over gains of 1, 2 and 3 nats of medians; and, with the best c, at a gain of "
+        "0.25, where the theory holds. An exact step with a small λ is the first to leave the region of the "
+        "quadratic form; few products act as a larger λ does.",
         "",
-        f"| model | step from | {' | '.join(f'c = {c:g}' for c in DAMPINGS)} | best c, at +0.25 |",
-        "| --- | --- |" + " --- |" * (len(DAMPINGS) + 1),
+        f"| model | step from | {' | '.join(f'c = {c}' for c in varied)} | best c, at +0.25 |",
+        "| --- | --- |" + " --- |" * (len(varied) + 1),
     ]
     for model, of in variants.items():
-        rows = {key: np.concatenate([array(found["by"][key]) for found in of.values()])
-                for key in next(iter(of.values()))["by"]}  # fmt: skip
+        rows = {key: np.concatenate([array(found["by"][key]) for found in of.values()]) for key in shared}
         shown = {key: _geometric(values) for key, values in rows.items()}
         small = {key: middle([values[:, 0]]) for key, values in rows.items()}
         names = list(dict.fromkeys(key.split("/")[0] for key in rows if "/" in key))
-        least = min(shown[f"exact/{c:g}"] for c in DAMPINGS)
-        least_small = min(small[f"exact/{c:g}"] for c in DAMPINGS)
+        least = min(shown[f"exact/{c}"] for c in varied)
+        least_small = min(small[f"exact/{c}"] for c in varied)
         for name in [*names, EUCLID]:
-            keys = [f"{name}/{c:g}" for c in DAMPINGS] if name in names else [name]
-            told = [number(shown[key] / least) for key in keys] + [""] * (len(DAMPINGS) - len(keys))
+            keys = [f"{name}/{c}" for c in varied] if name in names else [name]
+            told = [number(shown[key] / least) for key in keys] + [""] * (len(varied) - len(keys))
             at_small = number(min(small[key] for key in keys) / least_small)
             lines.append(f"| {model} | {name} | {' | '.join(told)} | {at_small} |")
     return [*lines, ""]
+
+
+def _concepts(variants: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(concept for of in variants.values() for concept in of))
 
 
 def _prompts(variants: dict[str, Any]) -> int:
@@ -106,7 +121,9 @@ def in_a_row(kept: dict[str, Any]) -> list[str]:
         "## Several steps in a row",
         "",
         f"`steps={kept['settings']['steps']}` takes F and g anew so many times along the way. Off-target KL in nats on "
-        "the same prompts, the median, with the damping chosen above:",
+        "the same prompts, the median, with the damping chosen above. The path has the length of one "
+        "step; each step after the first takes an eighth of the products by F, and a ratio below 1 says that the "
+        "path costs more:",
         "",
         "| model | gain | one natural step | several | Euclidean gradient | one / several, prompt by prompt |",
         "| --- | --- | --- | --- | --- | --- |",
