@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_vmap.estimators import full, topk
+from fisher_vmap.estimators import TRACE_SAMPLES, full, topk
 from fisher_vmap.fisher import prompt_seeds
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.linear_map import LinearMap
@@ -40,7 +40,7 @@ from fisher_vmap.model.patches import autocast_off
 from fisher_vmap.model.targets import grid_of, most_targets
 from fisher_vmap.model.validation import check_whole, in_float64
 from fisher_vmap.objective import OBJECTIVES, Objective, divergence, token_ids, without
-from fisher_vmap.points import TRACE_SAMPLES, OneNetwork, Point, Prompts, one_layer
+from fisher_vmap.points import OneNetwork, Point, Prompts, one_layer
 from fisher_vmap.steering import Step
 
 DAMPING = 0.01  # lambda as a part of F's mean eigenvalue, tr F / D, if not given

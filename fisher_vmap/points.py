@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fisher_vmap.data.conversations import SkippedPrompt
 from fisher_vmap.data.sequences import Tokens, masked, padded, tokens_of
+from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.fisher import prompt_seeds
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.linear_map import LinearMap, undisturbed
@@ -20,8 +21,6 @@ from fisher_vmap.model.layers import resolve_layers
 from fisher_vmap.model.targets import grid_of, target_seeds
 from fisher_vmap.model.wrappers import names_inside
 from fisher_vmap.steering import at_point
-
-TRACE_SAMPLES = 4  # random vectors for the trace of what the likeliest tokens leave out
 
 
 class Point(NamedTuple):
