@@ -318,8 +318,8 @@ class FisherModel:
     ) -> Iterator[FisherRecord]:
         """Yield the Fisher matrix of each prompt, in order, as it is computed.
 
-        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`), as in the command. The
-        status of a record is "skipped" for a prompt without text, "failed" if its numbers are not finite.
+        A prompt that is longer than the model's positions is cut (`record.row["truncated"]`). The status of a record is
+        "skipped" for a prompt without text, "failed" if its numbers are not finite.
 
         Args:
             prompts: an iterable of texts, lists of messages ({"role": ..., "content": ...}), such lists as JSON, or
@@ -350,9 +350,7 @@ class FisherModel:
         check_prompts(prompts)
         from_turns = self.targets == "completion"
         if completions is not None and not from_turns:
-            raise ValueError(
-                f"completions are for targets 'completion', and targets is {self.targets!r}; leave them out"
-            )
+            raise ValueError(f"completions are for targets 'completion', not {self.targets!r}; leave them out")
         return with_completions(map(self.renderer.given, prompts), completions, from_turns)
 
     def _records(self, pairs: Iterable[tuple[Prompt, Completion]], rank: int) -> Iterator[FisherRecord]:
@@ -378,6 +376,7 @@ class FisherModel:
         *,
         positions: str | Tensor | None = None,
         targets: str | Tensor = "last",
+        pull_only: bool = False,
     ) -> Iterator[LinearizedNetwork]:
         """The linear map of a batch, for products by any vectors within the context.
 
@@ -386,6 +385,7 @@ class FisherModel:
             attention_mask: [B, T], 1 for real tokens.
             positions: where the bias is added, as for `fisher_scores`; None: as this model was opened.
             targets: the positions whose h is the output, as for `fisher_scores`.
+            pull_only: nothing is pushed, so that a model needs no forward derivatives.
 
         Raises:
             ValueError: no form of this model has both products, or they are not adjoint to each other.
@@ -396,5 +396,5 @@ class FisherModel:
             check_inputs(self.model, layout)
             with differentiable(self.model):
                 known = probe(self.model, layout._replace(targets=None))
-            network = linearize(self.model, known, layout, self.layers, self.options)
+            network = linearize(self.model, known, layout, self.layers, self.options, pull_only=pull_only)
         yield network

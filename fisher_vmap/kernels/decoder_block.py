@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fisher_vmap.kernels.attention_rule import AttentionRule
 from fisher_vmap.kernels.autograd import Scratch, stretches
 from fisher_vmap.kernels.hf_attention import Packed, packed_now
-from fisher_vmap.kernels.mlp import fused_mlp
+from fisher_vmap.kernels.mlp import Mlp, fused_mlp, matrices_pay
 from fisher_vmap.kernels.modules import NormRows, NormRule, fused_norm, norm_kind
 from fisher_vmap.kernels.parts import ByAutograd, Part, Pull, Seen, Watched, seeing
 from fisher_vmap.model.recording import BlockCall
@@ -83,6 +83,10 @@ class Branch:
             return self.part.ends(packed, rows, device)
         return [rows] if isinstance(self.part, ByAutograd) else range(1, rows + 1)
 
+    def takes_all(self, cotangents: int) -> bool:
+        """Whether K cotangents are to be pulled back together."""
+        return isinstance(self.part, Mlp) and matrices_pay(self.part.weights(), cotangents)
+
     def pull_from(self, seen: Seen, packed: Packed, scratch: Scratch) -> Pull:
         """The pullback of post and part; the cotangents of pre's output, with the factor."""
         if isinstance(self.part, AttentionRule):
@@ -123,16 +127,18 @@ class BlockRule:
     ) -> None:
         """Turn K cotangents of the block's output into those of its input x, [N, D], in place, [N, K, D].
 
-        `chunk_size` is how many cotangents to take at a time; None: all at once.
+        `chunk_size` is how many cotangents to take at a time; None: all at once. Steps whose work grows with the number
+        of pieces take all at once in any case.
         """
         K = G_NKD.shape[1]
-        if chunk_size is None or chunk_size >= K:
-            self._pull(x, seen, G_NKD, packed, scratch)
-            return
-        for start in range(0, K, chunk_size):
-            piece = G_NKD[:, start : start + chunk_size].contiguous()
-            self._pull(x, seen, piece, packed, scratch)
-            G_NKD[:, start : start + chunk_size] = piece
+        for number, step in reversed(list(enumerate(self.steps))):
+            at_once = K if any(branch.takes_all(K) for branch in step) else min(K, chunk_size or K)
+            for start in range(0, K, at_once):
+                whole = at_once == K
+                piece = G_NKD if whole else G_NKD[:, start : start + at_once].contiguous()
+                self._pull_step(step, x if number == 0 else None, seen, piece, packed, scratch)
+                if not whole:
+                    G_NKD[:, start : start + at_once] = piece
 
     @property
     def reads_once(self) -> bool:
@@ -178,10 +184,6 @@ class BlockRule:
                 branch.pre.rows(rows).add_pull(into, below, scratch)
             if into is not total:
                 total.index_add_(0, place, into)
-
-    def _pull(self, x: Tensor, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch) -> None:
-        for number, step in reversed(list(enumerate(self.steps))):
-            self._pull_step(step, x if number == 0 else None, seen, G_NKD, packed, scratch)
 
     def _pull_step(
         self, step: Sequence[Branch], x: Tensor | None, seen: Seen, G_NKD: Tensor, packed: Packed, scratch: Scratch

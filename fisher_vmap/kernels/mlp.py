@@ -11,6 +11,9 @@ each derivative of the MLP is one product for each layer, with elementwise produ
     dx = (h * dm/da) W_a  +  (h * dm/db) W_b,   h = g W_d
     dy = ((t W_a^T) * dm/da  +  (t W_b^T) * dm/db) W_d^T
 
+For many cotangents of a position it is cheaper to make the MLP's derivative there first, a matrix [D, D], and to
+multiply each of them by it: `pull_by_matrices`.
+
 The forward is the module's own, to the bit.
 """
 
@@ -35,6 +38,8 @@ Halves = tuple[slice, slice]
 
 # Activations that a forward may call without holding them as an attribute.
 INLINE: tuple[Activation, ...] = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
+# Matrices of derivatives are used where they take less than this part of the operations: there is other work on them.
+MATRICES_AT = 0.75
 # Where the two inputs of a column may lie in the output of one joined layer.
 LAYOUTS = ("one after the other", "interleaved")
 
@@ -101,7 +106,12 @@ class Mlp:
         """The pullback at the inputs of one forward."""
         factors = [factor[:, None] for factor in self.mixing.factors([seen.outputs[part] for part in self.first])]
         weights, halves = self.weights(), self.mixing.halves
-        return lambda g, a, z: pull_mlp(g, [factor[a:z] for factor in factors], weights, halves, scratch)
+
+        def pull(g: Tensor, a: int, z: int) -> Tensor:
+            by_rows = pull_by_matrices if matrices_pay(weights, g.shape[1]) else pull_mlp
+            return by_rows(g, [factor[a:z] for factor in factors], weights, halves, scratch)
+
+        return pull
 
     def weights(self) -> tuple[Tensor, ...]:
         """W of each first layer, [M, D] or [2M, D], and W_d, [D, M]."""
@@ -307,6 +317,35 @@ def pull_mlp(
     w_down = weights[-1]
     h = torch.mm(g.flatten(0, -2), w_down, out=scratch("h", (g.shape[:-1].numel(), w_down.shape[1]), g))
     return pull_mixed(h.view(*g.shape[:-1], -1), factors, weights[:-1], halves, scratch)
+
+
+def matrices_pay(weights: Sequence[Tensor], cotangents: int) -> bool:
+    """Whether an MLP of these weights is pulled back faster by a matrix for each position, for K cotangents of it."""
+    D, M = weights[-1].shape
+    by_layers = cotangents * D * (M + sum(len(weight) for weight in weights[:-1]))
+    return D * D * (M + cotangents) < MATRICES_AT * by_layers
+
+
+def pull_by_matrices(
+    g_nKD: Tensor, factors: Sequence[Tensor], weights: Sequence[Tensor], halves: Halves | None, scratch: Scratch
+) -> Tensor:
+    """As `pull_mlp`, by the derivative of the MLP at each position, W_d (sum of diag(factor) W over the first layers).
+
+    With factors f, F wide in all, that are 2 D D (M + K) operations a position in place of 2 K D (M + F).
+    """
+    *w_first, w_down = weights
+    out = scratch("dx of first", g_nKD.shape[:2] + w_first[0].shape[1:], g_nKD)
+    first_MD = scratch("first at a position", (w_down.shape[1], w_first[0].shape[1]), g_nKD)
+    matrix_DD = scratch("matrix of a position", (len(w_down), w_first[0].shape[1]), g_nKD)
+    if halves is not None:
+        w_first, factors = [w_first[0][half] for half in halves], [factors[0][..., half] for half in halves]
+    for i, g_KD in enumerate(g_nKD):
+        columns = [factor[i, 0, :, None] for factor in factors]
+        torch.mul(w_first[0], columns[0], out=first_MD)
+        for weight, column in zip(w_first[1:], columns[1:], strict=True):
+            first_MD.addcmul_(weight, column)
+        torch.mm(g_KD, torch.mm(w_down, first_MD, out=matrix_DD), out=out[i])
+    return out
 
 
 def pull_mixed(

@@ -80,8 +80,12 @@ def _by_rule(rule: BlockRule, call: BlockCall, rows: LiveRows) -> tuple[Tensor, 
     def pull(cotangents_KMD: Tensor, chunk_size: int | None) -> Tensor:
         cotangents, scratch = rows.read.at_targets(cotangents_KMD.to(primal.device))[0], Scratch()
         K, D = cotangents.shape[1:]
-        total, some = x.new_zeros(len(x), K, D), chunk_size or K
         with weights_ready(call.block):
+            if rows.at is None:  # every live row is read: a block like any other
+                cotangents = cotangents.contiguous()
+                rule.pull(x, seen[0], cotangents, packed, chunk_size, scratch)
+                return cotangents[None]
+            total, some = x.new_zeros(len(x), K, D), chunk_size or K
             for g, into in zip(cotangents.split(some, 1), total.split(some, 1), strict=True):
                 rule.pull_to_live(x, rows.at, seen, g.contiguous(), into, packed, scratch)
         return total[None]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from fisher_vmap.kernels.hf_attention import attention_set_to, prompts_packed
 from fisher_vmap.kernels.quantized import quantized_pullbacks
 from fisher_vmap.linearize.block import Arrived
 from fisher_vmap.linearize.model_info import Parts
+from fisher_vmap.linearize.residual_norms import residual_norm
 from fisher_vmap.model.head import Head
-from fisher_vmap.model.layout import Layout, on_device
+from fisher_vmap.model.layout import Layout
 from fisher_vmap.model.offload import placed, weights_ready
 from fisher_vmap.model.patches import OldFunction, autocast_off, experts_apart, modernised, one_at_a_time, own_forwards
 from fisher_vmap.model.precision import choose_precision
@@ -38,7 +39,8 @@ from fisher_vmap.model.widening import in_float32
 log = logging.getLogger(__name__)
 
 _INSIDE: ContextVar[frozenset[tuple[str, int]]] = ContextVar("inside", default=frozenset())
-_MEAN_NORMS: ContextVar[bool] = ContextVar("mean_norms", default=False)
+
+Found = TypeVar("Found")
 
 KERNELS = ("auto", "layerwise", "whole", "loop")
 AUDITS = ("auto", "always", "off")
@@ -245,19 +247,35 @@ class LinearMap(ABC):
         """
         unit_KMX, norm_KB = self._unit_fields(cotangents_MKX.transpose(0, 1))
         weights_BK = torch.ones_like(norm_KB.T) if weights_BK is None else weights_BK
-        pending: dict[str, Tensor] = {}
-        found: dict[str, Summed] = {}
         mask_N = self.live.bias_mask()
 
-        def finish(layer: str) -> None:
-            cotangents, layout = pending.pop(layer), self.live
-            summed = sum_positions(cotangents, layout, norm_KB, weights_BK, mask_N)
-            energy_N = summed.energy
+        def summed(cotangents: Tensor) -> Summed:
+            layout = self.live
+            found = sum_positions(cotangents, layout, norm_KB, weights_BK, mask_N)
+            energy_N = found.energy
             if derived is not None:
                 energy_N = energy_N + energy_of_one(cotangents, layout, norm_KB, *derived, mask_N)
             energy_BT = layout.to_caller(energy_N.to(layout.device))
-            found[layer] = Summed(summed.gradients.to(layout.device), energy_BT)
+            return Summed(found.gradients.to(layout.device), energy_BT)
 
+        return self._at_layers(unit_KMX, layers, summed)
+
+    def pull_sums(self, cotangents_MKX: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+        """As `pull`, the gradients [B, K, D] alone."""
+        unit_KMX, norm_KB = self._unit_fields(cotangents_MKX.transpose(0, 1))
+        mask_N = self.live.bias_mask()
+
+        def summed(cotangents: Tensor) -> Tensor:
+            return sum_of_positions(cotangents, self.live, norm_KB, mask_N).to(self.live.device)
+
+        return self._at_layers(unit_KMX, layers, summed)
+
+    def _at_layers(
+        self, unit_KMX: Tensor, layers: Collection[str] | None, made: Callable[[Tensor], Found]
+    ) -> dict[str, Found]:
+        """For each layer what `made` makes of the cotangents at its live rows, [b, n, K, D], of all its calls."""
+        pending: dict[str, Tensor] = {}
+        found: dict[str, Found] = {}
         wanted = set(self.layers if layers is None else layers)
         called_often = {layer for layer in wanted if self._parts.call_order.count(layer) > 1}
         with self.prepared(), primals_checked_together(), closing(self._pull(unit_KMX)) as arrivals:
@@ -265,12 +283,10 @@ class LinearMap(ABC):
                 if layer in wanted:
                     pending[layer] = arrived + pending[layer] if layer in pending else arrived
                     if layer not in called_often:
-                        finish(layer)
+                        found[layer] = made(pending.pop(layer))
                 if set(found) == wanted:
                     break  # no layer further down is asked for
-        for layer in list(pending):
-            finish(layer)
-        return found
+        return found | {layer: made(arrived) for layer, arrived in pending.items()}
 
     def push(self, tangents_BKD: Tensor, layer: str) -> Tensor:
         """J v for each direction v of the bias, [B, K, D] -> [M, K, X], float32 or wider."""
@@ -341,17 +357,24 @@ def sum_positions(
     divided, `probs_BK` the weights of the energy, `mask_N` the positions of the bias, or None for all.
     """
     device, wide = cotangents.device, torch.promote_types(cotangents.dtype, norm_KB.dtype)
-    norm_BK, weight_BK = norm_KB.T.to(device, wide), probs_BK.to(device, wide)
-    cotangents_NKD = cotangents.flatten(0, 1)
+    gradients_BKD = sum_of_positions(cotangents, layout, norm_KB, mask_N)
+    squared_NK = torch.linalg.vector_norm(cotangents.flatten(0, 1), dim=-1, dtype=wide) ** 2
     if mask_N is not None:
-        cotangents_NKD = cotangents_NKD * mask_N.to(device, cotangents.dtype)[:, None, None]
-    gradients_BKD = layout.sum_prompts(cotangents_NKD, wide) * norm_BK[:, :, None]
-    squared_NK = torch.linalg.vector_norm(cotangents_NKD, dim=-1, dtype=wide) ** 2
-    weight_BK = weight_BK * norm_BK**2
+        squared_NK = squared_NK * mask_N.to(squared_NK)[:, None]
+    weight_BK = probs_BK.to(device, wide) * norm_KB.T.to(device, wide) ** 2
     energy_N = squared_NK.new_zeros(len(squared_NK))
     for b, (first, stop) in enumerate(layout.ranges()):
         energy_N[first:stop] = squared_NK[first:stop] @ weight_BK[b]
     return Summed(gradients_BKD, energy_N)
+
+
+def sum_of_positions(cotangents: Tensor, layout: Layout, norm_KB: Tensor, mask_N: Tensor | None) -> Tensor:
+    """The gradients of `sum_positions` alone, [B, K, D]."""
+    wide = torch.promote_types(cotangents.dtype, norm_KB.dtype)
+    cotangents_NKD = cotangents.flatten(0, 1)
+    if mask_N is not None and not bool(mask_N.all()):
+        cotangents_NKD = cotangents_NKD * mask_N.to(cotangents.device, cotangents.dtype)[:, None, None]
+    return layout.sum_prompts(cotangents_NKD, wide) * norm_KB.T.to(cotangents.device, wide)[:, :, None]
 
 
 def energy_of_one(
@@ -366,33 +389,3 @@ def energy_of_one(
         row_nD = torch.einsum("nkd,k->nd", cotangents_NKD[first:stop].to(wide), factor_BK[b])
         energy_N[first:stop] = row_nD.square().sum(1) * weight_B[b].to(device, wide)
     return energy_N if mask_N is None else energy_N * mask_N.to(device, wide)
-
-
-@contextmanager
-def mean_norms(wanted: bool = True) -> Iterator[None]:
-    """Within the context `residual_norm` is the mean over a prompt's tokens, as older results folders have it."""
-    token = _MEAN_NORMS.set(wanted)
-    try:
-        yield
-    finally:
-        _MEAN_NORMS.reset(token)
-
-
-def residual_norm(hidden: Tensor, layout: Layout) -> Tensor:
-    """The median norm of a residual stream, [b, T, D] or [b, T, S, D], over each prompt's tokens, [B].
-
-    float32 or wider. Of an even number of tokens it is the mean of the two middle norms; NaN where a token has NaN.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    length_N = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=-1, dtype=wide)
-    length_N = length_N.view(len(length_N), -1).mean(1)  # the mean over S streams
-    if _MEAN_NORMS.get():
-        return torch.stack([length_N[a:z].mean() for a, z in layout.ranges()]).to(layout.device)
-    first_B1, count_B1 = (torch.tensor(x, device="cpu")[:, None] for x in (layout.first_row, layout.lengths))
-    column_T = torch.arange(max(layout.lengths), device="cpu")
-    row_BT = torch.where(column_T < count_B1, first_B1 + column_T, len(length_N))  # beyond a prompt: the row of inf
-    length_N = torch.cat([length_N, length_N.new_full((1,), torch.inf)])
-    length_BT = length_N[on_device(row_BT, length_N.device)]
-    middle_B2 = on_device(torch.cat([(count_B1 - 1) // 2, count_B1 // 2], 1), length_N.device)
-    median_B = length_BT.sort(1).values.gather(1, middle_B2).mean(1)
-    return median_B.masked_fill(length_BT.isnan().any(1), torch.nan).to(layout.device)

@@ -144,11 +144,18 @@ class LinearizedNetwork:
 
 
 def linearize(
-    model: nn.Module, known: ModelInfo, layout: Layout, layers: Sequence[str], options: KernelOptions, vectors: int = 16
+    model: nn.Module,
+    known: ModelInfo,
+    layout: Layout,
+    layers: Sequence[str],
+    options: KernelOptions,
+    vectors: int = 16,
+    pull_only: bool = False,
 ) -> LinearizedNetwork:
     """Open the linear map of a padded batch, each layer in its proven form; the model must be in `as_it_is`.
 
-    `vectors` is about how many vectors will be pulled and pushed.
+    `vectors` is about how many vectors will be pulled and pushed. With `pull_only` nothing will be pushed, so that a
+    form without forward derivatives will do.
 
     Raises:
         OneAtATime: the prompts can only be computed one at a time.
@@ -163,8 +170,9 @@ def linearize(
     while True:
         with differentiable(model):
             forms = choose_forms(model, known, last, layers, options.kernel)
-            _prove(model, known, last, layers, forms, options)
-        net = _opened(model, known, layout, layers, forms, options)
+            if not pull_only:
+                _prove(model, known, last, layers, forms, options)
+        net = _opened(model, known, layout, layers, forms, options, pull_only)
         plan = plan_audit(model, known, layout, forms, vectors, options.audit)
         wrong: dict[str, str] = {}
         if plan.scores or plan.log_probs:
@@ -200,12 +208,13 @@ def _opened(
     layers: Sequence[str],
     forms: Mapping[str, Choice],
     options: KernelOptions,
+    pull_only: bool = False,
 ) -> LinearizedNetwork:
     maps: dict[str, LinearMap] = {}
     for key in dict.fromkeys(forms[layer].key for layer in layers):
         group = [layer for layer in layers if forms[layer].key == key]
         choice = forms[group[0]]
-        if choice.form == "loop":
+        if choice.form == "loop" and not pull_only:
             raise ValueError(
                 "the kernel of this model is the loop, plain autograd token by token, so that its upper network cannot "
                 "be linearised: use estimator topk"

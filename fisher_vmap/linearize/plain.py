@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fisher_vmap.linearize.linear_map import residual_norm
+from fisher_vmap.linearize.residual_norms import residual_norm
 from fisher_vmap.linearize.whole import rows_from_logits
 from fisher_vmap.model.layers import Place, decoder_blocks, hooked
 from fisher_vmap.model.layout import Layout, alone, as_given

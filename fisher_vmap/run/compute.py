@@ -22,8 +22,9 @@ from fisher_vmap.data.prompts import SourcePrompt
 from fisher_vmap.data.sequences import Tokens, completions_of, target_columns, tokens_of
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.audit import ShardForms, due_batch, one_shard
-from fisher_vmap.linearize.linear_map import mean_norms, undisturbed
+from fisher_vmap.linearize.linear_map import undisturbed
 from fisher_vmap.linearize.probe import known_of, probe
+from fisher_vmap.linearize.residual_norms import mean_norms
 from fisher_vmap.linearize.select import NoFormAgrees
 from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.validation import forget_freed, is_out_of_memory

@@ -6,9 +6,10 @@ from devices import placed
 from models import block, fresh, padded, prompts
 from oracles import relative
 
-from fisher_vmap.linearize.linear_map import KernelOptions, mean_norms, residual_norm, undisturbed
+from fisher_vmap.linearize.linear_map import KernelOptions, undisturbed
 from fisher_vmap.linearize.model_info import Choice
 from fisher_vmap.linearize.probe import probe
+from fisher_vmap.linearize.residual_norms import mean_norms, residual_norm
 from fisher_vmap.linearize.scores import opened
 from fisher_vmap.model.layout import lay_out, pack_rows
 
