@@ -348,6 +348,7 @@ COMMANDS = {
     "verify": ("fisher_vmap.verify.__main__", "check a results folder"),
     "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),
     "steer-to": ("fisher_vmap.steer_to", "find the step that gains tokens most for a given KL divergence"),
+    "lens": ("fisher_vmap.lens.__main__", "fit the Jacobian lens of a model on texts"),
     "info": ("fisher_vmap.info", "show what a results folder holds"),
     "demo": ("fisher_vmap.demo", "run the main job on a small model and the prompts shipped with the package"),
 }

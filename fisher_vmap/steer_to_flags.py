@@ -76,7 +76,7 @@ def _checked(arguments: argparse.Namespace) -> Settings:
             raise UserError(f"--{name} is {getattr(arguments, name)}; expected {least} or more")
     given = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
     # overwrite: a results folder that lies here has nothing to say about the precision
-    settings = settings_of(**given, estimator=arguments.estimator, overwrite=True)
+    settings: Settings = settings_of(**given, estimator=arguments.estimator, overwrite=True)
     layer = settings.hook_layer_name
     if layer == "all" or (isinstance(layer, tuple) and len(layer) > 1):
         raise UserError(f"hook_layer_name is {arguments.hook_layer_name}; a step is for one layer, such as 15")

@@ -20,9 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fisher_vmap.errors import UserError
+from fisher_vmap.lens.flags import PT_NAME, SAFETENSORS_NAME
 from fisher_vmap.results.files import replacing
 
-PT_NAME, SAFETENSORS_NAME = "jacobian_lens.pt", "jacobian_lens.safetensors"
 _KEYS = ("J", "n_prompts", "source_layers", "d_model")
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fisher_vmap.data.sequences import Tokens, padded
-from fisher_vmap.estimators import TRACE_SAMPLES
 from fisher_vmap.fisher import prompt_seeds
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.linear_map import LinearMap
@@ -25,6 +24,7 @@ from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 
 SKIP_FIRST = 16  # positions, whose residual stream is unlike that of others
 METRIC_TOP = 32  # tokens of each distribution that the metric takes exactly
+METRIC_SAMPLES = 1  # random vectors for the others; a prompt has many positions
 FIELD_ELEMENTS = {"cpu": 2**27, "cuda": 2**31}  # most numbers of the cotangents at all rows that are pulled in one pass
 
 log = logging.getLogger(__name__)
@@ -137,11 +137,11 @@ def _metrics(net: LinearMap, counts: Collection[int]) -> list[Tensor]:
     seeds = target_seeds(layout, grid_of(layout), prompt_seeds(layout))
     with net.prepared():
         vocabulary = distribution(net.head, net.rows[:1]).probs.shape[1]
-        asked = Asked(min(METRIC_TOP, vocabulary), probes=Probes(TRACE_SAMPLES, seeds), of_rest=True)
+        asked = Asked(min(METRIC_TOP, vocabulary), probes=Probes(METRIC_SAMPLES, seeds), of_rest=True)
         reading = distribution(net.head, net.rows, asked).reading
     # [K + S, M, D]: their outer products have C as their mean
     root_KMD = reading.cotangents * (reading.log_probs.T / 2).exp()[:, :, None].to(reading.cotangents)
-    root_KMD = torch.cat([root_KMD, reading.random / TRACE_SAMPLES**0.5])
+    root_KMD = torch.cat([root_KMD, reading.random / METRIC_SAMPLES**0.5])
     found, start = [], 0
     for count in counts:
         part = root_KMD[:, start : start + count].flatten(0, 1)

@@ -6,12 +6,13 @@ import argparse
 import difflib
 import logging
 import os.path
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from fisher_vmap.cli import ALIASES, Parser, is_settings_file
 from fisher_vmap.errors import UserError, nearest, shown
@@ -89,23 +90,26 @@ def load_command(argv: Sequence[str], *, working_directory: str | Path = ".") ->
         raise UserError(f"{line}correct it in {file}{'' if named is not None else f' ({_UNASKED})'}") from error
 
 
-def settings_of(**values: Any) -> Settings:
-    """The settings with these values, for commands that have some of them as flags.
+def settings_of(kind: type[BaseModel] = Settings, **values: Any) -> Any:
+    """The settings with these values, of the class given, for commands that have some of them as flags.
 
     Raises:
         UserError: a value is wrong; the line names its flag.
     """
     try:
-        return Settings(**values)
+        return kind(**values)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        raise UserError(f"{_explain(name, values[name])}correct the flag --{name}") from error
+        line = _explain(name, values[name], kind.model_fields)
+        raise UserError(f"{line}correct the flag --{name}") from error
 
 
-def add_settings(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+def add_settings(
+    parser: argparse._ActionsContainer, names: Iterable[str], fields: Mapping[str, FieldInfo] = _FIELDS
+) -> None:
     """Add settings as flags: their values stay text, for `settings_of`, and one that is not given is no attribute."""
     for name in names:
-        field = _FIELDS[name]
+        field = fields[name]
         default = "none" if field.default is None else written(field.default)
         text = f"{field.description} Default: {default}".replace("%", "%%")
         truth = {"nargs": "?", "const": "true"} if bool in (field.annotation, *get_args(field.annotation)) else {}
@@ -182,7 +186,19 @@ def _without_retired(values: Mapping[Any, Any], where: object) -> dict[Any, Any]
     return {name: value for name, value in values.items() if name not in RETIRED}
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_settings_file(path: str, fields: Mapping[str, FieldInfo], used: Collection[str]) -> dict[str, Any]:
+    """The settings of a YAML file that a command uses; the others are left out with a line.
+
+    Raises:
+        UserError: the file cannot be read, or a name is no setting.
+    """
+    values = _read_file(Path(os.path.expanduser(path)), fields)
+    if others := [name for name in values if name not in used]:
+        _log.info("%s: not used here: %s", path, ", ".join(others))
+    return {name: value for name, value in values.items() if name in used}
+
+
+def _read_file(path: Path, fields: Mapping[str, FieldInfo] = Settings.model_fields) -> dict[str, Any]:
     """Read a YAML file of settings; an empty file holds none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -213,14 +229,14 @@ def _read_file(path: Path) -> dict[str, Any]:
         seen.add(key_node.value)
     values = _without_retired(values, path)
     for key in values:
-        if key not in Settings.model_fields:
+        if key not in fields:
             raise UserError(f"{path}: unknown setting {shown(key)}; {_meant(str(key))}")
     return values
 
 
-def _explain(name: str, given: object) -> str:
+def _explain(name: str, given: object, fields: Mapping[str, FieldInfo] = _FIELDS) -> str:
     """What was given for a setting and what was expected."""
-    field = _FIELDS[name]
+    field = fields[name]
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     expected = f"one of {', '.join(choices)}" if choices else None
     expected = expected or next(mark.text for mark in field.metadata if isinstance(mark, Expected))

@@ -1,0 +1,107 @@
+"""The end of a fit: the lens from the sums of all processes, and the account of what was done."""
+
+import json
+import logging
+import math
+from typing import NamedTuple
+
+from fisher_vmap.errors import UserError
+from fisher_vmap.lens.flags import PT_NAME, SAFETENSORS_NAME
+from fisher_vmap.lens.folder import read_info, write_info
+from fisher_vmap.lens.jacobian_lens import JacobianLens
+from fisher_vmap.lens.opening import Fit
+from fisher_vmap.lens.sums import Spread
+from fisher_vmap.results.files import folder_lock
+
+OWN_SETTINGS = ("skip_first", "max_length")  # in the lens's metadata
+
+log = logging.getLogger("fisher_vmap")
+
+
+class Counted(NamedTuple):
+    """What was done now, and whether the stopping rule ended it."""
+
+    computed: int
+    stored: int
+    tokens: int
+    seconds: float
+    stopped: bool
+
+
+class Summary(NamedTuple):
+    """What a fit did.
+
+    Attributes:
+        lens: the lens; None while shards of other processes are missing.
+        spread: how well each layer is known.
+        computed: prompts that were used now.
+        stored: prompts that were used before.
+        tokens: of those computed now.
+        seconds: that they took.
+        skipped: prompt index -> why it has no matrix; of the whole fit.
+        failed: likewise.
+        stopped: whether `until` was reached before the end of the data.
+    """
+
+    lens: JacobianLens | None
+    spread: dict[str, Spread]
+    computed: int
+    stored: int
+    tokens: int
+    seconds: float
+    skipped: dict[int, str]
+    failed: dict[int, str]
+    stopped: bool
+
+
+def finish(fit: Fit, total: int | None, counted: Counted) -> Summary:
+    """Write the lens if all shards of `total` prompts are stored; None: whatever is stored.
+
+    Raises:
+        UserError: no prompt has a matrix, or a file cannot be written.
+    """
+    with folder_lock(fit.folder):
+        shards = fit.parts()
+        skipped = {i: why for _, shard in shards.values() for i, why in shard.skipped.items()}
+        failed = {i: why for _, shard in shards.values() for i, why in shard.failed.items()}
+        if total is not None and (there := sum(shard.prompts for _, shard in shards.values())) < total:
+            size = fit.settings.shard_size
+            log.info(
+                "%d of %d prompts are not in the sums yet; the process that computes the last shard of %d writes the "
+                "lens",
+                total - there, total, -(-total // size),
+            )  # fmt: skip
+            return Summary(None, {}, *counted[:4], skipped, failed, False)
+        sums = fit.joined() if shards else None
+        if sums is None or not sums.prompts:
+            reasons = {**skipped, **failed}
+            first = f" (prompt {min(reasons)}: {reasons[min(reasons)]})" if reasons else ""
+            raise UserError(f"no prompt has a matrix{first}; give longer texts, or a lower skip_first")
+        spread = {layer: sums.spread(layer) for layer in fit.fisher.layers}
+        info = dict(read_info(fit.folder) or {})
+        metadata = {name: info[name] for name in ("model", "data", "versions", "precision")} | {
+            name: getattr(fit.settings, name) for name in OWN_SETTINGS
+        }
+        metadata = json.loads(json.dumps(metadata))
+        lens = JacobianLens(
+            {fit.numbers[layer]: sums.mean(layer) for layer in fit.fisher.layers},
+            sums.prompts,
+            (sums.metric / sums.prompts).float(),
+            {fit.numbers[layer]: one.standard_error for layer, one in spread.items() if sums.prompts > 1},
+            metadata,
+        )
+        lens.save(fit.folder / PT_NAME)
+        lens.save(fit.folder / SAFETENSORS_NAME)
+        found = {
+            "n_prompts": sums.prompts,
+            "stopped_at": fit.settings.until if counted.stopped else None,
+            "spread": {layer: {k: _number(v) for k, v in one._asdict().items()} for layer, one in spread.items()},
+            "skipped": skipped,
+            "failed": failed,
+        }
+        write_info(fit.folder, info | {"found": found})
+    return Summary(lens, spread, *counted[:4], skipped, failed, counted.stopped)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(f"{value:.6g}")
