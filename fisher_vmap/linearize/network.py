@@ -172,7 +172,7 @@ def linearize(
             forms = choose_forms(model, known, last, layers, options.kernel)
             if not pull_only:
                 _prove(model, known, last, layers, forms, options)
-        net = _opened(model, known, layout, layers, forms, options, pull_only)
+        net = _opened(model, known, layout, layers, forms, options)
         plan = plan_audit(model, known, layout, forms, vectors, options.audit)
         wrong: dict[str, str] = {}
         if plan.scores or plan.log_probs:
@@ -208,13 +208,12 @@ def _opened(
     layers: Sequence[str],
     forms: Mapping[str, Choice],
     options: KernelOptions,
-    pull_only: bool = False,
 ) -> LinearizedNetwork:
     maps: dict[str, LinearMap] = {}
     for key in dict.fromkeys(forms[layer].key for layer in layers):
         group = [layer for layer in layers if forms[layer].key == key]
         choice = forms[group[0]]
-        if choice.form == "loop" and not pull_only:
+        if choice.form == "loop":
             raise ValueError(
                 "the kernel of this model is the loop, plain autograd token by token, so that its upper network cannot "
                 "be linearised: use estimator topk"
