@@ -12,7 +12,7 @@ import matplotlib.figure
 import numpy as np
 import torch
 
-from fisher_vmap import load_model, open_results, steer
+from fisher_vmap import FisherModel, load_model, natural_step, open_results, steer
 from fisher_vmap.cli import start_logging
 from fisher_vmap.data.render import Renderer
 from fisher_vmap.demo import PROMPTS, demo_model
@@ -23,6 +23,7 @@ from fisher_vmap.run.settings import Settings
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir(), "fisher_vmap-study")  # the results stay here: a run that was stopped carries on
 PHRASE, LAYER, RIDGE, KEPT = "Answer in French. ", 15, 0.01, 3
+NATURAL, RAISED = "natural step", 10  # towards so many tokens that the phrase raises most
 WIDTH = 576  # of the demo's model
 LENGTHS = (10.0, 40.0)
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -60,6 +61,10 @@ def analyse(results, loaded, texts):
     directions = {f"contrast {r + 1}": contrast.directions[r] for r in range(KEPT)}
     directions["mean with"] = results.directions(1, where=chosen["with"]).V[0]
     directions["difference of streams"] = shift / np.linalg.norm(shift)
+    raised = runner.raised(fit)
+    fisher = FisherModel(loaded.model, loaded.tokenizer, layers=[LAYER], precision="float32")
+    step = natural_step(fisher, [texts[i] for i in fit], towards=raised, kl=0.1).step.double().numpy()
+    directions[NATURAL] = step / np.linalg.norm(step)
     directions |= {f"random {r + 1}": v / np.linalg.norm(v) for r, v in enumerate(random)}
 
     records = {(record.row["pair"], record.row["phrase"]): record for record in results}
@@ -92,7 +97,7 @@ def analyse(results, loaded, texts):
         }}  # fmt: skip
     example = held[4]
     said = {"plain": runner.text(example, None, 0.0), "with the phrase": runner.text(example, "with", 0.0)}
-    for name in ("contrast 1", "difference of streams", "random 1"):
+    for name in ("contrast 1", "difference of streams", NATURAL, "random 1"):
         for length in (LENGTHS[-1], 2 * LENGTHS[-1]):
             said[f"{name}, {length:g}"] = runner.text(example, directions[name], steering[name]["sign"] * length)
     return {
@@ -102,6 +107,7 @@ def analyse(results, loaded, texts):
         "example": texts[example], "distance": [runner.apart(i) for i in held],
         "trades": sorted(((t, float(np.sum(v)), len(v)) for t, v in trades.items()), key=lambda found: found[1]),
         "cosines": {name: float(abs(directions["contrast 1"] @ v)) for name, v in directions.items()},
+        "raised": [loaded.tokenizer.decode([token]) for token in raised], "natural": NATURAL,
         "median_norm": runner.median_norm, "shift_norm": float(np.linalg.norm(shift)), "ridges": ridges,
     }  # fmt: skip
 
@@ -131,6 +137,11 @@ class Runner:
         if v is None:
             self.plain[i, group] = found
         return found
+
+    def raised(self, pairs):
+        """The tokens whose mean probability the phrase raises most."""
+        change = sum(self.log_p(i, "with").exp() - self.log_p(i, "without").exp() for i in pairs)
+        return change.topk(RAISED).indices.tolist()
 
     def apart(self, i):
         """KL(with the phrase || without) of pair i."""
@@ -202,6 +213,7 @@ def page(found):
             f"| {ridge:g} | {seen:,.0f} | {held:.1f} | {size:.1e} |" for ridge, seen, held, size in found["ridges"]
         ),
         "said": "\n".join(f"| {name} | {code(text)} |" for name, text in found["said"].items()),
+        "raised_tokens": ", ".join(map(code, found["raised"])),
         "apart": float(np.median(found["distance"])),
         "width": WIDTH, "stream_ratio": ratio(reacts["difference of streams"]),
         "contrast_ratio": ratio(reacts["contrast 1"]),
