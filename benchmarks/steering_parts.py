@@ -97,23 +97,7 @@ def products(kept: dict[str, Any]) -> list[str]:
             told = [number(shown[key] / least) for key in keys] + [""] * (len(varied) - len(keys))
             at_small = number(min(small[key] for key in keys) / least_small)
             lines.append(f"| {model} | {name} | {' | '.join(told)} | {at_small} |")
-    return [*lines, "", *_over_texts(measured), ""]
-
-
-def _over_texts(measured: dict[str, Any]) -> list[str]:
-    """What the table says, in words."""
-    every = [found for of in measured.values() for found in of.values()]
-    whole, next_token, euclid = (
-        [float(np.median(found[name]["kl"])) for found in every] for name in ("natural, over the text", NATURAL, EUCLID)
-    )
-    less = [sum(a < b for a, b in zip(whole, other, strict=True)) for other in (next_token, euclid)]
-    worst = max(b / a for a, b in zip(whole, next_token, strict=True))
-    return [
-        f"A step made for the next token alone is blind to what it does to later tokens: over the text it changes up to "
-        f"{worst:.2g} times as much as one made over the text, and more than the Euclidean gradient in "
-        f"{sum(b > c for b, c in zip(next_token, euclid, strict=True))} of {len(every)} cases. The step made over the "
-        f"text changes less than it in {less[0]} and less than the Euclidean gradient in {less[1]} of {len(every)}.",
-    ]
+    return [*lines, ""]
 
 
 def _concepts(variants: dict[str, Any]) -> list[str]:
@@ -186,4 +170,20 @@ def texts(kept: dict[str, Any]) -> list[str]:
                     f"| {model}, {where.replace('/', ', ')} | {name.removesuffix(' 0')} | "
                     f"{number(values['length'])} | {' | '.join(told)} |"
                 )
-    return [*lines, ""]
+    return [*lines, "", *_over_texts(measured), ""]
+
+
+def _over_texts(measured: dict[str, Any]) -> list[str]:
+    """What the table says, in words."""
+    every = [found for of in measured.values() for found in of.values()]
+    whole, next_token, euclid = (
+        [float(np.median(found[name]["kl"])) for found in every] for name in ("natural, over the text", NATURAL, EUCLID)
+    )
+    less = [sum(a < b for a, b in zip(whole, other, strict=True)) for other in (next_token, euclid)]
+    worst = max(b / a for a, b in zip(whole, next_token, strict=True))
+    return [
+        f"A step made for the next token alone is blind to what it does to later tokens: over the text it changes up "
+        f"to {worst:.2g} times as much as one made over the text, and more than the Euclidean gradient in "
+        f"{sum(b > c for b, c in zip(next_token, euclid, strict=True))} of {len(every)} cases. The step made over the "
+        f"text changes less than it in {less[0]} and less than the Euclidean gradient in {less[1]} of {len(every)}.",
+    ]

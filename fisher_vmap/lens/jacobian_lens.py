@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from torch import Tensor
 from fisher_vmap.errors import UserError
 from fisher_vmap.lens.flags import PT_NAME, SAFETENSORS_NAME
 from fisher_vmap.results.files import replacing
+
+if TYPE_CHECKING:
+    from fisher_vmap.lens.reading import Readout, Sensitive
 
 _KEYS = ("J", "n_prompts", "source_layers", "d_model")
 
@@ -79,6 +82,84 @@ class JacobianLens:
         if layer not in self.jacobians:
             raise ValueError(f"layer {layer!r} has no lens; expected one of {self.layers}")
         return self.jacobians[layer]
+
+    def readout(
+        self,
+        model: Any,
+        prompt: Any,
+        *,
+        layers: int | Sequence[int] | None = None,
+        top_k: int = 10,
+        order: str = "logit",
+        use_jacobian: bool = True,
+        tokenizer: Any = None,
+    ) -> "Readout":
+        """The tokens that the lens reads at each layer and position of a prompt: softmax(unembed(norm(J h))).
+
+        The model is run once, in the precision of the FisherModel; the head is computed in float32 or wider.
+
+        Args:
+            model: a FisherModel; or a causal LM, with its `tokenizer` if the prompt is no token ids.
+            prompt: one prompt: a text, a list of messages, or token ids, [T] int64.
+            layers: numbers of blocks; None: all of the lens. Without J any block of the model.
+            top_k: k, how many tokens a layer and position.
+            order: "logit", the likeliest tokens of the lens; or "kl", those that account for most of the KL of the
+                model's own final distribution p when its last block's output moves along J h: token v for
+                1/2 p_v (a_v . u)^2, with a_v the gradient of log p_v and u = J h / |h|.
+            use_jacobian: False: the logit lens, J = I.
+            tokenizer: of a plain model.
+
+        Returns:
+            Readout, with token ids, log-probabilities and shares, [T, k] for each layer.
+
+        Raises:
+            ValueError: a layer without a lens, a model of another width or whose head cannot be taken apart, more than
+                one prompt, an unknown order, or top_k above V.
+        """
+        from fisher_vmap.lens.reading import read
+
+        chosen = self.layers if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        jacobians = {layer: self.of(layer) for layer in chosen} if use_jacobian else None
+        how: dict[str, Any] = {"layers": chosen, "top_k": top_k, "order": order, "tokenizer": tokenizer}
+        return read(jacobians, self.d_model, model, prompt, **how)
+
+    def sensitivity(self, direction: Any, layer: int) -> float | Tensor:
+        """How much the output cares about a direction of a layer: 1/2 v^T J^T C J v nats, for v of length 1.
+
+        That is the mean KL of a unit step along v, added to the layer's output at all positions of the corpus, if every
+        position answered as the mean J does; answers that differ in sign cancel in it. A step of length s has s^2 times
+        as much.
+
+        Args:
+            direction: [D], or [N, D] for several; of any length.
+            layer: the number of the block.
+
+        Returns:
+            float for [D]; [N] float64, on the CPU, for [N, D].
+
+        Raises:
+            ValueError: the lens has no metric or not the layer; a direction of another width, zero, or not finite.
+        """
+        from fisher_vmap.lens.reading import mean_kl
+
+        return mean_kl(self.of(layer), self._metric(), direction)
+
+    def sensitive_directions(self, layer: int, count: int) -> "Sensitive":
+        """The directions of the largest `sensitivity`: the leading eigenvectors of J^T C J, [count, D], and their KL.
+
+        Raises:
+            ValueError: the lens has no metric or not the layer; count is below 1 or above D.
+        """
+        from fisher_vmap.lens.reading import leading
+
+        return leading(self.of(layer), self._metric(), count)
+
+    def _metric(self) -> Tensor:
+        if self.metric is None:
+            raise ValueError(
+                f"this lens has no metric; load {SAFETENSORS_NAME} of its fit, a .pt file does not hold it"
+            )
+        return self.metric
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
