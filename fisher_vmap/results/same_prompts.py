@@ -164,11 +164,11 @@ def other_settings(one: Index, other: Index) -> dict[str, tuple[Any, Any]]:
     return {name: (a.get(name), b.get(name)) for name in names}
 
 
-def texts_of(side: Side, prompts: Iterable[int]) -> dict[int, str | None]:
+def texts_of(shards: Iterable[ShardReader], prompts: Iterable[int]) -> dict[int, str | None]:
     """The stored texts of some prompts, by their numbers; None where there is none."""
     wanted = sorted(set(prompts))
     found: dict[int, str | None] = {}
-    for reader in side.shards():
+    for reader in shards:
         there = [prompt for prompt in wanted if reader.entry.start <= prompt < reader.entry.stop]
         if there:
             texts = reader.table.column("text").to_pylist()
