@@ -1,15 +1,15 @@
 """`fisher-vmap compare`: what it prints, its page and its JSON, and mistakes in one line."""
 
-import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from command_cases import real_command
 from report_cases import planted, write_factors
-from results_cases import make_layout, make_prompt, open_writer, write_folder
+from results_cases import make_layout, make_prompt, open_writer, without_numbers, write_folder
 
 from fisher_vmap.cli import main as command
 from fisher_vmap.compare.__main__ import main
@@ -21,6 +21,14 @@ pytestmark = pytest.mark.usefixtures("no_power_cuts")
 ODD = "<script>alert(1)</script> & \u202eabc"
 WORDS = ["<b>no</b>", " the", "\n", "\u200b", "&amp;", "$x$", "", *[f" t{i}" for i in range(10)]]
 COUNT = 24
+
+
+def write(folder, prompts, layout):
+    """A folder of these prompts."""
+    writer = open_writer(folder, layout, shard_size=len(prompts))
+    writer.missing_shards(len(prompts))
+    writer.add(0, prompts)
+    writer.finish(settings={}, save="both", export_npz=False)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +109,13 @@ def test_the_json(folders, capsys, tmp_path):
 
 def test_json_has_none_for_what_is_no_number(tmp_path, capsys):
     layout = make_layout()
-    write_folder(tmp_path / "a", 4, layout)
-    writer = open_writer(tmp_path / "b", layout)
+    prompts = [make_prompt(i, layout, 1) for i in range(4)]
+    prompts[2:] = (replace(without_numbers(i, "failed", "x"), text=None) for i in (2, 3))
+    write(tmp_path / "a", prompts, layout)
     prompts = [make_prompt(i, layout) for i in range(4)]
     found = prompts[1].layers["blocks.0"]
     prompts[1].layers["blocks.0"] = found._replace(S=0 * found.S, V=0 * found.V, trace=0.0)
-    writer.missing_shards(4)
-    writer.add(0, prompts)
-    writer.finish(settings={}, save="both", export_npz=False)
+    write(tmp_path / "b", prompts, layout)
     run(capsys, tmp_path / "b", tmp_path / "a", "--json", tmp_path / "c.json")
     document = json.loads((tmp_path / "c.json").read_text())
     (row,) = (row for row in document["prompts"] if row["prompt_index"] == 1)
@@ -146,7 +153,7 @@ def test_the_page_is_whole_and_escapes_whatever_it_shows(folders, capsys):
     assert "http" not in text.replace('http-equiv="Content-Security-Policy"', "")
     shown = "".join(page.words)
     assert "<script>alert(1)</script> & <U+202E>abc 7" in shown and "\u202e" not in text
-    assert "'<b>no</b>'" in shown and "<i>kind <u>x</u> (8 prompts)" in shown and html.escape("'␣the'") in text
+    assert "'<b>no</b>'" in shown and "<i>kind <u>x</u> (8 prompts)" in shown and "<code>&#39;␣the&#39;</code>" in text
     assert text.count('<table class="prompts">') == 2 and text.count('<table class="directions">') == 2 * 4
     rows = re.findall(r'<table class="prompts">.*?</table>', text, re.DOTALL)[0]
     order = [int(prompt) for prompt in re.findall(r"<tr><td>(\d+)</td>", rows)]
@@ -256,7 +263,7 @@ def test_folders_that_cannot_be_compared_are_one_line(folders, tmp_path, capsys)
     line = run(capsys, a, tmp_path / "other", code=2)
     assert line.startswith("fisher_vmap: prompt 0 is '<script>") and "'prompt number 0'" in line
     write_folder(tmp_path / "wide", COUNT, make_layout({"m.1": 17}))
-    assert "has the width 17; expected equal" in run(capsys, a, tmp_path / "wide", code=2)
+    assert "wide 17; expected equal ones" in run(capsys, a, tmp_path / "wide", code=2)
     write_folder(tmp_path / "mean", 6, make_layout({"m.1": 16}, means_only=True), save="mean", export_npz=False)
     assert "keeps the mean alone (save: mean)" in run(capsys, tmp_path / "mean", a, code=2)
     assert command(["compare", str(a)]) == 2

@@ -16,6 +16,7 @@ from pathlib import Path
 from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
+from fisher_vmap.results.comparison import Comparison
 from fisher_vmap.results.files import replacing
 from fisher_vmap.results.hub import HUB
 from fisher_vmap.results.reader import Results, open_results
@@ -43,9 +44,7 @@ def compare_folders(arguments: argparse.Namespace) -> Iterator[str]:
     page = arguments.output or Path("" if arguments.b.startswith(HUB) else arguments.b, PAGE)
     if not arguments.page:
         if arguments.output:
-            raise UserError(
-                f"--output {arguments.output} is the page's file, and --no-page leaves the page out; keep one"
-            )
+            raise UserError(f"--output {arguments.output} is the page's file, and --no-page leaves it out; keep one")
         page = None
     if arguments.json is not None and arguments.json == page:
         raise UserError(f"--json and --output are both {page}; name two files")
@@ -59,11 +58,11 @@ def compare_folders(arguments: argparse.Namespace) -> Iterator[str]:
         with step(f"opening {folder}"):
             opened.append(open_results(folder))
     a, b = opened
-    differ, found, texts = other_settings(a.index, b.index), [], dict[int, str | None]()
+    differ, found, texts = other_settings(a.index, b.index), list[Comparison](), dict[int, str | None]()
     for layer, other in layer_pairs(a, b, arguments.layer_a, arguments.layer_b):
         compared = a.compare(b, layer, other, arguments.rank, arguments.ridge, arguments.by)
         wanted = compared.prompt_index[differing(compared, PROMPTS if page is None else SHOWN)].tolist()
-        texts |= texts_of(a.shards(), wanted)
+        texts |= texts_of((a if a.index.layout.store_text else b).shards(), wanted)
         if found:
             yield ""
         yield from lines_of(compared, texts, differ)

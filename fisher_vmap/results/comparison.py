@@ -183,6 +183,7 @@ def _of_prompts(a: Side, b: Side) -> tuple[NDArray[np.int64], dict[str, Float64]
             numbers.append(piece.start + part)
             at = slice(start, start + few)
             found.append(_pair(one, other, part) | {name: trace[at] for name, trace in traces.items()})
+        del one, other  # before the next shard is read
     names = ("cosine", "change", "trace_a", "trace_b", "outside", "overlap")
     if not numbers:
         return np.zeros(0, np.int64), {name: np.zeros(0) for name in names}

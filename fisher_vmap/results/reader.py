@@ -315,8 +315,8 @@ class Results:
         name = self._layer(layer)
         own = other_layer is None and other._viewed
         its = other.layer if own else other._layer(name if other_layer is None else other_layer)
-        sides = (Side(each.folder, each.index, of, each.shards) for each, of in ((self, name), (other, its)))
-        return compare(*sides, rank=rank, ridge=ridge, by=by)
+        a, b = (Side(each.folder, each.index, of, each.shards) for each, of in ((self, name), (other, its)))
+        return compare(a, b, rank, ridge, by)
 
     def residual_norm(self, layer: Layer | None = None, where: Where = None) -> float:
         """The mean over prompts of their `residual_norm` at a layer; NaN without prompts.

@@ -5,6 +5,7 @@ token counts are compared in its place.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,8 @@ _BEFORE = 20  # characters shown before the first difference of two long texts
 _APART = {"model", "model_path", "layers", "hook_layer_name", "data", "device_type"}  # what usually differs, or is told
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)
+class Side:
     """One of the two folders, at one layer."""
 
     folder: Path
@@ -81,18 +83,20 @@ def stacks(one: Side, other: Side, what: str) -> Iterator[tuple[Piece, Stack, St
         other: the second one.
         what: for the progress bar.
     """
-    held: list[tuple[int, Stack] | None] = [None, None]  # of each folder the number of a shard, and its arrays
+    held: dict[int, tuple[int, Stack]] = {}  # of each folder the number of a shard, and its arrays
     with bar(len(one.index.shards), "shards", what) as advance:
-        for piece in pieces(one._replace(shards=lambda: passing(one.shards(), advance)), other):
+        for piece in pieces(replace(one, shards=lambda: passing(one.shards(), advance)), other):
             if not both_ok(piece).any():
                 continue
-            found = []
             for place, (side, reader) in enumerate(((one, piece.one), (other, piece.other))):
-                kept = held[place]
-                if kept is None or kept[0] != reader.entry.number:
-                    held[place] = kept = (reader.entry.number, reader.stack(side.layer))
-                found.append(Stack(*(array[piece.rows(reader)] for array in kept[1])))
-            yield piece, found[0], found[1]
+                if place not in held or held[place][0] != reader.entry.number:
+                    held.pop(place, None)  # before the next one is read
+                    held[place] = (reader.entry.number, reader.stack(side.layer))
+            yield piece, _cut(held[0][1], piece.rows(piece.one)), _cut(held[1][1], piece.rows(piece.other))
+
+
+def _cut(stack: Stack, rows: slice) -> Stack:
+    return Stack(*(array[rows] for array in stack))
 
 
 def both_ok(piece: Piece) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -109,7 +113,7 @@ def check_same(one: Side, other: Side) -> Matched:
     """
     texts = one.index.layout.store_text and other.index.layout.store_text
     with bar(len(one.index.shards), "shards", "comparing prompts") as advance:
-        for piece in pieces(one._replace(shards=lambda: passing(one.shards(), advance)), other):
+        for piece in pieces(replace(one, shards=lambda: passing(one.shards(), advance)), other):
             rows = (zip(*piece.columns(reader, _NAMES), strict=True) for reader in (piece.one, piece.other))
             for number, pair in enumerate(zip(*rows, strict=True), piece.start):
                 a, b = (dict(zip(_NAMES, row, strict=True)) for row in pair)
@@ -141,13 +145,13 @@ def _difference(
 ) -> str:
     a, b = rows
     if texts and a["text"] is not None and b["text"] is not None:
-        described = _apart(a["text"], b["text"])
+        one, other = _apart(a["text"], b["text"])
         why = "compare two runs over the same prompts in the same order"
     else:
-        described = tuple(f"row {row['source_row']} of the data with {row['tokens']} tokens" for row in rows)
+        one, other = (f"row {row['source_row']} of the data with {row['tokens']} tokens" for row in rows)
         stores = "its text is not stored" if texts else "one of the folders stores no texts"
         why = f"{stores}, so that source rows and token counts are compared; run both with store_text: true"
-    return f"prompt {number} is {described[0]} in {folders[0]} and {described[1]} in {folders[1]}; {why}"
+    return f"prompt {number} is {one} in {folders[0]} and {other} in {folders[1]}; {why}"
 
 
 def _apart(one: str, other: str) -> tuple[str, str]:

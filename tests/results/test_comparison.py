@@ -129,9 +129,7 @@ def test_a_folder_beside_itself(tmp_path, vectors_dtype):
 
 def planted_folders(tmp_path, who, *, width=32, strength=3.0):
     """A folder, and one whose prompts `who` react to one direction more."""
-    factors, _, _ = planted("common", 0, count=60, width=width)
-    u = np.random.default_rng(7).normal(size=width)
-    u /= np.linalg.norm(u)
+    factors, _, u = planted("common", 0, count=60, few=0, width=width)  # none of them reacts to u
     rows = np.where(who, strength, 0.0)[:, None, None] * u
     kinds = {"kind": ["one", "other", None]}
     a = write_factors(tmp_path / "a", {"m.1": factors}, values=kinds)
@@ -174,7 +172,7 @@ def test_the_largest_groups_of_many(tmp_path):
 
 def test_a_group_has_no_more_directions_than_its_matrices(tmp_path):
     results = write_factors(
-        tmp_path, {"m": planted("common", 0, count=3, width=20, rank=2)[0]}, values={"n": [1, 2, 3]}
+        tmp_path, {"m": planted("common", 0, count=3, few=0, width=20, rank=2)[0]}, values={"n": [1, 2, 3]}
     )
     found = results.compare(results, by="n", rank=6)
     assert len(found.directions.ratios) == len(found.all.tokens) == 6
@@ -184,7 +182,7 @@ def test_a_group_has_no_more_directions_than_its_matrices(tmp_path):
 def test_prompts_without_numbers_in_one_of_the_two_are_left_out_and_counted(tmp_path):
     layout = make_layout()
     one, other = (make_prompts(0, 8, layout, seed) for seed in (1, 2))
-    other[5] = without_numbers(5, "failed", "not finite")
+    other[5] = replace(without_numbers(5, "failed", "not finite"), text="prompt number 5")
     one[7] = replace(without_numbers(7, "skipped", "empty"), text=None)
     found = write(tmp_path / "a", one, layout).compare(write(tmp_path / "b", other, layout))
     assert found.prompt_index.tolist() == [0, 1, 4, 6] and found.left_out == 4
