@@ -31,7 +31,7 @@ TEXT = 240  # characters of a prompt
 
 Texts = Mapping[int, str | None]  # by the prompt's number
 
-_BINS, _WIDTH, _HEIGHT = 40, 640, 160  # of the histogram: how many bars, and the size of their area
+_BINS, _WIDTH, _HEIGHT = 40, 640, 160  # of the histogram: the most bars, and the size of their area
 
 
 def write_page(
@@ -88,9 +88,9 @@ def _part(comparison: Comparison, texts: Texts) -> dict[str, Any]:
         "matched": matched(comparison),
         "tiles": [
             (f"{summary['prompts']:,}", "prompts compared"),
-            (number(summary["median_cosine"]), "cosine of F_A and F_B (median)"),
-            (number(summary["median_trace_ratio"]), "trace of F_B / trace of F_A (median)"),
-            (number(summary["median_outside"]), "part of F_B that A does not hold (median)"),
+            (number(summary["median_cosine"]), "cosine of the two matrices (median)"),
+            (number(summary["median_trace_ratio"]), "trace in B / trace in A (median)"),
+            (number(summary["median_outside"]), "of B's trace is not held by A (median)"),
             (number(summary["median_change"]), "change (median)"),
         ],
         "histogram": histogram(values["cosine"]),
@@ -109,8 +109,9 @@ def histogram(values: NDArray[np.float64]) -> Markup:
     low, high = float(known.min()), float(known.max())
     if high - low < 1e-6:
         low, high = low - 5e-7, high + 5e-7
-    counts, _ = np.histogram(known, _BINS, (low, high))
-    step, tallest = _WIDTH / _BINS, int(counts.max())
+    bins = min(max(10, int(2 * np.sqrt(len(known)))), _BINS)
+    counts, _ = np.histogram(known, bins, (low, high))
+    step, tallest = _WIDTH / bins, int(counts.max())
     bars = "".join(
         f'<rect x="{i * step + 1:.1f}" y="{_HEIGHT * (1 - count / tallest) + 14:.1f}" width="{step - 2:.1f}" '
         f'height="{_HEIGHT * count / tallest:.1f}"/>'
