@@ -8,7 +8,7 @@ from pydantic import Field
 from fisher_vmap.cli import Parser, add_quiet
 from fisher_vmap.errors import UserError
 from fisher_vmap.run.cli_args import add_settings, read_settings_file, settings_of
-from fisher_vmap.run.setting_types import AllOrCount, AutoOrTruth, Count, CountFromZero, Expected, Layers, PathName
+from fisher_vmap.run.setting_types import AutoOrTruth, Count, CountFromZero, Expected, Layers, PathName
 from fisher_vmap.run.settings import RunOptions, Settings
 
 _OF_A_MATRIX = (
@@ -38,7 +38,6 @@ class LensSettings(Settings):
     output_dir: PathName = Field(
         "jacobian_lens", description="Folder of the lens and of its sums; the same command again continues in it."
     )
-    num_prompts: AllOrCount = Field(100, description="How many prompts, or all.")
     skip_first: CountFromZero = Field(
         16, description="Leading positions of each prompt that are left out; the last one always is."
     )
