@@ -29,6 +29,8 @@
         make("div", { class: "muted" }, kl ? "share in the KL of a unit step" : "probability and log p"), make("div", { class: kl ? "reads kl" : "reads" }, ...lines)]);
     };
     const below = (cell) => { const box = cell.getBoundingClientRect(); return { clientX: box.left, clientY: box.bottom - 12 }; };
+    let moved = 0; // when a key last moved the focus: the tooltip stays while its cell is brought into view
+    const scrolled = () => performance.now() - moved < 200 ? show(document.activeElement, below(document.activeElement)) : hideTip();
     const head = make("tr", {}, make("th", { scope: "col" }, "layer"), ...prompt.tokens.map((word, column) =>
       make("th", { scope: "col", title: `position ${column}` }, make("bdi", {}, LENS.words[word]))));
     const rows = [null, ...prompt.layers].map((_, row) => make("tr", { class: row === 0 ? "output" : "" }, make("th", { scope: "row" }, rowName(prompt, row)),
@@ -50,9 +52,10 @@
         const row = event.target.parentElement.rowIndex - 1 + step[0], column = event.target.cellIndex - 1 + step[1];
         event.preventDefault();
         if (row < 0 || row > prompt.layers.length || column < 0 || column >= prompt.tokens.length) return;
+        moved = performance.now();
         place(row, column).focus({ preventScroll: true });
         place(row, column).scrollIntoView({ block: "nearest", inline: "nearest", behavior: "instant" });
-        show(place(row, column), below(place(row, column)));
+        scrolled();
       },
     } }, make("thead", {}, head), make("tbody", {}, ...rows));
     const fill = () => {
@@ -61,7 +64,7 @@
     tables.push(fill);
     fill();
     place(0, 0).tabIndex = 0;
-    return make("div", { class: "scroll", on: { scroll: hideTip } }, table);
+    return make("div", { class: "scroll", on: { scroll: scrolled } }, table);
   }
 
   const parts = LENS.prompts.map((prompt) => {

@@ -165,7 +165,7 @@ def write_lens_page(path: Path, folder: Path, section: LensSection) -> int:
     """
     name = visible(folder.resolve().name)
     text = template("lens_page.html.j2").render(
-        title=f"Jacobian lens: {name}",
+        title=f"What the lens in {name} reads",
         subtitle=name,
         heading="Lens report",
         lens=section,
