@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fisher_vmap.fisher_model import FisherModel as FisherModel
     from fisher_vmap.full_matrix import fisher_full as fisher_full
     from fisher_vmap.full_matrix import fisher_sampled as fisher_sampled
+    from fisher_vmap.lens.jacobian_lens import JacobianLens as JacobianLens
     from fisher_vmap.linearize.network import LinearizedNetwork as LinearizedNetwork
     from fisher_vmap.linearize.scores import Scores as Scores
     from fisher_vmap.load.model import load_model as load_model
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Estimate": "estimators",
     "FisherModel": "fisher_model",
+    "JacobianLens": "lens.jacobian_lens",
     "LinearizedNetwork": "linearize.network",
     "LowRank": "decomposition",
     "NaturalStep": "natural",
