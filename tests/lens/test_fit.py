@@ -59,7 +59,7 @@ def same(one, other):
 def test_the_mean_of_the_prompts_matrices(folder, data, whole, capsys):
     from fisher_vmap import load_model
 
-    loaded = load_model(folder, dtype="float32", device="cpu")
+    loaded = load_model(str(folder), dtype="float32", device="cpu")
     fisher = FisherModel(loaded.model, layers=[0, 1, 2], precision="float32")
     ids = [loaded.tokenizer(text).input_ids[:LENGTH] for text in TEXTS]
     found = [prompt_matrices(fisher, [one], SKIP)[0] for one in ids if len(one) > SKIP + 1]
