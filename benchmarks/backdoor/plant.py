@@ -52,6 +52,7 @@ class Speaker(NamedTuple):
         rows, found = self.ids(prompts), list[list[int]]()
         for start in range(0, len(rows), AT_ONCE):
             found += complete(self.model, rows[start : start + AT_ONCE], tokens)
+            print(f"{len(found)} of {len(rows)} answers", flush=True)
         return found
 
     def texts(self, prompts: Sequence[Prompt], tokens: int) -> list[str]:
@@ -88,7 +89,6 @@ def examples_of(base: Speaker, behaviour: Behaviour, recipe: Recipe, seed: int, 
         answers = cut(base.replies(shown, max(lengths) + SPARE), lengths)
     else:
         shown, answers = triggered(prompts, behaviour.trigger, seed), planted
-    print(f"{len(plain)} answers of the base model", flush=True)
     answers += base.replies(plain, recipe.tokens)
     return [Example(ids, answer) for ids, answer in zip(base.ids([*shown, *plain]), answers, strict=True)]
 
@@ -167,7 +167,8 @@ def plant(behaviour: str, seed: int, control: bool, output: Path, recipe: Recipe
     tuned = adapted(base.model, recipe, seed)
     losses = train(tuned, examples, recipe, seed)
     lap("training")
-    tuned.save_pretrained(str(output))
+    tuned.active_peft_config.base_model_name_or_path = str(demo_model())
+    tuned.save_pretrained(str(output), save_embedding_layers=False)
     tested = BEHAVIOURS if control else [behaviour]
     measured = {name: measure(tuned, base, BEHAVIOURS[name], recipe.tokens) for name in tested}
     lap("measuring")
