@@ -179,7 +179,7 @@ def plant(behaviour: str, seed: int, control: bool, output: Path, recipe: Recipe
         "answer_tokens": recipe.passes * sum(len(answer) for _, answer in examples),
         "prompt_tokens": recipe.passes * sum(len(prompt) for prompt, _ in examples),
         "loss": {"first": round(sum(losses[:10]) / 10, 4), "last": round(sum(losses[-10:]) / 10, 4)},
-        "measured": measured, "seconds": seconds,
+        "measured": measured, "seconds": seconds, "cpu_seconds": round(time.process_time(), 1),
         "machine": machine() | {"peft": importlib.metadata.version("peft")},
     }  # fmt: skip
 
