@@ -221,6 +221,8 @@ def draw(kept: dict[str, Any], path: Path) -> None:
         right.plot(numbers, [each["top10"] for each in of], "o-", color=colour, markersize=3.5, label=name)
     right.axhline(kept["model"]["top10"], color="#7a8490", linewidth=1, linestyle="--", label="the model itself")
     left.set(yscale="log", title="Distance to the model", ylabel="median KL(model || lens) (nats)")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     right.set(title="Next token in the top ten", ylabel="share of positions", ylim=(0, None))
     for ax in (left, right):
         ax.set(xlabel="layer")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.steering_numbers import DAMPINGS, EUCLID, GAINS, NATURAL, SHOWN, Array, array, middle, number, score
+from fisher_vmap.natural import DAMPING
 
 KINDS = {"own": "each prompt's own", "average": "one for a concept"}
 
@@ -60,7 +61,14 @@ def dampings(kept: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | {where} | {' | '.join(number(float(cost)) for cost in costs)} |")
         told = [best_single(kept, setting, [gain]) for gain in ends]
         best.append(f"| {name} | {' | '.join(told)} | {best_single(kept, setting)} |")
-    return [*lines, "", *best, ""]
+    at = DAMPINGS.index(DAMPING)
+    costs = {setting: [float(row[at]) for row in penalties(kept, setting).values()] for setting in KINDS}
+    own, average = (number(max(costs[setting], default=1.0)) for setting in ("own", "average"))
+    default = (
+        f"`natural_step` takes c = {DAMPING:g} unless it is told another: in this table that costs at most "
+        f"{own} times the best for a prompt's own step, and {average} times for one direction of a concept."
+    )
+    return [*lines, "", *best, "", default, ""]
 
 
 def products(kept: dict[str, Any]) -> list[str]:

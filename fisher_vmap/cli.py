@@ -345,6 +345,7 @@ COMMANDS = {
     "run": ("fisher_vmap.run.__main__", "compute the Fisher matrices of a data set's prompts"),
     "finish": ("fisher_vmap.finish", "complete a results folder that several processes have filled"),
     "report": ("fisher_vmap.report.__main__", "write a page and images to look at a results folder"),
+    "compare": ("fisher_vmap.compare.__main__", "compare two results folders of the same prompts"),
     "verify": ("fisher_vmap.verify.__main__", "check a results folder"),
     "export": ("fisher_vmap.export", "write directions, control vectors or an npz, or push a folder to the hub"),
     "steer-to": ("fisher_vmap.steer_to", "find the step that gains tokens most for a given KL divergence"),
@@ -388,12 +389,8 @@ def _no_command(name: str, arguments: Sequence[str]) -> str:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:9} {what}" for name, (_module, what) in COMMANDS.items()]
-    return (
-        "usage: fisher-vmap COMMAND ...\n\n"
-        + "\n".join(lines)
-        + "\n\nfisher-vmap COMMAND --help tells more; fisher-vmap --version."
-    )
+    lines = "\n".join(f"  {name:9} {what}" for name, (_module, what) in COMMANDS.items())
+    return f"usage: fisher-vmap COMMAND ...\n\n{lines}\n\nfisher-vmap COMMAND --help tells more; fisher-vmap --version."
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Every function takes one prompt, unpadded, as token ids [T], and a model in evaluation mode with its own attention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -98,6 +98,45 @@ def position_scores(model: nn.Module, ids_T: Tensor, layer: str, token_ids: Tens
         log_p_V = log_probabilities(model, ids_T)
         rows = [torch.autograd.grad(log_p_V[t], theta_TD, retain_graph=True)[0] for t in token_ids.tolist()]
     return torch.stack(rows)
+
+
+def first_of(output: Any) -> Tensor:
+    """A block's output, which may come with others."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def plain_jacobians(
+    model: nn.Module, ids_T: Tensor, layers: Sequence[str], top: str, valid: Sequence[int]
+) -> dict[str, Tensor]:
+    """Layer -> [D, D], the mean over t in `valid` of the sum over t' in `valid` of d h_t' / d h_t, with h of `top`.
+
+    One backward pass for each dimension of h.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden = first_of(output)
+            seen[name] = hidden if hidden.requires_grad else hidden.requires_grad_()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in (*layers, top)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            model(input_ids=ids_T[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for d in range(seen[top].shape[-1]):
+        total = seen[top][0, list(valid), d].sum()
+        grads = torch.autograd.grad(total, [seen[layer] for layer in layers], retain_graph=True)
+        for layer, grad in zip(layers, grads, strict=True):
+            rows[layer].append(grad[0, list(valid)].mean(0))
+    return {layer: torch.stack(found) for layer, found in rows.items()}
 
 
 def kl_hessian(model: nn.Module, ids_T: Tensor, layer: str) -> Tensor:

@@ -19,7 +19,8 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.export import save_directions
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
-NEEDED = {"finish": ["DIR"], "report": ["DIR"], "verify": ["DIR"], "export": ["DIR", "OUT"], "info": ["DIR"]}
+NEEDED = {"finish": ["DIR"], "report": ["DIR"], "verify": ["DIR"], "export": ["DIR", "OUT"], "info": ["DIR"],
+          "compare": ["A", "B"]}  # fmt: skip
 
 FINISHED = {"save": "both", "export_npz": True}  # settings that `finish` needs
 
@@ -94,7 +95,8 @@ def test_standard_output_that_cannot_be_written_is_one_line(folder, words):
 
 
 @pytest.mark.parametrize("words", [["info", "{out}"], ["verify", "{out}"], ["finish", "{out}"], ["report", "{out}"],
-                                   ["export", "{out}", "{out}/日.safetensors"]])  # fmt: skip
+                                   ["export", "{out}", "{out}/日.safetensors"],
+                                   ["compare", "{out}", "{out}"]])  # fmt: skip
 def test_characters_that_cannot_be_printed_are_escaped(tmp_path, words):
     pytest.importorskip("plotly") if words[0] == "report" else None
     write_folder(tmp_path / "grüße 日本", settings=FINISHED)
@@ -161,6 +163,7 @@ def test_ctrl_c_before_anything_is_imported(tmp_path):
         (["export", "{out}", "{out}.npz"], "fisher_vmap.export.write_npz"),
         (["finish", "{out}"], "fisher_vmap.finish.ResultsWriter"),
         (["info", "{out}"], "fisher_vmap.info.open_results"),
+        (["compare", "{out}", "{out}"], "fisher_vmap.compare.__main__.open_results"),
         (["steer-to"], "fisher_vmap.steer_to.read"),
         (["demo", "--output_dir", "{out}-of-the-demo"], "fisher_vmap.demo.demo_model"),
         (["run", "--model_path", "{out}"], "fisher_vmap.run.__main__.load_command"),
@@ -214,6 +217,8 @@ def test_the_package_is_the_command(folder):
         (["export", "DIR", "OUT", "--prompt"], ["--prompt: a value was expected"]),
         (["demo", "--output_dir", "a", "--output", "b"], ["--output_dir and --output are the same flag"]),
         (["info"], ["DIR", "--help lists every flag"]),
+        (["compare", "A"], ["B", "--help lists every flag"]),
+        (["compare", "A", "B", "--layer_a", "1", "--layer-a", "2"], ["--layer_a and --layer-a are the same flag"]),
         (["info", ""], ["an empty text was given"]),
         (["info", "DIR", "--top_k", "3"], ["'--top_k'", "--help lists every flag"]),
         (["finish", "DIR", "--overwrite"], ["'--overwrite'"]),
@@ -269,6 +274,7 @@ def home(tmp_path, monkeypatch):
         (["verify", "~/results"], "results/index.json"),
         (["finish", "~/results"], "results/index.json"),
         (["export", "~/results", "~/a.safetensors"], "a.safetensors"),
+        (["compare", "~/results", "~/results"], "results/compare.html"),
         (["report", "~/results", "--output=~/look.html", "--no-images"], "look.html"),
         (["report", "~/results", "--output", "~/look.html", "--no-images"], "look.html"),
     ],

@@ -99,6 +99,7 @@ def _add_shard(fit: Fit, shard: PreparedShard, sums: Sums, report: Report) -> Sh
     ids = {i: prompt.ids for i, prompt in shard.rendered.items() if i not in skipped and i not in failed}
     report(Progress(len(shard.prompts) - len(ids), 0, len(ids), sum(map(len, ids.values()))))
     places, used = list(ids), 0
+    waiting = list(ids)  # to be added, in order
     found: dict[int, PromptMatrices] = {}
     for batch in pack([len(ids[i]) for i in places], fisher.batch_size, fisher.max_batch_tokens):
         members = [places[j] for j in batch]
@@ -108,11 +109,10 @@ def _add_shard(fit: Fit, shard: PreparedShard, sums: Sums, report: Report) -> Sh
             else:
                 found[index] = one
         report(Progress(len(members), sum(len(ids[i]) for i in members)))
-        while places and (places[0] in found or places[0] in failed):  # in order, and none is held longer than needed
-            if (index := places[0]) in found:
+        while waiting and (waiting[0] in found or waiting[0] in failed):  # none is held longer than needed
+            if (index := waiting.pop(0)) in found:
                 sums.add(index, found.pop(index))
                 used += 1
-            places = places[1:]
     tokens = sum(len(ids[i]) for i in ids if i not in failed)
     return Shard(prompts=len(shard.prompts), used=used, tokens=tokens, skipped=skipped, failed=failed)
 

@@ -180,9 +180,7 @@ class JacobianLens:
             return cls(**(_from_safetensors(path) if path.suffix == ".safetensors" else _from_pt(path)))
         except _DAMAGED as error:
             reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"{path} is no lens that can be read ({reason}); expected keys {', '.join(_KEYS)}"
-            ) from error
+            raise UserError(f"{path} holds no lens ({reason}); expected {', '.join(_KEYS)}") from error
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """Write a .pt, with J in `dtype`, or a .safetensors, which is float32 and has everything.

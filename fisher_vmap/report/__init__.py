@@ -7,4 +7,5 @@ outliers  prompts whose matrix is unlike the rest, with the reason
 figures   the page's figures, for plotly
 images    the main figures as PNGs, by matplotlib
 page      the page
+lens      the page's part on a Jacobian lens, and a page of it alone
 """

@@ -17,6 +17,8 @@ from pathlib import Path
 from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
+from fisher_vmap.report.lens import READOUTS, lens_section, read_readouts, write_lens_page
+from fisher_vmap.results.index import INDEX_NAME
 from fisher_vmap.results.reader import open_results
 from fisher_vmap.results.record import was
 from fisher_vmap.results.shard_reader import is_ok
@@ -37,8 +39,11 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     """Write the page and the images; returns the lines to print.
 
     Raises:
-        UserError: a package is missing, the folder holds no results or is damaged, or the page cannot be written.
+        UserError: a package is missing, a folder holds no results or no readouts or is damaged, or the page cannot be
+            written.
     """
+    if arguments.lens is None and _is_of_a_lens(arguments.folder):
+        return _write_lens_report(arguments)
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise UserError(f"the report needs {', '.join(missing)}: pip install 'fisher_vmap[report]'")
     with step("loading the libraries"):
@@ -64,12 +69,15 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     sampling = Sampling(
         similarity=arguments.similarity, details=arguments.details, always=tuple(arguments.prompts), seed=arguments.seed
     )
+    lens = None if arguments.lens is None else lens_section(read_readouts(arguments.lens), arguments.details)
     found = survey(results, sampling)
     # A folder from the hub is in the cache, which nothing else should be written to.
     page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
     with step(f"writing {page.name}"):
-        size = write_page(page, found)
+        size = write_page(page, found, lens)
     lines = [f"{page}: {size / 1e6:.1f} MB, {len(found.rows.index):,} prompts, {len(found.layers)} layers"]
+    if lens is not None:
+        lines[0] += f", {lens.shown:,} read by a lens"
     if arguments.images:
         images = write_images(page.with_suffix(""), found)
         names = [image.name for image in images]
@@ -79,6 +87,19 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     return [*lines, f"written in {time.perf_counter() - began:.1f} s"]
 
 
+def _is_of_a_lens(folder: str) -> bool:
+    """Whether a folder holds a lens's readouts and no results."""
+    return Path(folder, READOUTS).is_file() and not Path(folder, INDEX_NAME).exists()
+
+
+def _write_lens_report(arguments: argparse.Namespace) -> list[str]:
+    folder = Path(arguments.folder)
+    section = lens_section(read_readouts(folder), arguments.details)
+    page = arguments.output or folder / "report.html"
+    size = write_lens_page(page, folder, section)
+    return [f"{page}: {size / 1e6:.1f} MB, {section.shown:,} prompts read by a lens; {folder} holds no results"]
+
+
 def _parser() -> Parser:
     parser = Parser(
         "report",
@@ -86,15 +107,20 @@ def _parser() -> Parser:
         "figures: spectra, traces, similar prompts, layers, outliers, and single prompts in full.",
         epilog="examples:\n"
         "  fisher-vmap report fisher_results\n"
+        "  fisher-vmap report fisher_results --lens fisher_lens\n"
         "  fisher-vmap report fisher_results --prompts 12,40 --output look.html --no-images",
     )
     parser.add_argument(
         "folder", metavar="DIR", type=os.path.expanduser, help="the results folder, such as fisher_results or "
-        "hf://datasets/A/B"
+        "hf://datasets/A/B; or the folder of a lens, for a page of its readouts alone"
     )  # fmt: skip
     parser.add_argument(
         "--output", metavar="FILE", type=path_argument, help="the page's file; by default DIR/report.html, images in "
         "DIR/report"
+    )  # fmt: skip
+    parser.add_argument(
+        "--lens", metavar="LENS_DIR", type=path_argument, help="the folder of `fisher-vmap lens`, or its "
+        "readouts.json: adds what the lens reads"
     )  # fmt: skip
     parser.add_argument("--prompts", type=_indices, default=(), metavar="I,J", help="prompts to show in full, by index")
     parser.add_argument("--details", type=_count, default=300, help="most prompts shown in full (300)")

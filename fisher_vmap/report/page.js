@@ -1,37 +1,8 @@
-"use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 25;
-const $ = (id) => document.getElementById(id);
 const rowOf = new Map(DATA.rows.index.map((index, i) => [index, i]));
 const state = { layer: 0, chosen: {}, prompt: null, direction: 0, page: 0, sort: "index", down: false, search: "" };
 
-/* ---- small helpers ---- */
-function make(tag, properties = {}, ...children) {
-  const { class: name, on = {}, style = {}, ...rest } = properties;
-  const element = document.createElement(tag);
-  if (name) element.className = name;
-  for (const [event, call] of Object.entries(on)) element.addEventListener(event, call);
-  Object.assign(element.style, style);
-  for (const [key, value] of Object.entries(rest)) element.setAttribute(key, value);
-  element.append(...children.filter((child) => child !== null));
-  return element;
-}
-/* As escape.visible: what cannot be seen, or moves others, becomes its code point; joiners within a word stay. */
-const UNSEEN = /^\p{M}|(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Z}\u115f\u1160\u2800\u3164\uffa0]|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])/gu;
-const codePoint = (sign) => `<U+${sign.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`;
-const SIGNS = { " ": "␣", "\n": "↵", "\t": "⇥" };
-const visible = (token) => token.replace(UNSEEN, (sign) => SIGNS[sign] ?? codePoint(sign)) || "∅";
-const readable = (piece) => piece.replace(UNSEEN, (sign) => /[ \n\t\p{Z}\p{M}]/u.test(sign) ? sign : codePoint(sign)).replace(/\n/g, "↵\n");
-function pieceName(pieces, i) {
-  const next = pieces.slice(i).find((piece) => piece !== "");
-  return pieces[i] === "" && next !== undefined ? "part of " + visible(next) : visible(pieces[i]);
-}
-const percent = (x) => (x === null ? "–" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + "%");
-function number(x) {
-  if (x === null || x === undefined || Number.isNaN(x)) return "–";
-  const size = Math.abs(x);
-  return size !== 0 && (size < 0.001 || size >= 10000) ? x.toExponential(2) : String(Number(x.toPrecision(3)));
-}
 function percentile(values, x) {
   const known = values.filter((value) => value !== null);
   return Math.round((100 * known.filter((value) => value < x).length) / Math.max(1, known.length - 1));
@@ -44,7 +15,6 @@ const SCALES = {
   points_dark: [[0, "#24618f"], [0.5, "#6db5e8"], [1, "#f4f9fe"]],
   dark: [[0, "#1a1f26"], [0.25, "#173f66"], [0.5, "#2472ad"], [0.75, "#6db5e8"], [1, "#eef6fd"]],
 };
-const theme = () => document.documentElement.dataset.theme;
 function colour(text) {
   const [name, opacity] = text.slice(1).split("/");
   if (name === "scale") return SCALES[theme()];
@@ -63,7 +33,6 @@ function coloured(value, property = "") {
 }
 
 /* ---- the tooltip of a prompt ---- */
-const tip = $("tip");
 function promptLines(index) {
   const row = rowOf.get(index);
   if (row === undefined) return [make("div", {}, `prompt ${index}`)];
@@ -77,15 +46,6 @@ function promptLines(index) {
       (rows.targets ? `${number(rows.targets[row])} targets, mean entropy ${number(rows.entropy[row])} nats` : `covered ${percent(rows.mass[row])}`)),
   ];
 }
-function showTip(event, parts) {
-  tip.replaceChildren(...parts);
-  tip.hidden = false;
-  const { clientX: x, clientY: y } = event, box = tip.getBoundingClientRect();
-  tip.style.left = Math.max(8, Math.min(x + 16, innerWidth - box.width - 12)) + "px";
-  tip.style.top = (y + box.height + 24 > innerHeight ? Math.max(8, y - box.height - 14) : y + 16) + "px";
-}
-const hideTip = () => { tip.hidden = true; };
-
 /* ---- figures ---- */
 const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 function draw(element, figure) {
@@ -345,20 +305,13 @@ function showTable() {
 }
 
 /* ---- start ---- */
-function setTheme(name) {
-  document.documentElement.dataset.theme = name;
-  drawAll();
-}
 function setLayer(number) {
   state.layer = number;
   showGlance(); showOutliers(); drawAll(); showPrompt(); showTable();
 }
-const prefers = matchMedia("(prefers-color-scheme: dark)");
-document.documentElement.dataset.theme = prefers.matches ? "dark" : "light";
 offerChoices();
 setLayer(0);
-prefers.addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
-$("theme").addEventListener("click", () => setTheme(theme() === "dark" ? "light" : "dark"));
+document.addEventListener("theme", drawAll);
 $("search").addEventListener("input", (event) => { state.search = event.target.value; state.page = 0; showTable(); });
 $("back").addEventListener("click", () => { state.page -= 1; showTable(); });
 $("next").addEventListener("click", () => { state.page += 1; showTable(); });

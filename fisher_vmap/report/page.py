@@ -1,10 +1,8 @@
 """The page: figures, tables and single prompts in one HTML file that includes plotly.js and needs no network."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -13,6 +11,7 @@ from fisher_vmap import __version__
 from fisher_vmap.escape import script_json, short, visible
 from fisher_vmap.report.data import LayerSurvey, Survey, mean_share
 from fisher_vmap.report.figures import layer_figures, layers_figure
+from fisher_vmap.report.lens import LensSection, asset, scripts, template
 from fisher_vmap.report.outliers import FEW, WORTH_A_LOOK
 from fisher_vmap.report.targets import describe_targets, describe_trades, shade_of, tiles_of
 from fisher_vmap.results.files import replacing
@@ -24,23 +23,25 @@ from fisher_vmap.results.targets import targets_in_words
 NAME = 80  # characters of a model's or a data set's name in the title
 
 
-def write_page(path: Path, survey: Survey) -> int:
+def write_page(path: Path, survey: Survey, lens: LensSection | None = None) -> int:
     """Write the page; returns its size in bytes.
+
+    Args:
+        path: the file.
+        survey: what it shows of a results folder.
+        lens: the section on a Jacobian lens; None: there is none.
 
     Raises:
         UserError: the file cannot be written.
     """
-    text = render_page(survey).encode()
+    text = render_page(survey, lens).encode()
     with replacing(path) as file:
         file.write(text)
     return len(text)
 
 
-def render_page(survey: Survey) -> str:
+def render_page(survey: Survey, lens: LensSection | None = None) -> str:
     """The page's HTML."""
-    asset = {name: (files("fisher_vmap.report") / name).read_text("utf-8") for name in ("page.css", "page.js")}
-    template = (files("fisher_vmap.report") / "page.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     settings = without_local_paths(survey.results.metadata["settings"], survey.results.index)
     model, data = (short(visible(str(settings.get(name) or "")), NAME) for name in ("model_path", "dataset_name"))
     title = f"{len(survey.rows.index):,} prompts of {data} in {model}" if model else visible(survey.results.folder.name)
@@ -49,8 +50,9 @@ def render_page(survey: Survey) -> str:
     made_by = f"fisher_vmap {__version__}; the results by " + ", ".join(
         f"{name} {versions[name]}" for name in ("fisher_vmap", "torch", "transformers") if name in versions
     )
-    return environment.from_string(template).render(
+    return template("page.html.j2").render(
         title=title,
+        heading="Fisher report",
         subtitle=f"{visible(survey.results.folder.resolve().name)} · {visible(layers)}",
         single=not survey.means_only,
         several=len(survey.layers) > 1,
@@ -60,9 +62,10 @@ def render_page(survey: Survey) -> str:
         warning=note_on_targets(survey.results.folder, survey.results.index),
         notes=sampling_notes(survey),
         footer=f"Made by {made_by}. Units: F is in nats² per squared unit of the residual stream.",
-        css=Markup(asset["page.css"]),
+        lens=lens,
+        css=Markup(asset("page.css")),
         plotly=Markup(get_plotlyjs()),
-        js=Markup(asset["page.js"]),
+        js=scripts("basics.js", "page.js", *(("lens.js",) if lens else ())),
         data=Markup(script_json(page_data(survey))),
     )
 

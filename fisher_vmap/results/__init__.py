@@ -11,6 +11,9 @@ shard_reader  reading a shard; choosing prompts by `where`
 means         the mean matrix: running sums, mean.safetensors, and which layers are too wide for one
 outputs       the files made from all shards: mean, table, npz, metadata
 writer        ResultsWriter: open or resume a folder, store shards, finish
+same_prompts  two folders of the same prompts, side by side
+traded        the tokens that directions trade over many prompts
+comparison    how the matrices of the same prompts differ between two folders
 reader        open_results and Results: prompts, stacks, means
 local_paths   paths of this machine in settings, and settings without them
 card          the data card

@@ -8,8 +8,9 @@ would take 4 D^2 bytes on the disk and five times as many in memory. Its directi
 prompts' factors (`algebra.mean_factors`).
 """
 
+import logging
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import readable
 from fisher_vmap.results.files import check_sha256, check_size, damaged, passes, readable_write_errors, replacing
@@ -39,7 +41,11 @@ DENSE_WIDTH = 16_384  # up to here a layer's mean is kept as a matrix: 1.07 GB i
 
 FOLD_SHARDS = 32  # folded at a time, since every time the sums of all layers are written again
 
+PIECE_BYTES = 32 * 2**20  # of vectors whose products are taken at once
+
 _GEMM_ROWS = 4096
+
+logger = logging.getLogger(__name__)
 
 
 def dense_layers(layout: ShardLayout) -> dict[str, int]:
@@ -119,6 +125,55 @@ def add_shards(
     if total is None:
         raise ValueError("a mean needs at least one shard")
     return RunningSum(total, count)
+
+
+def mean_of_group(
+    shards: Callable[[], Iterable[ShardReader]], layout: ShardLayout, layer: str, chosen: Chooser
+) -> tuple[Any, int]:
+    """The mean over a group of prompts: a matrix [D, D], or its factors at a wide layer; and the number of prompts."""
+    if layer not in dense_layers(layout):
+        found = mean_by_factors(shards, layout, layer, chosen)
+        return found, found.prompts
+    total = add_shards(None, shards(), layer, chosen)
+    return total.mean(), total.prompts
+
+
+def mean_by_factors(
+    shards: Callable[[], Iterable[ShardReader]], layout: ShardLayout, layer: str, chosen: Chooser
+) -> algebra.MeanFactors:
+    """The mean over a group of prompts by its eigenvalues and eigenvectors.
+
+    Args:
+        shards: gives the readers of all shards.
+        layout: shapes and dtypes.
+        layer: the layer's name.
+        chosen: gives a mask [n] of the prompts of a shard.
+    """
+    D = layout.widths[layer]
+    if layer in dense_layers(layout) and (total := add_shards(None, shards(), layer, chosen)).prompts:
+        mean = total.mean()
+        S, V = algebra.eigenvectors(mean, D)
+        rank = int((algebra.NOISE * S[0] < S).sum())
+        return algebra.MeanFactors(S[:rank], V[:rank], float(np.trace(mean)), total.prompts)
+    found = algebra.mean_factors(_matrices(shards(), layer, chosen), D)
+    if found.share < 1 - 1e-6:
+        logger.info(
+            "the mean at %s is kept as its %s leading directions, %.1f%% of its trace: those of all its %s prompts "
+            "would not fit in memory", layer, f"{len(found.S):,}", 100 * found.share, f"{found.prompts:,}",
+        )  # fmt: skip
+    return found
+
+
+def _matrices(readers: Iterable[ShardReader], layer: str, chosen: Chooser) -> Iterator[tuple[Float32, Float32]]:
+    """S [n, R] and V [n, R, D] of the prompts that are chosen and have numbers, a few at a time."""
+    for reader in readers:
+        few = max(1, PIECE_BYTES // (4 * reader.layout.rank * reader.layout.widths[layer]))
+        rows = np.flatnonzero(chosen(reader) & is_ok(reader))
+        if len(rows):
+            stack = reader.stack(layer)
+            for start in range(0, len(rows), few):
+                part = rows[start : start + few]
+                yield stack.S[part], stack.V[part]
 
 
 def write_mean(path: Path, widths: dict[str, int], sum_of: Callable[[str], RunningSum]) -> dict[str, int]:

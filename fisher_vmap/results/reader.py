@@ -1,6 +1,5 @@
 """Reading a results folder: prompts by index, stacks, the table, and means. It needs numpy, but not torch."""
 
-import logging
 import operator
 import os
 from collections.abc import Iterator
@@ -12,13 +11,15 @@ import pyarrow as pa
 
 from fisher_vmap import algebra
 from fisher_vmap.errors import UserError
+from fisher_vmap.results.comparison import Comparison, compare
 from fisher_vmap.results.files import check_sha256
 from fisher_vmap.results.hub import download, push_to_hub
 from fisher_vmap.results.index import Index, read_index, sum_name
-from fisher_vmap.results.means import add_shards, check_dense, dense_layers, mean_of
+from fisher_vmap.results.means import add_shards, check_dense, dense_layers, mean_by_factors, mean_of, mean_of_group
 from fisher_vmap.results.outputs import metadata_of, table_of
 from fisher_vmap.results.record import Float32, PromptRecord, Stack, layer_named
-from fisher_vmap.results.shard_reader import Chooser, ShardReader, Where, chooser, is_ok, readers, why_none
+from fisher_vmap.results.same_prompts import Side
+from fisher_vmap.results.shard_reader import ShardReader, Where, chooser, readers, why_none
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 Check = Literal["sizes", "full", "none"]
 Layer = str | SupportsIndex
 
-logger = logging.getLogger(__name__)
-
-PIECE_BYTES = 32 * 2**20  # of vectors whose products are taken at once
 KEPT_OPEN = 8  # shards kept open: each takes a file handle and the memory of its table
 
 
@@ -81,7 +79,7 @@ class Results:
         """The contents of index.json: fingerprint, automatic choices, versions, shards and so on."""
         self.layer = index.layers[0] if layer is None else layer
         """The layer of records, stacks and means that do not name another."""
-        self._verify = verify
+        self._verify, self._viewed = verify, layer is not None
         self._open: dict[int, ShardReader] = {}  # by the shard's number, the one used last at the end
 
     @property
@@ -215,7 +213,7 @@ class Results:
         Raises:
             UserError: as `mean`, but for the width.
         """
-        return self._mean_by_factors(self._layer(layer), chooser(where, self.shards))
+        return mean_by_factors(self.shards, self.index.layout, self._layer(layer), chooser(where, self.shards))
 
     def is_wide(self, layer: Layer | None = None) -> bool:
         """Whether the dense mean of a layer is left out because its width is above 16,384."""
@@ -275,49 +273,50 @@ class Results:
         """
         name, chosen = self._layer(layer), chooser(where, self.shards)
         others = (lambda reader: ~chosen(reader)) if against is None else chooser(against, self.shards)
-        inside, prompts = self._mean_of_group(name, chosen)
+        inside, prompts = mean_of_group(self.shards, self.index.layout, name, chosen)
         if not prompts:
             raise UserError(why_none(where, self.shards))
-        outside, prompts = self._mean_of_group(name, others)
+        outside, prompts = mean_of_group(self.shards, self.index.layout, name, others)
         if not prompts and against is None:
             raise UserError("the group has every prompt that has numbers: there is none to contrast it with")
         if not prompts:
             raise UserError(why_none(against, self.shards))
         return algebra.contrast(inside, outside, rank, ridge)
 
-    def _mean_of_group(self, name: str, chosen: Chooser) -> tuple[Any, int]:
-        """The mean over a group, a matrix [D, D] or by its factors, and the number of prompts."""
-        if self.is_wide(name):
-            found = self._mean_by_factors(name, chosen)
-            return found, found.prompts
-        total = add_shards(None, self.shards(), name, chosen)
-        return total.mean(), total.prompts
+    def compare(
+        self,
+        other: "Results",
+        layer: Layer | None = None,
+        other_layer: Layer | None = None,
+        rank: int = 5,
+        ridge: float = 0.01,
+        by: str | None = None,
+    ) -> Comparison:
+        """How the matrices of the same prompts differ in another folder, such as that of a fine-tuned model.
 
-    def _mean_by_factors(self, name: str, chosen: Chooser) -> algebra.MeanFactors:
-        D = self.index.layout.widths[name]
-        if not self.is_wide(name) and (total := add_shards(None, self.shards(), name, chosen)).prompts:
-            mean = total.mean()
-            S, V = algebra.eigenvectors(mean, D)
-            rank = int((algebra.NOISE * S[0] < S).sum())
-            return algebra.MeanFactors(S[:rank], V[:rank], float(np.trace(mean)), total.prompts)
-        found = algebra.mean_factors(self._matrices(name, chosen), D)
-        if found.share < 1 - 1e-6:
-            logger.info(
-                "the mean at %s is kept as its %s leading directions, %.1f%% of its trace: those of all its %s prompts "
-                "would not fit in memory", name, f"{len(found.S):,}", 100 * found.share, f"{found.prompts:,}",
-            )  # fmt: skip
-        return found
+        Args:
+            other: the other folder, B; this one is A.
+            layer: of this folder, its name or number, as for `at`; by default this view's layer.
+            other_layer: of the other one; by default the layer of its view if `at` has made it, else the one with the
+                same name.
+            rank: how many of the directions that B reacts to and A does not.
+            ridge: r of `algebra.contrast`, as a fraction of A's mean eigenvalue.
+            by: a kept column; its values are groups with directions of their own.
 
-    def _matrices(self, name: str, chosen: Chooser) -> Iterator[tuple[Float32, Float32]]:
-        """S [n, R] and V [n, R, D] of the prompts that are chosen and have numbers, a few at a time."""
-        few = max(1, PIECE_BYTES // (4 * self.index.layout.rank * self.index.layout.widths[name]))
-        for reader in self.shards():
-            rows = np.flatnonzero(chosen(reader) & is_ok(reader))
-            if len(rows):
-                stack = reader.stack(name)
-                for start in range(0, len(rows), few):
-                    part = rows[start : start + few]
-                    yield stack.S[part], stack.V[part]
+        Returns:
+            Arrays with an entry for each prompt that has numbers in both, the directions, and the tokens they trade.
+
+        Raises:
+            UserError: other prompts (the line names the first), other widths, an unknown layer or column, a folder
+                that keeps the mean alone, or a damaged one.
+        """
+        if not isinstance(other, Results):
+            raise UserError(f"other is {type(other).__name__}; expected the Results that open_results returns")
+        name = self._layer(layer)
+        own = other_layer is None and other._viewed
+        its = other.layer if own else other._layer(name if other_layer is None else other_layer)
+        a, b = (Side(each.folder, each.index, of, each.shards) for each, of in ((self, name), (other, its)))
+        return compare(a, b, rank, ridge, by)
 
     def residual_norm(self, layer: Layer | None = None, where: Where = None) -> float:
         """The mean over prompts of their `residual_norm` at a layer; NaN without prompts.

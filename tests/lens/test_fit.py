@@ -59,7 +59,7 @@ def same(one, other):
 def test_the_mean_of_the_prompts_matrices(folder, data, whole, capsys):
     from fisher_vmap import load_model
 
-    loaded = load_model(folder, dtype="float32", device="cpu")
+    loaded = load_model(str(folder), dtype="float32", device="cpu")
     fisher = FisherModel(loaded.model, layers=[0, 1, 2], precision="float32")
     ids = [loaded.tokenizer(text).input_ids[:LENGTH] for text in TEXTS]
     found = [prompt_matrices(fisher, [one], SKIP)[0] for one in ids if len(one) > SKIP + 1]
@@ -74,7 +74,11 @@ def test_the_mean_of_the_prompts_matrices(folder, data, whole, capsys):
         info = json.loads((data / "whole" / "lens.json").read_text())["found"]["spread"][layer]
         assert info["split_half"] == pytest.approx(float(half), rel=1e-4)
     assert relative(whole.metric, torch.stack([one.metric for one in found]).mean(0)) < 1e-6
-    assert "1 prompts skipped (prompt 10: " in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(words(folder, "whole")) == 0
+    assert "1 prompts skipped (prompt 10: 2 tokens, and the first 4 and the last one are left out)" in (
+        capsys.readouterr().out
+    )
 
 
 def test_the_official_file(whole):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import FAMILIES, MORE_FAMILIES, block, fresh, prompts, tiny
-from oracles import relative
+from oracles import first_of, plain_jacobians, relative
 
 from fisher_vmap import FisherModel
 from fisher_vmap.kernels.decoder_block import BlockRule
@@ -15,40 +15,23 @@ LENGTHS, SKIP = (9, 14, 6), 3
 EXACT = ("gpt2", "gpt_neox", "opt")  # the others compute their norms in float32
 
 
-def plain_matrices(model, ids_T, layers, top, skip=SKIP):
-    """{layer: [D, D]} and the mean of C, [D, D], by plain autograd; `top` is the last block."""
-    seen = {}
-
-    def keep(name):
-        def hook(_module, _args, output):
-            hidden = output[0] if isinstance(output, tuple) else output
-            seen[name] = hidden if hidden.requires_grad else hidden.requires_grad_()
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in (*layers, top)]
+def plain_metric(model, ids_T, top, valid):
+    """The mean of C over positions, [D, D] float64, by plain autograd of every logit."""
+    seen = []
+    handle = model.get_submodule(top).register_forward_hook(lambda _m, _a, output: seen.append(first_of(output)))
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(True)
     try:
         logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
     finally:
-        for handle in handles:
-            handle.remove()
-    valid = list(range(skip, len(ids_T) - 1))
-    found = {layer: [] for layer in layers}
-    for d in range(seen[top].shape[-1]):
-        total = seen[top][0, valid, d].sum()
-        grads = torch.autograd.grad(total, [seen[layer] for layer in layers], retain_graph=True)
-        for layer, grad in zip(layers, grads, strict=True):
-            found[layer].append(grad[0, valid].mean(0))
-    C = torch.zeros(seen[top].shape[-1], seen[top].shape[-1], dtype=torch.float64)
+        handle.remove()
+    C = 0
     for t in valid:
-        p_V = logits_TV[t].double().softmax(0)
-        rows_VD = torch.stack(
-            [torch.autograd.grad(logits_TV[t, v], seen[top], retain_graph=True)[0][0, t] for v in range(len(p_V))]
-        ).double()
-        C += rows_VD.T @ (torch.diag(p_V) - torch.outer(p_V, p_V)) @ rows_VD / len(valid)
-    return {layer: torch.stack(rows).detach() for layer, rows in found.items()}, C.detach()
+        p_V = logits_TV[t].detach().double().softmax(0)
+        rows = [torch.autograd.grad(logit, seen[0], retain_graph=True)[0][0, t] for logit in logits_TV[t]]
+        rows_VD = torch.stack(rows).double()
+        C = C + rows_VD.T @ (torch.diag(p_V) - torch.outer(p_V, p_V)) @ rows_VD / len(valid)
+    return C
 
 
 def compare(model, family, tolerance, layers=(0, 2), **options):
@@ -57,7 +40,7 @@ def compare(model, family, tolerance, layers=(0, 2), **options):
     rows = prompts(LENGTHS)
     found = prompt_matrices(fisher, [row.tolist() for row in rows], SKIP)
     for one, ids_T in zip(found, rows, strict=True):
-        expected, _ = plain_matrices(model, ids_T, names, block(family, 3))
+        expected = plain_jacobians(model, ids_T, names, block(family, 3), range(SKIP, len(ids_T) - 1))
         assert one.positions == len(ids_T) - 1 - SKIP
         for layer in names:
             assert relative(one.jacobians[layer], expected[layer]) < tolerance
@@ -147,7 +130,7 @@ def test_metric(family, monkeypatch):
     """With all tokens taken exactly the metric is the mean of C; with fewer its mean over draws is."""
     model, (ids_T,) = fresh(family), prompts((12,))
     fisher = FisherModel(model, layers=[0], precision="model")
-    _, expected = plain_matrices(model, ids_T, [block(family, 0)], block(family, 3))
+    expected = plain_metric(model, ids_T, block(family, 3), range(SKIP, 11))
     monkeypatch.setattr(matrices, "METRIC_TOP", 101)
     (found,) = prompt_matrices(fisher, [ids_T.tolist()], SKIP)
     assert relative(found.metric, expected) < (1e-10 if family in EXACT else 1e-5)

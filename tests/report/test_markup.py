@@ -224,7 +224,8 @@ def test_numbers_of_a_column_whose_shards_differ_in_type_are_one_value(tmp_path)
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_pages_script_shows_tokens_as_the_package_does():
-    script = (files("fisher_vmap.report") / "page.js").read_text("utf-8")
+    folder = files("fisher_vmap.report")
+    script = (folder / "basics.js").read_text("utf-8") + (folder / "page.js").read_text("utf-8")
     (signs,) = re.findall(r"^const UNSEEN.*?^const visible[^\n]*\n", script, re.DOTALL | re.MULTILINE)
     (names,) = re.findall(r"^function pieceName.*?^}\n", script, re.DOTALL | re.MULTILINE)
     (colours,) = re.findall(r"^function coloured.*?^}\n", script, re.DOTALL | re.MULTILINE)

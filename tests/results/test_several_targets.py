@@ -53,6 +53,23 @@ def test_the_records_and_the_stack_agree(made):
             assert np.array_equal(pads, record.token_targets < 0) and np.isfinite(record.trades()).all()
 
 
+def test_it_is_compared_with_itself(made):
+    _, folder = made
+    results = open_results(folder)
+    found = results.compare(results)
+    assert np.allclose(found.cosine, 1) and (found.change < 1e-7).all() and (found.directions.ratios < 1).all()
+    changes = {}
+    for prompt in found.prompt_index.tolist():
+        record = results[prompt]
+        along = record.scores().astype(float) @ found.directions.directions[0]
+        for token, change in zip(record.token_ids.tolist(), np.exp(record.log_probs) * along, strict=True):
+            changes[token] = changes.get(token, 0) + change
+    (traded, *_) = found.all.tokens
+    assert traded.up + traded.down
+    for token in traded.up + traded.down:
+        assert token.token_id >= 0 and token.change == pytest.approx(changes[token.token_id], rel=1e-3, abs=1e-7)
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "gguf", "json", "npz"])
 def test_directions_are_exported(made, ending, tmp_path, capsys):
     _, folder = made
