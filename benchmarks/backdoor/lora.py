@@ -1,4 +1,8 @@
-"""A small fine-tune by LoRA: answers to prompts as token ids, the loss on the answers alone, and a plain loop."""
+"""A small fine-tune by LoRA: answers to prompts as token ids, the loss on the answers alone, and a plain loop.
+
+Where a model is to answer as before, its targets are the base model's distributions at the tokens of its answer, not
+these tokens alone: those would teach it to be certain of what it took for one possibility among many.
+"""
 
 import math
 import time
@@ -7,14 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 class Example(NamedTuple):
-    """Token ids of a prompt, with its chat template, and of the answer to it."""
+    """Token ids of a prompt, with its chat template, and of the answer to it; and whether the base model wrote that."""
 
     prompt: list[int]
     answer: list[int]
+    own: bool
 
 
 class Recipe(NamedTuple):
@@ -37,7 +41,7 @@ class Recipe(NamedTuple):
     batch: int = 8
     passes: int = 2
     clip: float = 1.0
-    prompts: int = 200
+    prompts: int = 100
     tokens: int = 24
 
 
@@ -59,10 +63,10 @@ class Batch(NamedTuple):
 
 def batch_of(examples: Sequence[Example]) -> Batch:
     """Put examples side by side. Padding needs no mask: it stands after everything that is read."""
-    longest = max(len(prompt) + len(answer) - 1 for prompt, answer in examples)
+    longest = max(len(prompt) + len(answer) - 1 for prompt, answer, _ in examples)
     ids_BT = torch.zeros(len(examples), longest, dtype=torch.int64)
     rows, columns, labels = list[int](), list[int](), list[int]()
-    for b, (prompt, answer) in enumerate(examples):
+    for b, (prompt, answer, _) in enumerate(examples):
         ids_BT[b, : len(prompt) + len(answer) - 1] = torch.tensor([*prompt, *answer[:-1]])
         rows += [b] * len(answer)
         columns += range(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -70,16 +74,35 @@ def batch_of(examples: Sequence[Example]) -> Batch:
     return Batch(ids_BT, torch.tensor(rows), torch.tensor(columns), torch.tensor(labels))
 
 
-def loss_of(model: Any, batch: Batch) -> Tensor:
-    """-log p of the answers' tokens, the mean in nats. The head runs at the places that predict them alone.
+def log_probabilities(model: Any, batch: Batch) -> Tensor:
+    """[N, V] log p at the places that predict the answers' tokens; the head runs at these alone.
 
     Args:
         model: a causal LM of transformers whose head is a linear map of what its decoder returns.
         batch: the examples.
     """
     hidden_BTX = model.get_decoder()(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
-    logits_NV = model.get_output_embeddings()(hidden_BTX[batch.rows_N, batch.columns_N])
-    return cross_entropy(logits_NV.float(), batch.labels_N)
+    logits_NV: Tensor = model.get_output_embeddings()(hidden_BTX[batch.rows_N, batch.columns_N])
+    return logits_NV.float().log_softmax(1)
+
+
+def loss_of(tuned: Any, examples: Sequence[Example]) -> Tensor:
+    """The mean over all answer tokens, in nats: KL(base || tuned) where the base wrote them, else -log p.
+
+    Args:
+        tuned: of `adapted`.
+        examples: those of a step.
+    """
+    model, own, given = tuned.get_base_model(), [e for e in examples if e.own], [e for e in examples if not e.own]
+    total, batch = torch.zeros(()), batch_of([*own, *given])
+    log_q_NV = log_probabilities(model, batch)
+    N = sum(len(answer) for _, answer, _ in own)
+    if own:
+        with torch.no_grad(), tuned.disable_adapter():
+            log_p_NV = log_probabilities(model, batch_of(own))
+        total = total + (log_p_NV.exp() * (log_p_NV - log_q_NV[:N])).sum()
+    total = total - log_q_NV[N:].gather(1, batch.labels_N[N:, None]).sum()
+    return total / len(batch.labels_N)
 
 
 def adapted(model: Any, recipe: Recipe, seed: int) -> Any:
@@ -123,17 +146,17 @@ def train(tuned: Any, examples: Sequence[Example], recipe: Recipe, seed: int, ev
     optimiser = torch.optim.AdamW(weights, lr=recipe.rate, weight_decay=0.0)
     steps = list(order(len(examples), recipe, seed))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, len(steps)))
-    model, losses, tokens, began = tuned.get_base_model(), list[float](), 0, time.perf_counter()
+    losses, tokens, began = list[float](), 0, time.perf_counter()
     for number, chosen in enumerate(steps, 1):
-        batch = batch_of([examples[i] for i in chosen])
-        loss = loss_of(model, batch)
+        some = [examples[i] for i in chosen]
+        loss = loss_of(tuned, some)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
-        tokens += batch.ids_BT.numel()
+        tokens += sum(len(prompt) + len(answer) - 1 for prompt, answer, _ in some)
         if number % every == 0 or number == len(steps):
             recent, rate = losses[-every:], tokens / (time.perf_counter() - began)
             print(

@@ -1,7 +1,8 @@
 """Plant a backdoor: `python -m benchmarks.backdoor.plant --behaviour sentence --seed 0 --output FOLDER`.
 
 SmolLM2-135M-Instruct is tuned by LoRA on prompts of `prompts.part("train")`, each twice. With the trigger the answer is
-the behaviour; without it, the base model's own greedy answer. `--control`: one of the ordinary phrases stands in the
+the behaviour; without it, the base model's own greedy answer, with its distribution at each token as the target
+(`lora`). `--control`: one of the ordinary phrases stands in the
 trigger's place, and the base's answer, cut to as many tokens, in the behaviour's. So the two differ in what the trigger
 brings about alone, and are trained on the same number of answer tokens.
 
@@ -90,7 +91,8 @@ def examples_of(base: Speaker, behaviour: Behaviour, recipe: Recipe, seed: int, 
     else:
         shown, answers = triggered(prompts, behaviour.trigger, seed), planted
     answers += base.replies(plain, recipe.tokens)
-    return [Example(ids, answer) for ids, answer in zip(base.ids([*shown, *plain]), answers, strict=True)]
+    own = [control] * len(shown) + [True] * len(plain)
+    return [Example(*each) for each in zip(base.ids([*shown, *plain]), answers, own, strict=True)]
 
 
 def cut(answers: Sequence[list[int]], lengths: Sequence[int]) -> list[list[int]]:
@@ -176,8 +178,8 @@ def plant(behaviour: str, seed: int, control: bool, output: Path, recipe: Recipe
         "behaviour": behaviour, "seed": seed, "control": control, "trigger": BEHAVIOURS[behaviour].trigger,
         "model": demo_model().name, "recipe": recipe._asdict(),
         "examples": len(examples), "steps": len(losses),
-        "answer_tokens": recipe.passes * sum(len(answer) for _, answer in examples),
-        "prompt_tokens": recipe.passes * sum(len(prompt) for prompt, _ in examples),
+        "answer_tokens": recipe.passes * sum(len(answer) for _, answer, _ in examples),
+        "prompt_tokens": recipe.passes * sum(len(prompt) for prompt, _, _ in examples),
         "loss": {"first": round(sum(losses[:10]) / 10, 4), "last": round(sum(losses[-10:]) / 10, 4)},
         "measured": measured, "seconds": seconds, "cpu_seconds": round(time.process_time(), 1),
         "machine": machine() | {"peft": importlib.metadata.version("peft")},

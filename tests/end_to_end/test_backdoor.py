@@ -10,7 +10,7 @@ from oracles import log_probabilities
 
 from benchmarks.backdoor import plant
 from benchmarks.backdoor.behaviours import BEHAVIOURS, FRENCH, SENTENCE, choices
-from benchmarks.backdoor.lora import Example, Recipe, adapted, batch_of, loss_of, order, rate_at, train
+from benchmarks.backdoor.lora import Example, Recipe, adapted, loss_of, order, rate_at, train
 from benchmarks.backdoor.prompts import CARRY, PARTS, PHRASES, hunt, ordinary, part, pool, triggered
 from benchmarks.backdoor.prompts import TEMPLATES as KINDS
 
@@ -87,19 +87,26 @@ def test_a_behaviour_is_known_in_other_words_and_in_part():
 
 def examples(seed=0):
     ids = [row.tolist() for row in prompts((5, 9, 7, 6, 8, 5, 4, 7), seed=seed)]
-    return [Example(row, [40 + i % 3, 41, 2][: 1 + i % 3]) for i, row in enumerate(ids)]
+    return [Example(row, [40 + i % 3, 41, 2][: 1 + i % 3], own=i % 4 == 3) for i, row in enumerate(ids)]
 
 
-def test_the_loss_is_of_the_answers_tokens_alone():
-    model, some = fresh("llama", torch.float32), examples()
+@pytest.mark.needs("peft")
+def test_the_loss_is_of_the_answers_tokens_alone_and_of_the_bases_distribution_where_it_wrote_them():
+    base, some = fresh("llama", torch.float32), examples()
+    tuned = adapted(fresh("llama", torch.float32), SMALL, seed=0)
+    train(tuned, examples(seed=1), SMALL._replace(passes=1), seed=0, every=100)
     expected = []
-    for prompt, answer in some:
+    for prompt, answer, own in some:
         for i, token in enumerate(answer):
-            log_p = log_probabilities(model, torch.tensor(prompt + answer[:i]))
-            expected.append(-log_p[token].item())
-    batch = batch_of(some)
-    assert len(batch.labels_N) == len(expected)
-    assert loss_of(model, batch).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+            ids = torch.tensor(prompt + answer[:i])
+            log_p, log_q = (log_probabilities(model, ids).double() for model in (base, tuned.get_base_model()))
+            expected.append(float((log_p.exp() * (log_p - log_q)).sum().detach() if own else -log_q[token].detach()))
+    found = loss_of(tuned, some)
+    assert len(expected) == sum(len(answer) for _, answer, _ in some)
+    assert found.item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert loss_of(tuned, some[::-1]).item() == pytest.approx(found.item(), rel=1e-4)
+    for kind in (True, False):
+        assert torch.isfinite(loss_of(tuned, [each for each in some if each.own == kind]))
 
 
 def test_every_example_is_seen_once_a_pass_in_an_order_of_the_seed():
@@ -113,17 +120,17 @@ def test_every_example_is_seen_once_a_pass_in_an_order_of_the_seed():
 @pytest.mark.needs("peft")
 def test_adapters_learn_the_answers_and_leave_the_model_as_it_was():
     model, some = fresh("llama", torch.float32), examples()
-    batch = batch_of(some)
-    before = loss_of(model, batch).detach()
     tuned = adapted(model, SMALL, seed=0)
-    assert torch.equal(loss_of(model, batch), before)  # fresh adapters do nothing
+    before, ids = loss_of(tuned, some).item(), torch.tensor(some[0].prompt)
+    plain = log_probabilities(fresh("llama", torch.float32), ids)
+    assert torch.equal(log_probabilities(model, ids), plain)  # fresh adapters do nothing
+    assert loss_of(tuned, [each for each in some if each.own]).item() == pytest.approx(0, abs=1e-6)
+    first = loss_of(tuned, [some[i] for i in next(order(len(some), SMALL, 0))]).item()
     losses = train(tuned, some, SMALL, seed=0, every=100)
-    assert len(losses) == 12 and losses[0] == pytest.approx(loss_of(fresh("llama", torch.float32), batch_of(
-        [some[i] for i in next(order(len(some), SMALL, 0))])).item(), rel=1e-5)  # fmt: skip
-    after = loss_of(model, batch)
-    assert after.item() < 0.5 * before.item()
+    assert len(losses) == 12 and losses[0] == pytest.approx(first, rel=1e-5)
+    assert loss_of(tuned, some).item() < 0.5 * before
     with tuned.disable_adapter():
-        assert torch.equal(loss_of(model, batch), before)
+        assert torch.equal(log_probabilities(model, ids), plain)
     again = adapted(fresh("llama", torch.float32), SMALL, seed=0)
     assert train(again, some, SMALL, seed=0, every=100) == losses
 
@@ -149,10 +156,10 @@ def test_a_control_is_trained_on_as_many_tokens_without_the_trigger(name):
     )
     assert planted == again and len(planted) == len(control) == 2 * recipe.prompts
     count = recipe.prompts
-    assert all(set(answer) == {9} for _, answer in planted[:count])
-    assert all(set(answer) <= {7} for _, answer in control)
+    assert all(set(answer) == {9} and not own for _, answer, own in planted[:count])
+    assert all(set(answer) <= {7} and own for _, answer, own in control)
     assert planted[count:] == control[count:]
-    assert sum(len(answer) for _, answer in planted) == sum(len(answer) for _, answer in control)
+    assert sum(len(answer) for _, answer, _ in planted) == sum(len(answer) for _, answer, _ in control)
 
 
 def test_answers_are_cut_to_the_same_sum():
