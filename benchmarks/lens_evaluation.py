@@ -242,6 +242,7 @@ def main() -> None:
         fixed = {name: vars(args)[name] for name in ("step_texts", "step_layers", "draws", "seed")}
         about = {"name": "SmolLM2-135M-Instruct" if args.model is None else Path(args.model).name}
         about |= {"lens_prompts": lens.n_prompts, "max_length": lens.metadata.get("max_length"), "machine": machine()}
+        about |= {"standard_errors": {str(layer): error for layer, error in lens.standard_errors.items()}}
         for kept in evaluate(fisher, lens, ids_BT, **fixed):
             kept |= {"about": about, "seconds": round(time.monotonic() - began)}
             write_json(args.json, kept)

@@ -68,6 +68,7 @@ them; the first column is what ten tokens can hold at most:
 ## Where it fails
 
 {fails}
+{known}
 
 One model, one corpus, small steps. Layers of the last two tables are {step_layers} of {layers}. Nothing here says that
 what a lens reads is what a model thinks, only how it relates to what the model says.
@@ -84,6 +85,7 @@ def page(kept: dict[str, Any]) -> str:
     return PAGE.format(
         machine=f"{machine['cores']} cores of a CPU ({machine['cpu_capability']}), torch {machine['torch']}",
         model=about["name"],
+        known=_known(about),
         prompts=f"{about['lens_prompts']:,}",
         cut=f" of up to {about['max_length']} tokens" if about.get("max_length") else "",
         texts=kept["texts"],
@@ -208,9 +210,22 @@ def _fails(kept: dict[str, Any]) -> list[str]:
     ]
 
 
+def _known(about: dict[str, Any]) -> str:
+    """How well the lens itself is known."""
+    errors = about.get("standard_errors")
+    if not errors:
+        return ""
+    (low, at_low), *_, (high, at_high) = errors.items()
+    return (
+        f"* The lens is the mean of {about['lens_prompts']:,} prompts: its own standard error is {at_low:.0%} of |J| "
+        f"at layer {low} and {at_high:.0%} at layer {high}. A part of this may be for want of prompts."
+    )
+
+
 def draw(kept: dict[str, Any], path: Path) -> None:
     """The figure: the KL to the model, and how often the next token is in the top ten, by layer."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(9.6, 3.9), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -221,8 +236,9 @@ def draw(kept: dict[str, Any], path: Path) -> None:
         right.plot(numbers, [each["top10"] for each in of], "o-", color=colour, markersize=3.5, label=name)
     right.axhline(kept["model"]["top10"], color="#7a8490", linewidth=1, linestyle="--", label="the model itself")
     left.set(yscale="log", title="Distance to the model", ylabel="median KL(model || lens) (nats)")
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
     right.set(title="Next token in the top ten", ylabel="share of positions", ylim=(0, None))
     for ax in (left, right):
         ax.set(xlabel="layer")
