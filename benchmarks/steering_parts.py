@@ -65,8 +65,8 @@ def dampings(kept: dict[str, Any]) -> list[str]:
     costs = {setting: [float(row[at]) for row in penalties(kept, setting).values()] for setting in KINDS}
     own, average = (number(max(costs[setting], default=1.0)) for setting in ("own", "average"))
     default = (
-        f"`natural_step` takes c = {DAMPING:g} unless it is told another: in this table that costs at most "
-        f"{own} times the best for a prompt's own step, and {average} times for one direction of a concept."
+        f"`natural_step` takes c = {DAMPING:g} unless it is told another, so that λ takes little of a step's budget: "
+        f"in this table that costs at most {own} times the best for a prompt's own step, and {average} times for one direction of a concept."
     )
     return [*lines, "", *best, "", default, ""]
 
@@ -178,15 +178,17 @@ def texts(kept: dict[str, Any]) -> list[str]:
                     f"| {model}, {where.replace('/', ', ')} | {name.removesuffix(' 0')} | "
                     f"{number(values['length'])} | {' | '.join(told)} |"
                 )
-    return [*lines, "", *_over_texts(measured), ""]
+    said = _over_texts(measured)
+    return [*lines, *([""] if said else []), *said, ""]
 
 
 def _over_texts(measured: dict[str, Any]) -> list[str]:
     """What the table says, in words."""
-    every = [found for of in measured.values() for found in of.values()]
-    whole, next_token, euclid = (
-        [float(np.median(found[name]["kl"])) for found in every] for name in ("natural, over the text", NATURAL, EUCLID)
-    )
+    names = ("natural, over the text", NATURAL, EUCLID)
+    every = [found for of in measured.values() for found in of.values() if all(name in found for name in names)]
+    if not every:
+        return []
+    whole, next_token, euclid = ([float(np.median(found[name]["kl"])) for found in every] for name in names)
     less = [sum(a < b for a, b in zip(whole, other, strict=True)) for other in (next_token, euclid)]
     worst = max(b / a for a, b in zip(whole, next_token, strict=True))
     return [

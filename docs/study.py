@@ -63,7 +63,9 @@ def analyse(results, loaded, texts):
     directions["difference of streams"] = shift / np.linalg.norm(shift)
     raised = runner.raised(fit)
     fisher = FisherModel(loaded.model, loaded.tokenizer, layers=[LAYER], precision="float32")
-    step = natural_step(fisher, [texts[i] for i in fit], towards=raised, kl=0.1).step.double().numpy()
+    how = {"prompt": [texts[i] for i in fit], "towards": raised, "kl": 0.1}
+    damping = 10 * natural_step(fisher, **how, products=1).damping  # for one step of many prompts: steering-study.md
+    step = natural_step(fisher, **how, damping=damping).step.double().numpy()
     directions[NATURAL] = step / np.linalg.norm(step)
     directions |= {f"random {r + 1}": v / np.linalg.norm(v) for r, v in enumerate(random)}
 

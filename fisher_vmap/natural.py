@@ -43,7 +43,7 @@ from fisher_vmap.objective import OBJECTIVES, Objective, divergence, token_ids, 
 from fisher_vmap.points import OneNetwork, Point, Prompts, one_layer
 from fisher_vmap.steering import Step
 
-DAMPING = 0.1  # lambda as a part of F's mean eigenvalue, tr F / D, if not given: see docs/steering-study.md
+DAMPING = 0.01  # lambda as a part of F's mean eigenvalue, tr F / D, if not given: see docs/steering-study.md
 PRODUCTS = 8  # by F, if not given
 SMALL_WIDTH = 128  # up to which D the equation for y is solved, if their number is not given
 SOLVED = 1e-10  # the residual of the equation for y, relative to g, at which no more products are taken
@@ -120,7 +120,7 @@ def natural_step(
         objective: "log_odds", log p - log(1 - p), or "log_prob", log p, of `towards`; with `away_from` they are one.
         at: "all" targets, whose objectives are added, or the "first" target of each prompt alone. F is of all.
         kl: the budget, above zero, in nats; of several targets for their sum.
-        damping: lambda, in units of F, above zero; None: 0.1 of F's mean eigenvalue, tr F / D.
+        damping: lambda, in units of F, above zero; None: 0.01 of F's mean eigenvalue, tr F / D.
         steps: how many steps to take. Each has the same length in the metric of its point, sqrt(2 kl) / steps, so that
             the path has the length of a single step; F and g are taken anew at each point.
         estimator: of A, the first guess of F: "topk", of the FisherModel's top_k tokens (10 of a plain model), or

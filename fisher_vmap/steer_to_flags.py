@@ -129,7 +129,7 @@ def _parser() -> Parser:
     own.add_argument("--kl", type=float, default=0.1, metavar="NATS", help="the budget, a prompt (0.1)")
     own.add_argument("--steps", type=int, default=1, metavar="N", help="how many steps to divide it into (1)")
     own.add_argument(
-        "--damping", type=float, metavar="LAMBDA", help="lambda, in the units of F (0.1 of its mean eigenvalue)"
+        "--damping", type=float, metavar="LAMBDA", help="lambda, in the units of F (0.01 of its mean eigenvalue)"
     )
     own.add_argument(
         "--estimator", choices=("topk", "full"), default="topk",

@@ -24,7 +24,7 @@ from fisher_vmap.model.validation import forget_freed, is_out_of_memory
 
 SKIP_FIRST = 16  # positions, whose residual stream is unlike that of others
 METRIC_TOP = 32  # tokens of each distribution that the metric takes exactly
-METRIC_SAMPLES = 1  # random vectors for the others; a prompt has many positions
+METRIC_SAMPLES = 4  # random vectors for the others
 FIELD_ELEMENTS = {"cpu": 2**27, "cuda": 2**31}  # most numbers of the cotangents at all rows that are pulled in one pass
 
 log = logging.getLogger(__name__)
