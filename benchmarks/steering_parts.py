@@ -66,7 +66,8 @@ def dampings(kept: dict[str, Any]) -> list[str]:
     own, average = (number(max(costs[setting], default=1.0)) for setting in ("own", "average"))
     default = (
         f"`natural_step` takes c = {DAMPING:g} unless it is told another, so that λ takes little of a step's budget: "
-        f"in this table that costs at most {own} times the best for a prompt's own step, and {average} times for one direction of a concept."
+        f"in this table that costs at most {own} times the best for a prompt's own step, and {average} times for one "
+        "direction of a concept."
     )
     return [*lines, "", *best, "", default, ""]
 
