@@ -221,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lens_evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("--lens", type=Path, help="the folder of a fit, or its .safetensors file")
     parser.add_argument("--texts", type=Path, help="held-out texts, one a line")
+    parser.add_argument("--corpus", help="what the texts are, and the lens's, for the page")
     parser.add_argument("--model", help="a file or folder to load it from; SmolLM2 if not given")
     parser.add_argument("--count", type=int, default=16, help="texts")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each; shorter texts are passed over")
@@ -242,6 +243,7 @@ def main() -> None:
         fixed = {name: vars(args)[name] for name in ("step_texts", "step_layers", "draws", "seed")}
         about = {"name": "SmolLM2-135M-Instruct" if args.model is None else Path(args.model).name}
         about |= {"lens_prompts": lens.n_prompts, "max_length": lens.metadata.get("max_length"), "machine": machine()}
+        about |= {"corpus": args.corpus} if args.corpus else {}
         about |= {"standard_errors": {str(layer): error for layer, error in lens.standard_errors.items()}}
         for kept in evaluate(fisher, lens, ids_BT, **fixed):
             kept |= {"about": about, "seconds": round(time.monotonic() - began)}
