@@ -26,8 +26,8 @@ predict what a step at a layer changes; and which tokens is that change made of.
 ## What was measured
 
 `python -m benchmarks.lens_evaluation` on {machine}, in float32. {model}; a lens of {prompts} prompts{cut}. {texts}
-held-out texts of {tokens} tokens, of each the positions from {skip} on without the last one: {positions} in all.{corpus}
-This took {seconds} seconds.
+held-out texts of {tokens} tokens, of each the positions from {skip} on without the last one: {positions} in all.
+{corpus}This took {seconds} seconds.
 
 ![The distance to the model and the next token in the top ten, by layer](images/lens-evaluation.png)
 
@@ -86,7 +86,7 @@ def page(kept: dict[str, Any]) -> str:
         machine=f"{machine['cores']} cores of a CPU ({machine['cpu_capability']}), torch {machine['torch']}",
         model=about["name"],
         known=_known(about),
-        corpus=f" {about['corpus']}" if about.get("corpus") else "",
+        corpus=f"{about['corpus']} " if about.get("corpus") else "",
         prompts=f"{about['lens_prompts']:,}",
         cut=f" of up to {about['max_length']} tokens" if about.get("max_length") else "",
         texts=kept["texts"],
