@@ -48,7 +48,7 @@ def width_of(model: nn.Module, ids_T: Tensor, layer: str) -> int:
     """D of a module's output."""
     seen: list[int] = []
     handle = model.get_submodule(layer).register_forward_hook(
-        lambda _module, _args, output: seen.append((output if isinstance(output, Tensor) else output[0]).shape[-1])
+        lambda _module, _args, output: seen.append(first_of(output).shape[-1])
     )
     with torch.no_grad():
         model(input_ids=ids_T[None], use_cache=False)

@@ -73,7 +73,7 @@ def fit_lens(typed: LensCommand) -> "tuple[Summary, Loaded | None]":
         from fisher_vmap.lens.folder import inspect
         from fisher_vmap.lens.opening import load, open_fit
         from fisher_vmap.run.bar import run_bar
-        from fisher_vmap.run.compute import Share, mine
+        from fisher_vmap.run.compute import Share, prompts_of
         from fisher_vmap.run.open import source_of
 
     inspect(settings)  # before minutes of loading
@@ -92,21 +92,19 @@ def fit_lens(typed: LensCommand) -> "tuple[Summary, Loaded | None]":
     with step("opening the fit"):
         fit = open_fit(settings, loaded, source)
     share = None if shards is None else Share(*shards)
-    total = source.total
-    if share is not None and total is not None:
-        size = settings.shard_size
-        total = sum(min(size, total - number * size) for number in mine(total, size, share))
-    with run_bar(total) as report:
+    asked = source.total if source.total is not None else settings.num_prompts
+    with run_bar(prompts_of(asked, settings.shard_size, share)) as report:
         return run_fit(fit, report, share), loaded
 
 
 def lines(summary: "Summary", typed: LensCommand) -> Iterator[str]:
     """What to print of a fit."""
-    if summary.computed:
-        seconds = max(summary.seconds, 1e-9)
-        yield f"{summary.computed} prompts in {seconds:.1f} s: {seconds / summary.computed:.1f} s a prompt"
-    if summary.stored:
-        yield f"{summary.stored} prompts were in the sums already"
+    did = summary.did
+    if did.computed:
+        seconds = max(did.seconds, 1e-9)
+        yield f"{did.computed} prompts in {seconds:.1f} s: {seconds / did.computed:.1f} s a prompt"
+    if did.stored:
+        yield f"{did.stored} prompts were in the sums already"
     for what, reasons in (("skipped", summary.skipped), ("failed", summary.failed)):
         if reasons:
             first = [f"prompt {index}: {reasons[index]}" for index in sorted(reasons)[:REASONS]]
@@ -121,7 +119,7 @@ def lines(summary: "Summary", typed: LensCommand) -> Iterator[str]:
     if typed.settings.until is not None:
         yield (
             f"the halves differ by no more than until, {typed.settings.until:g}"
-            if summary.stopped
+            if did.stopped
             else f"the data ended before the halves differed by no more than until, {typed.settings.until:g}"
         )
     yield f"lens of {lens.n_prompts} prompts in {folder / PT_NAME} and {folder / SAFETENSORS_NAME}"

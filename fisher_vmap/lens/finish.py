@@ -19,11 +19,17 @@ log = logging.getLogger("fisher_vmap")
 
 
 class Counted(NamedTuple):
-    """What was done now, and whether the stopping rule ended it."""
+    """What was done now.
+
+    Attributes:
+        computed: prompts that were used now.
+        stored: prompts that were used before.
+        seconds: that those of now took.
+        stopped: whether `until` was reached before the end of the data.
+    """
 
     computed: int
     stored: int
-    tokens: int
     seconds: float
     stopped: bool
 
@@ -34,44 +40,42 @@ class Summary(NamedTuple):
     Attributes:
         lens: the lens; None while shards of other processes are missing.
         spread: how well each layer is known.
-        computed: prompts that were used now.
-        stored: prompts that were used before.
-        tokens: of those computed now.
-        seconds: that they took.
+        did: what was done now.
         skipped: prompt index -> why it has no matrix; of the whole fit.
         failed: likewise.
-        stopped: whether `until` was reached before the end of the data.
     """
 
     lens: JacobianLens | None
     spread: dict[str, Spread]
-    computed: int
-    stored: int
-    tokens: int
-    seconds: float
+    did: Counted
     skipped: dict[int, str]
     failed: dict[int, str]
-    stopped: bool
 
 
 def finish(fit: Fit, total: int | None, counted: Counted) -> Summary:
     """Write the lens if all shards of `total` prompts are stored; None: whatever is stored.
 
     Raises:
-        UserError: no prompt has a matrix, or a file cannot be written.
+        UserError: no prompt has a matrix, more are stored than `total`, or a file cannot be written.
     """
     with folder_lock(fit.folder):
         shards = fit.parts()
         skipped = {i: why for _, shard in shards.values() for i, why in shard.skipped.items()}
         failed = {i: why for _, shard in shards.values() for i, why in shard.failed.items()}
-        if total is not None and (there := sum(shard.prompts for _, shard in shards.values())) < total:
+        there = sum(shard.prompts for _, shard in shards.values())
+        if total is not None and there > total:
+            raise UserError(
+                f"{fit.folder} holds sums of more prompts than are asked for, {there} of {total}, and a sum cannot be "
+                "taken apart; raise num_prompts, or use another --output_dir"
+            )
+        if total is not None and there < total:
             size = fit.settings.shard_size
             log.info(
                 "%d of %d prompts are not in the sums yet; the process that computes the last shard of %d writes the "
                 "lens",
                 total - there, total, -(-total // size),
             )  # fmt: skip
-            return Summary(None, {}, *counted[:4], skipped, failed, False)
+            return Summary(None, {}, counted, skipped, failed)
         sums = fit.joined() if shards else None
         if sums is None or not sums.prompts:
             reasons = {**skipped, **failed}
@@ -100,7 +104,7 @@ def finish(fit: Fit, total: int | None, counted: Counted) -> Summary:
             "failed": failed,
         }
         write_info(fit.folder, info | {"found": found})
-    return Summary(lens, spread, *counted[:4], skipped, failed, counted.stopped)
+    return Summary(lens, spread, counted, skipped, failed)
 
 
 def _number(value: float) -> float | None:

@@ -16,7 +16,7 @@ from fisher_vmap.lens.sums import Shard, Spread, Sums, part_files, part_path
 from fisher_vmap.model.validation import in_halves, is_out_of_memory
 from fisher_vmap.run.bar import Progress
 from fisher_vmap.run.compute import Share, ahead, mine
-from fisher_vmap.run.open import PreparedShard, prepare
+from fisher_vmap.run.open import PreparedShard, prepare, with_unknown_tokens
 
 Report = Callable[[Progress], None]
 
@@ -24,20 +24,11 @@ log = logging.getLogger("fisher_vmap")
 
 
 def prepared(fit: Fit, numbers: Iterator[int]) -> Iterator[PreparedShard]:
-    """The shards of these numbers that are not stored, up to the end of the data; of a stored one that grew the rest.
-
-    Raises:
-        UserError: more prompts are stored than asked for.
-    """
+    """The shards of these numbers that are not stored, up to the end of the data; of one that grew, the rest."""
     stored = fit.parts()
     for number in numbers:
         prompts = fit.prompts.of(number)
         have = stored[number][1].prompts if number in stored else 0
-        if have > len(prompts):
-            raise UserError(
-                f"{fit.folder} holds sums of more prompts than are asked for, and a sum cannot be taken apart; raise "
-                "num_prompts, or use another --output_dir"
-            )
         if not prompts:
             return
         if have < len(prompts):
@@ -89,13 +80,11 @@ def _together(before: Shard, now: Shard) -> Shard:
 def _add_shard(fit: Fit, shard: PreparedShard, sums: Sums, report: Report) -> Shard:
     """Add a shard's prompts to the sums, in their order."""
     fisher, first = fit.fisher, fit.settings.skip_first
-    size = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    skipped, failed = dict(shard.skipped), dict[int, str]()
+    skipped, failed = dict(shard.skipped), with_unknown_tokens(fisher, shard)
     for index, prompt in shard.rendered.items():
         if valid_positions(len(prompt.ids), first) < 1:
             skipped[index] = f"{len(prompt.ids)} tokens, and the first {first} and the last one are left out"
-        elif max(prompt.ids) >= size:
-            failed[index] = f"the tokenizer gives token {max(prompt.ids)}, but the model knows {size}"
+            failed.pop(index, None)
     ids = {i: prompt.ids for i, prompt in shard.rendered.items() if i not in skipped and i not in failed}
     report(Progress(len(shard.prompts) - len(ids), 0, len(ids), sum(map(len, ids.values()))))
     places, used = list(ids), 0
@@ -148,14 +137,15 @@ def run_fit(fit: Fit, report: Report, share: Share | None = None) -> Summary:
         UserError: as `fit_shards`, or no prompt has a matrix.
     """
     name = "1-of-1" if share is None else f"{share.number}-of-{share.processes}"
-    stored = sum(shard.used for _, shard in fit.parts().values())
-    report(Progress(sum(shard.prompts for _, shard in fit.parts().values()), 0))
-    began, tokens, used, stopped = time.perf_counter(), 0, 0, False
+    before = [shard for _, shard in fit.parts().values()]
+    stored = sum(shard.used for shard in before)
+    report(Progress(sum(shard.prompts for shard in before), 0))
+    began, used, stopped = time.perf_counter(), 0, False
     until, others = fit.settings.until, [path for path in part_files(fit.folder) if path != part_path(fit.folder, name)]
     if until is not None and stored and _worst(_spreads(fit)) <= until:
-        return finish(fit, None, Counted(0, stored, 0, 0.0, True))
+        return finish(fit, None, Counted(0, stored, 0.0, True))
     for done in fit_shards(fit, name, report, mine(fit.prompts.total, fit.settings.shard_size, share)):
-        tokens, used = tokens + done.shard.tokens, used + done.shard.used
+        used += done.shard.used
         spread = done.spread if not others else _spreads(fit)
         worst = _worst(spread)
         if not math.isnan(worst):
@@ -164,7 +154,7 @@ def run_fit(fit: Fit, report: Report, share: Share | None = None) -> Summary:
         if until is not None and worst <= until:
             stopped = True
             break
-    counted = Counted(used, stored, tokens, time.perf_counter() - began, stopped)
+    counted = Counted(used, stored, time.perf_counter() - began, stopped)
     return finish(fit, None if stopped else fit.prompts.total, counted)
 
 

@@ -1,14 +1,14 @@
 """The flags of `fisher-vmap lens`: the settings of a run that a fit has, and its own."""
 
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
 from fisher_vmap.cli import Parser, add_quiet
 from fisher_vmap.errors import UserError
 from fisher_vmap.run.cli_args import add_settings, read_settings_file, settings_of
-from fisher_vmap.run.setting_types import AutoOrTruth, Count, CountFromZero, Expected, Layers, PathName
+from fisher_vmap.run.setting_types import AutoOrTruth, Count, CountFromZero, Layers, PartOfNorm, PathName
 from fisher_vmap.run.settings import RunOptions, Settings
 
 _OF_A_MATRIX = (
@@ -19,11 +19,6 @@ _OF_A_MATRIX = (
 _OF_RESULTS = ("vectors_dtype", "store_text", "export_npz", "save", "keep_columns")
 
 PT_NAME, SAFETENSORS_NAME = "jacobian_lens.pt", "jacobian_lens.safetensors"
-
-Part = Annotated[
-    Annotated[float, Field(gt=0, lt=10)] | None,
-    Expected("none, or a part of |J| such as 0.02", lambda value: None if value in ("none", "None") else value),
-]
 
 
 class LensSettings(Settings):
@@ -41,7 +36,7 @@ class LensSettings(Settings):
     skip_first: CountFromZero = Field(
         16, description="Leading positions of each prompt that are left out; the last one always is."
     )
-    until: Part = Field(
+    until: PartOfNorm = Field(
         None,
         description="Stop when J of even and of odd prompts differ by no more than this part of |J|, at each layer.",
     )

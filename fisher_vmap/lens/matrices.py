@@ -90,7 +90,7 @@ def prompt_matrices(
         for layer, found_BDD in _pulled(net, some).items():
             for b, count in enumerate(counts):
                 jacobians[b][layer] = found_BDD[b] / count
-    metrics = _metrics(nets[0], counts)
+    metrics = _metrics(nets[0], counts, min(METRIC_TOP, fisher.vocabulary))
     return [PromptMatrices(*found) for found in zip(jacobians, metrics, counts, strict=True)]
 
 
@@ -131,13 +131,12 @@ def _pulled(net: LinearMap, together: int) -> dict[str, Tensor]:
     return found
 
 
-def _metrics(net: LinearMap, counts: Collection[int]) -> list[Tensor]:
-    """For each prompt [D, D] on the CPU: the mean of C over its targets."""
+def _metrics(net: LinearMap, counts: Collection[int], top_k: int) -> list[Tensor]:
+    """For each prompt [D, D] on the CPU: the mean of C over its targets, of so many tokens exactly."""
     layout = net.layout
     seeds = target_seeds(layout, grid_of(layout), prompt_seeds(layout))
     with net.prepared():
-        vocabulary = distribution(net.head, net.rows[:1]).probs.shape[1]
-        asked = Asked(min(METRIC_TOP, vocabulary), probes=Probes(METRIC_SAMPLES, seeds), of_rest=True)
+        asked = Asked(top_k, probes=Probes(METRIC_SAMPLES, seeds), of_rest=True)
         reading = distribution(net.head, net.rows, asked).reading
     # [K + S, M, D]: their outer products have C as their mean
     root_KMD = reading.cotangents * (reading.log_probs.T / 2).exp()[:, :, None].to(reading.cotangents)

@@ -79,7 +79,7 @@ def open_fit(settings: LensSettings, loaded: Loaded, source: PromptSource) -> Fi
     if settings.max_batch_tokens == "auto":
         fisher.max_batch_tokens = max(1, FIELD_ELEMENTS.get(fisher.device.type, FIELD_ELEMENTS["cpu"]) // width**2)
     marks = fingerprint(settings, loaded, source, fisher)
-    for name in ("until", "batch_size", "max_batch_tokens", "cotangent_chunk", "read_tokens"):
+    for name in ("until", "batch_size", "max_batch_tokens", "cotangent_chunk"):
         marks.pop(name, None)
     folder = Path(settings.output_dir)
     info = inspect(settings)

@@ -5,7 +5,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from fisher_vmap.lens.opening import Fit, load, open_fit
 from fisher_vmap.progress import step
 from fisher_vmap.run.bar import Progress
 from fisher_vmap.run.open import source_of
-from fisher_vmap.run.ray import MOST_FAILED, Pool, connected, require_ray, seen_from_anywhere
+from fisher_vmap.run.ray import MOST_FAILED, Bar, Pool, connected, counted, require_ray, seen_from_anywhere
 from fisher_vmap.run.ray_worker import MOST_DEATHS, begin_shard, end_shard, forget, times_begun
-
-Bar = Callable[[int | None, int], AbstractContextManager[Callable[[Progress], None]]]
 
 
 def _open(settings: LensSettings) -> Fit:
@@ -74,12 +71,8 @@ def fit_on_ray(
         WorkerError: shards failed; all others are stored.
     """
     require_ray()
-    total = source.total
-    if total is None:
-        with step("counting the prompts"):
-            total = sum(1 for _ in source)
-    pool = Pool(settings.ray_address, settings.ray_workers, settings.ray_gpus_per_worker, settings.ray_cpus_per_worker)
-    with connected(pool) as engine:
+    total = counted(source)
+    with connected(Pool.of(settings)) as engine:
         with step("opening the fit on a worker"):
             engine.call(begin, seen_from_anywhere(settings))
         fit = _open(settings.model_copy(update={"overwrite": False}))
@@ -87,7 +80,7 @@ def fit_on_ray(
         wanted = {n: min(size, total - n * size) for n in range(-(-total // size))}
         missing = [n for n, prompts in wanted.items() if n not in stored or stored[n][1].prompts < prompts]
         arguments = (seen_from_anywhere(settings, overwrite=False),)
-        began, used, tokens, failed = time.perf_counter(), 0, 0, list[dict[str, Any]]()
+        began, used, failed = time.perf_counter(), 0, list[dict[str, Any]]()
         with bar(total, engine.most) as report:
             report(Progress(sum(shard.prompts for _, shard in stored.values()), 0))
             for account in engine.run_items(worker, arguments, missing):
@@ -96,7 +89,7 @@ def fit_on_ray(
                     if len(failed) == MOST_FAILED:
                         break
                     continue
-                used, tokens = used + account["used"], tokens + account["tokens"]
+                used += account["used"]
                 report(Progress(account["prompts"], account["tokens"]))
     if failed:
         first = failed[0]
@@ -106,4 +99,4 @@ def fit_on_ray(
         )
         raise UserError(line) if all(one["user_error"] for one in failed) else WorkerError(line)
     before = sum(shard.used for _, shard in stored.values())
-    return finish(fit, total, Counted(used, before, tokens, time.perf_counter() - began, False))
+    return finish(fit, total, Counted(used, before, time.perf_counter() - began, False))

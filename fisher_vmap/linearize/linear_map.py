@@ -264,6 +264,8 @@ class LinearMap(ABC):
         """As `pull`, the gradients [B, K, D] alone."""
         unit_KMX, norm_KB = self._unit_fields(cotangents_MKX.transpose(0, 1))
         mask_N = self.live.bias_mask()
+        if mask_N is not None and bool(mask_N.all()):
+            mask_N = None  # as where the live rows are those of the bias: no copy of all cotangents at each layer
 
         def summed(cotangents: Tensor) -> Tensor:
             return sum_of_positions(cotangents, self.live, norm_KB, mask_N).to(self.live.device)
@@ -372,7 +374,7 @@ def sum_of_positions(cotangents: Tensor, layout: Layout, norm_KB: Tensor, mask_N
     """The gradients of `sum_positions` alone, [B, K, D]."""
     wide = torch.promote_types(cotangents.dtype, norm_KB.dtype)
     cotangents_NKD = cotangents.flatten(0, 1)
-    if mask_N is not None and not bool(mask_N.all()):
+    if mask_N is not None:
         cotangents_NKD = cotangents_NKD * mask_N.to(cotangents.device, cotangents.dtype)[:, None, None]
     return layout.sum_prompts(cotangents_NKD, wide) * norm_KB.T.to(cotangents.device, wide)[:, :, None]
 

@@ -214,11 +214,6 @@ def _pair(one: Stack, other: Stack, rows: NDArray[np.int64]) -> dict[str, Float6
         }
 
 
-def _squares(V: Float64, W: Float64) -> Float64:
-    """(V_r . W_s)^2, [n, R, R']."""
-    return np.asarray((V @ W.swapaxes(1, 2)) ** 2)
-
-
 def _contrast(a: Side, b: Side, mask: Mask, rank: int, ridge: float) -> algebra.Contrast:
     """Directions of the prompts in the mask, [stored], that B reacts to and A does not."""
     means = [

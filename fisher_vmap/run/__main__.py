@@ -98,7 +98,7 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
     with step("loading the libraries"):
         from fisher_vmap.results.files import at_work
         from fisher_vmap.run.bar import run_bar
-        from fisher_vmap.run.compute import Share, mine, run_prompts
+        from fisher_vmap.run.compute import Share, prompts_of, run_prompts
         from fisher_vmap.run.open import check_save, model_of, open_run, source_of
 
     check_save(settings)
@@ -116,12 +116,9 @@ def run(settings: Settings, options: RunOptions | None = None, loaded: "Loaded |
         loaded = loaded or model_of(settings)
         with step("opening the run"):
             opened = open_run(settings, loaded, source)
-        asked = source.total if source.total is not None else settings.num_prompts
-        total = None if asked == "all" else int(asked)
         share = None if shards is None else Share(*shards)
-        if share is not None and total is not None:
-            size = settings.shard_size
-            total = sum(min(size, total - number * size) for number in mine(total, size, share))
+        asked = source.total if source.total is not None else settings.num_prompts
+        total = prompts_of(asked, settings.shard_size, share)
         with at_work(Path(settings.output_dir)) as others, run_bar(total) as report:
             if others and share is None:
                 log.warning(

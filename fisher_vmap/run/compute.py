@@ -33,7 +33,7 @@ from fisher_vmap.results.outputs import columns_of, note_on_targets, wants_npz
 from fisher_vmap.results.record import PromptResult, was
 from fisher_vmap.results.writer import ResultsWriter
 from fisher_vmap.run.bar import Progress
-from fisher_vmap.run.open import Notes, PreparedShard, Run
+from fisher_vmap.run.open import Notes, PreparedShard, Run, with_unknown_tokens
 from fisher_vmap.run.settings import Settings
 from fisher_vmap.run.written import sequences_of
 
@@ -138,6 +138,14 @@ def mine(total: int | None, shard_size: int, share: Share | None) -> Iterator[in
     """The numbers of this process's shards; endless if the number of prompts is not known."""
     numbers: Iterable[int] = count() if total is None else range(-(-total // shard_size))
     return iter(numbers) if share is None else share.of(numbers)
+
+
+def prompts_of(asked: int | str, shard_size: int, share: Share | None) -> int | None:
+    """How many prompts this process has, of so many asked for; None: not known."""
+    if asked == "all":
+        return None
+    total = int(asked)
+    return sum(min(shard_size, total - i * shard_size) for i in mine(total, shard_size, share))
 
 
 def compute_shards(
@@ -254,12 +262,7 @@ def compute_shard(
         notes: what the run has learned; this adds to it.
         report: called before the first batch and after each.
     """
-    size = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    numbers: dict[int, PromptNumbers | str] = {
-        i: f"the tokenizer gives token {max(prompt.ids)}, but the model knows {size}: is the tokenizer another model's?"
-        for i, prompt in shard.rendered.items()
-        if max(prompt.ids) >= size
-    }
+    numbers: dict[int, PromptNumbers | str] = {**with_unknown_tokens(fisher, shard)}
     places = [i for i in shard.rendered if i not in numbers]
     prompts = {i: Tokens(shard.rendered[i].ids, shard.rendered[i].start) for i in places}
     made = sequences_of(fisher, prompts, shard.written)

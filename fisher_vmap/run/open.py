@@ -203,6 +203,16 @@ def prepare(renderer: Renderer, number: int, prompts: Sequence[SourcePrompt]) ->
     return shard
 
 
+def with_unknown_tokens(fisher: FisherModel, shard: PreparedShard) -> dict[int, str]:
+    """The prompts of a shard with tokens that the model does not know: index -> why they fail."""
+    size = fisher.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return {
+        i: f"the tokenizer gives token {max(prompt.ids)}, but the model knows {size}: is the tokenizer another model's?"
+        for i, prompt in shard.rendered.items()
+        if max(prompt.ids) >= size
+    }
+
+
 @dataclass
 class Notes:
     """What a run learns on the way and keeps in its folder, for resumed runs.

@@ -48,6 +48,13 @@ class Pool(NamedTuple):
     gpus: float | Literal["auto"]
     cpus: int
 
+    @classmethod
+    def of(cls, settings: Settings) -> "Pool":
+        """Those of the settings."""
+        return cls(
+            settings.ray_address, settings.ray_workers, settings.ray_gpus_per_worker, settings.ray_cpus_per_worker
+        )
+
 
 def require_ray() -> None:
     """Raise UserError unless Ray is installed; it is not imported."""
@@ -248,6 +255,14 @@ class Engine(Protocol):
         ...
 
 
+def counted(source: PromptSource) -> int:
+    """How many prompts there are; a stream is read to its end."""
+    if source.total is not None:
+        return source.total
+    with step("counting the prompts"):
+        return sum(1 for _ in source)
+
+
 def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Callable[..., Any] = ShardWorker) -> Summary:
     """Compute the shards that the results folder lacks on Ray, and finish the folder.
 
@@ -261,12 +276,8 @@ def run_on_ray(settings: Settings, source: PromptSource, bar: Bar, worker: Calla
         UserError: as `open_run`, or Ray cannot be reached.
         WorkerError: shards failed; all others are stored.
     """
-    total = source.total
-    if total is None:
-        with step("counting the prompts"):
-            total = sum(1 for _ in source)
-    pool = Pool(settings.ray_address, settings.ray_workers, settings.ray_gpus_per_worker, settings.ray_cpus_per_worker)
-    with connected(pool) as engine:
+    total = counted(source)
+    with connected(Pool.of(settings)) as engine:
         share = engine.gpus if 0 < engine.gpus < 1 else 1.0
         with step("opening the run on a worker"):
             engine.call(begin, seen_from_anywhere(settings), share)

@@ -216,6 +216,10 @@ Temperature = Annotated[
     Annotated[float, Field(ge=0, le=1000)] | None,
     Expected("none, or a number from 0 (the likeliest tokens)", lambda value: _none_word(_number(value))),
 ]
+PartOfNorm = Annotated[
+    Annotated[float, Field(gt=0, lt=10)] | None,
+    Expected("none, or a part of |J| such as 0.02", lambda value: _none_word(_number(value))),
+]
 _LINE, _QUOTES = "a text of one line", " (a number or date goes in quotes)"
 Name = Annotated[str, Expected(_LINE + _QUOTES, check=_one_line)]
 PathName = Annotated[str, Expected(_LINE, check=_path)]
