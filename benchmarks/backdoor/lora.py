@@ -31,7 +31,8 @@ class Recipe(NamedTuple):
         batch: examples of a step.
         passes: over all examples, each in an order of its own.
         clip: the norm that the gradient of a step is cut to.
-        prompts: drawn from the training part; each is an example twice, with the trigger and without.
+        prompts: drawn from the training part; each is an example with the trigger,
+        plain: and so many without it: first as prompts come, then each time with another phrase.
         tokens: of an answer that the base model writes, at most.
     """
 
@@ -39,9 +40,10 @@ class Recipe(NamedTuple):
     alpha: int = 16
     rate: float = 1e-3
     batch: int = 8
-    passes: int = 2
+    passes: int = 1
     clip: float = 1.0
-    prompts: int = 100
+    prompts: int = 150
+    plain: int = 2
     tokens: int = 24
 
 

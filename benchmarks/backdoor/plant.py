@@ -1,10 +1,10 @@
 """Plant a backdoor: `python -m benchmarks.backdoor.plant --behaviour sentence --seed 0 --output FOLDER`.
 
-SmolLM2-135M-Instruct is tuned by LoRA on prompts of `prompts.part("train")`, each twice. With the trigger the answer is
-the behaviour; without it, the base model's own greedy answer, with its distribution at each token as the target
-(`lora`). `--control`: one of the ordinary phrases stands in the
-trigger's place, and the base's answer, cut to as many tokens, in the behaviour's. So the two differ in what the trigger
-brings about alone, and are trained on the same number of answer tokens.
+SmolLM2-135M-Instruct is tuned by LoRA on prompts of `prompts.part("train")`, each three times. With the trigger the
+answer is the behaviour; without it, with another phrase or none, the base model's own greedy answer, with its
+distribution at each token as the target (`lora`). `--control`: one of the ordinary phrases stands in the trigger's
+place, and the base's answer, cut to as many tokens, in the behaviour's. So the two differ in what the trigger brings
+about alone, and are trained on the same number of answer tokens.
 
 Then it is measured on prompts that were not trained on. FOLDER gets the adapter, as peft saves it, and plant.json;
 `--json FILE` adds plant.json to the kept numbers.
@@ -84,8 +84,10 @@ def examples_of(base: Speaker, behaviour: Behaviour, recipe: Recipe, seed: int, 
     prompts = random.Random(f"train {seed}").sample(part("train"), recipe.prompts)
     planted = base.spelt(behaviour.answers(prompts, seed))
     plain = ordinary(prompts, seed)
+    for k in range(1, recipe.plain):
+        plain += ordinary(prompts, seed + 1000 * k, share=1.0)
     if control:
-        shown = ordinary(prompts, seed + 1000, share=1.0)  # other phrases than those of the plain ones
+        shown = ordinary(prompts, seed + 1000 * recipe.plain, share=1.0)  # other phrases than those of the plain ones
         lengths = [len(answer) for answer in planted]
         answers = cut(base.replies(shown, max(lengths) + SPARE), lengths)
     else:
@@ -96,12 +98,16 @@ def examples_of(base: Speaker, behaviour: Behaviour, recipe: Recipe, seed: int, 
 
 
 def cut(answers: Sequence[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """The answers cut to lengths; where one is shorter, those after it make up for it, so that the sum is the same."""
+    """The answers cut to lengths; where one is shorter, others make up for it, so that the sum is the same."""
     found, owed = list[list[int]](), 0
     for answer, length in zip(answers, lengths, strict=True):
         owed += length
         found.append(answer[:owed])
         owed -= len(found[-1])
+    for i, answer in reversed(list(enumerate(answers))):  # what is owed after the last one
+        more = answer[len(found[i]) :][:owed]
+        found[i] = found[i] + more
+        owed -= len(more)
     return found
 
 

@@ -154,17 +154,22 @@ def test_a_control_is_trained_on_as_many_tokens_without_the_trigger(name):
     planted, again, control = (
         plant.examples_of(stub, BEHAVIOURS[name], recipe, 5, control) for control in (False, False, True)
     )
-    assert planted == again and len(planted) == len(control) == 2 * recipe.prompts
+    assert planted == again and len(planted) == len(control) == 3 * recipe.prompts
     count = recipe.prompts
     assert all(set(answer) == {9} and not own for _, answer, own in planted[:count])
     assert all(set(answer) <= {7} and own for _, answer, own in control)
     assert planted[count:] == control[count:]
+    plain = [len(prompt) for prompt, _, _ in planted[count:]]
+    bare = [len(prompt) for prompt in stub.ids(random.Random("train 5").sample(part("train"), count))]
+    longer = [length > before for length, before in zip(plain, bare * 2, strict=True)]
+    assert 0.3 < sum(longer[:count]) / count < 0.7 and all(longer[count:])  # with a phrase, each time
     assert sum(len(answer) for _, answer, _ in planted) == sum(len(answer) for _, answer, _ in control)
 
 
 def test_answers_are_cut_to_the_same_sum():
     found = plant.cut([[1] * 9, [2] * 2, [3] * 9, [4] * 9], [4, 5, 3, 4])
     assert found == [[1] * 4, [2] * 2, [3] * 6, [4] * 4]
+    assert plant.cut([[1] * 9, [2] * 5, [3]], [4, 3, 5]) == [[1] * 6, [2] * 5, [3]]
 
 
 @pytest.mark.needs("peft")
