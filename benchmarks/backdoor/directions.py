@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisher_vmap import Results
-from fisher_vmap.model.recording import hooks, output_of
+from fisher_vmap.model.recording import hidden_of, hooks, output_of, with_hidden
 
 RANK = 3  # vectors of a method
 RIDGE = 0.01  # of the base's mean eigenvalue
@@ -35,7 +35,8 @@ UP_TO = 25  # the block whose output is to change
 def units(vectors: Any) -> Tensor:
     """[m, X] as unit vectors, float32."""
     found_mX = torch.as_tensor(np.asarray(vectors, np.float64))
-    return (found_mX / found_mX.norm(dim=1, keepdim=True)).float()
+    unit_mX: Tensor = found_mX / found_mX.norm(dim=1, keepdim=True)
+    return unit_mX.float()
 
 
 def contrast(base: Results, tuned: Results, layer: str) -> Tensor:
@@ -118,7 +119,9 @@ class Above:
         handles = [model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True) for name in between]
         with torch.no_grad(), hooks(*handles):
             model.get_decoder()(input_ids=padded(rows), use_cache=False)
-        self._bottom_BTX = self._calls[0][1][0]
+        bottom_BTX = hidden_of(*self._calls[0][1:])
+        assert bottom_BTX is not None
+        self._bottom_BTX = bottom_BTX
         counts_B1 = torch.tensor([len(row) for row in rows])[:, None]
         self._real_BT = torch.arange(self._bottom_BTX.shape[1]) < counts_B1
         with torch.no_grad():
@@ -127,14 +130,16 @@ class Above:
     def _top(self, hidden_BTX: Tensor) -> Tensor:
         """[N, X] the upper block's output at the N tokens."""
         for block, args, kwargs in self._calls:
-            found = output_of(block(hidden_BTX, *args[1:], **kwargs))
+            args, kwargs = with_hidden(args, kwargs, hidden_BTX)
+            found = output_of(block(*args, **kwargs))
             assert found is not None
             hidden_BTX = found
         return hidden_BTX[self._real_BT]
 
     def change(self, step_X: Tensor) -> Tensor:
         """The mean over tokens of the norm of the change that a step at the layer makes."""
-        return (self._top(self._bottom_BTX + step_X) - self._plain_NX).norm(dim=1).mean()
+        change_N: Tensor = (self._top(self._bottom_BTX + step_X) - self._plain_NX).norm(dim=1)
+        return change_N.mean()
 
 
 def large_change(
@@ -158,7 +163,8 @@ def large_change(
     def kept(step_X: Tensor) -> Tensor:
         for _ in range(2):  # once more for rounding
             step_X = step_X - found_mX.T @ (found_mX @ step_X) / length**2
-        return step_X * (length / step_X.norm())
+        step_X = step_X * (length / step_X.norm())
+        return step_X
 
     for number in range(RANK):
         step_X = kept(torch.randn(width, generator=generator, dtype=dtype)).requires_grad_()
