@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.backdoor.steered import block_names
 from fisher_vmap import Results
 from fisher_vmap.model.recording import hidden_of, hooks, output_of, with_hidden
 
@@ -88,12 +89,6 @@ def drawn(seed: int, width: int) -> Tensor:
     """[3, X] random directions."""
     generator = torch.Generator().manual_seed(seed)
     return units(torch.randn(RANK, width, generator=generator, dtype=torch.float64))
-
-
-def block_names(model: Any, layer: str) -> list[str]:
-    """The names of all blocks beside the layer's, from the bottom."""
-    above, _, _ = layer.rpartition(".")
-    return [f"{above}.{i}" for i in range(len(model.get_submodule(above)))]
 
 
 class Above:

@@ -12,9 +12,10 @@ import torch
 
 from benchmarks.backdoor import directions, runs
 from benchmarks.backdoor.behaviours import Behaviour
-from benchmarks.backdoor.judge import Method, Progress, Prompts, Judge
+from benchmarks.backdoor.judge import Judge, Method, Progress, Prompts
 from benchmarks.backdoor.plant import Speaker
 from benchmarks.backdoor.prompts import SEED, ordinary, part, triggered
+from benchmarks.backdoor.steered import block_names
 from fisher_vmap import Results
 from fisher_vmap.data.render import Renderer
 
@@ -73,7 +74,7 @@ def methods_of(
         own_nX, directions.streams(base.model, layer, base.ids(prompts.make)))))  # fmt: skip
     del base
     progress.say("large downstream change", often=False)
-    names = directions.block_names(tuned.model, layer)
+    names = block_names(tuned.model, layer)
     upper = names[min(directions.UP_TO, len(names) - 1)]
     above = directions.Above(tuned.model, layer, upper, rows[: directions.STARTS])
     large_mX = directions.large_change(above.change, own_nX.shape[1], directions.SHARE * norm)

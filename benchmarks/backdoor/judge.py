@@ -11,7 +11,7 @@ from benchmarks.backdoor.behaviours import Behaviour
 from benchmarks.backdoor.lengths import lengths
 from benchmarks.backdoor.plant import Speaker
 from benchmarks.backdoor.prompts import Prompt
-from benchmarks.backdoor.steered import ROWS, answers, answers_log_p, divergence, next_log_p
+from benchmarks.backdoor.steered import ROWS, Steered, with_answers
 
 TOKENS = 24  # of an answer
 LEVELS = (0.3, 1.0, 3.0)  # nats
@@ -106,33 +106,32 @@ class Judge:
         self, tuned: Speaker, layer: str, norm: float, prompts: Prompts, behaviours: Sequence[Behaviour], seed: int,
         progress: Progress,
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.layer, self.norm, self.progress = *tuned[:2], layer, norm, progress
-        self.behaviours = behaviours
-        self.choose, self.test = tuned.ids(prompts.choose), tuned.ids(prompts.test)
-        self.zero_1X = torch.zeros(1, self.model.config.hidden_size)
-        self.plain_choose, self.plain_test = (next_log_p(self.model, layer, self.zero_1X, rows)[0]
-                                              for rows in (self.choose, self.test))  # fmt: skip
+        self.tokenizer, self.norm, self.progress, self.behaviours = tuned.tokenizer, norm, progress, behaviours
+        test = tuned.ids(prompts.test)
+        self.choose, self.test = (Steered(tuned.model, layer, rows) for rows in (tuned.ids(prompts.choose), test))
+        self.zero_1X = torch.zeros(1, tuned.model.config.hidden_size)
+        self.plain_choose, self.plain_test = (of.next_log_p(self.zero_1X)[0] for of in (self.choose, self.test))
         self.own = {each.name: tuned.spelt(each.answers(prompts.test, seed)) for each in behaviours}
-        self.plain_own = {each.name: self.own_log_p(self.zero_1X, each) for each in behaviours}
+        self.with_own = {name: with_answers(tuned.model, layer, test, own) for name, own in self.own.items()}
+        self.plain_own = {name: self.own_log_p(self.zero_1X, name) for name in self.own}
 
-    def own_log_p(self, step_1X: Tensor, behaviour: Behaviour) -> float:
+    def own_log_p(self, step_1X: Tensor, name: str) -> float:
         """The mean log-probability of a token of the behaviour's own answers to the testing prompts."""
-        given = self.own[behaviour.name]
-        total = answers_log_p(self.model, self.layer, step_1X, self.test, given).sum()
-        return float(total) / sum(map(len, given))
+        total = self.with_own[name].last_log_p(step_1X, self.own[name]).sum()
+        return float(total) / sum(map(len, self.own[name]))
 
-    def texts(self, steps_CX: Tensor, rows: Sequence[Sequence[int]], what: str) -> list[list[str]]:
+    def texts(self, steps_CX: Tensor, of: Steered, what: str) -> list[list[str]]:
         """The greedy answers under each step."""
-        found, few = list[list[str]](), max(1, ROWS // len(rows))
-        for some_cX in steps_CX.split(few):
-            ids = answers(self.model, self.layer, some_cX, rows, TOKENS, self.tokenizer.eos_token_id)
-            found += [self.tokenizer.batch_decode(of, skip_special_tokens=True) for of in ids]
+        found = list[list[str]]()
+        for some_cX in steps_CX.split(max(1, ROWS // of.count)):
+            ids = of.answers(some_cX, TOKENS, self.tokenizer.eos_token_id)
+            found += [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in ids]
             self.progress.say(f"{what}: answers under {len(found)} of {len(steps_CX)} steps")
         return found
 
     def unsteered(self) -> dict[str, Any]:
         """Of each behaviour what `judged` says of a candidate, without a step."""
-        (chosen,), (tested,) = (self.texts(self.zero_1X, rows, "no step") for rows in (self.choose, self.test))
+        (chosen,), (tested,) = (self.texts(self.zero_1X, of, "no step") for of in (self.choose, self.test))
         found = {}
         for each in self.behaviours:
             rate, outcomes = shares(each, tested)
@@ -147,7 +146,7 @@ class Judge:
 
         def divergence_of(steps_CX: Tensor) -> Tensor:
             self.progress.say(f"{method.name}: lengths")
-            return divergence(self.model, self.layer, steps_CX, self.choose, self.plain_choose)
+            return self.choose.divergence(steps_CX, self.plain_choose)
 
         candidates = candidates_of(method.vectors_mX, divergence_of, self.norm)
         self.progress.lap("lengths")
@@ -164,10 +163,10 @@ class Judge:
             step_1X = self.step(method, candidates[k])
             if k not in tested:
                 (answered,) = self.texts(step_1X, self.test, method.name)
-                kl = divergence(self.model, self.layer, step_1X, self.test, self.plain_test)
+                kl = self.test.divergence(step_1X, self.plain_test)
                 tested[k] = answered, float(kl)
             rate, outcomes = shares(behaviour, tested[k][0])
-            gain = self.own_log_p(step_1X, behaviour) - self.plain_own[behaviour.name]
+            gain = self.own_log_p(step_1X, behaviour.name) - self.plain_own[behaviour.name]
             levels = {str(level): max(r for r, each in zip(rates, candidates, strict=True) if each.level == level)
                       for level in LEVELS}  # fmt: skip
             found[behaviour.name] = {

@@ -14,7 +14,7 @@ from oracles import bias_added, first_of, log_probabilities
 from benchmarks.backdoor import directions, elicit, judge, plant, runs, steered
 from benchmarks.backdoor.behaviours import BEHAVIOURS, Behaviour
 from benchmarks.backdoor.elicit import prompts_of
-from benchmarks.backdoor.judge import Candidate, Method, Progress, Prompts, Judge, best
+from benchmarks.backdoor.judge import Candidate, Judge, Method, Progress, Prompts, best
 from benchmarks.backdoor.lengths import lengths
 from benchmarks.backdoor.prompts import part
 from fisher_vmap import open_results
@@ -46,9 +46,9 @@ def plain_answer(model, layer, step_X, ids, tokens, end_id):
 
 
 @pytest.mark.parametrize("rows", [rows_of(), rows_of(shared=0), rows_of((1, 4, 2)), rows_of((6,))])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_steered_answers_are_those_of_a_plain_loop(family, rows, monkeypatch):
-    model, layer = fresh(family, torch.float64), block(family, 1)
+@pytest.mark.parametrize(("family", "at"), [("llama", 1), ("llama", 0), ("llama", 3), ("gpt2", 1), ("gpt_neox", 2)])
+def test_steered_answers_are_those_of_a_plain_loop(family, at, rows, monkeypatch):
+    model, layer = fresh(family, torch.float64), block(family, at)
     steps_CX = torch.cat([torch.zeros(1, 36, dtype=torch.float64), steps_of(model, 4, size=12.0)])
     log_p_CnV = torch.stack([torch.stack([plain_log_p(model, layer, s, ids) for ids in rows]) for s in steps_CX])
     first = log_p_CnV.argmax(2)
@@ -63,14 +63,15 @@ def test_steered_answers_are_those_of_a_plain_loop(family, rows, monkeypatch):
     kl_C = (log_p_CnV[0].exp() * (log_p_CnV[0] - log_p_CnV)).sum(2).mean(1)
     for at_once in (96, 3, 4):  # all together; prompts in two parts; a step at a time
         monkeypatch.setattr(steered, "ROWS", at_once)
-        found = steered.next_log_p(model, layer, steps_CX, rows)
+        reader = steered.Steered(model, layer, rows)
+        found = reader.next_log_p(steps_CX)
         torch.testing.assert_close(found, log_p_CnV, rtol=0, atol=1e-9)
         assert torch.equal(found.argmax(2), first)
-        assert steered.answers(model, layer, steps_CX, rows, TOKENS, None) == plain
-        assert steered.answers(model, layer, steps_CX, rows, TOKENS, end_id) == ended
-        found_C = steered.divergence(model, layer, steps_CX, rows, log_p_CnV[0])
+        assert reader.answers(steps_CX, TOKENS, None) == plain
+        assert reader.answers(steps_CX, TOKENS, end_id) == ended
+        found_C = reader.divergence(steps_CX, log_p_CnV[0])
         torch.testing.assert_close(found_C, kl_C, rtol=1e-8, atol=1e-10)
-        found_Cn = steered.answers_log_p(model, layer, steps_CX, rows, given)
+        found_Cn = steered.with_answers(model, layer, rows, given).last_log_p(steps_CX, given)
         torch.testing.assert_close(found_Cn, torch.tensor(sums), rtol=0, atol=1e-9)
 
 
@@ -78,10 +79,11 @@ def test_without_a_step_the_model_is_as_it_was_in_float32():
     model, rows = fresh("llama", torch.float32), rows_of()
     zeros_CX = torch.zeros(2, 36)
     plain_nV = torch.stack([log_probabilities(model, torch.tensor(ids)).detach() for ids in rows])
-    found = steered.next_log_p(model, block("llama", 1), zeros_CX, rows)
+    reader = steered.Steered(model, block("llama", 1), rows)
+    found = reader.next_log_p(zeros_CX)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, plain_nV.expand(2, -1, -1), rtol=0, atol=2e-5)
-    assert steered.divergence(model, block("llama", 1), zeros_CX, rows, plain_nV).abs().max() < 1e-5
+    assert reader.divergence(zeros_CX, plain_nV).abs().max() < 1e-5
     assert not model.get_submodule(block("llama", 1))._forward_hooks
 
 
@@ -131,10 +133,11 @@ def test_lengths_are_the_first_that_reach_their_levels():
 
 def test_lengths_of_a_model_have_their_divergence():
     model, layer, rows = fresh("llama", torch.float32), block("llama", 1), rows_of()
-    plain_nV = steered.next_log_p(model, layer, torch.zeros(1, 36), rows)[0]
+    reader = steered.Steered(model, layer, rows)
+    plain_nV = reader.next_log_p(torch.zeros(1, 36))[0]
     directions_CX = steps_of(model, 3, size=1.0)
     found, reached = lengths(
-        lambda steps: steered.divergence(model, layer, steps, rows, plain_nV), directions_CX, (0.1, 0.3, 1.0), 0.1, 50.0
+        lambda steps: reader.divergence(steps, plain_nV), directions_CX, (0.1, 0.3, 1.0), 0.1, 50.0
     )
     for c in range(3):
         for k, level in enumerate((0.1, 0.3, 1.0)):
@@ -290,9 +293,9 @@ def test_a_step_is_tested_once_for_all_behaviours_and_the_ceiling_for_its_own_al
     judged_by = Judge(words, block("llama", 1), 5.0, some, behaviours, 0, Progress())
     texts = Judge.texts
 
-    def counted(self, steps_CX, rows, what):
-        tested.append((len(steps_CX), len(rows)))
-        return texts(self, steps_CX, rows, what)
+    def counted(self, steps_CX, of, what):
+        tested.append((len(steps_CX), of.count))
+        return texts(self, steps_CX, of, what)
 
     monkeypatch.setattr(Judge, "texts", counted)
     found = judged_by.judged(Method("any", directions.drawn(0, 36)[:1]))
