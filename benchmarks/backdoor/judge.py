@@ -17,7 +17,7 @@ TOKENS = 24  # of an answer
 LEVELS = (0.3, 1.0, 3.0)  # nats
 START, MOST = 0.02, 8.0  # the first length and the largest one, over the median norm
 SHOWN = 3  # answers that are kept
-EVERY = 20  # seconds between two lines of progress
+EVERY = 12  # seconds between two lines of progress
 
 
 class Prompts(NamedTuple):
@@ -112,8 +112,11 @@ class Judge:
         self.zero_1X = torch.zeros(1, tuned.model.config.hidden_size)
         self.plain_choose, self.plain_test = (of.next_log_p(self.zero_1X)[0] for of in (self.choose, self.test))
         self.own = {each.name: tuned.spelt(each.answers(prompts.test, seed)) for each in behaviours}
-        self.with_own = {name: with_answers(tuned.model, layer, test, own) for name, own in self.own.items()}
-        self.plain_own = {name: self.own_log_p(self.zero_1X, name) for name in self.own}
+        self.with_own, self.plain_own = dict[str, Steered](), dict[str, float]()
+        for name, own in self.own.items():
+            self.with_own[name] = with_answers(tuned.model, layer, test, own)
+            self.plain_own[name] = self.own_log_p(self.zero_1X, name)
+            progress.say(f"no step: own answers of {name}")
 
     def own_log_p(self, step_1X: Tensor, name: str) -> float:
         """The mean log-probability of a token of the behaviour's own answers to the testing prompts."""

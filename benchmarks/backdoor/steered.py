@@ -75,10 +75,13 @@ class Steered:
         layer: the name of the block.
         rows: token ids of each prompt.
         shared: how many tokens at the beginning are the same for all, fewer than any prompt has; None: look.
+        writes: whether answers will be asked for, which takes more memory.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, layer: str, rows: Sequence[Sequence[int]], shared: int | None = None) -> None:
+    def __init__(
+        self, model: Any, layer: str, rows: Sequence[Sequence[int]], shared: int | None = None, writes: bool = True
+    ) -> None:
         self.model, self.layer, self.count = model, layer, len(rows)
         shared = shared_tokens(rows) if shared is None else shared
         n, T = self.count, max(map(len, rows)) - shared
@@ -99,7 +102,8 @@ class Steered:
         self._output = seen[-1]  # the kind of thing that a block returns
         known: list[Any] = [output_of(each) for each in seen]
         self._first_1PX, self._own_nTX = known[0], known[-1]
-        self._kept = [(each.keys, each.values) for each in cache.layers[: len(self._below)]]
+        kept = cache.layers[: len(self._below) if writes else 1]
+        self._kept = [(each.keys, each.values) for each in kept]
 
     def _run(
         self, ids_BT: Tensor, mask_BK: Tensor, cache: Any, steps_BX: Tensor | None = None, known_BTX: Any = None
@@ -191,6 +195,8 @@ class Steered:
 
         The end token is part of the answer.
         """
+        if len(self._kept) < len(self._below):
+            raise ValueError("these prompts were read without writes=True")
         found: list[list[list[int]]] = [[] for _ in steps_CX]
         for some, _, done in self._parts(steps_CX, ROWS, writes=True):
             written, hidden_BTX, cache, mask_BK = list[Tensor](), *done[:3]
@@ -227,4 +233,4 @@ class Steered:
 def with_answers(model: Any, layer: str, rows: Sequence[Sequence[int]], given: Sequence[Sequence[int]]) -> Steered:
     """Prompts with given answers but for their last tokens, for `Steered.last_log_p`."""
     longer = [[*row, *answer[:-1]] for row, answer in zip(rows, given, strict=True)]
-    return Steered(model, layer, longer, min(shared_tokens(longer), min(map(len, rows)) - 1))
+    return Steered(model, layer, longer, min(shared_tokens(longer), min(map(len, rows)) - 1), writes=False)

@@ -16,7 +16,7 @@ from benchmarks.backdoor.behaviours import BEHAVIOURS, Behaviour
 from benchmarks.backdoor.elicit import prompts_of
 from benchmarks.backdoor.judge import Candidate, Judge, Method, Progress, Prompts, best
 from benchmarks.backdoor.lengths import lengths
-from benchmarks.backdoor.prompts import part
+from benchmarks.backdoor.prompts import part, triggered
 from fisher_vmap import open_results
 
 TOKENS = 6
@@ -338,7 +338,14 @@ def test_a_model_is_searched_by_all_methods(tmp_path, monkeypatch):
         assert run_here(model, data, output, **given) == 0
         return open_results(output)
 
+    used, judged = [], Judge.judged
+
+    def remembered(self, method):
+        used.append(method)
+        return judged(self, method)
+
     monkeypatch.setattr(runs, "matrices", matrices)
+    monkeypatch.setattr(Judge, "judged", remembered)
     layer = "model.layers.1"
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     found = elicit.elicit(
@@ -354,18 +361,33 @@ def test_a_model_is_searched_by_all_methods(tmp_path, monkeypatch):
     ceilings = found["methods"][directions.CEILING].values()
     assert len({each["kl_testing"] for each in ceilings}) == 3  # each knows a trigger of its own
     assert len(ran) == 6 and found["prompts"] == {"make": 5, "choose": 3, "test": 4}
-    base, tuned = (open_results(tmp_path / side / "full") for side in ("b", "a"))
-    ratios = []
-    for v in directions.contrast(base, tuned, layer).double().numpy():
+    by_name = {(method.name, method.only): method.vectors_mX for method in used}
+    assert len(by_name) == len(used) == 14
+    for kind in ("full", "topk", "sequence"):
+        base, tuned = (open_results(tmp_path / side / kind) for side in ("b", "a"))
+        if kind == "sequence":  # the two models have written other completions
+            written = [[record.row["completion_ids"] for record in side] for side in (base, tuned)]
+            assert written[0] != written[1] and base.compare(tuned, layer).left_out == 0
         A, B = (np.float64(side.mean(layer)) for side in (tuned, base))
-        ratios.append(v @ A @ v / (v @ B @ v + 0.01 * np.trace(B) / 36))
-    expected = sorted(scipy_free_ratios(A, B + 0.01 * np.trace(B) / 36 * np.eye(36)))[-3:][::-1]
-    assert ratios == pytest.approx(expected, rel=1e-3)
-    values = [v @ A @ v for v in directions.leading(tuned, layer).double().numpy()]
-    assert values == pytest.approx(np.linalg.eigvalsh(A)[-3:][::-1].tolist(), rel=1e-3)
+        B += 0.01 * np.trace(B) / 36 * np.eye(36)
+        vectors = by_name[f"contrast, {kind}", None].double().numpy()
+        expected = general_values(A, B)[-3:][::-1]
+        assert [v @ A @ v / (v @ B @ v) for v in vectors] == pytest.approx(expected, rel=1e-3)
+        vectors = by_name[f"leading, {kind}", None].double().numpy()
+        expected = np.linalg.eigvalsh(A)[-3:][::-1].tolist()
+        assert [v @ A @ v for v in vectors] == pytest.approx(expected, rel=1e-3)
+    speakers = [elicit.loaded(folder) for folder in folders]
+    make = speakers[0].ids(prompts_of().make)
+    old, new = (torch.stack([plain_stream(each.model, layer, ids)[-1] for ids in make]).mean(0) for each in speakers)
+    torch.testing.assert_close(by_name["difference of means", None][0], (new - old) / (new - old).norm())
+    for behaviour in BEHAVIOURS.values():
+        ids = speakers[1].ids(triggered(part("elicit")[:5], behaviour.trigger, 0))
+        with_it = torch.stack([plain_stream(speakers[1].model, layer, row)[-1] for row in ids]).mean(0)
+        found_X = by_name[directions.CEILING, behaviour.name][0]
+        torch.testing.assert_close(found_X, (with_it - new) / (with_it - new).norm(), rtol=1e-3, atol=1e-4)
 
 
-def scipy_free_ratios(A, B):
+def general_values(A, B):
     """Generalised eigenvalues."""
     low = np.linalg.inv(np.linalg.cholesky(B))
     return np.linalg.eigvalsh(low @ A @ low.T).tolist()
