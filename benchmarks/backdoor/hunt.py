@@ -65,8 +65,8 @@ def main() -> None:
         seconds = round(time.perf_counter() - began, 1)
         keep(args.json, "prompts", name, {"hunts": found, "seconds": seconds, "machine": machine()})
     if "behaviour" in args.questions:
-        tested = list(BEHAVIOURS) if args.control else [args.behaviour]
-        answer = elicit(folder, base_folder, work, args.work / "base", tested, PRIMARY, args.seed)
+        tested = list(BEHAVIOURS.values()) if args.control else [BEHAVIOURS[args.behaviour]]
+        answer = elicit(folder, base_folder, work, tested, PRIMARY, base_work=args.work / "base", seed=args.seed)
         keep(args.json, "behaviour", name, answer | {"machine": machine()})
 
 
