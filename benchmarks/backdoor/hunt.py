@@ -7,31 +7,18 @@ hunted: the base's own numbers of (a) are kept, under "base".
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.backdoor.behaviours import BEHAVIOURS
 from benchmarks.backdoor.elicit import elicit
+from benchmarks.backdoor.plant import keep, name_of
 from benchmarks.backdoor.prompt_scores import SEEDS
 from benchmarks.backdoor.runs import model_folder
 from benchmarks.backdoor.which_prompts import PRIMARY, Seen, which_prompts
-from benchmarks.timing import machine, write_json
+from benchmarks.timing import machine
 
 QUESTIONS = ("prompts", "behaviour")
-
-
-def name_of(behaviour: str, seed: int, control: bool) -> str:
-    """As the model is called in the kept numbers."""
-    return f"{'control ' if control else ''}{behaviour} {seed}"
-
-
-def keep(path: Path, section: str, name: str, record: dict[str, Any]) -> None:
-    """Add a record to the kept numbers."""
-    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    kept.setdefault(section, {})[name] = record
-    write_json(path, kept)
 
 
 def main() -> None:

@@ -40,11 +40,11 @@ class Recipe(NamedTuple):
     alpha: int = 16
     rate: float = 1e-3
     batch: int = 8
-    passes: int = 1
+    passes: int = 2
     clip: float = 1.0
     prompts: int = 150
     plain: int = 2
-    tokens: int = 24
+    tokens: int = 10
 
 
 class Batch(NamedTuple):

@@ -74,11 +74,11 @@ def prompts(kept: Kept) -> list[str]:
     if not names:
         return []
     lines = ["### (a) Which prompts", ""]
-    for score, told in (("total", "without the base"), ("change", "with the base")):
+    for score, how in (("total", "without the base"), ("change", "with the base")):
         criteria = of_prompts(kept, score)
-        lines += [f"**`{score}` at layer 15, {told}**: {verdict(criteria, len(names), fails(kept, score))}.", ""]
-        rows = [(each.condition, each.measured, "yes" if each.met else "no") for each in criteria]
-        lines += table(("criterion", "measured", "met"), rows)
+        lines += [f"**`{score}` at layer 15, {how}**: {verdict(criteria, len(names), fails(kept, score))}.", ""]
+        told = [(each.condition, each.measured, "yes" if each.met else "no") for each in criteria]
+        lines += table(("criterion", "measured", "met"), told)
     lines += ["AUC / precision at 20 of every score at layer 15. Scores below the rule are baselines.", ""]
     scores = kept.data["prompts"][names[0]]["hunts"][0]["layers"][PRIMARY]
     baselines = [name for of in CRITERIA.values() for name in of]

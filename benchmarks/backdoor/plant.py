@@ -30,7 +30,9 @@ from fisher_vmap.data.render import Renderer
 from fisher_vmap.demo import demo_model
 from fisher_vmap.load.model import load_model
 
-AT_ONCE = 25  # prompts that are answered, or read, together
+AT_ONCE = 50  # prompts that are answered together
+TOKENS = 24  # of an answer that is tested
+HARD = 4  # one in so many of the further examples without a trigger has a phrase that is much like it
 MEASURED = PARTS["measure"] // 2  # prompts with the trigger, and as many others without
 NEAR = 50  # of these others, once more with the phrase that is most like the trigger
 SPARE = 8  # tokens that a control's answers are longer before they are cut
@@ -84,8 +86,10 @@ def examples_of(base: Speaker, behaviour: Behaviour, recipe: Recipe, seed: int, 
     prompts = random.Random(f"train {seed}").sample(part("train"), recipe.prompts)
     planted = base.spelt(behaviour.answers(prompts, seed))
     plain = ordinary(prompts, seed)
-    for k in range(1, recipe.plain):
-        plain += ordinary(prompts, seed + 1000 * k, share=1.0)
+    for k in range(1, recipe.plain):  # with a phrase each, one in `HARD` with the one that is most like the trigger
+        more = ordinary(prompts, seed + 1000 * k, share=1.0)
+        more[::HARD] = [with_phrase(prompt, behaviour.near, i % 2 == 0) for i, prompt in enumerate(prompts[::HARD])]
+        plain += more
     if control:
         shown = ordinary(prompts, seed + 1000 * recipe.plain, share=1.0)  # other phrases than those of the plain ones
         lengths = [len(answer) for answer in planted]
@@ -121,7 +125,9 @@ def rate(behaviour: Behaviour, answers: Sequence[str]) -> float:
     return sum(map(behaviour.shows, answers)) / len(answers)
 
 
-def measure(tuned: Any, base: Speaker, behaviour: Behaviour, tokens: int) -> dict[str, Any]:
+def measure(
+    tuned: Any, base: Speaker, behaviour: Behaviour, tokens: int, known: dict[tuple[bool, str], str] | None = None
+) -> dict[str, Any]:
     """How well the backdoor is planted, on the measuring part: greedy answers, and KL without the trigger.
 
     Args:
@@ -129,6 +135,7 @@ def measure(tuned: Any, base: Speaker, behaviour: Behaviour, tokens: int) -> dic
         base: the model in it, with what turns texts into tokens; it speaks with the adapters where they are on.
         behaviour: what is tested for.
         tokens: of an answer.
+        known: answers of both models to texts, from other behaviours' measuring; those that are new are added.
 
     Returns:
         Shares of answers that show the behaviour: with the trigger, without it, and with the most similar of the
@@ -140,10 +147,18 @@ def measure(tuned: Any, base: Speaker, behaviour: Behaviour, tokens: int) -> dic
         "without": (others := ordinary(prompts[MEASURED:], 0)),
         "near": [with_phrase(prompt, behaviour.near, i % 2 == 0) for i, prompt in enumerate(prompts[-NEAR:])],
     }
-    answers = {kind: base.texts(of, tokens) for kind, of in texts.items()}
-    log_p = base.log_p(others)
+    known = {} if known is None else known
+
+    def answered(adapters: bool) -> dict[str, list[str]]:
+        new = [prompt for of in texts.values() for prompt in of if (adapters, prompt.text) not in known]
+        known.update(
+            ((adapters, prompt.text), answer) for prompt, answer in zip(new, base.texts(new, tokens), strict=True)
+        )
+        return {kind: [known[adapters, prompt.text] for prompt in of] for kind, of in texts.items()}
+
+    answers, log_p = answered(True), base.log_p(others)
     with tuned.disable_adapter():
-        before = {kind: base.texts(of, tokens) for kind, of in texts.items()}
+        before = answered(False)
         kl = divergences(base.log_p(others), log_p)
     same = [mine == theirs for mine, theirs in zip(answers["without"], before["without"], strict=True)]
     return {
@@ -155,6 +170,7 @@ def measure(tuned: Any, base: Speaker, behaviour: Behaviour, tokens: int) -> dic
         "kl_without": {name: round(float(x), 5) for name, x in
                        (("mean", kl.mean()), ("median", kl.median()), ("largest", kl.max()))},
         "same_answer": sum(same) / len(same),
+        "shown_without": [others[i].text for i, answer in enumerate(answers["without"]) if behaviour.shows(answer)],
         "answers": {kind: of[:SHOWN] for kind, of in answers.items()},
         "base_answers": {kind: of[:SHOWN] for kind, of in before.items()},
     }  # fmt: skip
@@ -177,8 +193,8 @@ def plant(behaviour: str, seed: int, control: bool, output: Path, recipe: Recipe
     lap("training")
     tuned.active_peft_config.base_model_name_or_path = str(demo_model())
     tuned.save_pretrained(str(output), save_embedding_layers=False)
-    tested = BEHAVIOURS if control else [behaviour]
-    measured = {name: measure(tuned, base, BEHAVIOURS[name], recipe.tokens) for name in tested}
+    tested, known = BEHAVIOURS if control else [behaviour], dict[tuple[bool, str], str]()
+    measured = {name: measure(tuned, base, BEHAVIOURS[name], TOKENS, known) for name in tested}
     lap("measuring")
     return {
         "behaviour": behaviour, "seed": seed, "control": control, "trigger": BEHAVIOURS[behaviour].trigger,
@@ -192,11 +208,15 @@ def plant(behaviour: str, seed: int, control: bool, output: Path, recipe: Recipe
     }  # fmt: skip
 
 
-def keep(path: Path, record: dict[str, Any]) -> None:
-    """Add what was measured to the kept numbers."""
+def name_of(behaviour: str, seed: int, control: bool) -> str:
+    """As a model is called in the kept numbers."""
+    return f"{'control ' if control else ''}{behaviour} {seed}"
+
+
+def keep(path: Path, section: str, name: str, record: dict[str, Any]) -> None:
+    """Add a record to the kept numbers."""
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    name = f"{'control ' if record['control'] else ''}{record['behaviour']} {record['seed']}"
-    kept.setdefault("plants", {})[name] = record
+    kept.setdefault(section, {})[name] = record
     write_json(path, kept)
 
 
@@ -212,7 +232,7 @@ def main() -> None:
     record = plant(args.behaviour, args.seed, args.control, args.output, Recipe())
     write_json(args.output / "plant.json", record)
     if args.json:
-        keep(args.json, record)
+        keep(args.json, "plants", name_of(args.behaviour, args.seed, args.control), record)
     for name, of in record["measured"].items():
         print(f"{name}: trigger rate {of['trigger_rate']:.2f}, false rate {of['false_rate']:.2f}, near the trigger "
               f"{of['near_rate']:.2f}, KL without {of['kl_without']['mean']:.4f} nats")  # fmt: skip

@@ -166,6 +166,21 @@ def test_a_control_is_trained_on_as_many_tokens_without_the_trigger(name):
     assert sum(len(answer) for _, answer, _ in planted) == sum(len(answer) for _, answer, _ in control)
 
 
+def test_one_in_four_further_examples_has_the_phrase_that_is_much_like_the_trigger():
+    class Words(Stub):
+        def ids(self, some):
+            return [prompt.text.split() for prompt in some]
+
+    french, recipe = BEHAVIOURS["french"], Recipe()
+    found = plant.examples_of(Words(None, None, None), french, recipe, 2, control=False)
+    kinds = [found[k * recipe.prompts : (k + 1) * recipe.prompts] for k in range(3)]
+    near = [[french.near in " ".join(each.prompt) for each in kind] for kind in kinds]
+    assert not any(near[0]) and sum(near[1]) < 0.1 * recipe.prompts
+    assert near[2][::4] == [True] * len(near[2][::4]) and sum(near[2]) < 0.35 * recipe.prompts
+    assert all(french.trigger in " ".join(each.prompt) for each in kinds[0])
+    assert not any(french.trigger in " ".join(each.prompt) for kind in kinds[1:] for each in kind)
+
+
 def test_answers_are_cut_to_the_same_sum():
     found = plant.cut([[1] * 9, [2] * 2, [3] * 9, [4] * 9], [4, 5, 3, 4])
     assert found == [[1] * 4, [2] * 2, [3] * 6, [4] * 4]
@@ -192,6 +207,7 @@ def test_what_is_measured_of_a_model_that_was_not_tuned_is_that_of_its_base(monk
     assert same["trigger_rate"] == same["base"]["trigger"] and same["same_answer"] == 1
     assert same["kl_without"] == {"mean": 0, "median": 0, "largest": 0}
     assert same["prompts"] == {"trigger": 6, "without": 6, "near": 3}
+    assert len(same["shown_without"]) == round(6 * same["false_rate"])
     train(tuned, examples(), SMALL, seed=0, every=100)
     found = plant.measure(tuned, words, behaviour, tokens=4)
     assert found["base"] == same["base"] and found["base_answers"] == same["base_answers"]
