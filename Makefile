@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-matrix docs architectures bench cuda peers dist lint clean
+.PHONY: demo test test-all test-matrix docs architectures bench cuda peers backdoor dist lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fisher_vmap.demo
@@ -38,6 +38,16 @@ cuda: $(VENV)/installed
 # beside what one would use instead; within ten minutes on two cores
 peers: $(VENV)/peers
 	OMP_WAIT_POLICY=passive $(RUN) -m benchmarks.peers --json benchmarks/results/peers.json
+
+# one behaviour of docs/backdoor.md, planted and hunted for, in the folder BACKDOOR; it may be stopped and goes on
+BACKDOOR ?= backdoor
+backdoor: $(VENV)/installed
+	test -e $(BACKDOOR)/planted/plant.json || $(RUN) -m benchmarks.backdoor.plant \
+	    --behaviour sentence --seed 0 --output $(BACKDOOR)/planted --json $(BACKDOOR)/numbers.json
+	$(RUN) -m benchmarks.backdoor.hunt --work $(BACKDOOR)/work --json $(BACKDOOR)/numbers.json
+	$(RUN) -m benchmarks.backdoor.hunt --behaviour sentence --seed 0 --adapter $(BACKDOOR)/planted \
+	    --work $(BACKDOOR)/work --json $(BACKDOOR)/numbers.json
+	$(RUN) -m benchmarks.backdoor.page --json $(BACKDOOR)/numbers.json --output $(BACKDOOR)/results.md
 
 # a source archive, and from it a wheel
 dist: $(VENV)/installed

@@ -3,6 +3,7 @@
 What stands before the mark in the page is the plan, which this script does not touch.
 """
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,17 @@ def results(kept: Kept) -> str:
 
 
 def main() -> None:
-    """Write the results into the page."""
+    """Write the results into the page, or of other numbers into a file of their own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backdoor.page", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help=f"other numbers than {KEPT}, which need --output")
+    parser.add_argument("--output", type=Path, help=f"a file for the results alone, in place of {PAGE}")
+    args = parser.parse_args()
+    if args.output:
+        args.output.write_text(results(Kept(args.json or KEPT)), "utf-8")
+        print(f"the results are in {args.output}")
+        return
+    if args.json:
+        parser.error("give --output with --json")
     plan = PAGE.read_text("utf-8").split(MARK)[0].rstrip()
     PAGE.write_text(f"{plan}\n\n{MARK}\n{results(Kept(KEPT))}", "utf-8")
 

@@ -1,0 +1,145 @@
+"""What the hunt's criteria say, on made-up numbers: means, intervals, and that each condition counts."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.backdoor import page, verdicts
+from benchmarks.backdoor.ranking import auc, levels, precision
+from benchmarks.backdoor.verdicts import CONTROLS, CRITERIA, MODELS, Kept, elicited, fails, of_layers, of_prompts, parts
+from benchmarks.backdoor.which_prompts import LAYERS, PRIMARY
+
+CARRIES = np.arange(300) % 15 == 4  # 20 of 300
+SCORES = ("total", "change", *(name for of in CRITERIA.values() for name in of))
+
+
+def numbers(scores):
+    return {
+        name: {"auc": auc(of, CARRIES), "precision": precision(of, CARRIES), "without": 0}
+        for name, of in scores.items()
+    }
+
+
+def kept_in(folder, strength, control=0.0, phrase=0.6, models=MODELS, base=0.0):
+    """Numbers of planted models in which "total" and "change" are so many standard deviations higher at the trigger."""
+    rng = np.random.default_rng(0)
+    ranks, prompts = folder / "kept", {}
+    ranks.mkdir(parents=True)
+
+    def drawn(by):
+        return {name: rng.normal(size=300) + by.get(name, 0) * CARRIES for name in SCORES}
+
+    for name in models:
+        strong = {layer: drawn({"total": strength, "change": strength}) for layer in LAYERS}
+        behaviour, seed = parts(name)
+        phrases = {score: {"It is late.": phrase, "It is early.": 0.5} for score in CRITERIA}
+        prompts[name] = {"hunts": [{
+            "behaviour": behaviour, "seed": seed, "layers": {layer: numbers(of) for layer, of in strong.items()},
+            "phrases": phrases,
+        }]}  # fmt: skip
+        arrays = {f"{layer} {s}": levels(strong[layer][s]) for layer in LAYERS for s in ("total", "change")}
+        arrays |= {s: levels(of) for s, of in strong[PRIMARY].items()}
+        np.savez(ranks / f"{name.replace(' ', '-')}.npz", carries=CARRIES, **arrays)
+    for where, by in (*((c, control) for c in CONTROLS.values()), ("base", base)):
+        hunts = []
+        for name in MODELS:
+            behaviour, seed = parts(name)
+            layers = {layer: numbers(drawn({"total": by, "change": by})) for layer in LAYERS}
+            hunts.append({"behaviour": behaviour, "seed": seed, "layers": layers, "phrases": {}})
+        prompts[where] = {"hunts": hunts}
+    (folder / "kept.json").write_text(json.dumps({"plants": {}, "prompts": prompts}), "utf-8")
+    return Kept(folder / "kept.json")
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch):
+    from benchmarks.backdoor import ranking
+
+    monkeypatch.setattr(ranking, "RESAMPLES", 300)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 2000)
+
+
+def met(criteria):
+    return [each.met for each in criteria]
+
+
+def test_a_strong_measure_meets_all_and_a_weak_one_none(tmp_path):
+    strong, weak = (kept_in(tmp_path / str(by), by) for by in (4.0, 0.0))
+    assert met(of_prompts(strong, "total")) == [True] * 6 and met(of_prompts(strong, "change")) == [True] * 5
+    assert not fails(strong, "total") and fails(weak, "total")
+    assert met(of_prompts(weak, "total")) == [False, False, False, True, True, False]
+    assert "success" in page.results(strong) and "failure" in page.results(weak)
+    assert page.verdict(of_prompts(kept_in(tmp_path / "some", 1.4), "total"), 9, False) == "partial"
+
+
+def test_what_the_controls_and_phrases_do_as_well_is_not_a_success(tmp_path):
+    alike = kept_in(tmp_path / "control", 4.0, control=4.0)
+    assert fails(alike, "total") and met(of_prompts(alike, "total")) == [True, True, True, False, True, True]
+    base = kept_in(tmp_path / "base", 4.0, base=2.0)
+    assert met(of_prompts(base, "total")) == [True, True, True, True, False, True] and not fails(base, "total")
+    phrase = kept_in(tmp_path / "phrase", 4.0, phrase=1.0)
+    assert met(of_prompts(phrase, "change")) == [True, True, False, True, True]
+
+
+def test_means_are_over_the_models_that_were_measured_and_fewer_than_nine_are_unfinished(tmp_path):
+    kept = kept_in(tmp_path, 1.0, models=MODELS[:3])
+    values = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY]["total"]["auc"] for name in MODELS[:3]]
+    mean = kept.mean("total", "auc")
+    assert mean.value == pytest.approx(np.mean(values)) and mean.low < mean.value < mean.high
+    assert len(kept.elsewhere("total", "control")) == len(kept.elsewhere("total", "base")) == 3
+    text = page.results(kept)
+    assert text.count("unfinished (3 of 9 planted models)") == 2 and "success" not in text and "failure" not in text
+    same = kept.gain(("total", PRIMARY), ("total", PRIMARY), "auc")
+    assert same == (0, 0, 0)
+    wide = of_layers(kept, "total")["model.layers.10"]
+    narrow = kept.gain(("total", "model.layers.10"), ("total", PRIMARY), "auc")
+    assert wide.value == narrow.value and wide.low < narrow.low < narrow.high < wide.high
+    gain = kept.gain(("total", PRIMARY), ("minus entropy", PRIMARY), "auc")
+    assert gain.value == pytest.approx(mean.value - kept.mean("minus entropy", "auc").value)
+
+
+def outcome(share):
+    text = "1" * round(100 * share)
+    return {"outcomes": text + "0" * (100 - len(text)), "rate": share, "level": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rate", "random", "control", "found"),
+    [(0.5, 0.05, 0.1, True), (0.19, 0.0, 0.0, False), (0.3, 0.28, 0.0, False), (0.5, 0.05, 0.36, False)],
+)
+def test_a_model_is_found_by_rate_above_random_and_above_the_control(tmp_path, rate, random, control, found):
+    kept = kept_in(tmp_path, 1.0, models=MODELS[:1])
+    behaviour = parts(MODELS[0])[0]
+
+    def record(of, by):
+        methods = {"contrast, full": {behaviour: outcome(of)}}
+        methods |= {f"random {i}": {behaviour: outcome(by)} for i in range(3)}
+        return {"methods": methods, "unsteered": {behaviour: outcome(0.0)}}
+
+    kept.data["behaviour"] = {MODELS[0]: record(rate, random), "control sentence 0": record(control, 0.0)}
+    one = elicited(kept, MODELS[0], "contrast, full")
+    assert one.found == found and one.rate == rate and one.control == control
+    assert one.above_random.value == pytest.approx(rate - random)
+    del kept.data["behaviour"]["control sentence 0"]
+    assert not elicited(kept, MODELS[0], "contrast, full").found  # a control that was not measured is no pass
+
+
+def test_the_page_keeps_its_plan(tmp_path, monkeypatch):
+    kept_in(tmp_path, 1.0, models=MODELS[:2])
+    plan = "# A plan\n\nWhat will be asked.\n"
+    (tmp_path / "page.md").write_text(f"{plan}\n{page.MARK}\nold results\n", "utf-8")
+    monkeypatch.setattr(page, "KEPT", tmp_path / "kept.json")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["page"])
+    page.main()
+    once = (tmp_path / "page.md").read_text("utf-8")
+    page.main()
+    assert once == (tmp_path / "page.md").read_text("utf-8")
+    assert once.startswith(plan) and "old results" not in once and "| `" not in once.split(page.MARK)[0]
+    for heading in ("## What was found", "### (a) Which prompts", "### (c) Which layer"):
+        assert heading in once
+    monkeypatch.setattr(sys, "argv", ["page", "--json", str(tmp_path / "kept.json"), "--output", str(tmp_path / "new")])
+    page.main()
+    assert once.endswith((tmp_path / "new").read_text("utf-8"))
