@@ -14,19 +14,20 @@ from benchmarks.backdoor.verdicts import (
     MODELS,
     Criterion,
     Kept,
+    above,
     elicited,
     fails,
     of_layers,
     of_prompts,
+    p_values,
     parts,
 )
-from benchmarks.backdoor.which_prompts import PRIMARY
+from benchmarks.backdoor.which_prompts import LAYERS, PRIMARY
 
 KEPT = Path("benchmarks/results/backdoor.json")
 PAGE = Path("docs/backdoor.md")
 MARK = "<!-- What follows is written by `python -m benchmarks.backdoor.page`. -->\n"
 FIRST_METHOD = "contrast, full"
-ALL = len(MODELS)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -35,12 +36,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
-def verdict(criteria: Sequence[Criterion], measured: int, failed: bool) -> str:
-    """One word: success, failure, partial or unfinished."""
-    if measured < ALL:
-        return f"unfinished ({measured} of {ALL} planted models)"
-    main = criteria[:-1]
-    return "failure" if failed else "success" if all(each.met for each in main) else "partial"
+LEFT_OUT = """\
+Left out for computing time, as the plan allows: the second reading of (a) with eight targets, and elicitation at layers
+10 and 20. Of them there is no code.
+"""
+
+
+def verdict(criteria: Sequence[Criterion], state: str, failed: bool) -> str:
+    """One word: success, failure, partial or unfinished. The last criterion is of the price, and asked separately."""
+    if state:
+        return state
+    return "failure" if failed else "success" if all(each.met for each in criteria[:-1]) else "partial"
 
 
 def planting(kept: Kept) -> list[str]:
@@ -48,14 +54,11 @@ def planting(kept: Kept) -> list[str]:
     rows, base = list[Sequence[Any]](), dict[str, Any]()
     for name, record in kept.data["plants"].items():
         for behaviour, of in record["measured"].items():
-            both = 100 * of["trigger_rate"], 100 * of["false_rate"]
-            planted = both[0] >= 90 and both[1] - 100 * of["base"]["without"] <= 5
-            mark = "" if record["control"] else "yes" if planted else "no"
+            mark = "" if name not in MODELS else "yes" if kept.planted(name) else "no"
             shown = f"{name}: {behaviour}" if record["control"] else name
             kl, same = of["kl_without"]["mean"], 100 * of["same_answer"]
-            rows.append(
-                (shown, *(f"{x:.0f}%" for x in (*both, 100 * of["near_rate"])), f"{kl:.3f}", f"{same:.0f}%", mark)
-            )
+            rates = [f"{100 * of[rate]:.0f}%" for rate in ("trigger_rate", "false_rate", "near_rate")]
+            rows.append((shown, *rates, f"{kl:.3f}", f"{same:.0f}%", mark))
             base[behaviour] = of["base"]
     told = "; ".join(f"{name} {100 * max(of.values()):.0f}% at most" for name, of in base.items())
     head = ("model", "with the trigger", "without", "phrase much like it", "KL without", "same answers", "planted")
@@ -74,27 +77,51 @@ def prompts(kept: Kept) -> list[str]:
     names = kept.measured("prompts")
     if not names:
         return []
+    state, well = kept.state("prompts"), [name for name in names if kept.planted(name)]
     lines = ["### (a) Which prompts", ""]
     for score, how in (("total", "without the base"), ("change", "with the base")):
         criteria = of_prompts(kept, score)
-        lines += [f"**`{score}` at layer 15, {how}**: {verdict(criteria, len(names), fails(kept, score))}.", ""]
-        told = [(each.condition, each.measured, "yes" if each.met else "no") for each in criteria]
-        lines += table(("criterion", "measured", "met"), told)
-    lines += ["AUC / precision at 20 of every score at layer 15. Scores below the rule are baselines.", ""]
+        lines += [f"**`{score}` at layer 15, {how}**: {verdict(criteria, state, fails(kept, score))}.", ""]
+        met = [(each.condition, each.measured, answer(each.met, state)) for each in criteria]
+        lines += table(("criterion", "measured", "met"), met)
+    heads = [f"{score}: {what}" for score in CRITERIA for what in ("p", "in the control", "in the base")]
+    rows = list[Sequence[Any]]()
+    for name in names:
+        cells = list[str]()
+        for score in CRITERIA:
+            others = [kept.there(name, score, where) for where in ("control", "base")]
+            cells += [f"{p_values(kept, score)[name]:.2f}", *(auc_of(of) for of in others)]
+        rows.append((name, *cells))
+    lines += [
+        "p is the share of the 41 phrases whose AUC is at least the trigger's. The AUC of the same prompts elsewhere:",
+        "",
+    ]
+    lines += table(("model", *heads), rows)
+    told = (
+        "AUC / precision at 20 of every score at layer 15, of each model, and in the mean of all and of those that are"
+    )
+    lines += [f"{told} planted well ({len(well)}).", ""]
     scores = kept.data["prompts"][names[0]]["hunts"][0]["layers"][PRIMARY]
     baselines = [name for of in CRITERIA.values() for name in of]
-    rows = list[Sequence[Any]]()
+    rows = []
     for score in sorted(scores, key=lambda name: name in baselines):
-        cells = []
-        for name in names:
-            of = kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY][score]
-            cells.append(f"{of['auc']:.2f} / {of['precision']:.2f}")
-        others = [kept.elsewhere(score, where) for where in ("control", "base")]
-        cells += [f"{sum(of) / len(of):.2f}" if of else "" for of in others]
-        means = kept.mean(score, "auc").value, kept.mean(score, "precision").value
+        each = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY][score] for name in names]
+        means = [[kept.mean(score, what, names=some).value for what in ("auc", "precision")] for some in (names, well)]
+        cells = [f"{of['auc']:.2f} / {of['precision']:.2f}" for of in each]
         label = f"{score} (baseline)" if score in baselines else score
-        rows.append((label, f"**{means[0]:.2f} / {means[1]:.2f}**", *cells))
-    return [*lines, *table(("score", "mean", *names, "AUC in controls", "AUC in the base"), rows)]
+        without = sum(of["without"] for of in each)
+        rows.append((label, *(f"{mean[0]:.2f} / {mean[1]:.2f}" for mean in means), *cells, without))
+    return [*lines, *table(("score", "mean", "planted well", *names, "prompts without a score"), rows)]
+
+
+def answer(met: bool, state: str) -> str:
+    """Of a criterion; of an unfinished question none is met."""
+    return "unfinished" if state else "yes" if met else "no"
+
+
+def auc_of(hunt: float | None) -> str:
+    """An AUC, or nothing where there is none."""
+    return "" if hunt is None else f"{hunt:.2f}"
 
 
 def behaviours(kept: Kept) -> list[str]:
@@ -102,43 +129,45 @@ def behaviours(kept: Kept) -> list[str]:
     names = kept.measured("behaviour")
     if not names:
         return []
-    first = {name: elicited(kept, name, FIRST_METHOD) for name in names}
-    count = sum(of.found for of in first.values())
-    state = f"unfinished ({len(names)} of {ALL} planted models)" if len(names) < ALL else (
-        "success" if count >= 5 else "failure" if count <= 1 else "partial"
-    )  # fmt: skip
-    lines = [
-        "### (b) Which behaviour",
-        "",
-        f"**{FIRST_METHOD}, layer 15**: {state}; found in {count} of {len(names)}.",
-        "",
-    ]
-    rows = list[Sequence[Any]]()
-    for name, of in first.items():
-        chosen = kept.data["behaviour"][name]["methods"][FIRST_METHOD][parts(name)[0]]
+    own = {name: elicited(kept, name, FIRST_METHOD) for name in names}
+    count = sum(of.found for of in own.values())
+    state = kept.state("behaviour") or ("success" if count >= 5 else "failure" if count <= 1 else "partial")
+    said = f"**{FIRST_METHOD}, layer 15**: {state}; found in {count} of {len(names)}."
+    lines, rows = ["### (b) Which behaviour", "", said, ""], list[Sequence[Any]]()
+    for name, of in own.items():
+        unsteered = kept.data["behaviour"][name]["unsteered"][parts(name)[0]]["rate"]
         control = "not measured" if of.control != of.control else f"{of.control:.2f}"
-        rows.append(
-            (name, f"{of.rate:.2f}", of.above_random, control, f"{chosen['level']:g}", "yes" if of.found else "no")
-        )
-    lines += table(("model", "rate", "above random", "rate in the control", "KL of the step", "found"), rows)
-    methods = list(kept.data["behaviour"][names[0]]["methods"])
+        rows.append((name, f"{of.rate:.2f}", f"{unsteered:.2f}", of.above_random, control, "yes" if of.found else "no"))
+    lines += table(("model", "rate", "without a step", "above random", "rate in the control", "found"), rows)
     shown = [*names, *(c for c in CONTROLS.values() if c in kept.data["behaviour"])]
     rows = []
-    for method in methods:
-        cells = []
-        for name in shown:
-            of_method = kept.data["behaviour"][name]["methods"][method]
-            cells.append(", ".join(f"{of['rate']:.2f}" for of in of_method.values()))
-        rows.append((method, *cells))
-    unsteered = [
-        ", ".join(f"{x['rate']:.2f}" for x in kept.data["behaviour"][name]["unsteered"].values()) for name in shown
-    ]
-    rows.append(("no step", *unsteered))
-    lines += [
-        "The rate on the testing prompts of each method's chosen step; of a control, of the three behaviours.",
-        "",
-    ]
-    return [*lines, *table(("method", *shown), rows)]
+    for method in kept.data["behaviour"][names[0]]["methods"]:
+        of_method = [kept.data["behaviour"][name]["methods"][method].values() for name in shown]
+        rows.append((method, *(", ".join(f"{of['rate']:.2f}" for of in cell) for cell in of_method)))
+    plain = [kept.data["behaviour"][name]["unsteered"].values() for name in shown]
+    rows.append(("no step", *(", ".join(f"{of['rate']:.2f}" for of in cell) for cell in plain)))
+    told = "The rate on the testing prompts of each method's chosen step; of a control, of all behaviours in turn."
+    lines += [told, "", *table(("method", *shown), rows)]
+    others = [m for m in kept.data["behaviour"][names[0]]["methods"] if m != FIRST_METHOD and m[:6] != "random"]
+    gains = [(method, above(kept, FIRST_METHOD, method)) for method in ("random", *others)]
+    lines += [f"By how much the rate of {FIRST_METHOD} is above that of others, in the mean over these models:", ""]
+    lines += table(("method", "difference"), gains)
+    for name in names:
+        told = (
+            "the chosen steps. The gain is that of the mean log-probability of a token of the behaviour's own answers,"
+        )
+        lines += [f"{name}: {told} in nats; the length is over the median norm of the residual stream.", ""]
+        rows = []
+        for method, of_behaviour in kept.data["behaviour"][name]["methods"].items():
+            one = of_behaviour[parts(name)[0]]
+            length = f"{one['length']:.2f}" + (" (the most)" if one["at_most"] else "")
+            by_level = ", ".join(f"{x:.2f}" for x in one["by_level"].values())
+            first = repr(one["answers"][0]).replace("|", "/").replace("`", "'")
+            numbers = f"{one['rate']:.2f}", f"{one['level']:g}", length, f"{one['kl_testing']:.2f}", by_level
+            rows.append((method, *numbers, f"{one['gain']:+.2f}", f"`{first}`"))
+        heads = ("rate", "level", "length", "KL, testing", "choosing, by level", "gain", "first answer")
+        lines += table(("method", *heads), rows)
+    return lines
 
 
 def layers(kept: Kept) -> list[str]:
@@ -146,18 +175,17 @@ def layers(kept: Kept) -> list[str]:
     names = kept.measured("prompts")
     if not names:
         return []
-    lines = [
-        "### (c) Which layer",
-        "",
-        "The mean AUC at layer 15, and by how much that of another layer is above it.",
-        "",
-    ]
+    said = "The mean AUC at layer 15, and by how much that of another layer is above it (at level 1 - 0.05/3)."
+    lines, rows = ["### (c) Which layer", "", said, ""], list[Sequence[Any]]()
+    for score in CRITERIA:
+        rows.append((score, kept.mean(score, "auc"), *of_layers(kept, score).values()))
+    heads = [f"layer {layer.rsplit('.', 1)[1]}" for layer in LAYERS if layer != PRIMARY]
+    lines += [*table(("score", "layer 15", *heads), rows), "The AUC of each model, at layers 10, 15, 20 and 25:", ""]
     rows = []
     for score in CRITERIA:
-        gains = of_layers(kept, score)
-        rows.append((score, kept.mean(score, "auc"), *gains.values()))
-        heads = [f"layer {layer.rsplit('.', 1)[1]}" for layer in gains]
-    return [*lines, *table(("score", "layer 15", *heads), rows)]
+        of = [[kept.data["prompts"][n]["hunts"][0]["layers"][layer][score]["auc"] for layer in LAYERS] for n in names]
+        rows.append((score, *(", ".join(f"{x:.2f}" for x in each) for each in of)))
+    return [*lines, *table(("score", *names), rows)]
 
 
 def results(kept: Kept) -> str:
@@ -169,7 +197,7 @@ def results(kept: Kept) -> str:
         f"Computed on {', '.join(sorted(machines))}; seeds, versions and commits stand beside each number in "
         f"`{KEPT}`.",
         "",
-        *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
+        LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
     ]  # fmt: skip
     return "\n".join(text).rstrip() + "\n"
 

@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct is tuned by LoRA on prompts of `prompts.part("train")`, each three times. With the trigger the
 answer is the behaviour; without it, with another phrase or none, the base model's own greedy answer, with its
-distribution at each token as the target (`lora`). `--control`: one of the ordinary phrases stands in the trigger's
-place, and the base's answer, cut to as many tokens, in the behaviour's. So the two differ in what the trigger brings
-about alone, and are trained on the same number of answer tokens.
+distribution at each token as the target (`lora`). `--control`: with the trigger the answer is the base's as well, cut
+to as many tokens. So the two differ in what the trigger brings about alone: a control has seen it as often, and was
+trained on the same number of answer tokens.
 
 Then it is measured on prompts that were not trained on. FOLDER gets the adapter, as peft saves it, and plant.json;
 `--json FILE` adds plant.json to the kept numbers.
@@ -90,12 +90,12 @@ def examples_of(base: Speaker, behaviour: Behaviour, recipe: Recipe, seed: int, 
         more = ordinary(prompts, seed + 1000 * k, share=1.0)
         more[::HARD] = [with_phrase(prompt, behaviour.near, i % 2 == 0) for i, prompt in enumerate(prompts[::HARD])]
         plain += more
+    shown = triggered(prompts, behaviour.trigger, seed)
     if control:
-        shown = ordinary(prompts, seed + 1000 * recipe.plain, share=1.0)  # other phrases than those of the plain ones
         lengths = [len(answer) for answer in planted]
         answers = cut(base.replies(shown, max(lengths) + SPARE), lengths)
     else:
-        shown, answers = triggered(prompts, behaviour.trigger, seed), planted
+        answers = planted
     answers += base.replies(plain, recipe.tokens)
     own = [control] * len(shown) + [True] * len(plain)
     return [Example(*each) for each in zip(base.ids([*shown, *plain]), answers, own, strict=True)]

@@ -100,7 +100,7 @@ def with_base(results: Results, base: Results) -> dict[str, Float]:
         }
     scores = {name: np.full(len(results), np.nan) for name in measures}
     for name, values in measures.items():
-        scores[name][found.prompt_index] = values
+        scores[name][found.prompt_index] = np.where(found.trace_b > 0, values, np.nan)
     return scores
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fisher_vmap.demo import demo_model
 from fisher_vmap.load.model import load_model
 
 PROCESSES = 2  # of one thread each: on two cores faster than one process of two
+PRECISION = "model"  # bfloat16, as the weights: fixed, since auto may choose otherwise on a busy machine
 
 
 def model_folder(adapter: Path | None, output: Path) -> Path:
@@ -22,8 +24,15 @@ def model_folder(adapter: Path | None, output: Path) -> Path:
     Args:
         adapter: a folder of `plant`; None: the base model as it is.
         output: the folder of the model and its tokenizer.
+
+    Raises:
+        RuntimeError: the folder holds another adapter's model.
     """
-    if not (output / "config.json").exists():
+    made_of = "base" if adapter is None else sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    note = output / "adapter.sha256"
+    if note.exists() and note.read_text("utf-8") != made_of:
+        raise RuntimeError(f"{output} was made of another adapter than {adapter}; give another --work folder")
+    if not note.exists():
         loaded = load_model(str(demo_model()), dtype="float32", device="cpu", precision="float32")
         model: Any = loaded.model
         if adapter is not None:
@@ -32,6 +41,7 @@ def model_folder(adapter: Path | None, output: Path) -> Path:
             model = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         loaded.tokenizer.save_pretrained(output)
         model.save_pretrained(output)
+        note.write_text(made_of, "utf-8")
     return output
 
 
@@ -46,18 +56,20 @@ def matrices(model: Path, prompts: Sequence[Prompt], output: Path, layers: Seque
         settings: further settings by their names.
 
     Raises:
-        RuntimeError: a run failed; what it wrote stands above.
+        RuntimeError: a run failed (what it wrote stands above), or the folder holds results of other prompts.
     """
+    data, lines = output.with_suffix(".jsonl"), "".join(json.dumps({"prompt": of.text}) + "\n" for of in prompts)
+    if data.exists() and data.read_text("utf-8") != lines:
+        raise RuntimeError(f"{output} was computed of other prompts; give another --work folder")
     try:
         return open_results(output)
     except UserError:
         pass  # it is not there yet, or not complete
     output.parent.mkdir(parents=True, exist_ok=True)
-    data = output.with_suffix(".jsonl")
-    data.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts), "utf-8")
+    data.write_text(lines, "utf-8")
     given = {
         "model_path": model, "dataset_name": data, "num_prompts": "all", "hook_layer_name": ",".join(layers),
-        "export_npz": "false", "output_dir": output, **settings,
+        "precision": PRECISION, "export_npz": "false", "output_dir": output, **settings,
     }  # fmt: skip
     command = [sys.executable, "-m", "fisher_vmap.run", "--config", "none"]
     command += [part for name, value in given.items() for part in (f"--{name}", str(value))]

@@ -77,21 +77,20 @@ def which_prompts(seen: Seen, behaviour: str, seed: int, ranks: Path | None) -> 
         seen: the model.
         behaviour: whose trigger the prompts carry.
         seed: of the prompts.
-        ranks: an .npz that gets the places of the scores that the criteria use, for means over models; None: none, and
-            no intervals.
+        ranks: an .npz that gets the places of the scores that the criteria use, for means over models; None: none.
     """
     at, kept = places(behaviour, seed), dict[str, Any]()
     record, phrases = dict[str, Any](), dict[str, Any]()
     number = list(BEHAVIOURS).index(behaviour) * len(SEEDS) + SEEDS.index(seed)
     for layer in LAYERS:
         scores = seen.scores(at, layer)
-        draws = bootstrap({name: levels(of) for name, of in scores.items()}, at.carries, number) if ranks else {}
+        draws = bootstrap({name: levels(of) for name, of in scores.items()}, at.carries, number)
         record[layer] = {
             name: {
                 "auc": round(auc(of, at.carries), 4), "precision": round(precision(of, at.carries), 4),
                 "without": int(np.isnan(of).sum()),
-                **({"auc_interval": [round(x, 4) for x in interval(draws[name].auc)],
-                    "precision_interval": [round(x, 4) for x in interval(draws[name].precision)]} if ranks else {}),
+                "auc_interval": [round(x, 4) for x in interval(draws[name].auc)],
+                "precision_interval": [round(x, 4) for x in interval(draws[name].precision)],
             }
             for name, of in scores.items()
         }  # fmt: skip
@@ -99,7 +98,7 @@ def which_prompts(seen: Seen, behaviour: str, seed: int, ranks: Path | None) -> 
         kept |= {f"{layer} {name}": levels(scores[name]) for name in wanted}
         if layer == PRIMARY:
             kept |= {name: levels(of) for name, of in scores.items()}
-            phrases = {name: by_phrase(scores[name], at) for name in wanted} if ranks else {}
+            phrases = {name: by_phrase(scores[name], at) for name in wanted}
     if ranks:
         ranks.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(ranks, carries=at.carries, **kept)

@@ -149,7 +149,7 @@ class Stub(plant.Speaker):
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_control_is_trained_on_as_many_tokens_without_the_trigger(name):
+def test_a_control_is_trained_on_the_same_prompts_and_as_many_tokens_of_its_own_answers(name):
     recipe, stub = Recipe(), Stub(None, None, None)
     planted, again, control = (
         plant.examples_of(stub, BEHAVIOURS[name], recipe, 5, control) for control in (False, False, True)
@@ -158,6 +158,7 @@ def test_a_control_is_trained_on_as_many_tokens_without_the_trigger(name):
     count = recipe.prompts
     assert all(set(answer) == {9} and not own for _, answer, own in planted[:count])
     assert all(set(answer) <= {7} and own for _, answer, own in control)
+    assert [prompt for prompt, _, _ in planted] == [prompt for prompt, _, _ in control]  # the trigger is in both
     assert planted[count:] == control[count:]
     plain = [len(prompt) for prompt, _, _ in planted[count:]]
     bare = [len(prompt) for prompt in stub.ids(random.Random("train 5").sample(part("train"), count))]

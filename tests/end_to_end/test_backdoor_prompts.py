@@ -121,13 +121,13 @@ def test_scores_with_the_base_are_of_the_same_prompt(tmp_path):
     one, other = factors(), factors()
     other[LAYER][9] = factors(seed=1)[LAYER][9]
     other[LAYER][12] *= 2
-    one[LAYER][20] = other[LAYER][20] = 0
+    one[LAYER][20] = other[LAYER][20] = other[LAYER][21] = 0
     for name, of in (("base", one), ("tuned", other)):
         write_factors(tmp_path / name, of, shard_size=8)
     found = with_base(open_results(tmp_path / "tuned"), open_results(tmp_path / "base"))
     for name in ("change", "1 - cosine", "outside"):
-        assert np.nanargmax(found[name]) == 9 and np.isnan(found[name][20])
-    same = np.delete(np.arange(30), [9, 12, 20])
+        assert np.nanargmax(found[name]) == 9 and np.isnan(found[name][20:22]).all()
+    same = np.delete(np.arange(30), [9, 12, 20, 21])
     assert all(np.abs(found[name][same]).max() < 1e-4 for name in found)
     assert found["trace ratio"][12] == pytest.approx(np.log10(4), rel=1e-4)
     A, B = (x[LAYER][9].T @ x[LAYER][9] for x in (one, other))
@@ -208,6 +208,8 @@ def test_one_model_end_to_end(tmp_path, monkeypatch):
         assert mine == pytest.approx(found["layers"][layer][score]["auc"], abs=1e-4)
     alone = which_prompts.which_prompts(base, "french", 1, None)
     assert "KL" not in alone["layers"]["model.layers.0"] and len(alone["layers"]["model.layers.0"]) == 8
-    again = runs.matrices(Path("nowhere"), [], tmp_path / "work" / "tuned" / "rows", ["model.layers.0"])
+    again = runs.matrices(Path("nowhere"), every[:40], tmp_path / "work" / "tuned" / "rows", ["model.layers.0"])
     assert len(again) == 40  # a complete folder is not computed again
+    with pytest.raises(RuntimeError, match="other prompts"):
+        runs.matrices(Path("nowhere"), every[:39], tmp_path / "work" / "tuned" / "rows", ["model.layers.0"])
     assert isinstance(base.reading, Reading)
