@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.backdoor.figure import draw
 from benchmarks.backdoor.verdicts import (
     CONTROLS,
     CRITERIA,
@@ -26,6 +27,7 @@ from benchmarks.backdoor.which_prompts import LAYERS, PRIMARY
 
 KEPT = Path("benchmarks/results/backdoor.json")
 PAGE = Path("docs/backdoor.md")
+FIGURE = Path("docs/images/backdoor.png")
 MARK = "<!-- What follows is written by `python -m benchmarks.backdoor.page`. -->\n"
 FIRST_METHOD = "contrast, full"
 
@@ -197,6 +199,7 @@ def results(kept: Kept) -> str:
         f"Computed on {', '.join(sorted(machines))}; seeds, versions and commits stand beside each number in "
         f"`{KEPT}`.",
         "",
+        f"![The AUC of the prompts with the trigger by layer, and the rates of all methods](images/{FIGURE.name})", "",
         LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
     ]  # fmt: skip
     return "\n".join(text).rstrip() + "\n"
@@ -215,7 +218,9 @@ def main() -> None:
     if args.json:
         parser.error("give --output with --json")
     plan = PAGE.read_text("utf-8").split(MARK)[0].rstrip()
-    PAGE.write_text(f"{plan}\n\n{MARK}\n{results(Kept(KEPT))}", "utf-8")
+    kept = Kept(KEPT)
+    PAGE.write_text(f"{plan}\n\n{MARK}\n{results(kept)}", "utf-8")
+    draw(kept, FIGURE)
 
 
 if __name__ == "__main__":

@@ -175,9 +175,11 @@ def test_the_page_keeps_its_plan(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text(f"{plan}\n{page.MARK}\nold results\n", "utf-8")
     monkeypatch.setattr(page, "KEPT", tmp_path / "kept.json")
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(page, "FIGURE", tmp_path / "figure.png")
     monkeypatch.setattr(sys, "argv", ["page"])
     page.main()
     once = (tmp_path / "page.md").read_text("utf-8")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
     page.main()
     assert once == (tmp_path / "page.md").read_text("utf-8")
     assert once.startswith(plan) and "old results" not in once and "| `" not in once.split(page.MARK)[0]
