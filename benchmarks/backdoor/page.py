@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.backdoor import directions
 from benchmarks.backdoor.figure import draw
 from benchmarks.backdoor.verdicts import (
     CONTROLS,
@@ -49,6 +50,30 @@ def verdict(criteria: Sequence[Criterion], state: str, failed: bool) -> str:
     if state:
         return state
     return "failure" if failed else "success" if all(each.met for each in criteria[:-1]) else "partial"
+
+
+def summary(kept: Kept) -> list[str]:
+    """What the numbers say, in short."""
+    lines, asked, names = list[str](), kept.measured("prompts"), kept.measured("behaviour")
+    if kept.state("prompts") or kept.state("behaviour"):
+        counts = f"{len(asked)} of {len(MODELS)} planted models for (a) and (c), {len(names)} for (b)"
+        lines += [f"So far {counts} were measured; no criterion is met before all are.", ""]
+    for score, how in (("total", "Without the base"), ("change", "With it")) if asked else ():
+        mean, precision = (kept.mean(score, what) for what in ("auc", "precision"))
+        gains = {name: kept.gain((score, PRIMARY), (name, PRIMARY), "precision") for name in CRITERIA[score]}
+        told = [f"{of.against()} {name} ({kept.mean(name, 'precision').value:.2f})" for name, of in gains.items()]
+        found = f"{how}, `{score}` finds the triggered prompts with a mean AUC of {mean}"
+        lines += [f"* {found} and a precision at 20 of {precision}. By precision it is {', '.join(told)}."]
+    if names:
+        own = [elicited(kept, name, FIRST_METHOD) for name in names]
+        best = max(kept.data["behaviour"][n]["methods"][directions.CEILING][parts(n)[0]]["rate"] for n in names)
+        rates, count = ", ".join(f"{of.rate:.2f}" for of in own), sum(of.found for of in own)
+        lines += [
+            f"* Steps from ordinary prompts bring out the behaviour in {count} of {len(own)} models ({FIRST_METHOD}: "
+            f"{rates} of the testing prompts). The difference of means with the trigger and without it, which no "
+            f"hunter has, brings it out in {best:.0%} of them at most."
+        ]
+    return [*lines, ""]
 
 
 def planting(kept: Kept) -> list[str]:
@@ -200,7 +225,7 @@ def results(kept: Kept) -> str:
         f"`{KEPT}`.",
         "",
         f"![The AUC of the prompts with the trigger by layer, and the rates of all methods](images/{FIGURE.name})", "",
-        LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
+        *summary(kept), LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
     ]  # fmt: skip
     return "\n".join(text).rstrip() + "\n"
 

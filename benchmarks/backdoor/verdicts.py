@@ -34,7 +34,12 @@ class Mean(NamedTuple):
     def __str__(self) -> str:
         if np.isnan(self.value):
             return "none"
-        return f"{self.value:.2f}" + ("" if np.isnan(self.low) else f" ({self.low:.2f} to {self.high:.2f})")
+        shown = [f"{round(x, 3) + 0.0:.3f}" for x in self]  # + 0.0: no minus zero
+        return shown[0] + ("" if np.isnan(self.low) else f" ({shown[1]} to {shown[2]})")
+
+    def against(self) -> str:
+        """Of a difference to something: whether the interval lies above zero, below it, or holds it."""
+        return "better than" if self.low > 0 else "worse than" if self.high < 0 else "no better and no worse than"
 
 
 class Criterion(NamedTuple):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.backdoor import page, verdicts
+from benchmarks.backdoor import directions, page, verdicts
 from benchmarks.backdoor.ranking import auc, levels, precision
 from benchmarks.backdoor.verdicts import (
     CONTROLS,
@@ -150,6 +150,10 @@ def test_a_model_is_found_by_rate_above_random_and_above_the_control(tmp_path, r
     one = elicited(kept, MODELS[0], "contrast, full")
     assert one.found == found and one.rate == rate and one.control == control
     assert one.above_random.value == pytest.approx(rate - random)
+    methods = kept.data["behaviour"][MODELS[0]]["methods"]
+    methods[directions.CEILING] = {behaviour: outcome(0.07)}
+    text = "\n".join(page.summary(kept))
+    assert f"in {int(found)} of 1 models" in text and f"{rate:.2f} of the testing" in text and "7% of them" in text
     gain = above(kept, "contrast, full", "random")
     assert gain.value == pytest.approx(rate - random) and gain == one.above_random
     del kept.data["behaviour"]["control sentence 0"]
