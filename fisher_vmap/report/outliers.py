@@ -6,8 +6,8 @@ Outliers, 1993]
 
 * trace and leading value: log10 of each, to both sides.
 * distance: 1 - cosine of the matrix and the mean of the others, all scaled to trace 1. To the far side only.
-* shared with few: how far a prompt stands out along a direction that it shares with at most 5% of the prompts. A
-  backdoor's trigger would show here, but not in the distance: other prompts are as far from the mean for other reasons.
+* shared with few: how far a prompt stands out along a direction that it shares with at most 5% of the prompts. A group
+  shows here that is no further from the mean than others are. docs/backdoor.md measured all four on planted triggers.
 """
 
 from collections.abc import Iterator
