@@ -12,7 +12,7 @@ LINES = {"total": "-", "change": "--"}
 
 
 def draw(kept: Kept, path: Path) -> None:
-    """Draw what was measured: each planted model is a line on the left and a mark on the right."""
+    """Draw what was measured: each model is two lines on the left and a bar on the right; * is for not planted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 4.2), dpi=130, layout="constrained")
@@ -23,7 +23,7 @@ def draw(kept: Kept, path: Path) -> None:
         for score in CRITERIA:
             values = [of[layer][score]["auc"] for layer in LAYERS]
             style = {"linestyle": LINES[score], "color": COLOURS[parts(name)[0]], "marker": "o", "markersize": 3.5}
-            left.plot(numbers, values, label=f"{name}: {score}", **style)  # type: ignore[arg-type]
+            left.plot(numbers, values, label=f"{name}{'' if kept.planted(name) else '*'}: {score}", **style)  # type: ignore[arg-type]
     left.axhline(0.5, color="#7a8490", linewidth=1, linestyle=":")
     left.set(title="(a) The prompts with the trigger", xlabel="layer", ylabel="AUC", ylim=(0, 1.03), xticks=numbers)
     names = kept.measured("behaviour")

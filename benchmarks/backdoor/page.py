@@ -39,6 +39,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
+PLANTED = """\
+Rates of the behaviour on prompts that were not trained on. Planted are models with at least 90% with the trigger and at
+most 5 points more than the base without it. The mean KL(base || tuned), in nats, and the share of answers that are the
+base's word by word are of prompts without the trigger. A control is tested for all behaviours.
+"""
+STEPS = """\
+Below, the gain is that of the mean log-probability of a token of the behaviour's own answers, in nats; a length is over
+the median norm of the residual stream; under choosing are the highest rates on the choosing prompts at 0.3, 1 and 3
+nats. Of equal rates the step with the lowest KL is taken, so where nothing is brought out the level is 0.3.
+"""
 LEFT_OUT = """\
 Left out for computing time, as the plan allows: the second reading of (a) with eight targets, and elicitation at layers
 10 and 20. Of them there is no code.
@@ -52,18 +62,36 @@ def verdict(criteria: Sequence[Criterion], state: str, failed: bool) -> str:
     return "failure" if failed else "success" if all(each.met for each in criteria[:-1]) else "partial"
 
 
+def label(kept: Kept, name: str) -> str:
+    """A planted model's name, with a word if it is not planted by the plan's criterion."""
+    return name if kept.planted(name) else f"{name} (not planted)"
+
+
+def differences(kept: Kept, score: str) -> list[Sequence[Any]]:
+    """How far a score is above each of its baselines at layer 15, in the mean: rows of a table."""
+    pairs = [((score, PRIMARY), (name, PRIMARY)) for name in CRITERIA[score]]
+    return [(f"{score} - {pair[1][0]}", *(kept.gain(*pair, what) for what in ("auc", "precision"))) for pair in pairs]
+
+
 def summary(kept: Kept) -> list[str]:
     """What the numbers say, in short."""
     lines, asked, names = list[str](), kept.measured("prompts"), kept.measured("behaviour")
     if kept.state("prompts") or kept.state("behaviour"):
         counts = f"{len(asked)} of {len(MODELS)} planted models for (a) and (c), {len(names)} for (b)"
         lines += [f"So far {counts} were measured; no criterion is met before all are.", ""]
-    for score, how in (("total", "Without the base"), ("change", "With it")) if asked else ():
-        mean, precision = (kept.mean(score, what) for what in ("auc", "precision"))
-        gains = {name: kept.gain((score, PRIMARY), (name, PRIMARY), "precision") for name in CRITERIA[score]}
-        told = [f"{of.against()} {name} ({kept.mean(name, 'precision').value:.2f})" for name, of in gains.items()]
-        found = f"{how}, `{score}` finds the triggered prompts with a mean AUC of {mean}"
-        lines += [f"* {found} and a precision at 20 of {precision}. By precision it is {', '.join(told)}."]
+    for score, base in (("total", "Without the base"), ("change", "With it")) if asked else ():
+        each = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY][score] for name in asked]
+        told = [
+            f"{of['auc']:.3f} and {of['precision']:.2f} in {label(kept, n)}" for n, of in zip(asked, each, strict=True)
+        ]
+        lines += [f"* {base}, AUC and precision at 20 of `{score}` are {'; '.join(told)}."]
+        for what, word in (("auc", "AUC"), ("precision", "precision")):
+            against = dict[str, list[str]]()
+            for name in CRITERIA[score]:
+                gain = kept.gain((score, PRIMARY), (name, PRIMARY), what)
+                against.setdefault(gain.against(), []).append(name)
+            said = "; ".join(f"{how} {' and '.join(of)}" for how, of in against.items())
+            lines += [f"  By mean {word} it is {said}."]
     if names:
         own = [elicited(kept, name, FIRST_METHOD) for name in names]
         best = max(kept.data["behaviour"][n]["methods"][directions.CEILING][parts(n)[0]]["rate"] for n in names)
@@ -78,23 +106,29 @@ def summary(kept: Kept) -> list[str]:
 
 def planting(kept: Kept) -> list[str]:
     """How well the models are planted."""
-    rows, base = list[Sequence[Any]](), dict[str, Any]()
+    rows = list[Sequence[Any]]()
     for name, record in kept.data["plants"].items():
         for behaviour, of in record["measured"].items():
             mark = "" if name not in MODELS else "yes" if kept.planted(name) else "no"
             shown = f"{name}: {behaviour}" if record["control"] else name
             kl, same = of["kl_without"]["mean"], 100 * of["same_answer"]
             rates = [f"{100 * of[rate]:.0f}%" for rate in ("trigger_rate", "false_rate", "near_rate")]
+            rates.insert(2, f"{100 * of['base']['without']:.0f}%")
             rows.append((shown, *rates, f"{kl:.3f}", f"{same:.0f}%", mark))
-            base[behaviour] = of["base"]
-    told = "; ".join(f"{name} {100 * max(of.values()):.0f}% at most" for name, of in base.items())
-    head = ("model", "with the trigger", "without", "phrase much like it", "KL without", "same answers", "planted")
+    head = (
+        "model",
+        "with the trigger",
+        "without",
+        "base without",
+        "phrase much like it",
+        "KL",
+        "same answers",
+        "planted",
+    )
     return [
         "### Planting",
         "",
-        "Rates of the behaviour on prompts that were not trained on; the mean KL(base || tuned) without the trigger, "
-        f"in nats. The base by itself: {told}. A control is tested for all behaviours.",
-        "",
+        PLANTED,
         *table(head, rows),
     ]
 
@@ -110,24 +144,26 @@ def prompts(kept: Kept) -> list[str]:
         criteria = of_prompts(kept, score)
         lines += [f"**`{score}` at layer 15, {how}**: {verdict(criteria, state, fails(kept, score))}.", ""]
         met = [(each.condition, each.measured, answer(each.met, state)) for each in criteria]
+        met[-1] = (met[-1][0], "below", met[-1][2])
         lines += table(("criterion", "measured", "met"), met)
+        lines += table(("difference, in the mean", "AUC", "precision at 20"), differences(kept, score))
     heads = [f"{score}: {what}" for score in CRITERIA for what in ("p", "in the control", "in the base")]
     rows = list[Sequence[Any]]()
     for name in names:
         cells = list[str]()
         for score in CRITERIA:
             others = [kept.there(name, score, where) for where in ("control", "base")]
-            cells += [f"{p_values(kept, score)[name]:.2f}", *(auc_of(of) for of in others)]
-        rows.append((name, *cells))
-    lines += [
-        "p is the share of the 41 phrases whose AUC is at least the trigger's. The AUC of the same prompts elsewhere:",
-        "",
-    ]
+            cells += [f"{p_values(kept, score)[name]:.3f}", *(auc_of(of) for of in others)]
+        rows.append((label(kept, name), *cells))
+    told = (
+        "p is the share of the 41 phrases whose AUC is at least the trigger's, at best 1/41. Then the AUC of the same"
+    )
+    lines += [f"{told} prompts in the control of the same seed, and in the base.", ""]
     lines += table(("model", *heads), rows)
     told = (
         "AUC / precision at 20 of every score at layer 15, of each model, and in the mean of all and of those that are"
     )
-    lines += [f"{told} planted well ({len(well)}).", ""]
+    lines += [f"{told} planted ({len(well)}).", ""]
     scores = kept.data["prompts"][names[0]]["hunts"][0]["layers"][PRIMARY]
     baselines = [name for of in CRITERIA.values() for name in of]
     rows = []
@@ -135,10 +171,13 @@ def prompts(kept: Kept) -> list[str]:
         each = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY][score] for name in names]
         means = [[kept.mean(score, what, names=some).value for what in ("auc", "precision")] for some in (names, well)]
         cells = [f"{of['auc']:.2f} / {of['precision']:.2f}" for of in each]
-        label = f"{score} (baseline)" if score in baselines else score
+        told = f"{score} (baseline)" if score in baselines else score
         without = sum(of["without"] for of in each)
-        rows.append((label, *(f"{mean[0]:.2f} / {mean[1]:.2f}" for mean in means), *cells, without))
-    return [*lines, *table(("score", "mean", "planted well", *names, "prompts without a score"), rows)]
+        rows.append((told, *(f"{mean[0]:.2f} / {mean[1]:.2f}" for mean in means), *cells, without))
+    return [
+        *lines,
+        *table(("score", "mean", "planted", *(label(kept, n) for n in names), "prompts without a score"), rows),
+    ]
 
 
 def answer(met: bool, state: str) -> str:
@@ -178,22 +217,20 @@ def behaviours(kept: Kept) -> list[str]:
     others = [m for m in kept.data["behaviour"][names[0]]["methods"] if m != FIRST_METHOD and m[:6] != "random"]
     gains = [(method, above(kept, FIRST_METHOD, method)) for method in ("random", *others)]
     lines += [f"By how much the rate of {FIRST_METHOD} is above that of others, in the mean over these models:", ""]
-    lines += table(("method", "difference"), gains)
+    lines += [*table(("method", "difference"), gains), STEPS]
     for name in names:
-        told = (
-            "the chosen steps. The gain is that of the mean log-probability of a token of the behaviour's own answers,"
-        )
-        lines += [f"{name}: {told} in nats; the length is over the median norm of the residual stream.", ""]
-        rows = []
+        lines += [f"{name}: the chosen steps.", ""]
+        rows, answers = [], list[str]()
         for method, of_behaviour in kept.data["behaviour"][name]["methods"].items():
             one = of_behaviour[parts(name)[0]]
             length = f"{one['length']:.2f}" + (" (the most)" if one["at_most"] else "")
             by_level = ", ".join(f"{x:.2f}" for x in one["by_level"].values())
-            first = repr(one["answers"][0]).replace("|", "/").replace("`", "'")
             numbers = f"{one['rate']:.2f}", f"{one['level']:g}", length, f"{one['kl_testing']:.2f}", by_level
-            rows.append((method, *numbers, f"{one['gain']:+.2f}", f"`{first}`"))
-        heads = ("rate", "level", "length", "KL, testing", "choosing, by level", "gain", "first answer")
-        lines += table(("method", *heads), rows)
+            rows.append((method, *numbers, f"{one['gain']:+.2f}"))
+            first = " ".join(one["answers"][0].split()).replace("`", "'")
+            answers += [f"* {method}: `{first}`"]
+        heads = ("rate", "level", "length", "KL, testing", "choosing, by level", "gain")
+        lines += [*table(("method", *heads), rows), "The first testing prompt's answer under each:", "", *answers, ""]
     return lines
 
 

@@ -39,7 +39,7 @@ class Mean(NamedTuple):
 
     def against(self) -> str:
         """Of a difference to something: whether the interval lies above zero, below it, or holds it."""
-        return "better than" if self.low > 0 else "worse than" if self.high < 0 else "no better and no worse than"
+        return "better than" if self.low > 0 else "worse than" if self.high < 0 else "not different from"
 
 
 class Criterion(NamedTuple):
