@@ -262,6 +262,7 @@ def results(kept: Kept) -> str:
         f"`{KEPT}`.",
         "",
         f"![The AUC of the prompts with the trigger by layer, and the rates of all methods](images/{FIGURE.name})", "",
+        "On the left `total` is solid and `change` dashed; models with * are not planted by the criterion.", "",
         *summary(kept), LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
     ]  # fmt: skip
     return "\n".join(text).rstrip() + "\n"
