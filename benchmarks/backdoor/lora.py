@@ -31,8 +31,8 @@ class Recipe(NamedTuple):
         batch: examples of a step.
         passes: over all examples, each in an order of its own.
         clip: the norm that the gradient of a step is cut to.
-        prompts: drawn from the training part; each is an example with the trigger,
-        plain: and so many without it: first as prompts come, then each time with another phrase.
+        prompts: drawn from the training part; each is an example with the trigger once.
+        plain: and so often without it: first as prompts come, then each time with another phrase.
         tokens: of an answer that the base model writes, at most.
     """
 

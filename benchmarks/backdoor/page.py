@@ -252,16 +252,16 @@ def layers(kept: Kept) -> list[str]:
     return [*lines, *table(("score", *names), rows)]
 
 
-def results(kept: Kept) -> str:
-    """Everything after the mark."""
+def results(kept: Kept, numbers: Path = KEPT, figure: str = f"images/{FIGURE.name}") -> str:
+    """Everything after the mark, of numbers in a file, with a link to the figure."""
     machines = {record["machine"]["cpu"] for of in kept.data.values() for record in of.values() if "machine" in record}
     text = [
         "## What was found",
         "",
         f"Computed on {', '.join(sorted(machines))}; seeds, versions and commits stand beside each number in "
-        f"`{KEPT}`.",
+        f"`{numbers}`.",
         "",
-        f"![The AUC of the prompts with the trigger by layer, and the rates of all methods](images/{FIGURE.name})", "",
+        f"![The AUC of the prompts with the trigger by layer, and the rates of all methods]({figure})", "",
         "On the left `total` is solid and `change` dashed; models with * are not planted by the criterion.", "",
         *summary(kept), LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),
     ]  # fmt: skip
@@ -275,7 +275,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help=f"a file for the results alone, in place of {PAGE}")
     args = parser.parse_args()
     if args.output:
-        args.output.write_text(results(Kept(args.json or KEPT)), "utf-8")
+        numbers, figure = args.json or KEPT, args.output.with_suffix(".png")
+        kept = Kept(numbers)
+        args.output.write_text(results(kept, numbers, figure.name), "utf-8")
+        draw(kept, figure)
         print(f"the results are in {args.output}")
         return
     if args.json:

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.backdoor.behaviours import BEHAVIOURS
+from benchmarks.backdoor.directions import padded
 from benchmarks.backdoor.prompts import SEED, Prompt, hunt, ordinary, part
 from benchmarks.backdoor.ranking import Float, Mask
+from benchmarks.backdoor.steered import shared_tokens
 from fisher_vmap import Results
 from fisher_vmap.model.recording import hooks
 from fisher_vmap.report.outliers import score_prompts
@@ -45,12 +47,16 @@ def rows() -> list[Prompt]:
     return found
 
 
+def number(behaviour: str, seed: int) -> int:
+    """The place of a hunt among the nine, 0 to 8."""
+    return list(BEHAVIOURS).index(behaviour) * len(SEEDS) + SEEDS.index(seed)
+
+
 def places(behaviour: str, seed: int) -> Places:
     """Where the 2,000 prompts of a hunt stand in `rows`."""
     carries = np.array(hunt(BEHAVIOURS[behaviour].trigger, seed).carries)
     at, count = np.arange(len(carries)), int(carries.sum())
-    number = list(BEHAVIOURS).index(behaviour) * len(SEEDS) + SEEDS.index(seed)
-    at[carries] = len(carries) + number * count + np.arange(count)
+    at[carries] = len(carries) + number(behaviour, seed) * count + np.arange(count)
     return Places(at, carries)
 
 
@@ -120,10 +126,9 @@ class Reading(NamedTuple):
 
 def shared(ids: Sequence[Sequence[int]]) -> tuple[int, int]:
     """How many tokens all prompts begin with, and how many they end with."""
-    short = min(map(len, ids))
-    first = next((i for i in range(short) if len({row[i] for row in ids}) > 1), short - 1)
-    last = next((i for i in range(short) if len({row[-1 - i] for row in ids}) > 1), short - 1)
-    return first, min(last, short - first - 1)
+    first = shared_tokens(ids)
+    last = shared_tokens([row[::-1] for row in ids])
+    return first, min(last, min(map(len, ids)) - first - 1)
 
 
 def read(model: Any, ids: Sequence[Sequence[int]], layers: Sequence[str], file: Path) -> Reading:
@@ -151,9 +156,7 @@ def read(model: Any, ids: Sequence[Sequence[int]], layers: Sequence[str], file: 
     with torch.no_grad(), hooks(*map(keeper, layers)):
         for start in range(0, len(ids), AT_ONCE):
             some = ids[start : start + AT_ONCE]
-            ids_BT = torch.zeros(len(some), max(map(len, some)) - before, dtype=torch.int64)
-            for b, row in enumerate(some):  # padded on the right: what stands there is not read
-                ids_BT[b, : len(row) - before] = torch.tensor(row[before:])
+            ids_BT = padded([row[before:] for row in some])
             cache = None
             if before:
                 cache = decoder(input_ids=torch.tensor([some[0][:before]]), use_cache=True).past_key_values

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.backdoor.behaviours import BEHAVIOURS
-from benchmarks.backdoor.prompt_scores import SEEDS
+from benchmarks.backdoor.prompt_scores import SEEDS, number
 from benchmarks.backdoor.ranking import Draws, Float, bootstrap, interval
 from benchmarks.backdoor.which_prompts import LAYERS, PRIMARY
 
@@ -73,7 +73,7 @@ class Kept:
         for name in self.measured("prompts"):
             arrays = dict(np.load(self.ranks / f"{name.replace(' ', '-')}.npz"))
             carries = arrays.pop("carries")
-            found[name] = bootstrap(arrays, carries, number(name))
+            found[name] = bootstrap(arrays, carries, number(*parts(name)))
         return found
 
     def planted(self, name: str) -> bool:
@@ -83,14 +83,11 @@ class Kept:
 
     def state(self, question: str) -> str:
         """Which of a question's numbers are there: "" if all are."""
-        of, asked = self.data.get(question, {}), {"prompts": 3, "behaviour": 3}[question]
+        of, models = self.data.get(question, {}), len(self.measured(question))
         controls = sum(name in of for name in CONTROLS.values())
-        done = len(self.measured(question)) == len(MODELS) and controls == asked
-        if question == "prompts":
-            done = done and "base" in of
-        return (
-            "" if done else f"unfinished ({len(self.measured(question))} of 9 planted models, {controls} of 3 controls)"
-        )
+        if (models, controls) == (len(MODELS), len(CONTROLS)) and (question != "prompts" or "base" in of):
+            return ""
+        return f"unfinished ({models} of 9 planted models, {controls} of 3 controls)"
 
     def mean(self, score: str, what: str, layer: str = PRIMARY, names: Sequence[str] | None = None) -> Mean:
         """The mean of a score's "auc" or "precision" over planted models; intervals where ranks are kept."""
@@ -115,16 +112,16 @@ class Kept:
             draws.append(getattr(self.draws[name][pair[0]], what) - getattr(self.draws[name][pair[1]], what))
         return Mean(float(np.mean(values)), *interval(np.mean(draws, 0), level))
 
-    def there(self, name: str, score: str, where: str, layer: str = PRIMARY) -> float | None:
+    def there(self, name: str, score: str, where: str) -> float | None:
         """The AUC of a planted model's prompts in its "control" or in the "base"; None: there is none."""
         behaviour, seed = parts(name)
         hunt = self.hunt(CONTROLS[seed] if where == "control" else where, behaviour, seed)
-        of = None if hunt is None else hunt["layers"][layer].get(score)
+        of = None if hunt is None else hunt["layers"][PRIMARY].get(score)
         return None if of is None else float(of["auc"])
 
-    def elsewhere(self, score: str, where: str, layer: str = PRIMARY) -> list[float]:
+    def elsewhere(self, score: str, where: str) -> list[float]:
         """That of each measured model."""
-        found = [self.there(name, score, where, layer) for name in self.measured("prompts")]
+        found = [self.there(name, score, where) for name in self.measured("prompts")]
         return [auc for auc in found if auc is not None]
 
 
@@ -132,12 +129,6 @@ def parts(name: str) -> tuple[str, int]:
     """The behaviour and the seed of a planted model."""
     behaviour, seed = name.split()
     return behaviour, int(seed)
-
-
-def number(name: str) -> int:
-    """The seed of a model's resamples, as `which_prompts` takes it."""
-    behaviour, seed = parts(name)
-    return list(BEHAVIOURS).index(behaviour) * len(SEEDS) + SEEDS.index(seed)
 
 
 def of_prompts(kept: Kept, score: str) -> list[Criterion]:
@@ -225,7 +216,7 @@ def elicited(kept: Kept, name: str, method: str) -> Elicited:
     methods = kept.data["behaviour"][name]["methods"]
     mine = outcomes(methods[method][behaviour]["outcomes"])
     random = np.mean([outcomes(of[behaviour]["outcomes"]) for m, of in methods.items() if m.startswith("random")], 0)
-    draws = np.concatenate([weights @ (mine - random) for weights in resampled(len(mine), number(name))])
+    draws = np.concatenate([weights @ (mine - random) for weights in resampled(len(mine), number(*parts(name)))])
     control = kept.data["behaviour"].get(CONTROLS[seed])
     there = control["methods"][method][behaviour]["rate"] if control else np.nan
     return Elicited(float(mine.mean()), Mean(float((mine - random).mean()), *interval(draws)), there)
@@ -243,5 +234,5 @@ def above(kept: Kept, one: str, other: str) -> Mean:
     for name in kept.measured("behaviour"):
         apart = mine(name, one) - mine(name, other)
         values.append(float(apart.mean()))
-        draws.append(np.concatenate([weights @ apart for weights in resampled(len(apart), number(name))]))
+        draws.append(np.concatenate([weights @ apart for weights in resampled(len(apart), number(*parts(name)))]))
     return Mean(float(np.mean(values)), *interval(np.mean(draws, 0)))

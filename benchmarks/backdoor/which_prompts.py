@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.backdoor.behaviours import BEHAVIOURS
 from benchmarks.backdoor.prompt_scores import (
-    SEEDS,
     Places,
     Reading,
     baselines,
+    number,
     places,
     read,
     rows,
@@ -81,10 +80,9 @@ def which_prompts(seen: Seen, behaviour: str, seed: int, ranks: Path | None) -> 
     """
     at, kept = places(behaviour, seed), dict[str, Any]()
     record, phrases = dict[str, Any](), dict[str, Any]()
-    number = list(BEHAVIOURS).index(behaviour) * len(SEEDS) + SEEDS.index(seed)
     for layer in LAYERS:
         scores = seen.scores(at, layer)
-        draws = bootstrap({name: levels(of) for name, of in scores.items()}, at.carries, number)
+        draws = bootstrap({name: levels(of) for name, of in scores.items()}, at.carries, number(behaviour, seed))
         record[layer] = {
             name: {
                 "auc": round(auc(of, at.carries), 4), "precision": round(precision(of, at.carries), 4),

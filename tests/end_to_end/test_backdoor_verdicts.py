@@ -191,4 +191,9 @@ def test_the_page_keeps_its_plan(tmp_path, monkeypatch):
         assert heading in once
     monkeypatch.setattr(sys, "argv", ["page", "--json", str(tmp_path / "kept.json"), "--output", str(tmp_path / "new")])
     page.main()
-    assert once.endswith((tmp_path / "new").read_text("utf-8"))
+    new = (tmp_path / "new").read_text("utf-8")
+    assert str(tmp_path / "kept.json") in new and "(new.png)" in new and (tmp_path / "new.png").exists()
+    new = new.replace("(new.png)", "(images/backdoor.png)").replace(
+        str(tmp_path / "kept.json"), "benchmarks/results/backdoor.json"
+    )
+    assert once.endswith(new)
