@@ -26,7 +26,7 @@ from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.linearize.linear_map import undisturbed
 from fisher_vmap.linearize.probe import probe
 from fisher_vmap.linearize.whole import hooked_outputs
-from fisher_vmap.model.head import MIN_ROWS, UnembeddingHead, check_top_k, likeliest
+from fisher_vmap.model.head import MIN_ROWS, UnembeddingHead, check_top_k, likeliest, times_rows
 from fisher_vmap.model.layers import hooked, resolve_layers
 from fisher_vmap.model.layout import lay_out
 from fisher_vmap.model.patches import autocast_off
@@ -259,7 +259,7 @@ def _log_softmax(head: UnembeddingHead, rows_ND: Tensor) -> Tensor:
     x_ND = head.norm(padded_ND).to(head.weight.device)
     pieces = []
     for where, weight_vD in head.chunks(x_ND.dtype):
-        raw_Nv = x_ND @ weight_vD.T
+        raw_Nv = times_rows(x_ND, weight_vD)
         pieces.append(head.phi(raw_Nv if head.bias is None else raw_Nv + head.bias[where].to(raw_Nv.dtype)))
     return torch.cat(pieces, 1)[: len(rows_ND)].log_softmax(1)
 

@@ -85,9 +85,9 @@ def plan_audit(
     beyond = longer or more or (hooked and further)
     if audit == "off":
         return Plan((), furthest if beyond else ())
-    mark = zlib.crc32(layout.input_ids.cpu().numpy().tobytes())
-    one = ((mark // MOST_APART) % B,)
     calls = known.calls + 1
+    mark = zlib.crc32(layout.input_ids.cpu().numpy().tobytes()) + calls  # so that a batch that comes again takes turns
+    one = ((mark // MOST_APART) % B,)
     doubling = known.due is None and calls & (calls - 1) == 0
     scored = doubling or (calls == known.due and not known.scored) or audit == "always"
     # A hook may depend on the whole batch and may change unnoticed; padded results may depend on the padding's width.

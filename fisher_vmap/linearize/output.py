@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from fisher_vmap.model.head import Head, Rest, UnembeddingHead, check_top_k, likeliest
+from fisher_vmap.model.head import Head, Rest, UnembeddingHead, check_top_k, likeliest, sum_rows, times_rows
 from fisher_vmap.model.validation import in_float64
 
 START_TOKENS = 8  # the search for leading eigenvectors starts from this many likeliest tokens for each vector
@@ -161,7 +161,7 @@ class _Unembedded:
         mean_Bm1 = torch.einsum("bmd,bd->bm", n_BmD, self._mean_BD)[:, :, None]
         out, total_Bm1 = torch.zeros_like(flat), torch.zeros_like(mean_Bm1)
         for where, weight_vD in self._head.chunks(flat.dtype):
-            y_Bmv = (flat @ weight_vD.T).view(B, m, -1)
+            y_Bmv = times_rows(flat, weight_vD).view(B, m, -1)
             slope_B1v = None if self._slope_BV is None else self._slope_BV[:, None, where]
             if slope_B1v is not None:
                 y_Bmv *= slope_B1v
@@ -169,7 +169,7 @@ class _Unembedded:
             total_Bm1 += y_Bmv.sum(2, keepdim=True)  # zero but for rounding
             if slope_B1v is not None:
                 y_Bmv *= slope_B1v
-            out.addmm_(y_Bmv.view(B * m, -1), weight_vD)
+            out += sum_rows(y_Bmv.view(B * m, -1), weight_vD)
         return self._back_through_norm(out.view(B, m, D).sub_(total_Bm1 * self._mean_BD[:, None]))
 
     def rows(self, token_ids_BK: Tensor) -> Tensor:

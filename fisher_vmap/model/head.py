@@ -131,7 +131,7 @@ class UnembeddingHead:
         slopes: list[Tensor] = []
         every, others = _OnlineSums(x_BD, width), None if rest is None else _RestPass(rest, normed_BD, width)
         for where, weight_vD in self.chunks(x_BD.dtype):
-            raw_Bv = x_BD @ weight_vD.T
+            raw_Bv = times_rows(x_BD, weight_vD)
             if self.bias is not None:
                 raw_Bv += self.bias[where].to(raw_Bv.dtype)
             z_BV[:, where] = z_Bv = self.phi(raw_Bv)
@@ -153,6 +153,8 @@ class UnembeddingHead:
         weight = self.weight
         V, D = weight.shape
         size = max(1, VOCABULARY_CHUNK_ELEMENTS.get(weight.device.type, 2**22) // D)
+        if weight.device.type == "cpu" and size > (threads := torch.get_num_threads()):
+            size -= size % threads  # as `times_rows` divides it
         memory = None if weight.dtype == dtype else weight.new_empty(min(size, V), D, dtype=dtype)
         for start in range(0, V, size):
             chunk_vD = weight[start : start + size]
@@ -194,7 +196,8 @@ class _OnlineSums:
         self.mass_Bm1 = self.mass_Bm1 * shrink_Bm1 + y_Bmv.sum(2, keepdim=True, dtype=self.mass_Bm1.dtype)
         if slope_Bv is not None:
             y_Bmv = y_Bmv * slope_Bv[:, None]
-        self.sum_BmD.mul_(shrink_Bm1).add_(y_Bmv @ rows)
+        sum_BmD = y_Bmv @ rows if rows.dim() > 2 else sum_rows(y_Bmv.flatten(0, 1), rows).view_as(self.sum_BmD)
+        self.sum_BmD.mul_(shrink_Bm1).add_(sum_BmD)
         self.top_B1 = top_B1
 
     def log_mass(self) -> Tensor:
@@ -249,6 +252,33 @@ class _RestPass:
         scale_B11 = ((sums.top_B1 - log_normaliser_B1) / 2).exp()[:, :, None].to(sums.sum_BmD)
         signed_BSD, signs_BS = sums.sum_BmD[:, 1:] * scale_B11, (sums.mass_Bm1[:, 1:] * scale_B11)[:, :, 0]
         return RestSums(sums.mean(), signed_BSD.to(z_BV.dtype), signs_BS.to(z_BV.dtype))
+
+
+def times_rows(x_RD: Tensor, weight_vD: Tensor) -> Tensor:
+    """x W^T, [R, v], a thread for each part of the vocabulary: by itself a product of few rows is one thread's work.
+
+    With two threads and eight rows it takes 0.6 of the time, and more rows never take longer.
+    """
+    if (parts := _parts(weight_vD)) is None:
+        return x_RD @ weight_vD.T
+    pieces_PRv = torch.bmm(x_RD.expand(len(parts), -1, -1), parts.mT)
+    return pieces_PRv.transpose(0, 1).flatten(1)
+
+
+def sum_rows(y_Rv: Tensor, weight_vD: Tensor) -> Tensor:
+    """y W, [R, D'], likewise."""
+    if (parts := _parts(weight_vD)) is None:
+        return y_Rv @ weight_vD
+    pieces_PRv = y_Rv.unflatten(1, parts.shape[:2]).transpose(0, 1)
+    return torch.bmm(pieces_PRv, parts).sum(0)
+
+
+def _parts(weight_vD: Tensor) -> Tensor | None:
+    """[threads, v / threads, D'], if this is on a CPU and can be divided."""
+    threads = torch.get_num_threads()
+    if weight_vD.device.type != "cpu" or threads == 1 or len(weight_vD) % threads:
+        return None
+    return weight_vD.unflatten(0, (threads, -1))
 
 
 def likeliest(z_BV: Tensor, top_k: int) -> Tensor:

@@ -205,6 +205,21 @@ def test_calls_are_audited_at_1_2_4_8_and_batches_at_their_share(monkeypatch):
     assert sorted(set(scored)) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_batch_that_comes_again_is_audited_at_its_share(seed, monkeypatch):
+    """Not at every call, or at none, by what is in it."""
+    audited, right = [], audit.plain_log_probs
+    monkeypatch.setattr(audit, "plain_log_probs", lambda *a: (audited.append(1), right(*a))[1])  # not of scores
+    opened = FisherModel(fresh("llama"), layers=LAYERS[:1], top_k=4)
+    batch = padded(prompts((9, 4, 7, 5), seed=seed), "left")
+    for _ in range(2):
+        opened.scores(*batch)
+    audited.clear()
+    for _ in range(64):
+        opened.scores(*batch)
+    assert 1 <= len(audited) <= 4  # one in 16, less those at which scores are audited
+
+
 def test_longer_prompts_and_more_rows_are_proven_anew(caplog):
     """A part that sees rows where it should see positions is right on what the proof is made on."""
     model = fresh("llama", max_position_embeddings=512)

@@ -142,6 +142,30 @@ def test_chunks_of_the_vocabulary_do_not_matter(phi, biased, chunks, device):
     assert_right_to_float32(problem, read(problem.head, problem.rows, 6, device=device))
 
 
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    """So many threads within a test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@KINDS
+@pytest.mark.parametrize("B", [1, 5])
+def test_a_thread_for_each_part_of_the_vocabulary(B, phi, biased, chunks, threads, device):
+    problem = Problem(B, 1.0, phi, biased, device)
+    assert_right_to_float32(problem, read(problem.head, problem.rows, 6, device=device))
+
+
+@pytest.mark.parametrize("v", [1, 7, 12])
+def test_products_with_the_vocabulary_do_not_depend_on_the_threads(v, threads):
+    generator = torch.Generator().manual_seed(v)
+    x, y, weight = (torch.randn(*shape, generator=generator) for shape in ((5, 4), (5, v), (v, 4)))
+    torch.testing.assert_close(head.times_rows(x, weight), x @ weight.T)
+    torch.testing.assert_close(head.sum_rows(y, weight), y @ weight)
+
+
 @pytest.mark.parametrize("chosen", [False, True])
 @KINDS
 def test_what_the_other_tokens_have_is_summed_in_the_same_pass(phi, biased, chosen, chunks, monkeypatch, device):
