@@ -255,7 +255,7 @@ class _RestPass:
 
 
 def times_rows(x_RD: Tensor, weight_vD: Tensor) -> Tensor:
-    """x W^T, [R, v], a thread for each part of the vocabulary: by itself a product of few rows is one thread's work.
+    """The product x W^T, [R, v], with a thread for each part of the vocabulary: few rows would be one thread's work.
 
     With two threads and eight rows it takes 0.6 of the time, and more rows never take longer.
     """
@@ -266,7 +266,7 @@ def times_rows(x_RD: Tensor, weight_vD: Tensor) -> Tensor:
 
 
 def sum_rows(y_Rv: Tensor, weight_vD: Tensor) -> Tensor:
-    """y W, [R, D'], likewise."""
+    """The product y W, [R, D'], likewise."""
     if (parts := _parts(weight_vD)) is None:
         return y_Rv @ weight_vD
     pieces_PRv = y_Rv.unflatten(1, parts.shape[:2]).transpose(0, 1)
