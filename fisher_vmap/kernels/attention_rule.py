@@ -267,7 +267,10 @@ class AttentionRule:
         """The same for a group of prompts."""
         queries, live, kind = group.queries, group.live, call.kind.alone(group.first_live)
         heads = queries.take(call.q), group.keys.take(call.k), group.keys.take(call.v)
-        cotangents = (queries.take_rows(dO) * queries.real[:, :, None, None, None]).permute(0, 3, 1, 2, 4)
+        dO_btKHE = queries.take_rows(dO)
+        if queries.even is None:
+            dO_btKHE = dO_btKHE * queries.real[:, :, None, None, None]
+        cotangents = dO_btKHE.permute(0, 3, 1, 2, 4)
         dq, dk, dv = pullback_attention(cotangents, *heads, group.seen(kind.window), kind, call.sinks)
         for d, rows, turn, to in ((dq, queries, into.turn_q, into.q), (dk, live, into.turn_k, into.k)):
             back = d

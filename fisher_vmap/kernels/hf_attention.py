@@ -239,7 +239,7 @@ def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 def prompts_packed(layout: Layout) -> AbstractContextManager[None]:
     """Within the context our attention keeps the layout's prompts apart, if they are packed end to end."""
     ranges = tuple(layout.ranges())
-    return _set(_PACKED, Packed(ranges, group_prompts(ranges, layout.device)) if layout.packed else None)
+    return _set(_PACKED, Packed(ranges, group_prompts(ranges, layout.device, alike=True)) if layout.packed else None)
 
 
 def nothing_packed() -> AbstractContextManager[None]:

@@ -28,14 +28,19 @@ class Rows:
         real: [b, T] bool, False at padding.
         own: [n] int64, the rows of the real tokens, in the order of `real`.
         places: [n] int64 each, the prompt and the column of each real token.
-        single: [start, stop) if it is a single prompt, which needs no copy.
+        even: [start, stop) if it is a single prompt, or several of one length end to end, which need no copy.
     """
 
     rows: Tensor
     real: Tensor
     own: Tensor
     places: tuple[Tensor, Tensor]
-    single: tuple[int, int] | None
+    even: tuple[int, int] | None
+
+    @property
+    def single(self) -> tuple[int, int] | None:
+        """[start, stop) if it is a single prompt."""
+        return self.even if len(self.rows) == 1 else None
 
     @property
     def first(self) -> int:
@@ -47,38 +52,43 @@ class Rows:
         if self.rows.device == device:
             return self
         rows, real, own, prompt, at = (t.to(device) for t in (self.rows, self.real, self.own, *self.places))
-        return Rows(rows, real, own, (prompt, at), self.single)
+        return Rows(rows, real, own, (prompt, at), self.even)
 
     def take(self, x: Tensor) -> Tensor:
         """[b, H, T, ...] of these rows, from [1, H, N, ...]."""
-        if self.single is not None:
-            return x[:, :, self.single[0] : self.single[1]]
-        return x[0, :, self.rows].transpose(0, 1)
+        return x[0, :, self.rows].transpose(0, 1) if self.even is None else self._apart(x[0], 1).transpose(0, 1)
 
     def take_rows(self, x: Tensor) -> Tensor:
         """[b, T, ...] of these rows, from [N, ...]."""
-        return x[self.rows] if self.single is None else x[None, self.single[0] : self.single[1]]
+        return x[self.rows] if self.even is None else self._apart(x, 0)
 
     def put_rows(self, out: Tensor, x: Tensor) -> None:
         """Write [b, T, ...] of these rows into [N, ...], padding left out."""
-        if self.single is not None:
-            out[self.single[0] : self.single[1]] = x[0]
+        if self.even is not None:
+            self._apart(out, 0).copy_(x)
         else:
             out[self.own] = x[self.places]
 
     def take_real(self, x: Tensor) -> Tensor:
         """The same as `take` with zeros at padding."""
         taken = self.take(x)
-        if self.single is not None:
+        if self.even is not None:
             return taken
         return taken * self.real[:, None, :].view(len(self.real), 1, -1, *(1,) * (x.dim() - 3))
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """Write [b, H, T, ...] of these rows into [1, H, N, ...], padding left out."""
-        if self.single is not None:
-            out[:, :, self.single[0] : self.single[1]] = x
+        if self.even is not None:
+            self._apart(out[0], 1).copy_(x.transpose(0, 1))
         else:
             out[0, :, self.own] = x.transpose(0, 1)[:, *self.places]
+
+    def _apart(self, x: Tensor, dim: int) -> Tensor:
+        """A view of these rows with dimensions [b, T] in place of that of all rows."""
+        assert self.even is not None
+        start, stop = self.even
+        apart: Tensor = x.narrow(dim, start, stop - start).unflatten(dim, (len(self.rows), -1))
+        return apart
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,7 @@ def group_prompts(
     live: Ranges | None = None,
     queries: Ranges | None = None,
     vectors: int | None = None,
+    alike: bool = False,
 ) -> tuple[Group, ...]:
     """Divide prompts into groups of similar length.
 
@@ -140,11 +151,12 @@ def group_prompts(
         live: the rows of its live keys, which are its last ones, among the live rows; None: all are live.
         queries: the rows of its queries, which are at its last keys, among the query rows; None: the live rows.
         vectors: how many cotangents each query has. Of few, more prompts attend together: the copies cost less then.
+        alike: whether neighbours of one length attend together in any case; that is faster in a forward alone.
     """
     live = keys if live is None else live
     queries = live if queries is None else queries
     share = 1.0 if vectors is None else min(1.0, max(LEAST_SHARE, vectors / MANY))
-    groups = grouped([_length(rows) for rows in keys], device, [share * _length(rows) for rows in queries])
+    groups = grouped([_length(rows) for rows in keys], device, [share * _length(rows) for rows in queries], alike)
     return tuple(
         _group([keys[b] for b in prompts], [live[b] for b in prompts], [queries[b] for b in prompts], device)
         for prompts in groups
@@ -181,7 +193,10 @@ def _rows(ranges: Ranges, columns: Sequence[int], device: torch.device, width: i
     )
     column = torch.arange(width or max(_length(r) for r in ranges), device="cpu") - first
     real = (column >= 0) & (column < length)
+    real_everywhere = bool(real.all())
     rows = start + torch.minimum(column.clamp(min=0), length - 1)
     tensors = (rows, real, rows[real], *real.nonzero(as_tuple=True))
     rows, real, own, prompt, at = (on_device(tensor, device) for tensor in tensors)
-    return Rows(rows, real, own, (prompt, at), ranges[0] if len(ranges) == 1 else None)
+    end_to_end = all(ranges[b][1] == ranges[b + 1][0] for b in range(len(ranges) - 1))
+    even = (ranges[0][0], ranges[-1][1]) if end_to_end and real_everywhere else None
+    return Rows(rows, real, own, (prompt, at), even)

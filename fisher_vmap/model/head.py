@@ -266,19 +266,20 @@ def times_rows(x_RD: Tensor, weight_vD: Tensor) -> Tensor:
 
 
 def sum_rows(y_Rv: Tensor, weight_vD: Tensor) -> Tensor:
-    """The product y W, [R, D'], likewise."""
-    if (parts := _parts(weight_vD)) is None:
+    """The product y W, [R, D'], with a thread for each part of the columns."""
+    if (parts := _parts(weight_vD.T)) is None:
         return y_Rv @ weight_vD
-    pieces_PRv = y_Rv.unflatten(1, parts.shape[:2]).transpose(0, 1)
-    return torch.bmm(pieces_PRv, parts).sum(0)
+    pieces_PRd = torch.bmm(y_Rv.expand(len(parts), -1, -1), parts.mT)
+    return pieces_PRd.transpose(0, 1).flatten(1)
 
 
-def _parts(weight_vD: Tensor) -> Tensor | None:
-    """[threads, v / threads, D'], if this is on a CPU and can be divided."""
+def _parts(matrix: Tensor) -> Tensor | None:
+    """A thread's part of the rows for each thread, [threads, rows / threads, ...], if a CPU can divide them."""
     threads = torch.get_num_threads()
-    if weight_vD.device.type != "cpu" or threads == 1 or len(weight_vD) % threads:
+    if matrix.device.type != "cpu" or threads == 1 or len(matrix) % threads:
         return None
-    return weight_vD.unflatten(0, (threads, -1))
+    parts: Tensor = matrix.unflatten(0, (threads, -1))
+    return parts
 
 
 def likeliest(z_BV: Tensor, top_k: int) -> Tensor:

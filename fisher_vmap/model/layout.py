@@ -355,10 +355,13 @@ def pack_rows(layout: Layout) -> Layout:
     return layout._replace(input_ids=ids_N[None], position_ids=positions_N[None], first_row=firsts)
 
 
-def grouped(lengths: Sequence[int], device: torch.device, queries: Sequence[float] | None = None) -> list[list[int]]:
+def grouped(
+    lengths: Sequence[int], device: torch.device, queries: Sequence[float] | None = None, alike: bool = False
+) -> list[list[int]]:
     """The numbers of the prompts of each group, the longest prompt first.
 
-    `queries` is how many queries each prompt has; None: one for each token.
+    `queries` is how many queries each prompt has; None: one for each token. With `alike`, neighbours of one length are
+    in one group however long they are.
     """
     groups: list[list[int]] = []
     alone_from, real = ALONE_FROM.get(device.type), 0
@@ -366,7 +369,8 @@ def grouped(lengths: Sequence[int], device: torch.device, queries: Sequence[floa
     for prompt in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
         longest = lengths[groups[-1][0]] if groups else 0
         most = max([asking[b] for b in [*groups[-1], prompt]]) if groups else 0
-        near = groups and (alone_from is None or most < alone_from)
+        same = alike and groups and groups[-1][-1] == prompt - 1 and lengths[prompt] == lengths[prompt - 1]
+        near = groups and (alone_from is None or most < alone_from or same)
         if near and longest * (len(groups[-1]) + 1) <= PADDING * (real + lengths[prompt]):
             groups[-1].append(prompt)
             real += lengths[prompt]

@@ -100,23 +100,28 @@ def test_early_keys_are_constants(T, S, first, softcap, window, block_elements):
 
 
 LENGTHS, STARTS = (9, 1, 20, 11, 8), (7, 0, 12, 4, 3)
+ALIKE = (9, 9, 20, 20, 20), (4, 4, 12, 12, 12)  # neighbours of one length; the live ones are alike, too
+UNLIKE = (9, 9, 20, 9, 9), (4, 3, 12, 4, 4)
 
 
+@pytest.mark.parametrize(("lengths", "starts"), [(LENGTHS, STARTS), ALIKE, UNLIKE])
 @pytest.mark.parametrize("alone_from", [{"cpu": 1}, {"cpu": 10}, {}])
 @pytest.mark.parametrize("sinks", [None, SINKS])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("only_targets", [False, True])
-def test_packed_prompts_at_some_rows(monkeypatch, only_targets, window, sinks, alone_from, block_elements):
+def test_packed_prompts_at_some_rows(
+    monkeypatch, only_targets, window, sinks, alone_from, block_elements, lengths, starts
+):
     """Live keys of some rows, queries of the same or the last ones, through the function that the models call."""
     monkeypatch.setattr("fisher_vmap.model.layout.ALONE_FROM", alone_from)
-    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
-    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
-    bias = (torch.arange(max(LENGTHS)) >= torch.tensor(STARTS)[:, None]).long()
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    bias = (torch.arange(max(lengths)) >= torch.tensor(starts)[:, None]).long()
     layout = pack_rows(lay_out(ids, mask, bias))
     live, columns = narrowed(layout, first_live(layout))
     queries = narrowed(live, first_target(live))[0] if only_targets else live
     asked = torch.cat([torch.arange(z - n, z) for (_, z), n in zip(layout.ranges(), queries.lengths, strict=True)])
-    N, module = sum(LENGTHS), torch.nn.Module()
+    N, module = sum(lengths), torch.nn.Module()
     q, k, v = (x[:1] for x in tensors(H, G, N, N))
     among = Among.of(layout, live, columns, queries)
     marker = None if window is None else torch.empty(1, 1, 0, window, dtype=torch.bool)
@@ -146,6 +151,36 @@ def test_when_all_rows_are_live_nothing_is_split():
         assert group.queries is group.keys is group.live and group.mask is None and group.first_live == 0
     one = group_prompts([(4, 5)], torch.device("cpu"), [(2, 3)], [(2, 3)])[0]  # a single row, numbered anew
     assert (one.keys.single, one.live.single, one.queries.single) == ((4, 5), (2, 3), (2, 3))
+
+
+@pytest.mark.parametrize("alone_from", [{"cpu": 1}, {"cpu": 10}, {}])
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 7, 12, 12), (7, 12, 7, 12, 12), (12, 7, 7, 1, 1)])
+def test_neighbours_of_one_length_attend_without_a_copy(lengths, alone_from, monkeypatch):
+    """Every row is in one group, at its prompt and column; the forward is each prompt's alone."""
+    monkeypatch.setattr("fisher_vmap.model.layout.ALONE_FROM", alone_from)
+    stops = torch.tensor(lengths).cumsum(0).tolist()
+    ranges = [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+    groups = group_prompts(ranges, torch.device("cpu"), alike=True)
+    N = stops[-1]
+    q, k, v = (x[:1] for x in tensors(H, G, N, N))
+    found, rows_found = q.new_empty(*q.shape[:3], v.shape[3]), torch.full((N, 2), -1)
+    for group in groups:
+        x = group.queries
+        asked = x.take(q)
+        assert asked.shape[:3:2] == x.rows.shape
+        if x.even is not None:
+            assert asked.data_ptr() == q[:, :, x.even[0] :].data_ptr()  # a view
+        (b, T), seen = x.rows.shape, causal(*[x.rows.shape[1]] * 2)
+        out = softmax_attention(asked, x.take(k), x.take(v), SCALE, seen.expand(b, H, T, T))
+        x.put(found, out)
+        torch.testing.assert_close(x.take_rows(q[0].movedim(1, 0)), asked.movedim(2, 1))
+        x.put_rows(rows_found, torch.stack([x.rows, x.rows], 2))
+    assert rows_found[:, 0].tolist() == list(range(N))
+    for a, z in ranges:
+        alone = softmax_attention(*(x[:, :, a:z] for x in (q, k, v)), SCALE, causal(z - a, z - a).expand(1, H, -1, -1))
+        torch.testing.assert_close(found[:, :, a:z], alone)
+    if alone_from == {"cpu": 1}:
+        assert max(len(group.queries.rows) for group in groups) == {3: 3, 4: 2, 5: 2}[len(lengths)]
 
 
 def _masks(function, **more):

@@ -298,10 +298,10 @@ def test_a_key_too_few_or_too_many_is_noticed(monkeypatch, end):
     """The last query's own key, or that of a token after it or of a neighbour."""
     right = hf_attention.group_prompts
 
-    def shifted(keys, device, live=None, queries=None, *more):
+    def shifted(keys, device, live=None, queries=None, *more, **named):
         if live is not None:
             keys = [(start, stop + end) for start, stop in keys]
-        return right(keys, device, live, queries, *more)
+        return right(keys, device, live, queries, *more, **named)
 
     monkeypatch.setattr(hf_attention, "group_prompts", shifted)
     _, known = assert_right(fresh("gpt2"), "packed", "late", ((5,), (5,), (9, 10), (3,)), K=2, rules=False)
