@@ -144,11 +144,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=900, help="seconds after which no cell is begun (default 900)")
     parser.add_argument("--most", type=float, default=15, help="seconds that one call may take (default 15)")
     parser.add_argument("--axes", nargs="+", choices=("batch", "length", "top_k", "layer"))
+    parser.add_argument("--all-blocks", action="store_true", help="of a shape of today's models, not four blocks alone")
     parser.add_argument("--dtype", default="bfloat16")
     measurement_flags(parser, rounds=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sweep.jsonl"))
     args = parsed(parser)
-    workload = models[args.model](dtype=args.dtype, device=args.device, precision=args.precision)
+    if args.all_blocks and args.model not in SHAPES:
+        parser.error(f"--all-blocks is for {', '.join(SHAPES)}; {args.model} has all of its blocks")
+    more = {"all_blocks": True} if args.all_blocks else {}
+    workload = models[args.model](dtype=args.dtype, device=args.device, precision=args.precision, **more)
     costs, began = Costs(workload.blocks), time.perf_counter()
     todo = [cell for cell in cells(workload.blocks) if not args.axes or cell.axis in (*args.axes, "centre")]
     positions = workload.model.config.max_position_embeddings

@@ -172,13 +172,15 @@ SHAPES: dict[str, Shape] = {
 
 
 def todays_shape(
-    name: str, dtype: str = "bfloat16", device: str = "auto", precision: str = "auto", *, small: bool = False
-) -> Workload:
-    """A random model of a name of `SHAPES`; with `small`, of the same kind and of a test's size."""
+    name: str, dtype: str = "bfloat16", device: str = "auto", precision: str = "auto", *, small: bool = False,
+    all_blocks: bool = False,
+) -> Workload:  # fmt: skip
+    """A random model of a name of `SHAPES`; with `small`, of the same kind and of a test's size; or with all blocks."""
     import transformers
 
     shape = SHAPES[name]
-    blocks = BLOCKS if small else shape.blocks or shape.arguments[shape.depth]
+    few = BLOCKS if small else None if all_blocks else shape.blocks
+    blocks = few or shape.arguments[shape.depth]
     sizes = shape.arguments | (shape.small if small else {}) | {shape.depth: blocks}
     config = getattr(transformers, shape.kind)(**sizes)
     title = f"{shape.title}, {'small, ' if small else ''}{blocks} blocks"
