@@ -111,9 +111,10 @@ def test_prompts_are_scored_among_those_of_their_hunt_alone(tmp_path):
     expected = score_prompts(open_results(tmp_path / "few"), LAYER)
     found = without_base(open_results(tmp_path / "all"), Places(chosen, chosen == 4))
     lacks = chosen == 17
+    rounding = np.finfo(np.float32).eps / 0.01  # of float32 sums in shards of other sizes, over the least spread
     for name, values in {**expected.z, "total": expected.total}.items():
         assert np.isnan(found[name][lacks]).all()
-        np.testing.assert_allclose(found[name][~lacks], values, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(found[name][~lacks], values, rtol=1e-6, atol=rounding)
     assert set(found) == {"trace", "leading value", "distance", "shared with few", "total"}
 
 
