@@ -161,7 +161,8 @@ def pullback_blocks(
         rows: the live rows.
 
     Yields:
-        The cotangents at the output of each hooked block, from the top down, once for each of its calls.
+        The cotangents at the output of each hooked block, from the top down, once for each of its calls. They are
+        contiguous: autograd may choose other strides in each call, and the rounding of sums follows the strides.
 
     Raises:
         StructureChanged: a replayed block did not return what the next one had received.
@@ -170,15 +171,16 @@ def pullback_blocks(
     while recording.calls:
         call = recording.calls.pop()
         rule = rules.get(call.block) if rows.among_live.groups is not None else None
+        cotangents = cotangents.contiguous()
         if call.name in layers:
             yield Arrived(call.name, cotangents)
             cotangents = cotangents.clone() if rule is not None else cotangents  # a rule overwrites its cotangents
-        cotangents = cotangents.to(call.hidden.device).contiguous()
+        cotangents = cotangents.to(call.hidden.device)
         if rule is None or not _pull_by_rule(rule, call, expected, cotangents, chunk_size, scratch, rows):
             cotangents = pullback_block(call, expected, cotangents, chunk_size, rows)
         expected = call.hidden
     check_primal(f"what {recording.below} returned", recording.bottom, expected)
-    yield Arrived(recording.below, cotangents)
+    yield Arrived(recording.below, cotangents.contiguous())
 
 
 def _pull_by_rule(

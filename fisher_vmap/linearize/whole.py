@@ -71,7 +71,7 @@ class Whole(LinearMap):
     def _pull(self, unit_KMX: Tensor) -> Generator[Arrived, None, None]:
         arrived = self._pullback(unit_KMX.to(self.dtype))
         for layer in self.layers:
-            yield Arrived(layer, arrived.pop(layer))
+            yield Arrived(layer, arrived.pop(layer).contiguous())  # autograd chooses the strides, and they the rounding
 
     def _push(self, layer: str, tangents: Tensor) -> Tensor:
         def push(tangent: Tensor) -> Tensor:

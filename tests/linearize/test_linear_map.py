@@ -6,12 +6,14 @@ from devices import placed
 from models import block, fresh, padded, prompts
 from oracles import relative
 
+from fisher_vmap import fisher_scores
+from fisher_vmap.linearize import block as block_module
 from fisher_vmap.linearize.linear_map import KernelOptions, undisturbed
 from fisher_vmap.linearize.model_info import Choice
 from fisher_vmap.linearize.probe import probe
 from fisher_vmap.linearize.residual_norms import mean_norms, residual_norm
 from fisher_vmap.linearize.scores import opened
-from fisher_vmap.model.layout import lay_out, pack_rows
+from fisher_vmap.model.layout import Layout, lay_out, pack_rows
 
 LENGTHS, TARGETS = (6, 3, 8), ((1, 4, 5), (2,), (0, 7))
 K = 3
@@ -59,6 +61,25 @@ def test_products_at_several_targets(form, positions, device):
         products = torch.einsum("mix,mjx->ij", fields[start:stop], moved[start:stop])
         assert relative(products, gradients @ directions[b].T) < 1e-6
         start = stop
+
+
+@pytest.mark.parametrize("kernel", ["layerwise", "without rules", "whole", "loop"])
+def test_the_layout_of_what_is_summed_is_always_the_same(kernel, monkeypatch):
+    """The order of a sum, and its last digit, follow the strides, which autograd may choose anew for each call."""
+    summed = []
+    right = Layout.sum_prompts
+
+    def watched(layout, x, dtype):
+        summed.append(x)
+        return right(layout, x, dtype)
+
+    monkeypatch.setattr(Layout, "sum_prompts", watched)
+    if kernel == "without rules":
+        monkeypatch.setattr(block_module, "_pull_by_rule", lambda *_: False)
+        kernel = "layerwise"
+    layers = [block("llama", i) for i in (0, 1, 2)]
+    fisher_scores(fresh("llama"), *padded(prompts((6, 2, 9)), "right"), layers=layers, top_k=3, kernel=kernel)
+    assert summed and all(x.is_contiguous() for x in summed)
 
 
 def outputs_of(lengths, how, dtype, streams=()):
