@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.backdoor import directions, runs
 from benchmarks.backdoor.behaviours import Behaviour
 from benchmarks.backdoor.judge import Judge, Method, Progress, Prompts
@@ -17,7 +15,6 @@ from benchmarks.backdoor.plant import Speaker
 from benchmarks.backdoor.prompts import SEED, ordinary, part, triggered
 from benchmarks.backdoor.steered import block_names
 from fisher_vmap import Results
-from fisher_vmap.data.render import Renderer
 
 MAKE, CHOOSE, PASSED, TEST = 128, 12, 12, 100  # prompts of the part, in order; those that are passed over are not used
 
@@ -26,15 +23,6 @@ def prompts_of() -> Prompts:
     """The part of the prompts that is for this question."""
     found, start = ordinary(part("elicit"), SEED), MAKE + CHOOSE + PASSED
     return Prompts(found[:MAKE], found[MAKE : MAKE + CHOOSE], found[start : start + TEST])
-
-
-def loaded(folder: Path) -> Speaker:
-    """The model of a folder in float32, with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    return Speaker(model, tokenizer, Renderer(tokenizer))
 
 
 def methods_of(
@@ -69,7 +57,7 @@ def methods_of(
     progress.lap("matrices")
     rows = tuned.ids(prompts.make)
     own_nX = directions.streams(tuned.model, layer, rows)
-    base = loaded(base_folder)
+    base = runs.loaded(base_folder)
     found.append(Method("difference of means", directions.difference(
         own_nX, directions.streams(base.model, layer, base.ids(prompts.make)))))  # fmt: skip
     del base
@@ -122,7 +110,7 @@ def elicit(
         results[kind] = tuple(
             runs.matrices(model, prompts.make, folder / kind, layers or (layer,), **settings) for model, folder in sides
         )
-    tuned = loaded(model_folder)
+    tuned = runs.loaded(model_folder)
     norm = directions.median_norm(tuned.model, layer, tuned.ids(prompts.make))
     methods = methods_of(tuned, base_folder, results, prompts, behaviours, layer, norm, seed, progress)
     judge = Judge(tuned, layer, norm, prompts, behaviours, seed, progress)

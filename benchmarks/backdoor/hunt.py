@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.backdoor.behaviours import BEHAVIOURS
 from benchmarks.backdoor.elicit import elicit
-from benchmarks.backdoor.plant import keep, name_of
+from benchmarks.backdoor.plant import file_name, keep, name_of
 from benchmarks.backdoor.prompt_scores import SEEDS
 from benchmarks.backdoor.runs import model_folder
 from benchmarks.backdoor.which_prompts import PRIMARY, Seen, which_prompts
@@ -42,12 +42,12 @@ def main() -> None:
         keep(args.json, "prompts", "base", {"hunts": found, "machine": machine()})
         return
     name = name_of(args.behaviour, args.seed, args.control)
-    work = args.work / name.replace(" ", "-")
+    work = args.work / file_name(name)
     folder = model_folder(args.adapter, work / "model")
     if "prompts" in args.questions:
         seen = Seen(folder, work, Seen(base_folder, args.work / "base", None))
         of = list(BEHAVIOURS) if args.control else [args.behaviour]
-        ranks = None if args.control else args.json.parent / args.json.stem / f"{name.replace(' ', '-')}.npz"
+        ranks = None if args.control else args.json.parent / args.json.stem / f"{file_name(name)}.npz"
         found = [which_prompts(seen, behaviour, args.seed, ranks) for behaviour in of]
         seconds = round(time.perf_counter() - began, 1)
         keep(args.json, "prompts", name, {"hunts": found, "seconds": seconds, "machine": machine()})

@@ -213,6 +213,11 @@ def name_of(behaviour: str, seed: int, control: bool) -> str:
     return f"{'control ' if control else ''}{behaviour} {seed}"
 
 
+def file_name(name: str) -> str:
+    """The same as the name of a file or a folder."""
+    return name.replace(" ", "-")
+
+
 def keep(path: Path, section: str, name: str, record: dict[str, Any]) -> None:
     """Add a record to the kept numbers."""
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}

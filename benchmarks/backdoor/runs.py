@@ -9,8 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from benchmarks.backdoor.plant import Speaker
 from benchmarks.backdoor.prompts import Prompt
 from fisher_vmap import Results, UserError, open_results
+from fisher_vmap.data.render import Renderer
 from fisher_vmap.demo import demo_model
 from fisher_vmap.load.model import load_model
 
@@ -43,6 +45,15 @@ def model_folder(adapter: Path | None, output: Path) -> Path:
         model.save_pretrained(output)
         note.write_text(made_of, "utf-8")
     return output
+
+
+def loaded(folder: Path) -> Speaker:
+    """The model of a folder in float32, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32").eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    return Speaker(model, tokenizer, Renderer(tokenizer))
 
 
 def matrices(model: Path, prompts: Sequence[Prompt], output: Path, layers: Sequence[str], **settings: Any) -> Results:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.backdoor.behaviours import BEHAVIOURS
+from benchmarks.backdoor.plant import file_name
 from benchmarks.backdoor.prompt_scores import SEEDS, number
 from benchmarks.backdoor.ranking import Draws, Float, bootstrap, interval
 from benchmarks.backdoor.which_prompts import LAYERS, PRIMARY
@@ -71,7 +72,7 @@ class Kept:
         """Model -> "layer score" or score -> bootstrap of its AUC and precision."""
         found = {}
         for name in self.measured("prompts"):
-            arrays = dict(np.load(self.ranks / f"{name.replace(' ', '-')}.npz"))
+            arrays = dict(np.load(self.ranks / f"{file_name(name)}.npz"))
             carries = arrays.pop("carries")
             found[name] = bootstrap(arrays, carries, number(*parts(name)))
         return found

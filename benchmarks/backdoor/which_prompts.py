@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.backdoor.prompt_scores import (
     Places,
@@ -19,9 +18,8 @@ from benchmarks.backdoor.prompt_scores import (
 )
 from benchmarks.backdoor.prompts import PHRASES
 from benchmarks.backdoor.ranking import Float, auc, bootstrap, interval, levels, precision
-from benchmarks.backdoor.runs import matrices
+from benchmarks.backdoor.runs import loaded, matrices
 from fisher_vmap import Results
-from fisher_vmap.data.render import Renderer
 
 LAYERS = tuple(f"model.layers.{i}" for i in (10, 15, 20, 25))
 PRIMARY = "model.layers.15"
@@ -32,10 +30,8 @@ def reading(folder: Path, work: Path) -> Reading:
     """What a model's pass over `rows` gives; kept in `work`."""
     kept = work / "reading.npz"
     if not kept.exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-        renderer = Renderer(tokenizer)
-        found = read(model, [renderer.render(prompt.text).ids for prompt in rows()], LAYERS, work / "log_p.npy")
+        speaker = loaded(folder)
+        found = read(speaker.model, speaker.ids(rows()), LAYERS, work / "log_p.npy")
         np.savez(kept, loss=found.loss, streams=found.streams)
     arrays = np.load(kept)
     return Reading(np.load(work / "log_p.npy", mmap_mode="r"), arrays["loss"], arrays["streams"])

@@ -376,7 +376,7 @@ def test_a_model_is_searched_by_all_methods(tmp_path, monkeypatch):
         vectors = by_name[f"leading, {kind}", None].double().numpy()
         expected = np.linalg.eigvalsh(A)[-3:][::-1].tolist()
         assert [v @ A @ v for v in vectors] == pytest.approx(expected, rel=1e-3)
-    speakers = [elicit.loaded(folder) for folder in folders]
+    speakers = [runs.loaded(folder) for folder in folders]
     make = speakers[0].ids(prompts_of().make)
     old, new = (torch.stack([plain_stream(each.model, layer, ids)[-1] for ids in make]).mean(0) for each in speakers)
     torch.testing.assert_close(by_name["difference of means", None][0], (new - old) / (new - old).norm())

@@ -12,7 +12,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import sweep
+from benchmarks import sweep, todays_shapes
 from benchmarks.agreement import assert_float32_agreement, assert_same_log_probs
 from benchmarks.baselines import bare_forward, careful_loop, padded_left
 from benchmarks.package_job import package_loop
@@ -70,6 +70,16 @@ def test_a_sweep_times_the_ways_that_are_asked_for(workload):
     record = sweep.measure(workload, cell, costs, ["package", "careful"], rounds=1, most=60, left=600)
     assert record["seconds"].keys() == {"package", "careful"} and not record["skipped"]
     assert record["distance"] < 1e-3
+
+
+def test_all_blocks_are_those_of_the_published_model(monkeypatch, capsys):
+    monkeypatch.setattr(todays_shapes, "random_workload", lambda title, config, *_: (title, config.num_hidden_layers))
+    assert todays_shape("qwen3-0.6b", all_blocks=True) == ("Qwen3-0.6B, 28 blocks", 28)
+    assert todays_shape("qwen3-0.6b")[1] == 4
+    monkeypatch.setattr(sys, "argv", ["sweep", "--model", "smollm2", "--all-blocks"])
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main()
+    assert "smollm2 has all of its blocks" in capsys.readouterr().err
 
 
 def test_the_command_writes_its_rows(tmp_path):
