@@ -15,6 +15,7 @@ Mask = NDArray[np.bool_]
 
 FIRST = 20  # precision among the prompts of the highest scores
 RESAMPLES = 10_000
+_REACH = 10 * FIRST  # prompts, at least, among which precision looks before it looks at all
 _AT_ONCE = 1000  # resamples: 16 MB of weights of 2,000 prompts
 
 
@@ -49,6 +50,9 @@ def _precisions(places: NDArray[np.uint16], carries: Mask, weights_RP: Float) ->
     """[R] precision where a prompt is there as often as its weight says."""
     order = np.argsort(-places.astype(np.int64), kind="stable")
     starts = np.flatnonzero(np.diff(places[order], prepend=-1))
+    reach = int(starts[starts >= _REACH][0]) if starts[-1] >= _REACH else len(order)
+    if weights_RP[:, order[:reach]].sum(1).min() >= FIRST:  # every resample's first ones are among these
+        order, starts = order[:reach], starts[starts < reach]
     sizes = np.add.reduceat(weights_RP[:, order], starts, axis=1)  # of each level, the highest first
     marked = np.add.reduceat(np.where(carries[order], weights_RP[:, order], 0), starts, axis=1)
     before = np.cumsum(sizes, axis=1) - sizes
@@ -66,15 +70,15 @@ def bootstrap(several: dict[str, NDArray[np.uint16]], carries: Mask, seed: int) 
     """
     found: dict[str, list[Draws]] = {name: [] for name in several}
     for weights_RP in _weights(carries, seed):
-        with_R = weights_RP[:, carries]
+        with_RP, without_RP = weights_RP[:, carries], weights_RP[:, ~carries]
         for name, places in several.items():
             places_i = places.astype(np.int64)
             counts = np.zeros((len(weights_RP), int(places_i.max()) + 2))
-            for row, weights in zip(counts, weights_RP[:, ~carries], strict=True):
+            for row, weights in zip(counts, without_RP, strict=True):
                 row[1:] = np.cumsum(np.bincount(places_i[~carries], weights, len(row) - 1))
             mine = places_i[carries]
             below = (counts[:, mine] + counts[:, mine + 1]) / 2
-            aucs = (below * with_R).sum(1) / carries.sum() / (~carries).sum()
+            aucs = (below * with_RP).sum(1) / carries.sum() / (~carries).sum()
             found[name].append(Draws(aucs, _precisions(places, carries, weights_RP)))
     return {name: Draws(*map(np.concatenate, zip(*parts, strict=True))) for name, parts in found.items()}
 

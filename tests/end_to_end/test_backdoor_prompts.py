@@ -64,7 +64,9 @@ def test_chance_and_certainty():
     assert auc(nothing, carries) == 0 and precision(nothing, carries) == 0
 
 
-def test_a_resample_is_the_same_as_its_prompts_written_out(monkeypatch):
+@pytest.mark.parametrize("reach", [20, 40, 200])
+def test_a_resample_is_the_same_as_its_prompts_written_out(reach, monkeypatch):
+    monkeypatch.setattr(ranking, "_REACH", reach)
     monkeypatch.setattr(ranking, "RESAMPLES", 7)
     monkeypatch.setattr(ranking, "_AT_ONCE", 3)
     scores, carries = drawn()
