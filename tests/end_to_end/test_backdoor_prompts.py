@@ -67,14 +67,14 @@ def test_chance_and_certainty():
 @pytest.mark.parametrize("reach", [20, 40, 200])
 def test_a_resample_is_the_same_as_its_prompts_written_out(reach, monkeypatch):
     monkeypatch.setattr(ranking, "_REACH", reach)
-    monkeypatch.setattr(ranking, "RESAMPLES", 7)
+    monkeypatch.setattr(ranking, "RESAMPLES", 50)
     monkeypatch.setattr(ranking, "_AT_ONCE", 3)
     scores, carries = drawn()
     other = np.random.default_rng(5).normal(size=len(scores))
     found = bootstrap({"one": levels(scores), "other": levels(other)}, carries, seed=2)
     weights = np.concatenate(list(ranking._weights(carries, 2)))
     assert (weights[:, carries].sum(1) == 9).all() and (weights[:, ~carries].sum(1) == 51).all()
-    assert len({row.tobytes() for row in weights}) == 7
+    assert len({row.tobytes() for row in weights}) == 50
     for name, values in (("one", scores), ("other", other)):
         for row, of, share in zip(weights, *found[name], strict=True):
             written = np.repeat(np.arange(len(scores)), row.astype(int))
