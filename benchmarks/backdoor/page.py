@@ -107,7 +107,9 @@ def summary(kept: Kept) -> list[str]:
 def planting(kept: Kept) -> list[str]:
     """How well the models are planted."""
     rows = list[Sequence[Any]]()
-    for name, record in kept.data["plants"].items():
+    places = {name: place for place, name in enumerate((*MODELS, *CONTROLS.values()))}
+    plants = sorted(kept.data["plants"].items(), key=lambda item: places.get(item[0], -1))  # other recipes first
+    for name, record in plants:
         for behaviour, of in record["measured"].items():
             mark = "" if name not in MODELS else "yes" if kept.planted(name) else "no"
             shown = f"{name}: {behaviour}" if record["control"] else name
