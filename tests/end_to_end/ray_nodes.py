@@ -26,7 +26,7 @@ def ray_processes(mark):
     return found
 
 
-def wait_until_gone(mark, seconds=30):
+def wait_until_gone(mark, seconds=120):
     """What is left of a Ray after that many seconds, or as soon as nothing is."""
     until = time.monotonic() + seconds
     while (left := ray_processes(mark)) and time.monotonic() < until:
