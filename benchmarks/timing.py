@@ -99,7 +99,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in _cpu_flags()],
+        "instruction_sets": instruction_sets(),
         "gflops": product_rates(torch.device("cpu"), torch.bfloat16, 576, 1536)._asdict(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -113,6 +113,11 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def instruction_sets() -> list[str]:
+    """Those of `INSTRUCTION_SETS` that this processor has."""
+    return [flag for flag in INSTRUCTION_SETS if flag in _cpu_flags()]
 
 
 def _cpuinfo(key: str) -> str:

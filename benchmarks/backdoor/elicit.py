@@ -120,6 +120,7 @@ def elicit(
         found.setdefault(method.name, {}).update(judge.judged(method))
     return {
         "layer": layer, "norm": norm, "seed": seed,
+        "precision": {kind: [runs.precision_of(of) for of in pair] for kind, pair in results.items()},
         "prompts": {name: len(of) for name, of in prompts._asdict().items()},
         "methods": found, "unsteered": unsteered, "seconds": progress.seconds,
     }  # fmt: skip

@@ -11,13 +11,26 @@ from typing import Any
 
 from benchmarks.backdoor.plant import Speaker
 from benchmarks.backdoor.prompts import Prompt
+from benchmarks.timing import instruction_sets
 from fisher_vmap import Results, UserError, open_results
 from fisher_vmap.data.render import Renderer
 from fisher_vmap.demo import demo_model
 from fisher_vmap.load.model import load_model
 
 PROCESSES = 2  # of one thread each: on two cores faster than one process of two
-PRECISION = "model"  # bfloat16, as the weights: fixed, since auto may choose otherwise on a busy machine
+
+
+def precision() -> str:
+    """The precision of the matrices: bfloat16, as the weights, where the processor computes in it, else float32.
+
+    `precision: auto` measures, and might choose otherwise when the machine is busy.
+    """
+    return "model" if any("bf16" in name for name in instruction_sets()) else "float32"
+
+
+def precision_of(results: Results) -> str:
+    """The precision that results were computed in."""
+    return str(results.metadata["resolved"]["precision"]["chosen"])
 
 
 def model_folder(adapter: Path | None, output: Path) -> Path:
@@ -80,7 +93,7 @@ def matrices(model: Path, prompts: Sequence[Prompt], output: Path, layers: Seque
     data.write_text(lines, "utf-8")
     given = {
         "model_path": model, "dataset_name": data, "num_prompts": "all", "hook_layer_name": ",".join(layers),
-        "precision": PRECISION, "export_npz": "false", "output_dir": output, **settings,
+        "precision": precision(), "export_npz": "false", "output_dir": output, **settings,
     }  # fmt: skip
     command = [sys.executable, "-m", "fisher_vmap.run", "--config", "none"]
     command += [part for name, value in given.items() for part in (f"--{name}", str(value))]

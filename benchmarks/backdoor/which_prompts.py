@@ -18,7 +18,7 @@ from benchmarks.backdoor.prompt_scores import (
 )
 from benchmarks.backdoor.prompts import PHRASES
 from benchmarks.backdoor.ranking import Float, auc, bootstrap, interval, levels, precision
-from benchmarks.backdoor.runs import loaded, matrices
+from benchmarks.backdoor.runs import loaded, matrices, precision_of
 from fisher_vmap import Results
 
 LAYERS = tuple(f"model.layers.{i}" for i in (10, 15, 20, 25))
@@ -96,4 +96,5 @@ def which_prompts(seen: Seen, behaviour: str, seed: int, ranks: Path | None) -> 
     if ranks:
         ranks.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(ranks, carries=at.carries, **kept)
-    return {"behaviour": behaviour, "seed": seed, "layers": record, "phrases": phrases}
+    computed = precision_of(seen.results)
+    return {"behaviour": behaviour, "seed": seed, "precision": computed, "layers": record, "phrases": phrases}

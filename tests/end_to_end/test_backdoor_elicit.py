@@ -355,6 +355,7 @@ def test_a_model_is_searched_by_all_methods(tmp_path, monkeypatch):
     kinds = [f"{how}, {kind}" for how in ("contrast", "leading") for kind in ("full", "topk", "sequence")]
     names = [*kinds, "difference of means", "large downstream change", "random 0", "random 1", "random 2"]
     assert list(found["methods"]) == [*names, directions.CEILING]
+    assert found["precision"] == {kind: ["model", "model"] for kind in directions.KINDS}
     for of in (*found["methods"].values(), found["unsteered"]):
         assert list(of) == list(BEHAVIOURS)
         assert all(len(each["outcomes"]) == 4 and each["rate"] == 0 for each in of.values())

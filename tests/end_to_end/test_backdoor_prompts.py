@@ -199,6 +199,7 @@ def test_one_model_end_to_end(tmp_path, monkeypatch):
     seen = which_prompts.Seen(tmp_path / "tuned", tmp_path / "work" / "tuned", base)
     found = which_prompts.which_prompts(seen, "french", 1, tmp_path / "ranks.npz")
     assert json.loads(json.dumps(found)) == found
+    assert found["precision"] == runs.precision()
     for layer in which_prompts.LAYERS:
         assert len(found["layers"][layer]) == 14
         for record in found["layers"][layer].values():
