@@ -254,6 +254,13 @@ def layers(kept: Kept) -> list[str]:
     return [*lines, *table(("score", *names), rows)]
 
 
+def precisions(kept: Kept) -> list[str]:
+    """What the matrices were computed in."""
+    said = [f"of ({name}) of {', '.join(of)}" for name, question in (("a", "prompts"), ("b", "behaviour"))
+            if (of := kept.in_float32(question))]  # fmt: skip
+    return [f"The matrices are in bfloat16, but those {' and '.join(said)} in float32.", ""] if said else []
+
+
 def results(kept: Kept, numbers: Path = KEPT, figure: str = f"images/{FIGURE.name}") -> str:
     """Everything after the mark, of numbers in a file, with a link to the figure."""
     machines = {record["machine"]["cpu"] for of in kept.data.values() for record in of.values() if "machine" in record}
@@ -263,6 +270,7 @@ def results(kept: Kept, numbers: Path = KEPT, figure: str = f"images/{FIGURE.nam
         f"Computed on {', '.join(sorted(machines))}; seeds, versions and commits stand beside each number in "
         f"`{numbers}`.",
         "",
+        *precisions(kept),
         f"![The AUC of the prompts with the trigger by layer, and the rates of all methods]({figure})", "",
         "On the left `total` is solid and `change` dashed; models with * are not planted by the criterion.", "",
         *summary(kept), LEFT_OUT, *planting(kept), *prompts(kept), *behaviours(kept), *layers(kept),

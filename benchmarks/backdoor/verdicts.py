@@ -82,6 +82,16 @@ class Kept:
         of = self.data["plants"][name]["measured"][parts(name)[0]]
         return bool(of["trigger_rate"] >= 0.9 and round(of["false_rate"] - of["base"]["without"], 9) <= 0.05)
 
+    def in_float32(self, question: str) -> list[str]:
+        """The models whose matrices were computed in float32, on a processor without bfloat16 arithmetic."""
+
+        def computed(record: dict[str, Any]) -> list[str]:
+            if question == "prompts":
+                return [hunt.get("precision", "model") for hunt in record["hunts"]]
+            return [each for pair in record.get("precision", {}).values() for each in pair]
+
+        return [name for name, record in self.data.get(question, {}).items() if "float32" in computed(record)]
+
     def state(self, question: str) -> str:
         """Which of a question's numbers are there: "" if all are."""
         of, models = self.data.get(question, {}), len(self.measured(question))

@@ -12,6 +12,7 @@ from models import fresh, prompts
 from oracles import log_probabilities
 from report_cases import write_factors
 
+from benchmarks import timing
 from benchmarks.backdoor import prompt_scores, ranking, runs, which_prompts
 from benchmarks.backdoor.behaviours import BEHAVIOURS
 from benchmarks.backdoor.prompt_scores import Places, Reading, baselines, places, read, rows, with_base, without_base
@@ -181,6 +182,15 @@ def test_baselines_are_those_of_two_models(tmp_path):
     middle = np.median(logs)
     spread = max(1.4826 * np.median(np.abs(logs - middle)), 0.02)
     np.testing.assert_allclose(found["entropy, as trace"], np.abs(logs - middle) / spread, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx2", "float32"), ("avx2 avx512f", "float32"), ("avx2 avx512f avx512_bf16", "model"), ("asimd bf16", "model")],
+)
+def test_matrices_are_in_bfloat16_where_the_processor_computes_in_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(timing, "_cpuinfo", {"flags": flags}.get)
+    assert runs.precision() == expected
 
 
 @pytest.mark.slow

@@ -173,6 +173,17 @@ def test_a_model_is_planted_by_both_of_its_rates(tmp_path):
     assert kept.planted(MODELS[0])
 
 
+def test_the_page_says_which_matrices_are_in_float32(tmp_path):
+    kept = kept_in(tmp_path, 1.0, models=MODELS[:2])
+    assert page.precisions(kept) == []
+    kept.data["prompts"][MODELS[1]]["hunts"][0]["precision"] = "float32"
+    kept.data["prompts"][MODELS[0]]["hunts"][0]["precision"] = "model"
+    kinds = {"full": ["model", "model"], "topk": ["model", "float32"]}
+    kept.data["behaviour"] = {MODELS[0]: {"precision": kinds}, MODELS[1]: {"precision": {"full": ["model", "model"]}}}
+    (said, _) = page.precisions(kept)
+    assert said.endswith(f"those of (a) of {MODELS[1]} and of (b) of {MODELS[0]} in float32.")
+
+
 def test_the_page_keeps_its_plan(tmp_path, monkeypatch):
     kept_in(tmp_path, 1.0, models=MODELS[:2])
     plan = "# A plan\n\nWhat will be asked.\n"
