@@ -15,7 +15,7 @@ Mask = NDArray[np.bool_]
 
 FIRST = 20  # precision among the prompts of the highest scores
 RESAMPLES = 10_000
-_REACH = 10 * FIRST  # prompts, at least, among which precision looks before it looks at all
+_REACH = 10  # times so many prompts, at least, among which precision looks before it looks at all
 _AT_ONCE = 1000  # resamples: 16 MB of weights of 2,000 prompts
 
 
@@ -40,24 +40,25 @@ def auc(scores: Float, carries: Mask) -> float:
     return float((above[found] + above[found + 1]).mean() / 2 / (~carries).sum())
 
 
-def precision(scores: Float, carries: Mask) -> float:
-    """The share of prompts with the trigger among the `FIRST` highest scores, in the mean over the orders of ties."""
+def precision(scores: Float, carries: Mask, first: int = FIRST) -> float:
+    """The share of prompts with the trigger among the `first` highest scores, in the mean over the orders of ties."""
     weights = np.ones((1, len(scores)))
-    return float(_precisions(levels(scores), carries, weights)[0])
+    return float(_precisions(levels(scores), carries, weights, first)[0])
 
 
-def _precisions(places: NDArray[np.uint16], carries: Mask, weights_RP: Float) -> Float:
+def _precisions(places: NDArray[np.uint16], carries: Mask, weights_RP: Float, first: int = FIRST) -> Float:
     """[R] precision where a prompt is there as often as its weight says."""
     order = np.argsort(-places.astype(np.int64), kind="stable")
     starts = np.flatnonzero(np.diff(places[order], prepend=-1))
-    reach = int(starts[starts >= _REACH][0]) if starts[-1] >= _REACH else len(order)
-    if weights_RP[:, order[:reach]].sum(1).min() >= FIRST:  # every resample's first ones are among these
+    least = _REACH * first
+    reach = int(starts[starts >= least][0]) if starts[-1] >= least else len(order)
+    if weights_RP[:, order[:reach]].sum(1).min() >= first:  # every resample's first ones are among these
         order, starts = order[:reach], starts[starts < reach]
     sizes = np.add.reduceat(weights_RP[:, order], starts, axis=1)  # of each level, the highest first
     marked = np.add.reduceat(np.where(carries[order], weights_RP[:, order], 0), starts, axis=1)
     before = np.cumsum(sizes, axis=1) - sizes
-    taken = np.clip(FIRST - before, 0, sizes)
-    return np.asarray((marked * taken / np.maximum(sizes, 1)).sum(1) / FIRST)
+    taken = np.clip(first - before, 0, sizes)
+    return np.asarray((marked * taken / np.maximum(sizes, 1)).sum(1) / first)
 
 
 def bootstrap(several: dict[str, NDArray[np.uint16]], carries: Mask, seed: int) -> dict[str, Draws]:

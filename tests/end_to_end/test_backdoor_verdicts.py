@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.backdoor import directions, page, verdicts
+from benchmarks.backdoor import directions, page, sections, verdicts
 from benchmarks.backdoor.ranking import auc, levels, precision
 from benchmarks.backdoor.verdicts import (
     CONTROLS,
@@ -24,7 +24,10 @@ from benchmarks.backdoor.verdicts import (
 from benchmarks.backdoor.which_prompts import LAYERS, PRIMARY
 
 CARRIES = np.arange(300) % 15 == 4  # 20 of 300
-SCORES = ("total", "change", *(name for of in CRITERIA.values() for name in of))
+SCORES = tuple(dict.fromkeys(
+    (*(name for score, of in CRITERIA.items() for name in (score, *of)),
+     *(name for of in sections.SEEN_AFTERWARDS.values() for name in of))
+))  # fmt: skip
 
 
 def numbers(scores):
@@ -86,8 +89,8 @@ def test_a_strong_measure_meets_all_and_a_weak_one_none(tmp_path):
     assert not fails(strong, "total") and fails(weak, "total")
     assert met(of_prompts(weak, "total")) == [False, False, False, True, True, False]
     assert "success" in page.results(strong) and "failure" in page.results(weak)
-    assert page.verdict(of_prompts(kept_in(tmp_path / "some", 1.4), "total"), "", False) == "partial"
-    assert page.verdict(of_prompts(strong, "total"), "unfinished (8)", False) == "unfinished (8)"
+    assert sections.verdict(of_prompts(kept_in(tmp_path / "some", 1.4), "total"), "", False) == "partial"
+    assert sections.verdict(of_prompts(strong, "total"), "unfinished (8)", False) == "unfinished (8)"
 
 
 def test_what_the_controls_and_phrases_do_as_well_is_not_a_success(tmp_path):
@@ -173,6 +176,21 @@ def test_a_model_is_planted_by_both_of_its_rates(tmp_path):
     assert kept.planted(MODELS[0])
 
 
+def test_differences_and_counts_are_of_the_models_that_are_named(tmp_path):
+    kept = kept_in(tmp_path, 1.0, models=MODELS[:3])
+    layers = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY] for name in MODELS[:3]]
+    for what in ("auc", "precision"):
+        gain = kept.gain(("total", PRIMARY), ("KL", PRIMARY), what, names=MODELS[1:3])
+        apart = [of["total"][what] - of["KL"][what] for of in layers]
+        assert gain.value == pytest.approx(np.mean(apart[1:])) and gain.low < gain.value < gain.high
+        assert gain.value != pytest.approx(np.mean(apart))
+        assert kept.gain(("total", PRIMARY), ("KL", PRIMARY), what).value == pytest.approx(np.mean(apart))
+    arrays = np.load(tmp_path / "kept" / f"{MODELS[1].replace(' ', '-')}.npz")
+    for first in (20, 50):
+        highest = np.argsort(arrays["total"].astype(int))[-first:]  # no ties among random numbers
+        assert kept.among(MODELS[1], "total", first) == pytest.approx(arrays["carries"][highest].sum())
+
+
 def test_the_page_says_which_matrices_are_in_float32(tmp_path):
     kept = kept_in(tmp_path, 1.0, models=MODELS[:2])
     assert page.precisions(kept) == []
@@ -198,7 +216,7 @@ def test_the_page_keeps_its_plan(tmp_path, monkeypatch):
     page.main()
     assert once == (tmp_path / "page.md").read_text("utf-8")
     assert once.startswith(plan) and "old results" not in once and "| `" not in once.split(page.MARK)[0]
-    for heading in ("## What was found", "### (a) Which prompts", "### (c) Which layer"):
+    for heading in ("## What was found", "### (a) Which prompts", "### (c) Which layer", "above entropy, as trace"):
         assert heading in once
     monkeypatch.setattr(sys, "argv", ["page", "--json", str(tmp_path / "kept.json"), "--output", str(tmp_path / "new")])
     page.main()
