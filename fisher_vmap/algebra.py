@@ -41,6 +41,7 @@ Float64 = NDArray[np.float64]
 
 ROWS_BYTES = 256 * 2**20  # of the directions that `mean_factors` keeps; it needs about four times as much
 LEAST_ROWS, MOST_ROWS = 64, 2048  # their number
+RIDGES = (1e-6, 1e6)  # of `contrast`
 NOISE = 1e-11  # of the largest eigenvalue: below it, an eigenvector of a Gram matrix is no longer orthogonal to others
 
 _BLOCK_ROWS = 2048  # rows of V multiplied at a time: [2048, 2048] products of float64 are 32 MB
@@ -219,10 +220,10 @@ def contrast(inside_DD: Any, outside_DD: Any, rank: int = 5, ridge: float = 0.01
         inside_DD: A, [D, D]; or the `MeanFactors` of A.
         outside_DD: B, [D, D]; or the `MeanFactors` of B.
         rank: how many directions; at most D, or the directions of A's factors.
-        ridge: r as a fraction of tr(B) / D, above zero.
+        ridge: r as a fraction of tr(B) / D, within `RIDGES`: below, rounding decides; above, B does not count.
 
     Raises:
-        ValueError: the matrices' shapes differ, they are not finite, or ridge is not above zero.
+        ValueError: the matrices' shapes differ, they are not finite, B is zero, or rank or ridge is out of range.
     """
     if isinstance(inside_DD, MeanFactors) and isinstance(outside_DD, MeanFactors):
         return _contrast_of_factors(inside_DD, outside_DD, rank, ridge)
@@ -230,11 +231,7 @@ def contrast(inside_DD: Any, outside_DD: Any, rank: int = 5, ridge: float = 0.01
     D = len(A)
     if B.shape != A.shape:
         raise ValueError(f"the two means have the shapes {A.shape} and {B.shape}; expected equal ones")
-    if not (1 <= rank <= D and ridge > 0):
-        raise ValueError(f"rank is {rank} and ridge {ridge}; expected 1 to {D}, and above zero")
-    r = ridge * float(np.trace(B)) / D
-    if not r > 0:
-        raise ValueError("the other group's mean is zero; there is nothing to contrast with")
+    r = _ridge_of(rank, D, ridge, float(np.trace(B)) / D)
     values, vectors = np.linalg.eigh(B + r * np.eye(D))
     whitening = vectors / np.sqrt(values)  # (B + r I)^(-1/2) up to a rotation, [D, D]
     ratios, turned = np.linalg.eigh(whitening.T @ A @ whitening)
@@ -254,11 +251,7 @@ def _contrast_of_factors(A: MeanFactors, B: MeanFactors, rank: int, ridge: float
     D = A.V.shape[1]
     if B.V.shape[1] != D:
         raise ValueError(f"the two means have the widths {D} and {B.V.shape[1]}; expected equal ones")
-    if not (1 <= rank <= len(A.S) and ridge > 0):
-        raise ValueError(f"rank is {rank} and ridge {ridge}; expected 1 to {len(A.S)}, and above zero")
-    r = ridge * B.trace / D
-    if not r > 0:
-        raise ValueError("the other group's mean is zero; there is nothing to contrast with")
+    r = _ridge_of(rank, len(A.S), ridge, B.trace / D)
     c = 1 / (B.S + r) - 1 / r
     along = (np.sqrt(A.S)[:, None] * A.V) @ B.V.T  # W V_B^T, [a, b]
     ratios, u = np.linalg.eigh(np.diag(A.S) / r + (along * c) @ along.T)
@@ -267,6 +260,16 @@ def _contrast_of_factors(A: MeanFactors, B: MeanFactors, rank: int, ridge: float
     directions = _signed(directions / np.linalg.norm(directions, axis=1, keepdims=True))
     inside, outside = (quadratic((M.S, M.V), directions.T) for M in (A, B))
     return Contrast(ratios, directions, inside, outside, r)
+
+
+def _ridge_of(rank: int, most: int, ridge: float, eigenvalue: float) -> float:
+    """r, a fraction of the mean eigenvalue, if rank and ridge are in their ranges."""
+    if not (1 <= rank <= most and RIDGES[0] <= ridge <= RIDGES[1]):
+        raise ValueError(f"rank is {rank} and ridge {ridge}; expected 1 to {most}, and {RIDGES[0]:g} to {RIDGES[1]:g}")
+    r = ridge * eigenvalue
+    if not r > 0:
+        raise ValueError("the other group's mean is zero; there is nothing to contrast with")
+    return r
 
 
 def _square(matrix: ArrayLike, what: str) -> Float64:

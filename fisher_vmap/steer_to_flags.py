@@ -3,8 +3,6 @@
 import argparse
 import inspect
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from fisher_vmap.cli import Parser, add_quiet, path_argument
 from fisher_vmap.data.prompts import read_prompts
 from fisher_vmap.direction_files import check_control_vector
 from fisher_vmap.errors import UserError
-from fisher_vmap.results.files import readable_write_errors
+from fisher_vmap.results.folder import check_output
 from fisher_vmap.run.cli_args import add_settings, settings_of
 from fisher_vmap.run.settings import Settings
 
@@ -95,10 +93,7 @@ def _check_output(path: Path, layer: int | str | tuple[int | str, ...]) -> None:
     """Raise UserError if a file of this name cannot be written, or is none of this command's."""
     if path.suffix not in ENDINGS:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; expected {' or '.join(ENDINGS)}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a file; choose another --output")
-    with readable_write_errors(path, "choose another --output"):
-        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}~", dir=path.parent))
+    check_output(path)
     (layer,) = layer if isinstance(layer, tuple) else (layer,)
     if path.suffix == ".gguf" and not str(layer).startswith("-"):  # a number from the top: known with the model
         check_control_vector([str(layer)])

@@ -187,6 +187,20 @@ def test_a_mean_of_nothing_and_what_is_none():
             algebra.mean_factors([bad], D)
 
 
+@pytest.mark.parametrize("width", [D, 600])
+def test_the_least_ridge_is_not_lost_in_rounding(width):
+    """Of rotated diagonal matrices, whose ratios are known: B reacts to half of the directions, A to all."""
+    turned = np.linalg.qr(np.random.default_rng(3).normal(size=(width, width)))[0]
+    a, b = np.linspace(1, 2, width), np.where(np.arange(width) < width // 2, 3.0, 0.0)
+    r = algebra.RIDGES[0] * b.sum() / width
+    expected = np.sort(a / (b + r))[::-1][:4]
+    means = [algebra.MeanFactors(x[x > 0], turned[x > 0], float(x.sum()), 1) for x in (a, b)]
+    for found in (algebra.contrast(*((turned.T * x) @ turned for x in (a, b)), 4, algebra.RIDGES[0]),
+                  algebra.contrast(*means, 4, algebra.RIDGES[0])):  # fmt: skip
+        np.testing.assert_allclose(found.ratios, expected, rtol=1e-6)
+        assert (found.outside < 1e-12).all()
+
+
 @pytest.mark.parametrize(("n", "m", "ridge"), [(2, 2, 0.01), (3, 6, 0.1), (6, 1, 1.0)])
 def test_a_contrast_of_factors_is_that_of_the_dense_means(n, m, ridge):
     groups = low_rank(22, n=n), low_rank(23, n=m)
@@ -216,6 +230,8 @@ def test_a_batch_of_factors_and_a_record_will_do():
         (lambda: algebra.eigenvectors(np.ones((3, 2)), 1), r"expected \[D, D\]"),
         (lambda: algebra.contrast(np.eye(3), np.eye(4)), "expected equal ones"),
         (lambda: algebra.contrast(np.eye(3), np.eye(3), ridge=0.0, rank=1), "ridge 0.0; expected"),
+        (lambda: algebra.contrast(np.eye(3), np.eye(3), ridge=1e-7, rank=1), "ridge 1e-07; expected .* 1e-06 to 1e.06"),
+        (lambda: algebra.contrast(np.eye(3), np.eye(3), ridge=1e308, rank=1), "ridge 1e.308; expected"),
         (lambda: algebra.contrast(np.eye(3), np.zeros((3, 3)), rank=1), "nothing to contrast with"),
         (lambda: algebra.contrast(factors_of(0), factors_of(1), rank=5), "rank is 5 and ridge 0.01; expected 1 to 4"),
         (lambda: algebra.contrast(factors_of(0), factors_of(1, D + 1)), "have the widths 13 and 14"),

@@ -1,7 +1,9 @@
 """`fisher-vmap compare`: what it prints, its page and its JSON, and mistakes in one line."""
 
 import json
+import os
 import re
+import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -179,6 +181,16 @@ def test_settings_that_differ_are_told(tmp_path, capsys):
     assert "model" not in note and "&lt;b&gt;" in (tmp_path / "b" / "compare.html").read_text("utf-8")
 
 
+def test_other_data_are_told(tmp_path, capsys):
+    for name in "ab":
+        write_folder(tmp_path / name, 6, fingerprint={"data": f"jsonl sha256:{name}"})
+    out = run(capsys, tmp_path / "a", tmp_path / "b", "--no-page")
+    (note,) = (line for line in out.splitlines() if line.startswith("note"))
+    assert "data is 'jsonl sha256:a' in A and 'jsonl sha256:b' in B, of which only what is named below was" in note
+    out = run(capsys, tmp_path / "a", tmp_path / "a", "--no-page")
+    assert not [line for line in out.splitlines() if line.startswith("note")]
+
+
 @pytest.mark.parametrize("values", [[0.5, 0.7, 1.0, np.nan], [1.0] * 4, [np.nan], []])
 def test_a_histogram(values):
     svg = str(histogram(np.array(values)))
@@ -187,7 +199,98 @@ def test_a_histogram(values):
     assert svg.count("<rect") == len({round(v, 3) for v in values if np.isfinite(v)})
 
 
+def test_what_is_left_out_of_the_groups_is_told(tmp_path, capsys):
+    factors, _, _ = planted("common", 0, count=50, width=12)
+    for name, more in (("a", {}), ("b", {3: "other"})):
+        values = {"n": [more.get(i, str(i // 2)) for i in range(50)]}
+        write_factors(tmp_path / name, {"m": factors}, values=values)
+    out = run(capsys, tmp_path / "a", tmp_path / "b", "--by", "n", "--json", tmp_path / "c.json")
+    told = ["5 smaller groups of n are left out", "prompts whose n is another in B: 1; the groups are by that in A"]
+    assert out.splitlines()[-5:-3] == told, out.splitlines()[-6:]
+    page = (tmp_path / "b" / "compare.html").read_text("utf-8")
+    assert all(f"{line}." in page for line in told)
+    document = json.loads((tmp_path / "c.json").read_text())
+    assert (document["layers"][0]["more_groups"], document["layers"][0]["other_values"]) == (5, 1)
+    assert {x["value"] for x in document["directions"]} == {None, *(str(i) for i in range(20))}
+
+
+def test_a_value_that_is_no_number_is_none_in_the_json(tmp_path, capsys):
+    factors, _, _ = planted("common", 0, count=6, width=12)
+    write_factors(tmp_path / "a", {"m": factors}, values={"x": [float("nan"), 2.5]})
+    run(capsys, tmp_path / "a", tmp_path / "a", "--by", "x", "--json", tmp_path / "c.json", "--no-page")
+    found = {(x["group"], x["value"]) for x in json.loads((tmp_path / "c.json").read_text())["directions"]}
+    assert (None, None) in found and ("2.5", 2.5) in found and {value for _, value in found} == {None, 2.5}
+
+
+def test_a_pair_of_matrices_that_are_zero_has_no_directions_and_is_told(folders, tmp_path, capsys):
+    b = folders[1]
+    factors, _, _ = planted("common", 0, count=COUNT, width=16)
+    texts = [f"{ODD} {i}" for i in range(COUNT)]
+    write_factors(tmp_path / "c", {"m.1": factors, "m.2": 0 * factors}, texts=texts)
+    out = run(capsys, tmp_path / "c", b)
+    assert f"all {COUNT} prompts: no direction, since all matrices of A or all of B are zero" in out.split("m.2")[-1]
+    assert re.findall(r"(?m)^A .*: (\S+)$", out) == ["m.1", "m.2"]
+    text = (b / "compare.html").read_text("utf-8")
+    assert text.count('<table class="directions">') == 1 and "no direction, since all" in text
+
+
 # Layers, and where files go
+
+
+def test_all_layers_are_checked_before_anything_is_printed(folders, tmp_path, capsys):
+    factors, _, _ = planted("common", 0, count=COUNT, width=16)
+    texts = [f"{ODD} {i}" for i in range(COUNT)]
+    write_factors(tmp_path / "c", {"m.1": factors, "m.2": factors[:, :, :12]}, texts=texts)
+    line = run(capsys, folders[0], tmp_path / "c", code=2)  # and nothing on standard output
+    assert "m.2 of" in line and "has the width 16 and m.2 of" in line and "name others with --layer_a" in line
+    assert "rank is 13; expected 1 to 12, the width of m.2" in run(
+        capsys, tmp_path / "c", tmp_path / "c", "--rank", "13", code=2
+    )
+
+
+def test_files_that_are_something_else(folders, tmp_path, capsys, monkeypatch):
+    """A link stays one, and a pipe is written to."""
+    a, b = folders
+    (tmp_path / "real.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("real.html")
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    thread = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    thread.start()
+    run(capsys, a, b, "--layer_a", "1", "--output", tmp_path / "link.html", "--json", tmp_path / "pipe")
+    thread.join(60)
+    assert len(json.loads(read[0])["prompts"]) == COUNT and (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link.html").is_symlink() and "<html" in (tmp_path / "real.html").read_text("utf-8")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "folder"])
+@pytest.mark.parametrize("flag", ["--json", "--output"])
+def test_a_folder_is_no_file(folders, tmp_path, capsys, monkeypatch, flag, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert f"{name} is a folder, not a file; choose another {flag}" in run(capsys, *folders, flag, name, code=2)
+
+
+def test_a_results_folder_keeps_its_files(folders, tmp_path, capsys, monkeypatch):
+    a, b = folders
+    (tmp_path / "link.json").symlink_to(a / "index.json")
+    kept = {path: path.read_bytes() for path in a.rglob("*") if path.is_file()}
+    own = [
+        a / "index.json",
+        a / "metadata.yaml",
+        a / "prompts.parquet",
+        tmp_path / "link.json",
+        *(a / "shards").iterdir(),
+    ]
+    for path in own:
+        for flag in ("--json", "--output"):
+            line = run(capsys, a, b, flag, path, code=2)
+            assert f"{path} is a file of the results in {a}; choose another {flag}" in line
+    assert kept == {path: path.read_bytes() for path in kept}
+    monkeypatch.chdir(tmp_path)
+    line = run(capsys, a, b, "--output", tmp_path / "x", "--json", "./x", code=2)
+    assert "--json and --output are both" in line
 
 
 def test_common_layers_are_compared_one_after_the_other(folders, capsys):

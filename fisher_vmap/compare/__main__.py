@@ -9,15 +9,16 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os.path
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
-from fisher_vmap.results.comparison import Comparison
+from fisher_vmap.results.comparison import Comparison, check
 from fisher_vmap.results.files import replacing
+from fisher_vmap.results.folder import check_output
 from fisher_vmap.results.hub import HUB
 from fisher_vmap.results.reader import Results, open_results
 from fisher_vmap.results.record import several
@@ -46,12 +47,15 @@ def compare_folders(arguments: argparse.Namespace) -> Iterator[str]:
         if arguments.output:
             raise UserError(f"--output {arguments.output} is the page's file, and --no-page leaves it out; keep one")
         page = None
-    if arguments.json is not None and arguments.json == page:
+    for path, flag in ((page, "--output"), (arguments.json, "--json")):
+        if path is not None:
+            check_output(path, flag)
+    if page and arguments.json and os.path.realpath(arguments.json) == os.path.realpath(page):
         raise UserError(f"--json and --output are both {page}; name two files")
     with step("loading the libraries"):
         from fisher_vmap.compare.page import SHOWN, write_page
         from fisher_vmap.compare.tables import PROMPTS, as_json, differing, lines_of
-        from fisher_vmap.results.same_prompts import other_settings, texts_of
+        from fisher_vmap.results.same_prompts import Side, other_settings, texts_of
 
     opened = []
     for folder in (arguments.a, arguments.b):
@@ -59,7 +63,11 @@ def compare_folders(arguments: argparse.Namespace) -> Iterator[str]:
             opened.append(open_results(folder))
     a, b = opened
     differ, found, texts = other_settings(a.index, b.index), list[Comparison](), dict[int, str | None]()
-    for layer, other in layer_pairs(a, b, arguments.layer_a, arguments.layer_b):
+    pairs = layer_pairs(a, b, arguments.layer_a, arguments.layer_b)
+    for pair in pairs:
+        one, another = (Side(of.folder, of.index, name, of.shards) for of, name in zip(opened, pair, strict=True))
+        check(one, another, arguments.rank, arguments.ridge)
+    for layer, other in pairs:
         compared = a.compare(b, layer, other, arguments.rank, arguments.ridge, arguments.by)
         wanted = compared.prompt_index[differing(compared, PROMPTS if page is None else SHOWN)].tolist()
         texts |= texts_of((a if a.index.layout.store_text else b).shards(), wanted)

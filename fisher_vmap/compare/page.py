@@ -16,7 +16,9 @@ from fisher_vmap.compare.tables import (
     directions_of,
     groups_of,
     matched,
+    none_of,
     note_on_settings,
+    notes_on_groups,
     number,
     numbers_of,
     pairs_in_words,
@@ -96,8 +98,8 @@ def _part(comparison: Comparison, texts: Texts) -> dict[str, Any]:
         "histogram": histogram(values["cosine"]),
         "rows": rows,
         "total": len(comparison.prompt_index),
-        "groups": [(title, directions_of(group)) for title, group in groups_of(comparison)],
-        "more_groups": comparison.more_groups,
+        "groups": [(f"{title}{none_of(group)}", directions_of(group)) for title, group in groups_of(comparison)],
+        "notes": notes_on_groups(comparison),
     }
 
 

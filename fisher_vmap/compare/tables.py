@@ -16,6 +16,8 @@ PROMPTS = 10  # that are printed
 TEXT = 60  # characters of a prompt in the printed table
 TOKEN = 24  # characters of a token
 
+_OF_DATA = ", of which only what is named below was compared: system turns and other columns may differ"
+
 # Of each prompt, by their names in the JSON.
 NUMBERS = ("cosine", "change", "trace_a", "trace_b", "trace_ratio", "outside", "overlap")
 
@@ -78,7 +80,7 @@ def lines_of(comparison: Comparison, texts: Mapping[int, str | None], differ: Ma
         yield f"{prompt:>7}{row}  {short(visible(texts.get(prompt) or '', spaces=False), TEXT)}".rstrip()
     for title, group in groups_of(comparison):
         yield ""
-        yield f"what B reacts to and A does not, {title}"
+        yield f"what B reacts to and A does not, {title}{none_of(group)}"
         above = max(int((group.directions.ratios > 1).sum()), 1)
         for direction in directions_of(group)[: None if group is comparison.all else above]:
             yield (
@@ -88,6 +90,24 @@ def lines_of(comparison: Comparison, texts: Mapping[int, str | None], differ: Ma
             for word, tokens in (("likelier", direction.up), ("less likely", direction.down)):
                 if tokens:
                     yield f"{'':9}{word:<12} {' '.join(tokens)}"
+    if notes := notes_on_groups(comparison):
+        yield ""
+        yield from notes
+
+
+def none_of(group: GroupChange) -> str:
+    """Why a group has no directions, if it has none."""
+    return "" if len(group.directions.ratios) else ": no direction, since all matrices of A or all of B are zero"
+
+
+def notes_on_groups(comparison: Comparison) -> list[str]:
+    """What is not said of the groups of `--by`."""
+    notes, by = [], visible(str(comparison.by))
+    if comparison.more_groups:
+        notes.append(f"{comparison.more_groups:,} smaller groups of {by} are left out")
+    if comparison.other_values:
+        notes.append(f"prompts whose {by} is another in B: {comparison.other_values:,}; the groups are by that in A")
+    return notes
 
 
 def groups_of(comparison: Comparison) -> list[tuple[str, GroupChange]]:
@@ -122,7 +142,10 @@ def matched(comparison: Comparison) -> str:
 
 def note_on_settings(differ: Mapping[str, Any]) -> str:
     """The settings that differ, in a sentence; empty if none does."""
-    parts = [f"{visible(name)} is {shown(a)} in A and {shown(b)} in B" for name, (a, b) in differ.items()]
+    parts = [
+        f"{visible(name)} is {shown(a)} in A and {shown(b)} in B" + (_OF_DATA if name == "data" else "")
+        for name, (a, b) in differ.items()
+    ]
     return visible("; ".join(parts), spaces=False)
 
 
@@ -155,14 +178,24 @@ def as_json(comparisons: Sequence[Comparison], rank: int, ridge: float, differ: 
         layers = dict(zip(("layer_a", "layer_b"), comparison.layers, strict=True))
         summary = {name: rounded(value) for name, value in summary_of(comparison).items()}
         counts = {name: int(summary_of(comparison)[name]) for name in ("prompts", "left_out")}
-        document["layers"].append({**layers, **summary, **counts, "more_groups": comparison.more_groups})
+        document["layers"].append(
+            {
+                **layers,
+                **summary,
+                **counts,
+                "more_groups": comparison.more_groups,
+                "other_values": comparison.other_values,
+            }
+        )
         columns = {name: [rounded(x) for x in values] for name, values in numbers_of(comparison).items()}
         for place, prompt in enumerate(comparison.prompt_index.tolist()):
             row = {name: values[place] for name, values in columns.items()}
             document["prompts"].append({"prompt_index": prompt, **layers, **row})
         groups = [(None, comparison.all), *comparison.groups.items()]
         for label, group in groups:
-            document["directions"] += [{**layers, "group": label, **each} for each in _directions_as_json(group)]
+            known = not isinstance(group.value, float) or np.isfinite(group.value)
+            of = {**layers, "group": label, "value": group.value if known else None}
+            document["directions"] += [{**of, **each} for each in _directions_as_json(group)]
     return document
 
 

@@ -18,6 +18,7 @@ from fisher_vmap.cli import Parser, add_quiet, command, path_argument
 from fisher_vmap.errors import UserError
 from fisher_vmap.progress import step
 from fisher_vmap.report.lens import READOUTS, lens_section, read_readouts, write_lens_page
+from fisher_vmap.results.folder import check_output
 from fisher_vmap.results.index import INDEX_NAME
 from fisher_vmap.results.reader import open_results
 from fisher_vmap.results.record import was
@@ -42,8 +43,12 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
         UserError: a package is missing, a folder holds no results or no readouts or is damaged, or the page cannot be
             written.
     """
+    # A folder from the hub is in the cache, which nothing else should be written to.
+    page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
+    if arguments.output is not None:
+        check_output(page)
     if arguments.lens is None and _is_of_a_lens(arguments.folder):
-        return _write_lens_report(arguments)
+        return _write_lens_report(arguments, page)
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise UserError(f"the report needs {', '.join(missing)}: pip install 'fisher_vmap[report]'")
     with step("loading the libraries"):
@@ -71,8 +76,6 @@ def write_report(arguments: argparse.Namespace) -> list[str]:
     )
     lens = None if arguments.lens is None else lens_section(read_readouts(arguments.lens), arguments.details)
     found = survey(results, sampling)
-    # A folder from the hub is in the cache, which nothing else should be written to.
-    page = arguments.output or Path("" if arguments.folder.startswith("hf://") else arguments.folder, "report.html")
     with step(f"writing {page.name}"):
         size = write_page(page, found, lens)
     lines = [f"{page}: {size / 1e6:.1f} MB, {len(found.rows.index):,} prompts, {len(found.layers)} layers"]
@@ -92,10 +95,9 @@ def _is_of_a_lens(folder: str) -> bool:
     return Path(folder, READOUTS).is_file() and not Path(folder, INDEX_NAME).exists()
 
 
-def _write_lens_report(arguments: argparse.Namespace) -> list[str]:
+def _write_lens_report(arguments: argparse.Namespace, page: Path) -> list[str]:
     folder = Path(arguments.folder)
     section = lens_section(read_readouts(folder), arguments.details)
-    page = arguments.output or folder / "report.html"
     size = write_lens_page(page, folder, section)
     return [f"{page}: {size / 1e6:.1f} MB, {section.shown:,} prompts read by a lens; {folder} holds no results"]
 

@@ -7,7 +7,7 @@ have the same width D. Shards are read one after the other, a shard of each fold
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,13 @@ _PIECE_NUMBERS = 2**22  # of V in float64 at a time: 32 MB
 class GroupChange:
     """Directions to which the second folder's prompts react and the first one's do not, of a group of prompts."""
 
+    value: Any
+    """The column's value; None for all prompts, too."""
     prompt_index: NDArray[np.int64]
     """[m] the group's prompts, those with numbers in both folders."""
     directions: algebra.Contrast
-    """Of the group's means: `inside` is v^T B v, B of the second folder, `outside` v^T A v; highest ratio first."""
+    """Of the group's means: `inside` is v^T B v, B of the second folder, `outside` v^T A v; highest ratio first. None,
+    R = 0, where all matrices of A or all of B are zero."""
     tokens: tuple[Traded, ...]
     """[R] of each direction."""
 
@@ -77,9 +80,11 @@ class Comparison:
     by: str | None
     """The column of the groups."""
     groups: dict[str, GroupChange]
-    """By the column's value, the largest first; at most `GROUPS` of them."""
+    """By the column's value as it is shown, the largest first; at most `GROUPS` of them."""
     more_groups: int
     """How many smaller ones there are."""
+    other_values: int
+    """How many of the n prompts have another value of the column in B than in A, whose values are the groups."""
 
     @property
     def directions(self) -> algebra.Contrast:
@@ -105,16 +110,63 @@ def compare(a: Side, b: Side, rank: int = 5, ridge: float = 0.01, by: str | None
         b: the second one, such as that of a fine-tuned model.
         rank: how many directions, at most; a group has no more than its prompts' matrices of B together.
         ridge: r of `algebra.contrast` as a fraction of A's mean eigenvalue.
-        by: a kept column whose values are groups with directions of their own; None: none.
+        by: a kept column whose values, those of A if it has them, are groups with directions of their own; None: none.
 
     Raises:
         UserError: other prompts, other widths, a folder that keeps the mean alone, no prompt with numbers in both, no
             such column, rank or ridge out of range, or a damaged folder.
     """
-    if not 1 <= rank <= b.width:
-        raise UserError(f"rank is {rank}; expected 1 to {b.width}, the width of {b.layer}")
-    if not (isfinite(ridge) and ridge > 0):
-        raise UserError(f"ridge is {ridge}; expected a fraction of the mean eigenvalue above zero, such as 0.01")
+    check(a, b, rank, ridge)
+    columns = _columns(a, b, by)
+    matched_by = check_same(a, b)
+    index, arrays = _of_prompts(a, b)
+    stored = max(a.index.stop, b.index.stop)
+    if not len(index):
+        raise UserError(f"no prompt has numbers in both {a.folder} and {b.folder}; there is nothing to compare")
+    mask = np.zeros(stored, bool)
+    mask[index] = True
+    labels = np.array(distinct_labels(columns[0]), object) if columns else None
+    counts = Counter() if labels is None else Counter(labels[mask])
+    chosen: dict[str | None, Mask] = {None: mask}
+    chosen |= {label: mask & (labels == label) for label, _ in counts.most_common(GROUPS)}
+    with step("finding directions"):
+        found = {label: _contrast(a, b, group, rank, ridge) for label, group in chosen.items()}
+        asked = [(chosen[label], contrast.directions) for label, contrast in found.items()]
+        tokens = traded_tokens(b.shards, b.layer, asked)
+    changes = {
+        label: GroupChange(
+            value=None if label is None else columns[0][int(np.argmax(chosen[label]))],
+            prompt_index=np.flatnonzero(chosen[label]), directions=contrast, tokens=traded,
+        )
+        for (label, contrast), traded in zip(found.items(), tokens, strict=True)
+    }  # fmt: skip
+    return Comparison(
+        folders=(a.folder, b.folder),
+        layers=(a.layer, b.layer),
+        matched_by=matched_by,
+        left_out=len({*_numbers(a), *_numbers(b)}) - len(index),
+        prompt_index=index,
+        all=changes[None],
+        by=by,
+        groups={label: change for label, change in changes.items() if label is not None},
+        more_groups=max(len(counts) - GROUPS, 0),
+        other_values=sum(repr(columns[0][i]) != repr(columns[-1][i]) for i in index if columns),
+        **arrays,
+    )
+
+
+def check(a: Side, b: Side, rank: int, ridge: float) -> None:
+    """Check what can be said before anything is read.
+
+    Raises:
+        UserError: other widths, a folder that keeps the mean alone, or rank or ridge out of range.
+    """
+    if not (isinstance(rank, Integral) and not isinstance(rank, bool) and 1 <= rank <= b.width):
+        raise UserError(f"rank is {shown(rank)}; expected 1 to {b.width}, the width of {b.layer}")
+    low, high = algebra.RIDGES
+    if not (isinstance(ridge, Real) and not isinstance(ridge, bool) and low <= ridge <= high):
+        expected = f"a fraction of the mean eigenvalue from {low:g} to {high:g}, such as 0.01"
+        raise UserError(f"ridge is {shown(ridge)}; expected {expected}")
     for side in (a, b):
         if side.index.layout.means_only:
             raise UserError(
@@ -124,41 +176,8 @@ def compare(a: Side, b: Side, rank: int = 5, ridge: float = 0.01, by: str | None
     if a.width != b.width:
         raise UserError(
             f"{a.layer} of {a.folder} has the width {a.width} and {b.layer} of {b.folder} {b.width}; expected equal "
-            "ones: compare models with residual streams of the same width"
+            "ones: name others with --layer_a and --layer_b, or compare models of the same width"
         )
-    column = _column(a, b, by)
-    matched_by = check_same(a, b)
-    index, arrays = _of_prompts(a, b)
-    stored = max(a.index.stop, b.index.stop)
-    if not len(index):
-        raise UserError(f"no prompt has numbers in both {a.folder} and {b.folder}; there is nothing to compare")
-    mask = np.zeros(stored, bool)
-    mask[index] = True
-    labels = None if column is None else np.array(distinct_labels(column), object)
-    counts = Counter() if labels is None else Counter(labels[mask])
-    chosen: dict[str | None, Mask] = {None: mask}
-    chosen |= {label: mask & (labels == label) for label, _ in counts.most_common(GROUPS)}
-    with step("finding directions"):
-        found = {label: _contrast(a, b, group, rank, ridge) for label, group in chosen.items()}
-        asked = [(chosen[label], contrast.directions) for label, contrast in found.items()]
-        tokens = traded_tokens(b.shards, b.layer, asked)
-    changes = [
-        GroupChange(prompt_index=np.flatnonzero(chosen[label]), directions=contrast, tokens=traded)
-        for (label, contrast), traded in zip(found.items(), tokens, strict=True)
-    ]
-    groups = {label: change for label, change in zip(found, changes, strict=True) if label is not None}
-    return Comparison(
-        folders=(a.folder, b.folder),
-        layers=(a.layer, b.layer),
-        matched_by=matched_by,
-        left_out=len({*_numbers(a), *_numbers(b)}) - len(index),
-        prompt_index=index,
-        all=changes[0],
-        by=by,
-        groups=groups,
-        more_groups=max(len(counts) - GROUPS, 0),
-        **arrays,
-    )
 
 
 def _numbers(side: Side) -> Iterator[int]:
@@ -193,25 +212,33 @@ def _of_prompts(a: Side, b: Side) -> tuple[NDArray[np.int64], dict[str, Float64]
 def _pair(one: Stack, other: Stack, rows: NDArray[np.int64]) -> dict[str, Float64]:
     """What two prompts' matrices have in common, from the products of their directions, [n, R, R']."""
     S, V, T, W = (np.asarray(x[rows], np.float64) for x in (one.S, one.V, other.S, other.V))
-    squares = (V @ W.swapaxes(1, 2)) ** 2
-    # Also of each with itself, since vectors in float16 are orthonormal only to their rounding.
-    own = (
-        np.einsum("nr,nrs,ns->n", S, (V @ V.swapaxes(1, 2)) ** 2, S),
-        np.einsum("nr,nrs,ns->n", T, (W @ W.swapaxes(1, 2)) ** 2, T),
+    # Vectors are orthonormal only to their rounding: a thousandth in float16.
+    across, gram_a, gram_b = (x @ y.swapaxes(1, 2) for x, y in ((V, W), (V, V), (W, W)))
+    inner, own_a, own_b = (
+        np.einsum("nr,nrs,ns->n", x, products**2, y)
+        for x, products, y in ((S, across, T), (S, gram_a, S), (T, gram_b, T))
     )
-    across = np.einsum("nr,nrs,ns->n", S, squares, T)
     has = S > 0, T > 0
     common = np.minimum(has[0].sum(1), has[1].sum(1))
+    sizes = np.einsum("nss->ns", gram_b)  # |w|^2 of each direction w of B
+    held = np.einsum("nrs,nrs->ns", across, _inverse(gram_a, has[0]) @ across)  # |P_A w|^2
     leading = [np.arange(x.shape[1]) < common[:, None] for x in (S, T)]
-    held = (squares * has[0][:, :, None]).sum(1)  # |P_A w|^2 of each direction w of B
+    back = _inverse(gram_a, leading[0]) @ across @ _inverse(gram_b, leading[1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        distance = np.sqrt(np.maximum(own[0] + own[1] - 2 * across, 0))
+        distance = np.sqrt(np.maximum(own_a + own_b - 2 * inner, 0))
         return {
-            "cosine": across / np.sqrt(own[0] * own[1]),
-            "change": distance / (np.sqrt(own[0]) + np.sqrt(own[1])),
-            "outside": np.clip(1 - (held * T).sum(1) / T.sum(1), 0, 1),
-            "overlap": (squares * leading[0][:, :, None] * leading[1][:, None, :]).sum((1, 2)) / common,
+            "cosine": inner / np.sqrt(own_a * own_b),
+            "change": distance / (np.sqrt(own_a) + np.sqrt(own_b)),
+            "outside": np.clip(1 - (held * T).sum(1) / (sizes * T).sum(1), 0, 1),
+            "overlap": (across * back).sum((1, 2)) / common,
         }
+
+
+def _inverse(gram_nRR: Float64, chosen_nR: Mask) -> Float64:
+    """[n, R, R] the inverse among the chosen rows, zero elsewhere; of rows that depend on each other, on their span."""
+    chosen_nRR = chosen_nR[:, :, None] & chosen_nR[:, None, :]
+    found_nRR: Float64 = np.linalg.pinv(np.where(chosen_nRR, gram_nRR, 0.0), 1e-9, hermitian=True)
+    return found_nRR
 
 
 def _contrast(a: Side, b: Side, mask: Mask, rank: int, ridge: float) -> algebra.Contrast:
@@ -220,34 +247,34 @@ def _contrast(a: Side, b: Side, mask: Mask, rank: int, ridge: float) -> algebra.
         mean_of_group(side.shards, side.index.layout, side.layer, lambda reader: mask[_range(reader.entry)])[0]
         for side in (b, a)
     ]
+    if any(len(x.S) == 0 if isinstance(x, algebra.MeanFactors) else np.trace(x) <= 0 for x in means):
+        nothing = np.zeros(0)
+        return algebra.Contrast(nothing, np.zeros((0, b.width)), nothing, nothing, 0.0)
     most = min(rank, int(mask.sum()) * b.index.layout.rank)
     if isinstance(means[0], algebra.MeanFactors):
         most = min(most, len(means[0].S))
-    try:
-        return algebra.contrast(means[0], means[1], max(most, 1), ridge)
-    except ValueError as error:
-        raise UserError(
-            f"the matrices of prompts {listed([str(i) for i in np.flatnonzero(mask)], 3)} at {a.layer} of {a.folder} "
-            f"are zero ({error}); compare other layers or prompts"
-        ) from error
+    return algebra.contrast(means[0], means[1], most, ridge)
 
 
 def _range(entry: ShardEntry) -> slice:
     return slice(entry.start, entry.stop)
 
 
-def _column(a: Side, b: Side, by: str | None) -> list[Any] | None:
-    """The values of a kept column for all stored prompts, from the first folder that has it; None without `by`."""
+def _columns(a: Side, b: Side, by: str | None) -> list[list[Any]]:
+    """The values of a kept column for all stored prompts, of each folder that has it; none without `by`."""
     if by is None:
-        return None
+        return []
     kept = [side.index.layout.keep_columns for side in (a, b)]
-    side = next((side for side, names in zip((a, b), kept, strict=True) if by in names), None)
-    if side is None:
+    sides = [side for side, names in zip((a, b), kept, strict=True) if by in names]
+    if not sides:
         names = list(dict.fromkeys(kept[0] + kept[1]))
         there = f"there is {listed(names)}" if names else "none is kept: run with --keep_columns"
         raise UserError(f"{shown(by)} is no kept column of {a.folder} or {b.folder}; {there}")
-    schema = common_schema((reader.table.schema for reader in side.shards()), side.index.layout)
-    values: list[Any] = [None] * max(a.index.stop, b.index.stop)
-    for reader in side.shards():
-        values[_range(reader.entry)] = as_type(reader.table.column(by), schema.field(by).type).to_pylist()
-    return values
+    found = []
+    for side in sides:
+        schema = common_schema((reader.table.schema for reader in side.shards()), side.index.layout)
+        values: list[Any] = [None] * max(a.index.stop, b.index.stop)
+        for reader in side.shards():
+            values[_range(reader.entry)] = as_type(reader.table.column(by), schema.field(by).type).to_pylist()
+        found.append(values)
+    return found

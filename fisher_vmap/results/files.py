@@ -39,6 +39,9 @@ class Staged:
     """A file that is written under a temporary name and gets its own name with `commit`."""
 
     def __init__(self, path: Path) -> None:
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays one
+        if not path.name:  # "." and "/"
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         self.path = path
         self.temporary = path.with_name(f".{path.name}~{_HOST}~{os.getpid()}~{secrets.token_hex(6)}.tmp")
         self.committed = False
@@ -83,10 +86,19 @@ def staged(path: Path) -> Iterator[Staged]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` when the block ends without an error."""
+    """Open a file that replaces `path` when the block ends without an error; a pipe or a device is written to."""
+    if is_stream(path):
+        with readable_write_errors(path), open(path, "wb") as file:
+            yield file
+        return
     with staged(path) as stage:
         yield stage.file
         stage.commit()
+
+
+def is_stream(path: Path) -> bool:
+    """Whether there is something at `path` that is neither a file nor a folder, such as a pipe or /dev/stdout."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager

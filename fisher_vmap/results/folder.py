@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_vmap.errors import UserError
-from fisher_vmap.results.files import readable_write_errors, remove_stale_temporaries
+from fisher_vmap.results.files import is_stream, readable_write_errors, remove_stale_temporaries
 from fisher_vmap.results.index import (
     INDEX_NAME,
     MEAN_NAME,
@@ -102,6 +102,33 @@ def check_writable(folder: Path) -> None:
             if place.exists() or place.is_symlink():
                 os.rmdir(tempfile.mkdtemp(prefix=".fisher_vmap~", dir=place))
                 return
+
+
+def check_output(path: Path, flag: str = "--output") -> None:
+    """Check, before anything is computed for it, that a file can be written and is none of a results folder's own.
+
+    Args:
+        path: the file.
+        flag: what names it on the command line.
+
+    Raises:
+        UserError: it is a folder or a file that holds results, or nothing can be written there.
+    """
+    check_not_ours(path, flag)
+    if not is_stream(path):
+        with readable_write_errors(path, f"choose another {flag}"):
+            os.rmdir(tempfile.mkdtemp(prefix=".fisher_vmap~", dir=Path(os.path.realpath(path)).parent))
+
+
+def check_not_ours(path: Path, flag: str) -> None:
+    """Raise UserError for a folder, and for a file of a results folder."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file; choose another {flag}")
+    target = Path(os.path.realpath(path))
+    shard = target.parent.name == SHARD_FOLDER and _SHARD_NAMES.fullmatch(target.name)
+    folder = target.parent.parent if shard else target.parent
+    if (shard or _TOP_NAMES.fullmatch(target.name)) and (folder / INDEX_NAME).exists():
+        raise UserError(f"{path} is a file of the results in {folder}; choose another {flag}")
 
 
 def remove_leftovers(folder: Path, index: Index) -> None:

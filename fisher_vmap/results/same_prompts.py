@@ -1,7 +1,7 @@
 """Two results folders of the same prompts, side by side: whether they are the same, and their shards by pairs.
 
-Prompts are the same if they have the same number and text. Where one of the folders stores no text, source rows and
-token counts are compared in its place.
+Prompts are the same if they have the same number and text, and the same completion where the data gives one. Where one
+of the folders stores no text, source rows and token counts are compared in its place.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +21,10 @@ from fisher_vmap.results.shard_reader import ShardReader
 Matched = Literal["text", "source rows and token counts"]
 
 _NAMES = ("text", "truncated", "source_row", "tokens", "status")
+_COMPLETIONS = "completions"
 _Row = dict[str, Any]  # these columns of a prompt's row
 _BEFORE = 20  # characters shown before the first difference of two long texts
-_APART = {"model", "model_path", "layers", "hook_layer_name", "data", "device_type"}  # what usually differs, or is told
+_APART = {"model", "model_path", "layers", "hook_layer_name", "device_type"}  # what usually differs, or is told
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ def check_same(one: Side, other: Side) -> Matched:
         UserError: a prompt is another one, which the line names, or is in one of two finished folders alone.
     """
     texts = one.index.layout.store_text and other.index.layout.store_text
+    given = texts and all(side.index.fingerprint.get("targets") == "completion" for side in (one, other))
+    names = (*_NAMES, *([_COMPLETIONS] if given else []))
     with bar(len(one.index.shards), "shards", "comparing prompts") as advance:
         for piece in pieces(replace(one, shards=lambda: passing(one.shards(), advance)), other):
-            rows = (zip(*piece.columns(reader, _NAMES), strict=True) for reader in (piece.one, piece.other))
+            rows = (zip(*piece.columns(reader, names), strict=True) for reader in (piece.one, piece.other))
             for number, pair in enumerate(zip(*rows, strict=True), piece.start):
-                a, b = (dict(zip(_NAMES, row, strict=True)) for row in pair)
+                a, b = (dict(zip(names, row, strict=True)) for row in pair)
                 if not _alike(a, b, texts):
                     raise UserError(_difference(number, (a, b), (one.folder, other.folder), texts))
     ends = one.index.stop, other.index.stop
@@ -131,27 +134,41 @@ def check_same(one: Side, other: Side) -> Matched:
 
 def _alike(a: _Row, b: _Row, texts: bool) -> bool:
     if texts and a["text"] is not None and b["text"] is not None:
-        if a["truncated"] or b["truncated"]:  # other tokenizers cut a text at other places
-            length = min(len(a["text"]), len(b["text"]))
-            return bool(a["text"][:length] == b["text"][:length])
-        return bool(a["text"] == b["text"])
+        return _same_text(a, b, a["text"], b["text"]) and _same_completion(a, b)
     rows = (a["source_row"], b["source_row"])
     counted = not texts and a["status"] == b["status"] == "ok"
     return (None in rows or rows[0] == rows[1]) and not (counted and a["tokens"] != b["tokens"])
+
+
+def _same_text(a: _Row, b: _Row, one: str, other: str) -> bool:
+    """Other tokenizers cut a text at other places: one that was cut is the beginning of the other."""
+    cut_one, cut_other = a["truncated"] and other.startswith(one), b["truncated"] and one.startswith(other)
+    return bool(one == other or cut_one or cut_other)
+
+
+def _same_completion(a: _Row, b: _Row) -> bool:
+    pairs = zip(a.get(_COMPLETIONS) or (), b.get(_COMPLETIONS) or (), strict=False)
+    return all(_same_text(a, b, one, other) for one, other in pairs)
 
 
 def _difference(
     number: int, rows: tuple[dict[str, Any], dict[str, Any]], folders: tuple[Path, Path], texts: bool
 ) -> str:
     a, b = rows
+    what = f"prompt {number}"
     if texts and a["text"] is not None and b["text"] is not None:
-        one, other = _apart(a["text"], b["text"])
+        pair = a["text"], b["text"]
+        if _same_text(a, b, *pair):
+            what = f"the completion of prompt {number}"
+            pairs = zip(a[_COMPLETIONS], b[_COMPLETIONS], strict=True)
+            pair = next(each for each in pairs if not _same_text(a, b, *each))
+        one, other = _apart(*pair)
         why = "compare two runs over the same prompts in the same order"
     else:
         one, other = (f"row {row['source_row']} of the data with {row['tokens']} tokens" for row in rows)
         stores = "its text is not stored" if texts else "one of the folders stores no texts"
         why = f"{stores}, so that source rows and token counts are compared; run both with store_text: true"
-    return f"prompt {number} is {one} in {folders[0]} and {other} in {folders[1]}; {why}"
+    return f"{what} is {one} in {folders[0]} and {other} in {folders[1]}; {why}"
 
 
 def _apart(one: str, other: str) -> tuple[str, str]:
@@ -162,7 +179,7 @@ def _apart(one: str, other: str) -> tuple[str, str]:
 
 
 def other_settings(one: Index, other: Index) -> dict[str, tuple[Any, Any]]:
-    """The settings that change results and differ between two runs, but for model, layers and data; None: not set."""
+    """The settings that change results and differ between two runs, but for model and layers; None: not set."""
     a, b = plain_values(one.fingerprint), plain_values(other.fingerprint)
     names = [name for name in {**a, **b} if name not in _APART and a.get(name) != b.get(name)]
     return {name: (a.get(name), b.get(name)) for name in names}

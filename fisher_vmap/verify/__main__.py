@@ -32,6 +32,7 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.escape import visible
 from fisher_vmap.progress import aside, bar, step
 from fisher_vmap.results.files import check_sha256, damaged
+from fisher_vmap.results.folder import check_not_ours
 from fisher_vmap.results.index import (
     INDEX_NAME,
     MEAN_NAME,
@@ -338,6 +339,8 @@ def _check_kl(arguments: argparse.Namespace) -> int:
     prompts = PROMPTS if arguments.prompts is None else arguments.prompts
     if prompts < 1:
         raise UserError(f"--prompts is {prompts}; expected at least 1")
+    if arguments.plot is not None:
+        check_not_ours(arguments.plot, "--plot")
     results = open_results(arguments.folder)
     try:
         found = check_kl(

@@ -255,6 +255,21 @@ def test_small_helpers():
     assert typed(np.array([[1.5, 2]]))["shape"] == "1, 2"
 
 
+def test_where_the_page_cannot_go_is_said_before_anything_is_computed(results, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fisher_vmap.report.__main__.open_results", lambda *_, **__: pytest.fail("it was opened"))
+    index = results.folder / "index.json"
+    before = index.read_bytes()
+    for path, told in (
+        (index, f"{index} is a file of the results in {results.folder}; choose another --output"),
+        (tmp_path, f"{tmp_path} is a folder, not a file; choose another --output"),
+        (".", ". is a folder, not a file; choose another --output"),
+        ("/nowhere/look.html", "cannot write /nowhere/look.html: no such file or directory; choose another --output"),
+    ):
+        assert main([str(results.folder), "--output", str(path)]) == 2
+        assert told in capsys.readouterr().err
+    assert before == index.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_draws_it_without_errors(results, tmp_path):

@@ -118,7 +118,7 @@ def test_a_folder_beside_itself(tmp_path, vectors_dtype):
     write_folder(tmp_path, 11, make_layout(WIDTHS, vectors_dtype=vectors_dtype))
     results = open_results(tmp_path)
     found = results.compare(results)
-    near = 1e-6 if vectors_dtype == "float32" else 1e-3
+    near = 1e-12  # though vectors in float16 are orthonormal to a thousandth
     np.testing.assert_allclose(found.cosine, 1, atol=1e-9)
     np.testing.assert_allclose(found.change, 0, atol=1e-7)
     np.testing.assert_array_equal(found.ratio, 1)
@@ -312,6 +312,13 @@ def test_a_folder_that_keeps_the_mean_alone(two, tmp_path):
         ({"rank": 8}, "rank is 8; expected 1 to 7"),
         ({"ridge": 0}, "ridge is 0; expected a fraction"),
         ({"ridge": float("nan")}, "ridge is nan"),
+        ({"ridge": 1e-7}, "ridge is 1e-07; expected a fraction of the mean eigenvalue from 1e-06 to 1e.06"),
+        ({"ridge": 1e308}, "ridge is 1e.308"),
+        ({"ridge": "x"}, "ridge is 'x'"),
+        ({"ridge": True}, "ridge is True"),
+        ({"rank": 2.5}, "rank is 2.5; expected 1 to 7"),
+        ({"rank": None}, "rank is None"),
+        ({"rank": True}, "rank is True"),
         ({"by": "sort"}, "'sort' is no kept column of .*; there is kind"),
         ({"layer": 5}, "layer 5 was not hooked"),
     ],
@@ -331,14 +338,66 @@ def test_other_mistakes(two, tmp_path):
         a.compare(a)
     with pytest.raises(UserError, match="none is kept: run with --keep_columns"):
         a.compare(a, by="kind")
-    zero = [make_prompt(i, layout) for i in range(3)]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_matrices_that_are_zero_have_no_directions(tmp_path, monkeypatch, wide):
+    monkeypatch.setattr(means, "DENSE_WIDTH", 4 if wide else 16_384)
+    layout = make_layout(keep_columns=COLUMN)
+    some = [make_prompt(i, layout) for i in range(8)]
+    zero = [replace(prompt, layers=dict(prompt.layers)) for prompt in some]
     for prompt in zero:
         found = prompt.layers["blocks.0"]
         prompt.layers["blocks.0"] = found._replace(S=0 * found.S, V=0 * found.V, trace=0.0)
-    some = write(tmp_path / "some", [make_prompt(i, layout) for i in range(3)], layout)
-    nothing = write(tmp_path / "nothing", zero, layout)
-    with pytest.raises(UserError, match=r"the matrices of prompts 0, 1, 2 at blocks.0 of .*nothing are zero"):
-        nothing.compare(some)
-    found = some.compare(nothing)
-    assert np.isnan(found.cosine).all() and (found.change == 1).all() and np.isnan(found.outside).all()
-    assert (found.ratio == 0).all() and np.allclose(found.directions.ratios, 0)
+    a, b = write(tmp_path / "a", some, layout), write(tmp_path / "b", zero, layout)
+    for one, other in ((a, b), (b, a)):
+        found = one.compare(other, by="kind")
+        assert np.isnan(found.cosine).all() and (found.change == 1).all()
+        for group in (found.all, *found.groups.values()):
+            assert group.directions.directions.shape == (0, 7) and group.tokens == ()
+    assert np.isnan(a.compare(b).outside).all() and (b.compare(a).outside == 1).all()
+    of_kind = [prompt.kept["kind"] for prompt in some]
+    one_kind = [z if kind == of_kind[0] else x for x, z, kind in zip(some, zero, of_kind, strict=True)]
+    found = write(tmp_path / "c", one_kind, layout).compare(a, by="kind")
+    counts = {group.value: len(group.directions.ratios) for group in found.groups.values()}
+    assert len(counts) > 1 and counts.pop(of_kind[0]) == 0 and min(counts.values()) > 0
+    assert len(found.directions.ratios) == 5
+
+
+@pytest.mark.parametrize("vectors_dtype", ["float32", "float16"])
+def test_what_is_not_held_is_that_of_a_projector(tmp_path, vectors_dtype):
+    layouts = [make_layout(vectors_dtype=vectors_dtype, rank=rank) for rank in (3, 2)]
+    a, b = (
+        write(tmp_path / str(seed), make_prompts(0, 6, layout, seed), layout) for seed, layout in enumerate(layouts)
+    )
+    found = a.compare(b)
+    for place, i in enumerate(found.prompt_index.tolist()):
+        V, W = (np.linalg.qr(x[i].V[x[i].S > 0].astype(float).T)[0] for x in (a, b))
+        B = dense(b[i])
+        assert found.outside[place] == pytest.approx(1 - np.trace(V.T @ B @ V) / np.trace(B), abs=1e-12)
+        V, W = V[:, : W.shape[1]], W[:, : V.shape[1]]
+        assert found.overlap[place] == pytest.approx(np.linalg.norm(V.T @ W) ** 2 / V.shape[1], abs=1e-12)
+
+
+def test_a_text_is_the_beginning_of_another_only_where_it_was_cut(tmp_path):
+    layout = make_layout()
+    one, other = texts(layout, {}), texts(layout, {})
+    one[1], other[1] = replace(one[1], text="a long text", truncated=True), replace(other[1], text="a long")
+    a = write(tmp_path / "a", one, layout)
+    with pytest.raises(UserError, match="prompt 1 is 'a long text' in"):
+        a.compare(write(tmp_path / "b", other, layout))
+    other[1] = replace(other[1], truncated=True)
+    assert len(a.compare(write(tmp_path / "c", other, layout)).cosine) == 6
+
+
+def test_a_group_has_the_value_of_the_column_in_a(tmp_path):
+    factors, _, _ = planted("common", 0, count=6, width=12)
+    long = "how to " + 80 * "x" + " end"
+    a = write_factors(tmp_path / "a", {"m": factors}, values={"kind": [long, None, 1.5]})
+    b = write_factors(tmp_path / "b", {"m": factors}, values={"kind": [long, "only b", 1.5]})
+    found = a.compare(b, by="kind")
+    assert [group.value for group in found.groups.values()] == [long, None, "1.5"]
+    assert found.other_values == 2 and found.all.value is None
+    assert a.compare(a, by="kind").other_values == 0
+    none = write_factors(tmp_path / "none", {"m": factors})
+    assert a.compare(none, by="kind").other_values == none.compare(a, by="kind").other_values == 0

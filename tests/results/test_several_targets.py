@@ -13,6 +13,7 @@ from command_cases import TARGET_RUNS, VOCABULARY, run_here, run_targets, save_m
 from models import fresh
 from results_cases import make_layout, make_prompt, open_writer
 
+from fisher_vmap.errors import UserError
 from fisher_vmap.export import main as export
 from fisher_vmap.finish import main as finish
 from fisher_vmap.info import main as info
@@ -20,6 +21,7 @@ from fisher_vmap.results.card import data_card
 from fisher_vmap.results.hub import _copy_without_text
 from fisher_vmap.results.index import read_index, write_index
 from fisher_vmap.results.reader import open_results
+from fisher_vmap.results.same_prompts import other_settings
 from fisher_vmap.results.targets import note_of
 from fisher_vmap.verify.__main__ import main as verify
 
@@ -51,6 +53,24 @@ def test_the_records_and_the_stack_agree(made):
             pads = record.token_ids < 0
             assert all(text == "" for text, pad in zip(record.top_tokens, pads, strict=True) if pad)
             assert np.array_equal(pads, record.token_targets < 0) and np.isfinite(record.trades()).all()
+
+
+def test_completions_that_the_data_give_are_compared(tmp_path):
+    """What the model writes is not of the data, and another file is told."""
+    model, answers = save_model(tmp_path / "model"), [f"answer number {i}" for i in range(5)]
+    results = {}
+    for name, changed, targets in (("a", 0, "completion"), ("b", 1, "completion"), ("written", 1, 2)):
+        words = [*answers[:3], "another" if changed else answers[3], answers[4]]
+        data = write_prompts(tmp_path / f"{name}.jsonl", texts(5), completion=words)
+        assert run_here(model, data, tmp_path / name, targets=targets) == 0
+        results[name] = open_results(tmp_path / name)
+    line = (
+        r"^the completion of prompt 3 is 'answer number 3' in .*a and 'another' in .*b; compare two runs over the same"
+    )
+    with pytest.raises(UserError, match=line):
+        results["a"].compare(results["b"])
+    assert len(results["a"].compare(results["written"]).cosine) == 5
+    assert {"data", "targets"} <= set(other_settings(results["a"].index, results["written"].index))
 
 
 def test_it_is_compared_with_itself(made):

@@ -103,6 +103,14 @@ def test_what_is_wrong_is_said_in_one_line(folders, capsys, arguments, message):
     assert message in lines[-1] and sum(line.startswith("fisher_vmap:") for line in lines) == 1
 
 
+def test_the_plot_takes_no_place_of_a_results_file(folders, capsys):
+    folder = folders["topk"]
+    before = (folder / "metadata.yaml").read_bytes()
+    assert main([str(folder), "--kl", "--plot", str(folder / "metadata.yaml")]) == 2
+    assert "is a file of the results in" in capsys.readouterr().err
+    assert before == (folder / "metadata.yaml").read_bytes()
+
+
 def test_another_model_or_other_prompts_are_refused(inputs, tmp_path, capsys):
     model, data = save_model(tmp_path / "model"), tmp_path / "prompts.jsonl"
     write_prompts(data, texts(3))
