@@ -235,10 +235,9 @@ def _pair(one: Stack, other: Stack, rows: NDArray[np.int64]) -> dict[str, Float6
 
 
 def _inverse(gram_nRR: Float64, chosen_nR: Mask) -> Float64:
-    """[n, R, R] the inverse among the chosen rows, zero elsewhere; of rows that depend on each other, on their span."""
+    """[n, R, R] the inverse among the chosen rows, which are nearly orthonormal; zero elsewhere."""
     chosen_nRR = chosen_nR[:, :, None] & chosen_nR[:, None, :]
-    found_nRR: Float64 = np.linalg.pinv(np.where(chosen_nRR, gram_nRR, 0.0), 1e-9, hermitian=True)
-    return found_nRR
+    return np.where(chosen_nRR, np.linalg.inv(np.where(chosen_nRR, gram_nRR, np.eye(gram_nRR.shape[1]))), 0.0)
 
 
 def _contrast(a: Side, b: Side, mask: Mask, rank: int, ridge: float) -> algebra.Contrast:
