@@ -91,10 +91,11 @@ class Kept:
 
         def computed(record: dict[str, Any]) -> list[str]:
             if question == "prompts":
-                return [hunt.get("precision", "model") for hunt in record["hunts"]]
+                return [hunt.get("precision", "model") for hunt in record.get("hunts", [])]
             return [each for pair in record.get("precision", {}).values() for each in pair]
 
-        return [name for name, record in self.data.get(question, {}).items() if "float32" in computed(record)]
+        records = self.data.get(question, {})
+        return [name for name in (*MODELS, *CONTROLS.values()) if "float32" in computed(records.get(name, {}))]
 
     def state(self, question: str) -> str:
         """Which of a question's numbers are there: "" if all are."""

@@ -198,6 +198,7 @@ def test_the_page_says_which_matrices_are_in_float32(tmp_path):
     kept.data["prompts"][MODELS[0]]["hunts"][0]["precision"] = "model"
     kinds = {"full": ["model", "model"], "topk": ["model", "float32"]}
     kept.data["behaviour"] = {MODELS[0]: {"precision": kinds}, MODELS[1]: {"precision": {"full": ["model", "model"]}}}
+    kept.data["prompts"]["base in float32"] = {"hunts": [{"precision": "float32"}]}  # a name of no model or control
     (said, _) = page.precisions(kept)
     assert said.endswith(f"those of (a) of {MODELS[1]} and of (b) of {MODELS[0]} in float32.")
 
