@@ -129,11 +129,11 @@ def lines(
     yield from _field("off target", f"{found.off_target_kl:.3g} nats, the KL among the other tokens")
     yield from _field("budget used", used(found.measured_kl / found.kl, unicode))
     if not found.quadratic:
-        yield from _field(
-            "note",
-            f"the measured KL differs from the budget by more than {REACH:.0%}: the quadratic form does not reach so "
-            f"far; --kl {found.kl**2 / found.measured_kl:.2g} comes nearer to {found.kl:.3g}",
-        )
+        what = "budget" if abs(found.measured_kl - found.kl) > REACH * found.kl else "predicted one"
+        far = f"the measured KL differs from the {what} by more than {REACH:.0%}"
+        far += ": the quadratic form does not reach so far"
+        nearer = f"{found.kl**2 / found.measured_kl:.2g} comes nearer to {found.kl:.3g}" if found.measured_kl else ""
+        yield from _field("note", f"{far}; --kl {nearer}" if nearer else far)
     if before.text or after.text:
         yield ""
         for name, each in (("text without", before), ("text with", after)):

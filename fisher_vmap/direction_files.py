@@ -159,10 +159,24 @@ def _finite(name: str, values: ArrayLike) -> NDArray[np.float32]:
     return array
 
 
+def holds_a_step(path: Path) -> bool:
+    """Whether a file is empty, or a step that this package has written as safetensors, or a control vector."""
+    with readable_write_errors(path), open(path, "rb") as file:
+        head = file.read(2**16)
+    if not head or path.suffix == ".gguf":
+        return not head or b"controlvector" in head
+    try:
+        header = json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])
+        return "step" in header and "fisher_vmap" in header["__metadata__"]
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 @contextmanager
 def _in_place_of(given: str | os.PathLike[str]) -> Iterator[str]:
     """A temporary path for a library that writes by name; at the end the file is moved to the given one."""
     path = Path(os.path.expanduser(given))
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays one
     with readable_write_errors(path), tempfile.TemporaryDirectory(prefix=f".{path.name}~", dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         yield str(temporary)

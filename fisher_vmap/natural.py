@@ -24,6 +24,7 @@ long.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ PRODUCTS = 8  # by F, if not given
 SMALL_WIDTH = 128  # up to which D the equation for y is solved, if their number is not given
 SOLVED = 1e-10  # the residual of the equation for y, relative to g, at which no more products are taken
 LATER = 4  # a step after the first takes this part of its products: it knows F along the directions before
+KLS = (1e-12, 1e6)  # nats, of a budget
 REACH = 0.1  # by which part measured and predicted KL may differ where the quadratic form holds
 
 
@@ -79,8 +81,11 @@ class NaturalStep(Step):
 
     @property
     def quadratic(self) -> bool:
-        """Whether the measured KL is within 10% of the budget: beyond, F at one point no longer says what happens."""
-        return abs(self.measured_kl - self.kl) <= REACH * self.kl
+        """Whether the measured KL is within 10% of the predicted one: beyond, F at one point does not say what happens.
+
+        The predicted KL is below the budget by the part of it that the damping takes.
+        """
+        return abs(self.measured_kl - self.predicted_kl) <= REACH * self.predicted_kl
 
 
 @autocast_off()
@@ -151,6 +156,9 @@ def natural_step(
     else:
         where = Prompts(one_layer(model, layer), prompt, attention_mask, positions, targets)
     tokens = [token_ids(given, where.tokenizer) for given in (towards, away_from)]
+    if both := {*_listed(tokens[0])} & {*_listed(tokens[1])}:
+        raise ValueError(f"token {min(both)} is in towards and in away_from; leave it out of one of the two")
+    gradient = None if gradient is None else torch.as_tensor(gradient)
     wanted = Objective(tokens[0], tokens[1], gradient, objective, at)
     theta_D, path = torch.zeros(where.width, dtype=torch.float64), 0.0
     ridge = rest = mean_eigenvalue = 0.0
@@ -349,6 +357,14 @@ def _end(point: Point, wanted: Objective, before: _Local) -> tuple[Tensor, ...]:
     return (kl_B, off_B, *told, *p)
 
 
+def _listed(tokens: Tensor | None) -> list[int]:
+    return [] if tokens is None else tokens.tolist()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check(objective: str, at: str, estimator: str, kl: float, damping: float | None, wanted: Sequence[Any]) -> None:
     """Raise ValueError for arguments that are wrong by themselves."""
     for name, value, known in (
@@ -358,10 +374,10 @@ def _check(objective: str, at: str, estimator: str, kl: float, damping: float | 
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-    if not 0 < kl < float("inf"):
-        raise ValueError(f"kl is {kl}; expected nats above zero, such as 0.1")
-    if damping is not None and not 0 < damping < float("inf"):
-        raise ValueError(f"damping is {damping}; expected a number above zero, in the units of F, or None")
+    if not (_is_number(kl) and KLS[0] <= kl <= KLS[1]):
+        raise ValueError(f"kl is {kl!r}; expected nats above zero, such as 0.1: from {KLS[0]:g} to {KLS[1]:g}")
+    if damping is not None and not (_is_number(damping) and 0 < damping < float("inf")):
+        raise ValueError(f"damping is {damping!r}; expected a number above zero, in the units of F, or None")
     towards, away_from, gradient = wanted
     if (towards is None) == (gradient is None) or (away_from is not None and towards is None):
         raise ValueError("what is wanted is either towards, tokens, with or without away_from; or a gradient")

@@ -1,5 +1,7 @@
 """What a step is to gain: log-odds or log-probability of tokens at the targets, or any gradient given for it."""
 
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -77,8 +79,10 @@ def token_ids(tokens: Any, tokenizer: Any) -> Tensor | None:
     if tokens is None:
         return None
     if isinstance(tokens, Tensor):
-        tokens = tokens.tolist()
-    each = [tokens] if isinstance(tokens, str | int) else list(tokens)
+        tokens = tokens.flatten().tolist()
+    if isinstance(tokens, bytes | Mapping) or not isinstance(tokens, str | Integral | Iterable):
+        raise ValueError(f"{tokens!r} is no token; expected an id, a text of one token, or a list of these")
+    each = [tokens] if isinstance(tokens, str | Integral) else list(tokens)
     found = []
     for token in each:
         if isinstance(token, str):
@@ -89,6 +93,8 @@ def token_ids(tokens: Any, tokenizer: Any) -> Tensor | None:
                 pieces = [tokenizer.decode([i]) for i in ids]
                 raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}; give the first of them, or another word")
             token = ids[0]
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise ValueError(f"{token!r} is no token; expected an id, or a text of one token")
         found.append(int(token))
     if not found:
         raise ValueError("no token was given; expected at least one")

@@ -17,7 +17,7 @@ from fisher_vmap.linearize.linear_map import LinearMap, undisturbed
 from fisher_vmap.linearize.network import LinearizedNetwork
 from fisher_vmap.linearize.output import Asked, Distribution, Probes, distribution
 from fisher_vmap.linearize.probe import layer_widths
-from fisher_vmap.model.layers import resolve_layers
+from fisher_vmap.model.layers import decoder_blocks, resolve_layers
 from fisher_vmap.model.targets import grid_of, target_seeds
 from fisher_vmap.model.wrappers import names_inside
 from fisher_vmap.steering import at_point
@@ -54,6 +54,7 @@ class OneNetwork:
         if not isinstance(layer, str) or layer not in maps:
             raise ValueError(f"layer is {layer!r}; expected one of the hooked layers, {list(maps)}")
         net, self.layer = copy.copy(maps[layer]), layer
+        _check_inside_blocks(net.model, layer)
         net.layers = [layer]
         self.width, self.dtype, self.positions = net.widths[layer], net.dtype, net.layout.positions
         self._first = _point(net, self.top_k)
@@ -67,6 +68,15 @@ class OneNetwork:
             there = copy.copy(self._first.net)
             there.open()
             yield _point(there, self.top_k)
+
+
+def _check_inside_blocks(model: nn.Module, layer: str) -> None:
+    """Raise ValueError for a module around the decoder blocks, such as the final norm, which no run of them calls."""
+    blocks = list(decoder_blocks(model))
+    if not any(layer == block or layer.startswith(f"{block}.") for block in blocks):
+        raise ValueError(
+            f"a step at {layer}, outside of the decoder blocks, cannot be followed; take one such as {blocks[0]}"
+        )
 
 
 class _Batch(NamedTuple):
@@ -103,7 +113,13 @@ class Prompts:
         positions: str | Tensor | None,
         targets: str | Tensor,
     ) -> None:
+        if prompt is None or (isinstance(prompt, list | tuple) and not prompt):
+            raise ValueError("no prompt was given; expected token ids, a text, messages, or several of these")
         (self.layer,) = fisher.layers
+        _check_inside_blocks(fisher.model, self.layer)
+        for name, value, known in (("positions", positions, ("all", "last")), ("targets", targets, ("last", "all"))):
+            if isinstance(value, str) and value not in known:
+                raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, known))}, or a mask [B, T]")
         self._fisher, self.width, self.top_k = fisher, fisher.widths[self.layer], fisher.top_k
         self.tokenizer = fisher.tokenizer
         self.positions = fisher.options.positions if positions is None else positions

@@ -91,13 +91,14 @@ def steer_to(arguments: argparse.Namespace, settings: Settings) -> Iterator[str]
     wanted = Objective(token_ids(towards, None), token_ids(away_from or None, None), None, "log_odds", "first")
     with _user_errors():
         looks = look(fisher, [prompt.ids for prompt in prompts], found, wanted, arguments.tokens)
-    unicode = "utf" in (sys.stdout.encoding or "").lower()
-    yield from lines(fisher, prompts, found, wanted, looks, unicode=unicode)
-    for number, path in enumerate(arguments.output):
+    for path in arguments.output:  # before anything is printed, which a closed pipe would end
         if path.suffix == ".gguf":
             save_control_vector(path, {layer: found}, loaded.model.config.model_type)
         else:
             save_directions(path, {"step": found}, **_notes(arguments, settings, found, len(prompts)))
+    unicode = "utf" in (sys.stdout.encoding or "").lower()
+    yield from lines(fisher, prompts, found, wanted, looks, unicode=unicode)
+    for number, path in enumerate(arguments.output):
         yield f"{'' if number else chr(10)}written in {path}"
 
 

@@ -3,12 +3,13 @@
 import argparse
 import inspect
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fisher_vmap.cli import Parser, add_quiet, path_argument
 from fisher_vmap.data.prompts import read_prompts
-from fisher_vmap.direction_files import check_control_vector
+from fisher_vmap.direction_files import check_control_vector, holds_a_step
 from fisher_vmap.errors import UserError
 from fisher_vmap.results.folder import check_output
 from fisher_vmap.run.cli_args import add_settings, settings_of
@@ -82,6 +83,13 @@ def _checked(arguments: argparse.Namespace) -> Settings:
         raise UserError(f"targets is {settings.targets}; expected last, or how many tokens the model is to write")
     if settings.bias_positions == "completion":
         raise UserError("bias_positions is completion, which begins behind the token that is to change; take another")
+    if settings.bias_positions == "last" and settings.targets != "last":
+        raise UserError(
+            f"bias_positions is last, with targets {settings.targets} the last token that the model writes, behind "
+            "which nothing is read; take all or prompt, or leave --targets out"
+        )
+    if len({os.path.realpath(path) for path in arguments.output}) < len(arguments.output):
+        raise UserError(f"--output is {arguments.output[-1]} twice; name different files")
     if arguments.prompt and (unused := [name for name in given if name in inspect.signature(read_prompts).parameters]):
         raise UserError(f"--{unused[0]} is for --dataset_name, and --prompt is given; leave one of the two out")
     for path in arguments.output:
@@ -94,6 +102,8 @@ def _check_output(path: Path, layer: int | str | tuple[int | str, ...]) -> None:
     if path.suffix not in ENDINGS:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; expected {' or '.join(ENDINGS)}")
     check_output(path)
+    if path.is_file() and not holds_a_step(path):
+        raise UserError(f"{path} is there and holds something else than a step; choose another --output")
     (layer,) = layer if isinstance(layer, tuple) else (layer,)
     if path.suffix == ".gguf" and not str(layer).startswith("-"):  # a number from the top: known with the model
         check_control_vector([str(layer)])

@@ -1,5 +1,7 @@
 """A natural step gains most for its budget: against constrained optimisation, integration and plain autograd."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -327,3 +329,52 @@ def test_more_products_gain_more():
         assert float(delta @ F @ delta + ridge * delta @ delta) == pytest.approx(2 * kl, rel=1e-6)
         gains.append(float(delta @ g) / best)
     assert gains == sorted(gains) and gains[0] < 0.9 and gains[-1] == pytest.approx(1, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"positions": "first"}, "positions is 'first'; expected 'all' or 'last', or a mask"),
+        ({"targets": "foo"}, "targets is 'foo'; expected 'last' or 'all', or a mask"),
+        ({"prompt": None}, "no prompt was given"),
+        ({"prompt": []}, "no prompt was given"),
+        ({"towards": b"e"}, "b'e' is no token"),
+        ({"towards": 5.7}, "5.7 is no token"),
+        ({"towards": [5.7]}, "5.7 is no token"),
+        ({"towards": True}, "True is no token"),
+        ({"towards": {5: 6}}, "is no token"),
+        ({"towards": [5, 6], "away_from": [6]}, "token 6 is in towards and in away_from"),
+        ({"kl": "0.1"}, "kl is '0.1'; expected nats"),
+        ({"kl": None}, "kl is None"),
+        ({"kl": 1e-300}, "kl is 1e-300"),
+        ({"damping": "x"}, "damping is 'x'"),
+        ({"layer": "lm_head"}, "a step at lm_head, outside of the decoder blocks"),
+    ],
+)
+def test_arguments_of_other_types_are_one_line(changes, line):
+    given = {"prompt": prompts([6])[0], "layer": LAYER, "towards": 7, "kl": 1e-3} | changes
+    with pytest.raises(ValueError, match=re.escape(line)) as caught:
+        natural_step(tiny("gpt2"), given.pop("prompt"), **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_and_gradients_as_arrays():
+    model, ids = tiny("gpt2"), prompts([6])[0]
+    plain = natural_step(model, ids, layer=LAYER, towards=[5, 7], kl=1e-3)
+    for towards in (np.array([5, 7]), torch.tensor([[5], [7]]), (np.int64(7), np.int64(5))):
+        assert torch.equal(natural_step(model, ids, layer=LAYER, towards=towards, kl=1e-3).step, plain.step)
+    g = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = natural_step(model, ids, layer=LAYER, gradient=g, kl=1e-3)
+    assert torch.equal(natural_step(model, ids, layer=LAYER, gradient=g.numpy(), kl=1e-3).step, plain.step)
+
+
+def test_damping_that_takes_a_part_of_the_budget_leaves_the_form_quadratic():
+    found = natural_step(tiny("gpt2"), prompts([6])[0], layer=LAYER, towards=7, kl=1e-6, damping=1.0)
+    assert found.predicted_kl < 0.5 * found.kl and found.quadratic
+    assert found.measured_kl == pytest.approx(found.predicted_kl, rel=0.01)
+
+
+def test_a_model_of_one_block():
+    model = tiny("gpt2", n_layer=1)
+    found = natural_step(model, prompts([6])[0], layer=0, towards=7, kl=1e-6)
+    assert found.measured_kl == pytest.approx(found.predicted_kl, rel=0.05)

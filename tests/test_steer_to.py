@@ -471,3 +471,78 @@ def test_the_real_command(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and done.stdout.endswith(f"\nwritten in {out}\n")
     assert Step.load(out).step.norm() > 0
+
+
+# What a file is in place of
+
+
+def test_a_file_that_is_no_step_is_not_replaced(folder, tmp_path, capsys):
+    weights = folder / "model.safetensors"
+    (tmp_path / "lens" / "shards").mkdir(parents=True)
+    (tmp_path / "lens" / "lens.json").write_text("{}")
+    part = tmp_path / "lens" / "shards" / "part-1-of-1.safetensors"
+    part.write_bytes(b"")
+    note = tmp_path / "note.gguf"
+    note.write_bytes(b"mine")
+    for path, line in (
+        (weights, f"{weights} is there and holds something else than a step; choose another --output"),
+        (part, f"{part} is a file of the lens in {tmp_path / 'lens'}; choose another --output"),
+        (note, f"{note} is there and holds something else than a step"),
+    ):
+        before = path.read_bytes()
+        assert main(words(folder, "--output", path)) == 2
+        assert line in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_an_older_step_is_replaced_and_a_link_stays_one(folder, tmp_path):
+    for name in ("step.safetensors", "step.gguf"):
+        real, link = tmp_path / f"real-{name}", tmp_path / name
+        assert main(words(folder, "--output", real)) == 0
+        before = real.read_bytes()
+        link.symlink_to(real)
+        assert main(words(folder, "--output", link, kl=1e-4)) == 0
+        assert link.is_symlink() and real.read_bytes() != before
+
+
+def test_the_file_is_there_before_anything_is_printed(folder, tmp_path, monkeypatch):
+    out = tmp_path / "step.safetensors"
+
+    def closed(*_, **__):
+        assert out.exists()
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        main(words(folder, "--output", out))
+    assert list(load_file(out)) == ["step"]
+
+
+def test_a_model_that_measures_no_divergence_at_all(folder, tmp_path, capsys):
+    """In bfloat16 a step of 1e-12 nats changes nothing that is measured."""
+    out = tmp_path / "step.safetensors"
+    given = words(folder, "--output", out, "--precision", "model", kl=1e-12)
+    assert main([word.replace("float32", "bfloat16") for word in given]) == 0
+    seen, _ = told(capsys)
+    assert number(seen["KL in nats"])[0] == 1e-12 and out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "line"),
+    [
+        (["--bias_positions", "last", "--targets", "3"], {}, "behind which nothing is read; take all or prompt"),
+        (["--output", "a.safetensors", "--output", "./a.safetensors"], {}, "--output is a.safetensors twice"),
+        ([], {"kl": 1e-300}, "kl is 1e-300; expected nats above zero, such as 0.1"),
+        ([], {"kl": 1e300}, "kl is 1e+300; expected nats above zero"),
+        (
+            [],
+            {"layer": "model.norm"},
+            "a step at model.norm, outside of the decoder blocks, cannot be followed; take one",
+        ),
+        ([], {"layer": "lm_head"}, "take one such as model.layers.0"),
+        ([], {"layer": "model.embed_tokens"}, "outside of the decoder blocks"),
+    ],
+)
+def test_more_mistakes_are_one_line(folder, capsys, more, changes, line):
+    assert main(words(folder, *more, **changes)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert line in lines[-1] and lines[-1].startswith("fisher_vmap: ")

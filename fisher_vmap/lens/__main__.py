@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary, loaded = fit_lens(typed)
         for line in lines(summary, typed):
             print(line, flush=True)
-        if typed.read and summary.lens is not None:
+        if typed.read and summary.lens is None:
+            print("nothing is read yet: give --read again when the lens is written", flush=True)
+        elif typed.read and summary.lens is not None:
             from fisher_vmap.lens.opening import load
             from fisher_vmap.lens.stored_readouts import read_texts
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.lens.flags import PT_NAME, SAFETENSORS_NAME
-from fisher_vmap.lens.folder import read_info, write_info
+from fisher_vmap.lens.folder import READOUTS, read_info, write_info
 from fisher_vmap.lens.jacobian_lens import JacobianLens
 from fisher_vmap.lens.opening import Fit
 from fisher_vmap.lens.sums import Spread
@@ -63,13 +63,15 @@ def finish(fit: Fit, total: int | None, counted: Counted) -> Summary:
         skipped = {i: why for _, shard in shards.values() for i, why in shard.skipped.items()}
         failed = {i: why for _, shard in shards.values() for i, why in shard.failed.items()}
         there = sum(shard.prompts for _, shard in shards.values())
-        if total is not None and there > total:
+        size = fit.settings.shard_size
+        beyond = total is not None and max(shards, default=-1) >= -(-total // size)  # of another part of the data
+        if total is not None and (there > total or beyond):
             raise UserError(
-                f"{fit.folder} holds sums of more prompts than are asked for, {there} of {total}, and a sum cannot be "
+                f"{fit.folder} holds sums of more prompts than are asked for, "
+                f"{max(there, max(shards) * size + 1)} of {total}, and a sum cannot be "
                 "taken apart; raise num_prompts, or use another --output_dir"
             )
         if total is not None and there < total:
-            size = fit.settings.shard_size
             log.info(
                 "%d of %d prompts are not in the sums yet; the process that computes the last shard of %d writes the "
                 "lens",
@@ -81,7 +83,7 @@ def finish(fit: Fit, total: int | None, counted: Counted) -> Summary:
             reasons = {**skipped, **failed}
             first = f" (prompt {min(reasons)}: {reasons[min(reasons)]})" if reasons else ""
             raise UserError(f"no prompt has a matrix{first}; give longer texts, or a lower skip_first")
-        spread = {layer: sums.spread(layer) for layer in fit.fisher.layers}
+        spread = {layer: sums.spread(layer) for layer in sorted(fit.fisher.layers, key=fit.numbers.__getitem__)}
         info = dict(read_info(fit.folder) or {})
         metadata = {name: info[name] for name in ("model", "data", "versions", "precision")} | {
             name: getattr(fit.settings, name) for name in OWN_SETTINGS
@@ -94,6 +96,9 @@ def finish(fit: Fit, total: int | None, counted: Counted) -> Summary:
             {fit.numbers[layer]: one.standard_error for layer, one in spread.items() if sums.prompts > 1},
             metadata,
         )
+        if counted.computed and (fit.folder / READOUTS).exists():
+            (fit.folder / READOUTS).unlink()
+            log.info("%s was of the lens before and is removed; --read makes it again", fit.folder / READOUTS)
         lens.save(fit.folder / PT_NAME)
         lens.save(fit.folder / SAFETENSORS_NAME)
         found = {

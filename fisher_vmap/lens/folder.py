@@ -12,6 +12,8 @@ from fisher_vmap.results.files import readable_write_errors, replacing
 from fisher_vmap.results.local_paths import found_here, last_part
 
 INFO_NAME = "lens.json"
+READOUTS = "readouts.json"
+NEEDED = ("fingerprint", "shard_size", "threads", "model", "data", "versions", "precision")  # in lens.json
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:
@@ -22,7 +24,9 @@ def read_info(folder: Path) -> dict[str, Any] | None:
     """
     try:
         info = json.loads((folder / INFO_NAME).read_text("utf-8"))
-        return dict(info, fingerprint=dict(info["fingerprint"]))
+        if missing := [name for name in NEEDED if name not in info]:
+            raise ValueError(f"{missing[0]} is missing")
+        return dict(info, fingerprint={"precision": "auto"} | dict(info["fingerprint"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -38,14 +42,15 @@ def inspect(settings: LensSettings) -> dict[str, Any] | None:
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder; choose another --output_dir")
-    info = read_info(folder)
-    if info is None and folder.is_dir():
-        others = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    # Listed before lens.json is looked for, which another process may write meanwhile, and always writes first.
+    others = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")] if folder.is_dir() else []
+    if not (folder / INFO_NAME).exists():
         if others:
             raise UserError(
-                f"{folder} holds other files (such as {others[0]}) and no {INFO_NAME}; choose another --output_dir"
+                f"{folder} holds other files (such as {others[0].name}) and no {INFO_NAME}; choose another --output_dir"
             )
-    return None if settings.overwrite else info
+        return None
+    return None if settings.overwrite else read_info(folder)
 
 
 def told(settings: LensSettings, name: str) -> str:
@@ -56,7 +61,7 @@ def told(settings: LensSettings, name: str) -> str:
 
 def remove(folder: Path) -> None:
     """Remove the files of a fit."""
-    for path in [*part_files(folder), *(folder / name for name in (INFO_NAME, PT_NAME, SAFETENSORS_NAME))]:
+    for path in [*part_files(folder), *(folder / name for name in (PT_NAME, SAFETENSORS_NAME, READOUTS, INFO_NAME))]:
         with readable_write_errors(path):
             path.unlink(missing_ok=True)
 

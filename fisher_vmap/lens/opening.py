@@ -20,7 +20,7 @@ from fisher_vmap.load.model import Loaded, load_model
 from fisher_vmap.model.layers import decoder_blocks
 from fisher_vmap.progress import step
 from fisher_vmap.results.files import folder_lock, readable_write_errors
-from fisher_vmap.results.folder import compare_fingerprints, plain_values
+from fisher_vmap.results.folder import compare_fingerprints, plain_values, remove_stale
 from fisher_vmap.results.index import SHARD_FOLDER, installed_versions
 from fisher_vmap.run.fingerprint import fingerprint
 from fisher_vmap.run.open import loading_of, make_renderer, open_model
@@ -100,14 +100,17 @@ def open_fit(settings: LensSettings, loaded: Loaded, source: PromptSource) -> Fi
         "versions": installed_versions(),
     }
     with readable_write_errors(folder, "choose another --output_dir"):
-        (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
         if settings.overwrite:
             remove(folder)
         info = read_info(folder)  # another process may have begun it meanwhile
         if info is None:
             info = new
-            write_info(folder, info)
+            write_info(folder, info)  # before any other file, by which `inspect` knows the folder
+        with readable_write_errors(folder, "choose another --output_dir"):
+            (folder / SHARD_FOLDER).mkdir(exist_ok=True)
+    remove_stale(folder)
     compare_fingerprints(folder, info["fingerprint"], marks)
     if info["threads"] != torch.get_num_threads():
         torch.set_num_threads(info["threads"])  # sums split over threads differ in their last bits

@@ -9,13 +9,13 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.escape import visible
 from fisher_vmap.fisher_model import FisherModel
 from fisher_vmap.lens.flags import LensSettings
+from fisher_vmap.lens.folder import READOUTS
 from fisher_vmap.lens.jacobian_lens import JacobianLens
 from fisher_vmap.load.model import Loaded
 from fisher_vmap.progress import step
 from fisher_vmap.results.files import replacing
 from fisher_vmap.run.open import make_renderer
 
-NAME = "readouts.json"
 TOP = 8  # tokens kept of each layer and position
 
 
@@ -36,20 +36,23 @@ def read_texts(settings: LensSettings, lens: JacobianLens, texts: Sequence[str],
     found: list[dict[str, Any]] = []
     for text in texts:
         try:
-            ids = renderer.render(text).ids
+            rendered = renderer.render(text)
+            ids = rendered.ids
             with step("reading"):
                 by_logit = lens.readout(fisher, ids, top_k=TOP)
                 by_kl = lens.readout(fisher, ids, top_k=TOP, order="kl")
         except ValueError as error:
             raise UserError(f"{text[:40]!r} cannot be read: {error}") from error
-        one = by_logit.as_json(loaded.tokenizer) | {"text": text, "kl": by_kl.as_json(loaded.tokenizer)["kl"]}
+        read = rendered.text if rendered.truncated else text
+        one = by_logit.as_json(loaded.tokenizer) | {"text": read, "kl": by_kl.as_json(loaded.tokenizer)["kl"]}
         found.append(one)
         yield ""
-        yield f"after {visible(text[-60:])!r}, the likeliest by each layer:"
+        cut = f" (cut to max_length, {settings.max_length} tokens)" if rendered.truncated else ""
+        yield f"after {visible(read[-60:])!r}{cut}, the likeliest by each layer:"
         for layer in one["layers"]:
             yield f"{layer:>6}  {_tokens(one['top'][str(layer)][-1])}"
         yield f"{'model':>6}  {_tokens(one['model'][-1])}"
-    path = Path(settings.output_dir, NAME)
+    path = Path(settings.output_dir, READOUTS)
     with replacing(path) as file:
         file.write((json.dumps({"readouts": found}, ensure_ascii=False) + "\n").encode())
     yield f"kept in {path}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fisher_vmap.errors import UserError
 from fisher_vmap.lens.matrices import PromptMatrices
-from fisher_vmap.results.files import damaged, replacing
+from fisher_vmap.results.files import replacing
 from fisher_vmap.results.index import SHARD_FOLDER, Stored
 
 _PREFIX, _SUFFIX = "part-", ".safetensors"
@@ -213,7 +213,8 @@ def _state(metadata: Mapping[str, str] | None) -> _State:
 
 
 def _broken(path: Path, reason: object) -> UserError:
-    return damaged(path, f"{' '.join(str(reason).split())[:160]} (remove it to compute its shards again)")
+    what = " ".join(str(reason).split())[:160]
+    return UserError(f"{path} is damaged: {what}; remove it to compute its shards again, by the same command")
 
 
 def _crc32(x: Tensor) -> int:

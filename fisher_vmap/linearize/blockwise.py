@@ -198,6 +198,8 @@ def places_of(call: BlockCall, layout: Layout) -> Places:
 
 def prove_top(model: nn.Module, parts: Parts, layout: Layout) -> Places:
     """Prove on packed prompts that the last block may be run at the last rows alone; raises as `open_last`."""
+    if len(parts.call_order) < 2:
+        raise NotPositionwise("the model has one block")
     recording = record_forward(model, parts, layout, len(parts.call_order) - 1, "model")
     rows = live_rows(layout._replace(positions="all"), True, {}, lambda _what, _line: None)
     open_last(recording.calls[-1], rows, recording.top)

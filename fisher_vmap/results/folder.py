@@ -34,6 +34,8 @@ _TOP_NAMES = re.compile(
     + r"|fisher_matrices_compressed(\..+)?\.npz|sum-\d{5,}\.safetensors"
 )
 _SHARD_NAMES = re.compile(r"shard-\d{5,}\.(safetensors|parquet|json)")
+_LENS_INDEX = "lens.json"
+_LENS_NAMES = re.compile(r"lens\.json|jacobian_lens\.(pt|safetensors)|readouts\.json|part-.+\.safetensors")
 
 
 def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +127,12 @@ def check_not_ours(path: Path, flag: str) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file; choose another {flag}")
     target = Path(os.path.realpath(path))
-    shard = target.parent.name == SHARD_FOLDER and _SHARD_NAMES.fullmatch(target.name)
-    folder = target.parent.parent if shard else target.parent
-    if (shard or _TOP_NAMES.fullmatch(target.name)) and (folder / INDEX_NAME).exists():
-        raise UserError(f"{path} is a file of the results in {folder}; choose another {flag}")
+    in_shards = target.parent.name == SHARD_FOLDER
+    folder = target.parent.parent if in_shards else target.parent
+    names = _SHARD_NAMES if in_shards else _TOP_NAMES
+    for what, index, ours in (("results", INDEX_NAME, names), ("lens", _LENS_INDEX, _LENS_NAMES)):
+        if ours.fullmatch(target.name) and (folder / index).exists():
+            raise UserError(f"{path} is a file of the {what} in {folder}; choose another {flag}")
 
 
 def remove_leftovers(folder: Path, index: Index) -> None:

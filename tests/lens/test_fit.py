@@ -13,9 +13,11 @@ from fisher_vmap.errors import UserError
 from fisher_vmap.lens import fit
 from fisher_vmap.lens.__main__ import main
 from fisher_vmap.lens.flags import SETTINGS, LensSettings, read
+from fisher_vmap.lens.folder import write_info
 from fisher_vmap.lens.jacobian_lens import JacobianLens
 from fisher_vmap.lens.matrices import prompt_matrices
 from fisher_vmap.lens.sums import Sums, part_path
+from fisher_vmap.results import files
 
 pytestmark = pytest.mark.usefixtures("no_power_cuts")
 
@@ -214,6 +216,85 @@ def test_damaged_sums(folder, data, whole, capsys):
     path.unlink()
     assert main(words(folder, "whole")) == 0
     same(JacobianLens.load("whole"), whole)
+
+
+def test_the_table_has_each_layers_own_norm(folder, data, whole, capsys):
+    assert main(words(folder, "turned", hook_layer_name="2,0")) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "transformer.h." in line]
+    assert [row[0] for row in rows] == ["transformer.h.0", "transformer.h.2"]
+    assert [float(row[1]) for row in rows] == [pytest.approx(float(whole.of(n).norm()), rel=1e-3) for n in (0, 2)]
+
+
+def test_a_lens_is_not_made_of_the_shards_of_another_part_of_the_data(folder, data, capsys):
+    assert main(words(folder, "out", "--shards", "4/4", num_prompts=11)) == 0
+    assert main(words(folder, "out", "--shards", "1/2", num_prompts=5)) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "holds sums of more prompts than are asked for" in line and not (data / "out" / "jacobian_lens.pt").exists()
+
+
+def test_a_fit_that_was_stopped_before_its_first_file_begins_anew(folder, data, whole):
+    """And a process of a job array finds no folder of a stranger where another has just begun."""
+    (data / "out").mkdir()
+    (data / "out" / ".lock").touch()
+    assert main(words(folder, "out")) == 0
+    same(JacobianLens.load("out"), whole)
+    order = []
+
+    def first(path, info):
+        order.append([each.name for each in path.iterdir() if not each.name.startswith(".")])
+        write_info(path, info)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fisher_vmap.lens.opening.write_info", first)
+        assert main(words(folder, "new")) == 0
+    assert order == [[]]  # lens.json is the first file of all
+
+
+def test_a_lens_json_of_another_kind_is_one_line_and_overwritten(folder, data, whole, capsys):
+    path = data / "whole" / "lens.json"
+    info = json.loads(path.read_text())
+    for text in ("{", "[]", '{"fingerprint": {}}', json.dumps({k: v for k, v in info.items() if k != "threads"})):
+        path.write_text(text)
+        assert main(words(folder, "whole")) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("fisher_vmap: ") and "lens.json cannot be read" in line
+    assert main(words(folder, "whole", overwrite="true")) == 0
+    same(JacobianLens.load("whole"), whole)
+
+
+def test_readouts_are_of_the_lens_beside_them(folder, data, capsys, caplog):
+    caplog.set_level("INFO")
+    readouts = data / "out" / "readouts.json"
+    text = "the quick brown fox jumps over the lazy dog"
+    assert main(words(folder, "out", "--read", text, num_prompts=3)) == 0
+    out, before = capsys.readouterr().out, readouts.read_bytes()
+    assert f"(cut to max_length, {LENGTH} tokens)" in out and "lazy dog" not in out
+    assert json.loads(before)["readouts"][0]["text"] == text[:LENGTH]
+    assert main(words(folder, "out", num_prompts=3)) == 0
+    assert readouts.read_bytes() == before
+    assert main(words(folder, "out")) == 0
+    assert not readouts.exists() and "was of the lens before and is removed" in caplog.text
+    assert main(words(folder, "out", "--read", "short one")) == 0
+    assert "cut to" not in capsys.readouterr().out and readouts.exists()
+    assert main(words(folder, "out", skip_first=5, overwrite="true")) == 0
+    assert not readouts.exists()
+    assert main(words(folder, "part", "--shards", "1/2", "--read", "x")) == 0
+    assert "nothing is read yet: give --read again when the lens is written" in capsys.readouterr().out
+
+
+def test_temporary_files_of_a_killed_fit_are_removed(folder, data, whole):
+    left = data / "whole" / "shards" / f".part-1-of-1.safetensors~{files._HOST}~4999999~{'0' * 12}.tmp"
+    left.write_bytes(b"x" * 100)
+    assert main(words(folder, "whole")) == 0
+    assert not left.exists()
+
+
+def test_a_model_of_one_block(data, tmp_path):
+    model = tiny("gpt2", torch.float32, vocab_size=VOCABULARY, n_layer=1)
+    one = save_model(tmp_path / "one", model)
+    assert main(words(one, "out")) == 0
+    found = JacobianLens.load("out")
+    assert found.layers == [0] and relative(found.of(0), torch.eye(len(found.of(0)))) < 1e-5
 
 
 def test_a_shard_in_two_parts(folder, data, whole, capsys):
