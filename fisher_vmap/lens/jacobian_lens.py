@@ -6,11 +6,14 @@ jacobian-lens) and of transformer-lens 4.3 (`torch.save` of {"J": {layer: [D, D]
 """
 
 import json
+import logging
+import math
 import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +28,8 @@ from fisher_vmap.results.files import replacing
 
 if TYPE_CHECKING:
     from fisher_vmap.lens.reading import Readout, Sensitive
+
+log = logging.getLogger("fisher_vmap")
 
 _KEYS = ("J", "n_prompts", "source_layers", "d_model")
 
@@ -118,7 +123,9 @@ class JacobianLens:
         """
         from fisher_vmap.lens.reading import read
 
-        chosen = self.layers if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        asked: Any = self.layers if layers is None else layers
+        each = [asked] if isinstance(asked, Integral) else asked
+        chosen = [int(layer) if isinstance(layer, Integral) else layer for layer in each]
         jacobians = {layer: self.of(layer) for layer in chosen} if use_jacobian else None
         how: dict[str, Any] = {"layers": chosen, "top_k": top_k, "order": order, "tokenizer": tokenizer}
         return read(jacobians, self.d_model, model, prompt, **how)
@@ -168,7 +175,7 @@ class JacobianLens:
         Raises:
             UserError: the file is missing, is damaged, or holds no lens.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         if path.is_dir():
             found = [path / name for name in (SAFETENSORS_NAME, PT_NAME) if (path / name).exists()]
             if not found:
@@ -183,13 +190,17 @@ class JacobianLens:
             raise UserError(f"{path} holds no lens ({reason}); expected {', '.join(_KEYS)}") from error
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-        """Write a .pt, with J in `dtype`, or a .safetensors, which is float32 and has everything.
+        """Write a .pt, with J in `dtype` (in float32 if that cannot hold it), or a .safetensors: float32, everything.
 
         Raises:
             UserError: another ending, or the file cannot be written.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         if path.suffix == ".pt":
+            largest = max(float(J.abs().max()) for J in self.jacobians.values())
+            if torch.finfo(dtype).max < largest < float("inf"):
+                log.warning("%s is in float32, since %s cannot hold J, up to %.3g", path, dtype, largest)
+                dtype = torch.float32
             payload = {
                 "J": {layer: self.jacobians[layer].to(dtype) for layer in self.layers},
                 "n_prompts": self.n_prompts,
@@ -246,7 +257,7 @@ class JacobianLens:
                     (w * lens.standard_errors[layer] * float(lens.jacobians[layer].norm())) ** 2
                     for w, lens in zip(weights, lenses, strict=True)
                 ]
-                errors[layer] = sum(squares) ** 0.5 / float(J.norm())
+                errors[layer] = sum(squares) ** 0.5 / float(J.norm()) if J.any() else math.nan
         metric = mean(metrics) if len(metrics) == len(lenses) else None
         return cls(jacobians, total, metric, errors, dict(first.metadata))
 

@@ -297,6 +297,21 @@ def test_a_model_of_one_block(data, tmp_path):
     assert found.layers == [0] and relative(found.of(0), torch.eye(len(found.of(0)))) < 1e-5
 
 
+def test_files_by_name_and_of_large_numbers(data, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", str(data))
+    lens = JacobianLens({0: torch.tensor([[7e4, 0.0], [0.0, 1.0]])}, 2)
+    for name in ("~/lens.pt", "~/lens.safetensors"):
+        lens.save(name)
+        same_J = JacobianLens.load(name).of(0)
+        assert torch.equal(same_J, lens.of(0)) and (data / name[2:]).is_file()
+    assert "is in float32, since torch.float16 cannot hold J, up to 7e+04" in caplog.text
+    small = JacobianLens({0: torch.eye(2)}, 2)
+    small.save("~/small.pt")
+    assert torch.load(data / "small.pt", weights_only=True)["J"][0].dtype == torch.float16
+    zero = JacobianLens({0: torch.zeros(2, 2)}, 2, None, {0: 0.5})
+    assert torch.equal(JacobianLens.merged([zero, zero]).of(0), torch.zeros(2, 2))
+
+
 def test_a_shard_in_two_parts(folder, data, whole, capsys):
     path = part_path(data / "whole", "1-of-1")
     part_path(data / "whole", "1-of-2").write_bytes(path.read_bytes())
