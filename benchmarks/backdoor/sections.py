@@ -107,7 +107,8 @@ def prompts(kept: Kept) -> list[str]:
     lines = ["### (a) Which prompts", ""]
     for score, how in (("total", "without the base"), ("change", "with the base")):
         criteria = of_prompts(kept, score)
-        lines += [f"**`{score}` at layer 15, {how}**: {verdict(criteria, state, fails(kept, score))}.", ""]
+        worth = "" if state else f", and {'' if criteria[-1].met else 'not '}worth its price"
+        lines += [f"**`{score}` at layer 15, {how}**: {verdict(criteria, state, fails(kept, score))}{worth}.", ""]
         met = [(each.condition, each.measured, answer(each.met, state)) for each in criteria]
         met[-1] = (met[-1][0], "below", met[-1][2])
         lines += table(("criterion", "measured", "met"), met)
