@@ -231,7 +231,13 @@ def layers(kept: Kept) -> list[str]:
     for score in CRITERIA:
         rows.append((score, kept.mean(score, "auc"), *of_layers(kept, score).values()))
     heads = [f"layer {layer.rsplit('.', 1)[1]}" for layer in LAYERS if layer != PRIMARY]
-    lines += [*table(("score", "layer 15", *heads), rows), "The AUC of each model, at layers 10, 15, 20 and 25:", ""]
+    better = [
+        f"{name} for `{score}`" for score in CRITERIA
+        for name, gain in zip(heads, of_layers(kept, score).values(), strict=True) if gain.low > 0
+    ]  # fmt: skip
+    told = kept.state("prompts") or f"better than layer 15 by the plan: {', '.join(better) or 'none'}"
+    lines += [*table(("score", "layer 15", *heads), rows), f"**Layers**: {told}.", ""]
+    lines += ["The AUC of each model, at layers 10, 15, 20 and 25:", ""]
     rows = []
     for score in CRITERIA:
         of = [[kept.data["prompts"][n]["hunts"][0]["layers"][layer][score]["auc"] for layer in LAYERS] for n in names]
