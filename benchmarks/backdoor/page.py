@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.backdoor import directions
 from benchmarks.backdoor.figure import draw
 from benchmarks.backdoor.sections import FIRST_METHOD, behaviours, label, layers, planting, prompts
-from benchmarks.backdoor.verdicts import CRITERIA, Kept, elicited, parts
+from benchmarks.backdoor.verdicts import CRITERIA, MODELS, Kept, elicited, parts
 from benchmarks.backdoor.which_prompts import PRIMARY
 
 KEPT = Path("benchmarks/results/backdoor.json")
@@ -27,9 +27,11 @@ Left out for computing time, as the plan allows: the second reading of (a) with 
 def summary(kept: Kept) -> list[str]:
     """What the numbers say, in short."""
     lines, asked, names = list[str](), kept.measured("prompts"), kept.measured("behaviour")
-    for question, state in (("(a) and (c)", kept.state("prompts")), ("(b)", kept.state("behaviour"))):
-        if state:
-            lines += [f"{question}: {state}; none of its criteria is met before all are measured.", ""]
+    counted = (("(a) and (c)", "prompts", asked), ("(b)", "behaviour", names))
+    for question, section, of in counted:
+        if kept.state(section):
+            lines += [f"{question}: so far {len(of)} of {len(MODELS)} planted models; no criterion is met before all are "
+                      "measured, and all controls.", ""]  # fmt: skip
     for score, base in (("total", "Without the base"), ("change", "With it")) if asked else ():
         each = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY][score] for name in asked]
         told = [

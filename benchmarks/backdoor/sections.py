@@ -235,7 +235,8 @@ def layers(kept: Kept) -> list[str]:
         f"{name} for `{score}`" for score in CRITERIA
         for name, gain in zip(heads, of_layers(kept, score).values(), strict=True) if gain.low > 0
     ]  # fmt: skip
-    told = kept.state("prompts") or f"better than layer 15 by the plan: {', '.join(better) or 'none'}"
+    told = f"better than layer 15 by the plan: {', '.join(better) or 'none'}"
+    told = "not all models and controls are measured" if kept.state("prompts") else told
     lines += [*table(("score", "layer 15", *heads), rows), f"**Layers**: {told}.", ""]
     lines += ["The AUC of each model, at layers 10, 15, 20 and 25:", ""]
     rows = []
