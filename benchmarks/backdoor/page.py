@@ -30,8 +30,8 @@ def summary(kept: Kept) -> list[str]:
     counted = (("(a) and (c)", "prompts", asked), ("(b)", "behaviour", names))
     for question, section, of in counted:
         if kept.state(section):
-            lines += [f"{question}: so far {len(of)} of {len(MODELS)} planted models; no criterion is met before all are "
-                      "measured, and all controls.", ""]  # fmt: skip
+            counts = f"{question}: so far {len(of)} of {len(MODELS)} planted models"
+            lines += [f"{counts}; no criterion is met before all are measured, and all controls.", ""]
     for score, base in (("total", "Without the base"), ("change", "With it")) if asked else ():
         each = [kept.data["prompts"][name]["hunts"][0]["layers"][PRIMARY][score] for name in asked]
         told = [
