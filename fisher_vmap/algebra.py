@@ -212,15 +212,14 @@ def contrast(inside_DD: Any, outside_DD: Any, rank: int = 5, ridge: float = 0.01
     """Directions that matter for one group of prompts and not for another.
 
     With A and B the mean Fisher matrices of the two groups, the v that maximise (v^T A v) / (v^T (B + r I) v): the
-    generalised eigenvectors A v = ratio (B + r I) v. Without r a direction that B ignores would win for any A. r is a
-    fraction of B's mean eigenvalue, r = ridge tr(B) / D: a direction counts as ignored by B if its v^T B v is well
-    below r. [Fukunaga, Introduction to Statistical Pattern Recognition, 1990, ch. 10]
+    generalised eigenvectors A v = ratio (B + r I) v. Without r a direction that B ignores, whose v^T B v is well below
+    r, would win for any A. [Fukunaga, Introduction to Statistical Pattern Recognition, 1990, ch. 10]
 
     Args:
         inside_DD: A, [D, D]; or the `MeanFactors` of A.
         outside_DD: B, [D, D]; or the `MeanFactors` of B.
         rank: how many directions; at most D, or the directions of A's factors.
-        ridge: r as a fraction of tr(B) / D, within `RIDGES`: below, rounding decides; above, B does not count.
+        ridge: r / (tr(B) / D), a part of B's mean eigenvalue, in `RIDGES`: below, rounding decides; above, A alone.
 
     Raises:
         ValueError: the matrices' shapes differ, they are not finite, B is zero, or rank or ridge is out of range.
@@ -228,11 +227,10 @@ def contrast(inside_DD: Any, outside_DD: Any, rank: int = 5, ridge: float = 0.01
     if isinstance(inside_DD, MeanFactors) and isinstance(outside_DD, MeanFactors):
         return _contrast_of_factors(inside_DD, outside_DD, rank, ridge)
     A, B = _square(inside_DD, "the group's mean"), _square(outside_DD, "the other group's mean")
-    D = len(A)
     if B.shape != A.shape:
         raise ValueError(f"the two means have the shapes {A.shape} and {B.shape}; expected equal ones")
-    r = _ridge_of(rank, D, ridge, float(np.trace(B)) / D)
-    values, vectors = np.linalg.eigh(B + r * np.eye(D))
+    r = _ridge_of(rank, len(A), ridge, float(np.trace(B)) / len(A))
+    values, vectors = np.linalg.eigh(B + r * np.eye(len(A)))
     whitening = vectors / np.sqrt(values)  # (B + r I)^(-1/2) up to a rotation, [D, D]
     ratios, turned = np.linalg.eigh(whitening.T @ A @ whitening)
     directions = (whitening @ turned[:, ::-1][:, :rank]).T
@@ -266,10 +264,9 @@ def _ridge_of(rank: int, most: int, ridge: float, eigenvalue: float) -> float:
     """r, a fraction of the mean eigenvalue, if rank and ridge are in their ranges."""
     if not (1 <= rank <= most and RIDGES[0] <= ridge <= RIDGES[1]):
         raise ValueError(f"rank is {rank} and ridge {ridge}; expected 1 to {most}, and {RIDGES[0]:g} to {RIDGES[1]:g}")
-    r = ridge * eigenvalue
-    if not r > 0:
+    if not eigenvalue > 0:
         raise ValueError("the other group's mean is zero; there is nothing to contrast with")
-    return r
+    return ridge * eigenvalue
 
 
 def _square(matrix: ArrayLike, what: str) -> Float64:
