@@ -125,7 +125,7 @@ def natural_step(
         objective: "log_odds", log p - log(1 - p), or "log_prob", log p, of `towards`; with `away_from` they are one.
         at: "all" targets, whose objectives are added, or the "first" target of each prompt alone. F is of all.
         kl: the budget, above zero, in nats; of several targets for their sum.
-        damping: lambda, in units of F, above zero; None: 0.01 of F's mean eigenvalue, tr F / D.
+        damping: lambda, in units of F, above zero; None: 0.01 of F's mean eigenvalue, tr F / D, as estimated.
         steps: how many steps to take. Each has the same length in the metric of its point, sqrt(2 kl) / steps, so that
             the path has the length of a single step; F and g are taken anew at each point.
         estimator: of A, the first guess of F: "topk", of the FisherModel's top_k tokens (10 of a plain model), or

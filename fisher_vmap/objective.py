@@ -41,7 +41,8 @@ class Objective(NamedTuple):
         """[M, X]: the gradient of the objective with respect to h at each target, X wide.
 
         Raises:
-            ValueError: a token is not in the vocabulary, or a given gradient has another shape.
+            ValueError: a token is not in the vocabulary, the tokens are all of it, or a given gradient has another
+                shape.
         """
         if self.gradient is not None:
             if self.gradient.shape != (expected := (len(c.probs), width)):
@@ -51,6 +52,8 @@ class Objective(NamedTuple):
         u_MX = self._of_set(c, self.towards)
         if self.away_from is not None:
             return u_MX - self._of_set(c, self.away_from)
+        if len(self.towards) == c.probs.shape[1]:
+            raise ValueError("towards is the whole vocabulary, whose probability is 1 with any step; leave some out")
         if self.objective == "log_prob":
             return u_MX
         inside_M = c.log_probs[:, self.towards].logsumexp(1)

@@ -71,6 +71,12 @@ def steer_to(arguments: argparse.Namespace, settings: Settings) -> Iterator[str]
     (layer,) = fisher.layers
     if any(path.suffix == ".gguf" for path in arguments.output):
         check_control_vector([layer])
+        if settings.bias_positions != "all":
+            log.warning(
+                "bias_positions is %s, and llama.cpp adds a control vector at all positions: what it does there is not "
+                "what is shown here",
+                settings.bias_positions,
+            )
     with step("reading the prompts"):
         typed = [SourcePrompt(i, i, text, {}, None) for i, text in enumerate(arguments.prompt)]
         given, prompts = _rendered(renderer, typed if source is None else source)

@@ -236,6 +236,8 @@ def test_steer_takes_it():
         ({"towards": " a"}, "is a text and there is no tokenizer"),
         ({"towards": VOCABULARY}, f"token {VOCABULARY} is not in the vocabulary"),
         ({"towards": []}, "no token was given"),
+        ({"towards": range(VOCABULARY)}, "towards is the whole vocabulary"),
+        ({"towards": range(VOCABULARY), "objective": "log_prob"}, "towards is the whole vocabulary"),
         ({"towards": 7, "layer": None}, "layer is missing"),
         ({"gradient": torch.zeros(1, WIDTH)}, "the gradient of what is wanted is zero"),
         ({"gradient": torch.ones(2, WIDTH)}, r"gradient has shape \(2, 36\); expected \[1, 36\]"),

@@ -322,6 +322,16 @@ def test_a_control_vector_beside_it(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step.gguf", "step.safetensors"]
 
 
+@pytest.mark.needs("gguf")
+@pytest.mark.parametrize("positions", ["all", "prompt", "last"])
+def test_a_control_vector_of_a_step_at_some_positions_is_told(folder, tmp_path, caplog, positions):
+    line = f"bias_positions is {positions}, and llama.cpp adds a control vector at all positions"
+    for output, tells in (("step.gguf", positions != "all"), ("step.safetensors", False)):
+        caplog.clear()
+        assert main(words(folder, "--bias_positions", positions, "--output", tmp_path / output)) == 0
+        assert any(line in message for message in caplog.messages) is tells
+
+
 def test_without_an_output_nothing_is_written(folder, tmp_path, capsys):
     assert main(words(folder)) == 0
     assert not list(tmp_path.iterdir()) and "written" not in told(capsys)[1]
