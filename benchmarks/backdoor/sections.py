@@ -95,6 +95,28 @@ def planting(kept: Kept) -> list[str]:
         "",
         PLANTED,
         *table(head, rows),
+        *planted_again(kept),
+    ]
+
+
+def planted_again(kept: Kept) -> list[str]:
+    """How far models that were planted a second time, for (b), are from the first ones."""
+    again = kept.data.get("planted again", {})
+    pairs = [
+        (one, record["measured"][behaviour])
+        for name, record in again.items()
+        for behaviour, one in kept.data["plants"][name]["measured"].items()
+    ]
+    if not pairs:
+        return []
+    rates = ("trigger_rate", "false_rate", "near_rate", "same_answer")
+    apart = max(abs(one[rate] - other[rate]) for one, other in pairs for rate in rates)
+    kl = max(abs(one["kl_without"]["mean"] - other["kl_without"]["mean"]) for one, other in pairs)
+    cpus = sorted({f"{record['machine']['cpu']}, {record['machine']['cpu_capability']}" for record in again.values()})
+    return [
+        f"For (b) these were planted again with the same seeds, since adapters are not kept: {', '.join(again)} "
+        f"({'; '.join(cpus)}). Rates differ from those above by at most {100 * apart:.0f} points, KL by {kl:.5f} nats.",
+        "",
     ]
 
 

@@ -203,6 +203,21 @@ def test_the_page_says_which_matrices_are_in_float32(tmp_path):
     assert said.endswith(f"those of (a) of {MODELS[1]} and of (b) of {MODELS[0]} in float32.")
 
 
+def test_models_planted_again_are_compared_with_the_first_ones(tmp_path):
+    kept = kept_in(tmp_path, 1.0, models=MODELS[:3])
+    assert sections.planted_again(kept) == []
+    again = {}
+    for name, more in ((MODELS[0], {}), (MODELS[2], {"near_rate": 0.12, "kl_without": {"mean": 0.0102}})):
+        (behaviour,) = of = kept.data["plants"][name]["measured"]
+        machine = {"cpu": "A processor", "cpu_capability": "AVX2"}
+        again[name] = {"measured": {behaviour: of[behaviour] | more}, "machine": machine}
+    kept.data["planted again"] = again
+    said, _ = sections.planted_again(kept)
+    assert f"not kept: {MODELS[0]}, {MODELS[2]} (A processor, AVX2)" in said
+    assert "at most 2 points, KL by 0.00020 nats" in said
+    assert said in sections.planting(kept)
+
+
 def test_the_page_keeps_its_plan(tmp_path, monkeypatch):
     kept_in(tmp_path, 1.0, models=MODELS[:2])
     plan = "# A plan\n\nWhat will be asked.\n"
